@@ -1,0 +1,132 @@
+"""How an engine is to run: frozen, validated once, complete after `resolve`.
+
+Knows nothing of where values come from; environment, files and flags are read in `cli/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from shuteye.errors import InvalidRequest, MemoryExhausted, PromptTooLong
+from shuteye.plans import ModelFacts, VerifyMode
+from shuteye.request import DrainMode
+
+DType = Literal["auto", "bfloat16", "float32"]
+SleepingPolicy = Literal["reject", "hold", "wake"]
+ExecutorBackend = Literal["inproc", "mp", "ray"]
+MemoryBackendName = Literal["auto", "linux", "fake", "cuda"]
+
+DEFAULT_MODEL = "smollm2-135m"
+KV_SHARE_OF_FREE_MEMORY = 0.25
+"""Default KV cache size as a share of the memory left after loading; pages cost only once used."""
+
+
+def default_cache_dir() -> Path:
+    """Where images and downloads live unless told otherwise."""
+    return Path.home() / ".cache" / "shuteye"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything an engine needs to know; field names are the command line's flags.
+
+    Attributes:
+        model: local directory, `.gguf` file, hub id, or built-in alias.
+        kv_cache_memory: bytes of KV cache per rank; None sizes it from free memory.
+        max_model_len: longest prompt plus output in tokens; None takes the checkpoint's, if the KV cache can hold it.
+        max_num_batched_tokens: the token budget of one step.
+        on_sleeping_request: what becomes of requests that arrive while asleep.
+        hold_timeout_s, hold_queue_size: bounds of the queue of held requests.
+        drain_timeout_s: how long `mode="wait"` waits for requests in flight.
+        verify_wake: how much of the weights is compared with checksums before the gate opens.
+        canary: whether a short forward pass must reproduce its recorded logits before the gate opens.
+        num_threads: compute threads; None takes all cores.
+
+    Raises:
+        InvalidRequest: a value is out of range; `param` names it.
+    """
+
+    model: str = DEFAULT_MODEL
+    revision: str | None = None
+    dtype: DType = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    block_size: int = 16
+    kv_cache_memory: int | None = None
+    enable_prefix_caching: bool = True
+    enable_sleep_mode: bool = False
+    on_sleeping_request: SleepingPolicy = "reject"
+    hold_timeout_s: float = 60.0
+    hold_queue_size: int = 256
+    default_sleep_mode: DrainMode = "abort"
+    drain_timeout_s: float = 60.0
+    verify_wake: VerifyMode = "sample"
+    canary: bool = True
+    seed: int = 0
+    num_threads: int | None = None
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    distributed_executor_backend: ExecutorBackend = "inproc"
+    memory_backend: MemoryBackendName = "auto"
+    cache_dir: Path = field(default_factory=default_cache_dir)
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        positive = {
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "block_size": self.block_size,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "pipeline_parallel_size": self.pipeline_parallel_size,
+            "max_model_len": self.max_model_len,
+            "kv_cache_memory": self.kv_cache_memory,
+            "num_threads": self.num_threads,
+            "hold_queue_size": self.hold_queue_size,
+            "hold_timeout_s": self.hold_timeout_s,
+            "drain_timeout_s": self.drain_timeout_s,
+        }
+        for name, value in positive.items():
+            if value is not None and value <= 0:
+                raise InvalidRequest(f"{name} must be positive, got {value}.", param=name)
+        if not self.model:
+            raise InvalidRequest("model must name a directory, a .gguf file, a hub id or an alias.", param="model")
+
+    def resolve(self, facts: ModelFacts) -> EngineConfig:
+        """A complete copy: dtype, context length and KV cache size decided from what was loaded.
+
+        Raises:
+            InvalidRequest: `max_model_len` exceeds the checkpoint's context.
+            PromptTooLong: the KV cache cannot hold one sequence of `max_model_len`.
+            MemoryExhausted: not even one block fits in free memory.
+        """
+        wanted = self.max_model_len or facts.context_length
+        if wanted > facts.context_length:
+            raise InvalidRequest(
+                f"max_model_len {wanted} exceeds the checkpoint's context of {facts.context_length} tokens.",
+                param="max_model_len",
+            )
+        block_bytes = facts.kv_bytes_per_token * self.block_size
+        blocks_per_sequence = -(-wanted // self.block_size)
+        if self.kv_cache_memory is None:
+            useful = blocks_per_sequence * self.max_num_seqs
+            num_blocks = min(int(facts.available_bytes * KV_SHARE_OF_FREE_MEMORY) // block_bytes, useful)
+        else:
+            num_blocks = self.kv_cache_memory // block_bytes
+        if num_blocks < 1:
+            raise MemoryExhausted(
+                f"No room for a KV cache: one block takes {block_bytes:,} bytes, "
+                f"{facts.available_bytes:,} are free and kv_cache_memory is {self.kv_cache_memory}."
+            )
+        if num_blocks < blocks_per_sequence:
+            if self.max_model_len is not None:
+                raise PromptTooLong(
+                    f"max_model_len {wanted} needs {blocks_per_sequence * block_bytes:,} bytes of KV cache, but there "
+                    f"is room for {num_blocks * block_bytes:,}. Lower max_model_len or raise kv_cache_memory.",
+                    param="max_model_len",
+                )
+            wanted = num_blocks * self.block_size
+        dtype: DType = "float32" if facts.dtype == "float32" else "bfloat16"
+        return replace(self, dtype=dtype, max_model_len=wanted, kv_cache_memory=num_blocks * block_bytes)

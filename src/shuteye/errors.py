@@ -1,0 +1,208 @@
+"""Every exception shuteye raises, and the HTTP status each one answers with.
+
+Knows nothing of HTTP libraries: `server/errors.py` turns these into OpenAI-shaped bodies.
+
+    ShuteyeError
+    ├── ClientError                     the caller can mend it (4xx)
+    │   ├── InvalidRequest              400  a bad value; `param` names the field
+    │   │   ├── PromptTooLong           400  the request can never fit
+    │   │   └── UnsupportedModel        400  the checkpoint cannot be served correctly
+    │   ├── AuthenticationFailed        401
+    │   ├── PermissionRefused           403
+    │   ├── ModelNotFound               404
+    │   ├── SleepModeDisabled           404  a sleep call without `enable_sleep_mode`
+    │   └── TransitionConflict          409  the transition table forbids the move
+    └── ServerError                     we, or the machine, must mend it (5xx)
+        ├── InternalError               500  a bug of ours
+        ├── SleepFailed                 500  rolled back: still awake
+        ├── WakeFailed                  503  rolled back: still asleep, a retry may work
+        │   └── VerificationFailed      503  the memory is not what it was
+        ├── ModelSleeping               503  weights are needed and are not resident
+        ├── DrainTimeout                503  requests outlasted the deadline of `mode=wait`
+        ├── QueueFull                   503
+        ├── EngineNotReady              503  still loading
+        ├── EngineFaulted               503  a transition could not be rolled back
+        ├── EngineDead                  503  the engine process is gone
+        ├── MemoryExhausted             503  the system will not give the bytes
+        ├── BackendFailure              503  a call to the kernel or driver failed
+        └── ImageFailure                503  a weight image is damaged, busy or unreadable
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ShuteyeError(Exception):
+    """Base of all errors raised on purpose. `message` says what was seen, expected, and to do."""
+
+    status_code: ClassVar[int] = 500
+    error_type: ClassVar[str] = "InternalServerError"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class ClientError(ShuteyeError):
+    """The caller can mend it."""
+
+    status_code = 400
+    error_type = "BadRequestError"
+
+
+class InvalidRequest(ClientError):
+    """A bad value; `param` names the field."""
+
+
+class PromptTooLong(InvalidRequest):
+    """The request can never fit this engine's context or KV cache."""
+
+
+class UnsupportedModel(InvalidRequest):
+    """The checkpoint cannot be served correctly; the message says why."""
+
+
+class AuthenticationFailed(ClientError):
+    """A key is required and none, or a wrong one, was given."""
+
+    status_code = 401
+    error_type = "AuthenticationError"
+
+
+class PermissionRefused(ClientError):
+    """The key is known but does not open this route."""
+
+    status_code = 403
+    error_type = "PermissionDeniedError"
+
+
+class ModelNotFound(ClientError):
+    """No such model, file, alias or served name."""
+
+    status_code = 404
+    error_type = "NotFoundError"
+
+
+class SleepModeDisabled(ClientError):
+    """A sleep call on an engine that was not started with `enable_sleep_mode`."""
+
+    status_code = 404
+    error_type = "NotFoundError"
+
+
+class TransitionConflict(ClientError):
+    """The transition table forbids this move from the current state."""
+
+    status_code = 409
+    error_type = "ConflictError"
+
+
+class ServerError(ShuteyeError):
+    """We, or the machine, must mend it."""
+
+
+class InternalError(ServerError):
+    """A bug of ours."""
+
+
+class SleepFailed(ServerError):
+    """Going to sleep failed and was rolled back: the model is still awake."""
+
+    error_type = "SleepFailedError"
+
+
+class WakeFailed(ServerError):
+    """Waking failed and was rolled back: the model is still asleep and a retry may work."""
+
+    status_code = 503
+    error_type = "WakeFailedError"
+
+
+class VerificationFailed(WakeFailed):
+    """The woken memory is not what was put to sleep (checksum or canary)."""
+
+    error_type = "VerificationFailedError"
+
+
+class ModelSleeping(ServerError):
+    """The weights are needed and are not resident."""
+
+    MESSAGE: ClassVar[str] = "Model is currently in sleep mode. Please wake it up first with a POST request to /wake_up"
+    status_code = 503
+    error_type = "ModelSleepingError"
+
+    def __init__(self, message: str = MESSAGE, *, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+
+
+class DrainTimeout(ServerError):
+    """Requests in flight outlasted the deadline of `mode="wait"`; nothing was put to sleep."""
+
+    status_code = 503
+    error_type = "DrainTimeoutError"
+
+
+class QueueFull(ServerError):
+    """The bounded queue of held requests is full."""
+
+    status_code = 503
+    error_type = "QueueFullError"
+
+
+class EngineNotReady(ServerError):
+    """The engine is still loading."""
+
+    status_code = 503
+    error_type = "EngineNotReadyError"
+
+
+class EngineFaulted(ServerError):
+    """A transition could not be rolled back; nothing is served until the engine is recovered."""
+
+    status_code = 503
+    error_type = "EngineFaultedError"
+
+
+class EngineDead(ServerError):
+    """The engine process ended while requests needed it."""
+
+    status_code = 503
+    error_type = "EngineDeadError"
+
+
+class MemoryExhausted(ServerError):
+    """The system will not give the bytes asked for."""
+
+    status_code = 503
+    error_type = "MemoryExhaustedError"
+
+
+class BackendFailure(ServerError):
+    """A call to the kernel or the driver failed."""
+
+    status_code = 503
+    error_type = "BackendFailureError"
+
+
+class ImageFailure(ServerError):
+    """A weight image is damaged, busy or unreadable."""
+
+    status_code = 503
+    error_type = "ImageFailureError"
+
+
+def _all_errors(root: type[ShuteyeError]) -> dict[str, type[ShuteyeError]]:
+    found = {root.__name__: root}
+    for child in root.__subclasses__():
+        found |= _all_errors(child)
+    return found
+
+
+_BY_NAME = _all_errors(ShuteyeError)
+
+
+def rebuild(kind: str, message: str, param: str | None = None) -> ShuteyeError:
+    """The error that another process named by class name `kind`; `InternalError` if unknown to us."""
+    return _BY_NAME.get(kind, InternalError)(message, param=param)

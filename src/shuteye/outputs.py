@@ -1,0 +1,239 @@
+"""What the engine answers: completions, transition reports and the state it pushes. Plain frozen data.
+
+Knows nothing of how any of it was made; no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+Tag = Literal["weights", "kv_cache"]
+TAGS: tuple[Tag, ...] = ("weights", "kv_cache")
+
+Residency = Literal["resident", "offloaded", "discarded", "blank"]
+"""Where a tag's bytes are: in memory; in a backing; nowhere; mapped, but not yet written."""
+
+Gate = Literal["open", "draining", "closed"]
+
+
+# --- generation ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's log-probability, and its rank in the vocabulary (1 is the likeliest)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: the chosen token's first, then the likeliest ones."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """An error on its way between processes; `errors.rebuild` makes the exception again."""
+
+    kind: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDelta:
+    """What one engine step did for one request.
+
+    `finish_reason` or `error` ends the request; `stop_token_id` is the token that did, if one did.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_cached_tokens: int = 0
+    error: ErrorInfo | None = None
+
+    @property
+    def finished(self) -> bool:
+        """True if nothing more will come for this request."""
+        return self.finish_reason is not None or self.error is not None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One completion of a prompt (vLLM's shape)."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """All completions of one prompt, so far or for good (vLLM's shape)."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool
+    num_cached_tokens: int = 0
+
+
+# --- sleep and wake -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TagReport:
+    """What one transition did to one tag, in bytes the operating system or driver reported.
+
+    Attributes:
+        residency: where the tag's bytes are now.
+        backing: what can restore them: `image`, `disk`, `host`, or None.
+        freed_bytes: physical memory that left the process (sleep).
+        restored_bytes: physical memory mapped again (wake).
+        saved_bytes: bytes copied into the backing because they had been written.
+    """
+
+    tag: Tag
+    residency: Residency
+    backing: str | None = None
+    freed_bytes: int = 0
+    restored_bytes: int = 0
+    saved_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SleepReport:
+    """The measured outcome of `sleep`; `residual_bytes` is what stays resident in the process."""
+
+    changed: bool
+    level: int
+    tags: tuple[TagReport, ...] = ()
+    freed_bytes: int = 0
+    residual_bytes: int = 0
+    seconds: float = 0.0
+    aborted_requests: int = 0
+    held_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WakeReport:
+    """The measured outcome of `wake_up`.
+
+    `verified` says what was checked before the gate opened (`off`, `sample`, `full`, and whether the canary ran);
+    `missing` names tensors that must still be written before it can open.
+    """
+
+    changed: bool
+    tags: tuple[TagReport, ...] = ()
+    restored_bytes: int = 0
+    verified: str = "off"
+    verified_bytes: int = 0
+    canary: bool = False
+    weights_source: str | None = None
+    missing: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """The outcome of `update_weights` or `reload_weights`; `missing` must be written before the gate can open."""
+
+    updated: int
+    updated_bytes: int
+    missing: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """Counters since start (`num_*_total`) and gauges now, for `/metrics`."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_prompt_tokens_total: int = 0
+    num_generation_tokens_total: int = 0
+    num_prefix_queries_total: int = 0
+    num_prefix_hits_total: int = 0
+    num_preemptions_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TagState:
+    """Where a tag is, and what waking it would cost."""
+
+    tag: Tag
+    residency: Residency
+    backing: str | None
+    nbytes: int
+    resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """The sleep state that the engine pushes to whoever admits requests.
+
+    Attributes:
+        gate: whether requests run.
+        paused: a `pause()` is in force; waking never undoes it.
+        level: the deepest level asleep at, or None when awake.
+        missing: tensors that must be written before the gate can open.
+        faulted: why nothing can be served, or None.
+    """
+
+    gate: Gate = "closed"
+    paused: bool = False
+    level: int | None = None
+    tags: tuple[TagState, ...] = ()
+    missing: tuple[str, ...] = ()
+    faulted: str | None = None
+    transition: str | None = None
+
+    @property
+    def is_sleeping(self) -> bool:
+        """True until every tag is resident and loaded."""
+        return any(tag.residency != "resident" for tag in self.tags)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a frontend must know of the loaded model. Paths are strings so that it can travel.
+
+    Attributes:
+        tokenizer_dir: holds tokenizer.json, tokenizer_config.json and the chat template.
+        image_dir: the weight image in use.
+        kv_bytes_per_token: KV cache bytes of one token on one rank, all layers.
+    """
+
+    model: str
+    architecture: str
+    task: str
+    tokenizer_dir: str
+    image_dir: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    eos_token_ids: tuple[int, ...]
+    weights_bytes: int
+    kv_cache_bytes: int
+    kv_bytes_per_token: int
+    default_sampling: dict[str, float] = field(default_factory=dict)
