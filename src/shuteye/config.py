@@ -22,6 +22,9 @@ DEFAULT_MODEL = "smollm2-135m"
 KV_SHARE_OF_FREE_MEMORY = 0.25
 """Default KV cache size as a share of the memory left after loading; pages cost only once used."""
 
+NUM_RESERVED_BLOCKS = 1
+"""KV blocks that hold no request: block 0 is the canary's."""
+
 
 def default_cache_dir() -> Path:
     """Where images and downloads live unless told otherwise."""
@@ -111,22 +114,23 @@ class EngineConfig:
         block_bytes = facts.kv_bytes_per_token * self.block_size
         blocks_per_sequence = -(-wanted // self.block_size)
         if self.kv_cache_memory is None:
-            useful = blocks_per_sequence * self.max_num_seqs
+            useful = blocks_per_sequence * self.max_num_seqs + NUM_RESERVED_BLOCKS
             num_blocks = min(int(facts.available_bytes * KV_SHARE_OF_FREE_MEMORY) // block_bytes, useful)
         else:
             num_blocks = self.kv_cache_memory // block_bytes
-        if num_blocks < 1:
+        num_usable = num_blocks - NUM_RESERVED_BLOCKS
+        if num_usable < 1:
             raise MemoryExhausted(
-                f"No room for a KV cache: one block takes {block_bytes:,} bytes, "
+                f"No room for a KV cache of two blocks: one takes {block_bytes:,} bytes, "
                 f"{facts.available_bytes:,} are free and kv_cache_memory is {self.kv_cache_memory}."
             )
-        if num_blocks < blocks_per_sequence:
+        if num_usable < blocks_per_sequence:
             if self.max_model_len is not None:
                 raise PromptTooLong(
                     f"max_model_len {wanted} needs {blocks_per_sequence * block_bytes:,} bytes of KV cache, but there "
-                    f"is room for {num_blocks * block_bytes:,}. Lower max_model_len or raise kv_cache_memory.",
+                    f"is room for {num_usable * block_bytes:,}. Lower max_model_len or raise kv_cache_memory.",
                     param="max_model_len",
                 )
-            wanted = num_blocks * self.block_size
+            wanted = num_usable * self.block_size
         dtype: DType = "float32" if facts.dtype == "float32" else "bfloat16"
         return replace(self, dtype=dtype, max_model_len=wanted, kv_cache_memory=num_blocks * block_bytes)

@@ -25,7 +25,8 @@ Knows nothing of HTTP libraries: `server/errors.py` turns these into OpenAI-shap
         ├── EngineDead                  503  the engine process is gone
         ├── MemoryExhausted             503  the system will not give the bytes
         ├── BackendFailure              503  a call to the kernel or driver failed
-        └── ImageFailure                503  a weight image is damaged, busy or unreadable
+        ├── ImageFailure                503  a weight image is damaged, busy or unreadable
+        └── ServerUnreachable           503  nothing answers at the address (raised by `client`)
 """
 
 from __future__ import annotations
@@ -191,6 +192,13 @@ class ImageFailure(ServerError):
 
     status_code = 503
     error_type = "ImageFailureError"
+
+
+class ServerUnreachable(ServerError):
+    """Nothing answers at the server's address, or not in time."""
+
+    status_code = 503
+    error_type = "ServerUnreachableError"
 
 
 def _all_errors(root: type[ShuteyeError]) -> dict[str, type[ShuteyeError]]:

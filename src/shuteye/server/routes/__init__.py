@@ -1,1 +1,1 @@
-"""server/routes"""
+"""One file per noun; each has a `router`."""

@@ -1,0 +1,55 @@
+# The habits. `make serve` and `make test` set everything up by themselves; nothing else is needed first.
+#
+#   MODEL=    what to serve            ARGS=     more flags for serve, test, bench
+#   PYTHON=   which python3 to use     VENV=     where the set-up goes
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+MODEL ?= smollm2-135m
+ARGS ?=
+PYTHON ?=
+VENV ?= .venv
+
+# The set-up is repeated when what it depends on has changed, and otherwise costs nothing.
+SETUP_INPUTS := pyproject.toml requirements/torch.txt tools/setup.sh
+STAMP := $(VENV)/.set-up-$(shell { pwd; cat $(SETUP_INPUTS); } | sha256sum | cut -c1-16)
+
+.PHONY: help setup serve test test-slow test-gpu check bench docs clean
+
+help: ## Say what there is.
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(STAMP) ## Create .venv with everything in it; instant when nothing has changed.
+
+$(STAMP):
+	@PYTHON='$(PYTHON)' tools/setup.sh '$(VENV)' '$@'
+
+serve: setup ## Serve MODEL on 127.0.0.1:8000 with sleep mode, in development mode.
+	SHUTEYE_SERVER_DEV_MODE=1 $(VENV)/bin/shuteye serve '$(MODEL)' --enable-sleep-mode $(ARGS)
+
+test: setup ## Run the tests that need neither minutes nor a GPU.
+	$(VENV)/bin/python -m pytest -m 'not slow and not gpu' $(ARGS)
+
+test-slow: setup ## Run the tests that take minutes.
+	$(VENV)/bin/python -m pytest -m 'slow and not gpu' $(ARGS)
+
+test-gpu: setup ## Run the tests that need a CUDA device.
+	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
+
+check: setup ## Lint, format, types, and the direction of imports.
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: setup ## Measure sleeping and waking on this machine.
+	$(VENV)/bin/python benchmarks/sleep_wake.py $(ARGS)
+
+docs: setup ## Write docs/reference/cli.md from the commands' own help.
+	$(VENV)/bin/python tools/cli_reference.py
+
+clean: ## Remove the set-up and what the tools leave behind; models and images stay in ~/.cache.
+	rm -rf '$(VENV)' build dist .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,61 @@
+"""Draws how far a download or conversion is.
+
+Knows nothing of what is downloaded; `models.progress.Progress` is the seam.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
+
+
+class ProgressBars:
+    """One bar per step, on stderr; on a pipe, nothing is drawn."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeElapsedColumn(),
+            console=console or Console(stderr=True),
+        )
+        self._current: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def start(self, label: str, total: int | None) -> None:
+        """A step begins; `total` is in bytes, or None if unknown."""
+        self._current = self._bars.add_task(label, total=total)
+
+    def advance(self, amount: int) -> None:
+        """`amount` more bytes of the current step are done."""
+        assert self._current is not None, "advance() before start()"
+        self._bars.advance(self._current, amount)
+
+    def finish(self) -> None:
+        """The current step is done, whatever its total was said to be."""
+        assert self._current is not None, "finish() before start()"
+        task = next(task for task in self._bars.tasks if task.id == self._current)
+        done = task.completed if task.total is None else task.total
+        self._bars.update(self._current, total=max(done, 1), completed=max(done, 1))
+        self._current = None

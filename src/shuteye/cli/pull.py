@@ -1,0 +1,46 @@
+"""`shuteye pull`: fetch a model and build its weight image, so that serving it starts at once.
+
+Knows nothing of where models come from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from shuteye.cli.progress import ProgressBars
+from shuteye.cli.sizes import format_size
+from shuteye.cli.terminal import show
+from shuteye.config import DEFAULT_MODEL, DType, default_cache_dir
+
+
+def pull(
+    model: Annotated[
+        str,
+        Parameter(help="A hub id (owner/name), a built-in alias, or a local checkpoint.", env_var="SHUTEYE_MODEL"),
+    ] = DEFAULT_MODEL,
+    *,
+    revision: Annotated[
+        str | None, Parameter(help="Branch, tag or commit of a hub id.", env_var="SHUTEYE_REVISION")
+    ] = None,
+    dtype: Annotated[
+        DType, Parameter(help="Number format of the image. auto takes the checkpoint's.", env_var="SHUTEYE_DTYPE")
+    ] = "auto",
+    cache_dir: Annotated[
+        Path | None,
+        Parameter(help="Where weight images and fetched wheels live.", env_var="SHUTEYE_CACHE_DIR"),
+    ] = None,
+) -> None:
+    """Fetch a model and build its weight image."""
+    from shuteye.memory.image_store import ImageStore
+    from shuteye.models import sources
+    from shuteye.models.loader import open_image
+
+    directory = cache_dir or default_cache_dir()
+    with ProgressBars() as progress:
+        source = sources.pull(model, revision=revision, cache_dir=directory, progress=progress)
+        image = open_image(source, dtype=dtype, store=ImageStore(directory), progress=progress)
+    show(f"{source.name} is ready: {format_size(image.layout.nbytes)} of weights in {image.path}")
+    image.close()

@@ -1,0 +1,137 @@
+"""`shuteye serve`: load a model and answer HTTP requests.
+
+Knows the help of every flag; what the values do is the engine's and the server's business.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from shuteye.cli.flags import Flag, flags_of
+from shuteye.config import EngineConfig
+from shuteye.server.config import ServerConfig
+
+MODEL = Group("Model", sort_key=0)
+SLEEP = Group("Sleep", sort_key=1)
+ENGINE = Group("Engine", sort_key=2)
+SERVER = Group("Server", sort_key=3)
+FILES = Group("Files", sort_key=4)
+
+MODEL_FLAGS = {
+    "model": Flag(
+        "What to serve: a directory in Hugging Face format, a .gguf file, a hub id (owner/name) or a built-in alias.",
+        positional=True,
+    ),
+    "revision": Flag("Branch, tag or commit of a hub id."),
+    "dtype": Flag("Number format of weights and KV cache. auto takes the checkpoint's."),
+    "max_model_len": Flag(
+        "Longest prompt plus output, in tokens. By default the checkpoint's context, or what the KV cache can hold."
+    ),
+}
+SLEEP_FLAGS = {
+    "enable_sleep_mode": Flag(
+        "Offer /sleep, /wake_up and the other control routes; they also need --admin-api-key or --dev-mode."
+    ),
+    "on_sleeping_request": Flag(
+        "A request while asleep: reject answers 503, hold lets it wait for someone to wake the model, wake wakes it."
+    ),
+    "hold_timeout_s": Flag("How long a held request waits before it is answered with 503, in seconds."),
+    "hold_queue_size": Flag("How many requests may be held; the next one is answered with 503."),
+    "default_sleep_mode": Flag(
+        "Requests in flight when the model goes to sleep: abort ends them, wait lets them finish, keep resumes them "
+        "after the wake. A call's own mode wins."
+    ),
+    "drain_timeout_s": Flag("How long wait lets requests in flight finish before the sleep is given up, in seconds."),
+    "verify_wake": Flag("How much of the weights is compared with checksums before a woken model serves."),
+    "canary": Flag("Before a woken model serves, a short forward pass must give exactly the logits it gave before."),
+    "memory_backend": Flag("How memory is taken and given back. auto picks by platform; fake is for tests."),
+}
+ENGINE_FLAGS = {
+    "kv_cache_memory": Flag(
+        "KV cache per rank, such as 512MiB, 2GiB or 1e9. By default a share of free memory, and no more than "
+        "--max-num-seqs requests could use; it costs memory only as it fills.",
+        size=True,
+    ),
+    "max_num_seqs": Flag("Most requests that run at once; others wait."),
+    "max_num_batched_tokens": Flag("Most tokens computed in one step. Longer prompts are cut into several steps."),
+    "block_size": Flag("Tokens per KV cache block, the unit of sharing and of prefix caching."),
+    "enable_prefix_caching": Flag("Reuse the KV cache of prompts that begin alike."),
+    "seed": Flag("For requests that bring no seed of their own."),
+    "num_threads": Flag("Compute threads. By default all cores."),
+    "tensor_parallel_size": Flag("Ranks that each hold a slice of every layer."),
+    "pipeline_parallel_size": Flag("Ranks that each hold a part of the layers."),
+    "distributed_executor_backend": Flag(
+        "Where ranks run: in the engine process, in processes of their own, or on Ray."
+    ),
+}
+FILE_FLAGS = {
+    "cache_dir": Flag("Where weight images and fetched wheels live."),
+    "offline": Flag("Fetch nothing; use what earlier runs left."),
+}
+SERVER_FLAGS = {
+    "host": Flag("Address to listen on. 0.0.0.0 is every interface."),
+    "port": Flag("Port to listen on. 0 lets the system choose."),
+    "api_key": Flag("Required of inference requests, as Authorization: Bearer."),
+    "admin_api_key": Flag("Required on control routes, and turns them on. It opens inference routes too."),
+    "dev_mode": Flag(
+        "Control routes without a key. For development: anyone who can reach the port can put the model to sleep.",
+        env=("SHUTEYE_SERVER_DEV_MODE", "SHUTEYE_DEV_MODE", "VLLM_SERVER_DEV_MODE"),
+    ),
+    "served_model_name": Flag("Names that requests may use for the model. By default the model as given."),
+    "max_body_bytes": Flag("Larger request bodies are answered with 413.", size=True),
+    "shutdown_grace_s": Flag("How long running requests may go on after the first Ctrl-C or SIGTERM, in seconds."),
+    "log_level": Flag("What the server logs."),
+}
+
+_GROUPS = ((MODEL, MODEL_FLAGS), (SLEEP, SLEEP_FLAGS), (ENGINE, ENGINE_FLAGS), (FILES, FILE_FLAGS))
+_ENGINE_FLAGS = {name: flag for _group, flags in _GROUPS for name, flag in flags.items()}
+_GROUP_OF = {name: group for group, flags in _GROUPS for name in flags}
+_CONFIG = inspect.Parameter(
+    "config",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        Path | None,
+        Parameter(
+            help="A TOML file whose table [serve] holds any of these flags. Flags and environment variables win.",
+            group=FILES,
+            env_var="SHUTEYE_CONFIG",
+        ),
+    ],
+)
+
+
+def _signature() -> inspect.Signature:
+    """Every field of both configurations, so that none can be forgotten here."""
+    engine = [
+        parameter
+        for group in dict.fromkeys(_GROUP_OF.values())
+        for parameter in flags_of(EngineConfig, _ENGINE_FLAGS, group)
+        if _GROUP_OF[parameter.name] is group
+    ]
+    server = flags_of(ServerConfig, SERVER_FLAGS, SERVER)
+    return inspect.Signature(sorted([*engine, *server, _CONFIG], key=lambda parameter: parameter.kind))
+
+
+_SIGNATURE = _signature()
+
+
+def serve(*arguments: Any, **flags: Any) -> int:
+    """Load a model and serve it over an OpenAI-compatible API.
+
+    Flags win over environment variables, and those over the file given with --config.
+    """
+    values = _SIGNATURE.bind(*arguments, **flags).arguments  # only what was given
+    engine = EngineConfig(**{one.name: values[one.name] for one in fields(EngineConfig) if one.name in values})
+    server = ServerConfig(**{one.name: values[one.name] for one in fields(ServerConfig) if one.name in values})
+    from shuteye.server.run import serve as run_server
+
+    return run_server(engine, server)
+
+
+serve.__signature__ = _SIGNATURE  # type: ignore[attr-defined]  # cyclopts reads it

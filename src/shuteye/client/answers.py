@@ -1,0 +1,74 @@
+"""What a server's error answers mean: the exception each one stands for.
+
+Knows nothing of routes or of how answers arrive.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shuteye.errors import (
+    AuthenticationFailed,
+    ClientError,
+    InternalError,
+    InvalidRequest,
+    ModelNotFound,
+    ModelSleeping,
+    PermissionRefused,
+    ServerError,
+    ShuteyeError,
+    TransitionConflict,
+)
+
+_SHARED_TYPES: Mapping[str, type[ShuteyeError]] = {
+    "BadRequestError": InvalidRequest,
+    "NotFoundError": ModelNotFound,
+    "InternalServerError": InternalError,
+}
+"""Types that several classes answer with: the class that promises no more than the type says."""
+
+_BY_STATUS: Mapping[int, type[ShuteyeError]] = {
+    400: InvalidRequest,
+    401: AuthenticationFailed,
+    403: PermissionRefused,
+    404: ModelNotFound,
+    409: TransitionConflict,
+    500: InternalError,
+}
+"""For answers that are not ours, such as a proxy's."""
+
+
+def _subclasses(root: type[ShuteyeError]) -> Iterator[type[ShuteyeError]]:
+    for child in root.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+_BY_TYPE = {kind.error_type: kind for kind in _subclasses(ShuteyeError)} | dict(_SHARED_TYPES)
+
+
+def error_from_response(status: int, body: bytes) -> ShuteyeError:
+    """The exception that an error answer stands for: by its `error.type`, else by its status."""
+    error = error_object(body)
+    fallback = _BY_STATUS.get(status, ClientError if status < 500 else ServerError)
+    kind = _BY_TYPE.get(str(error.get("type")), fallback)
+    text = body[:200].decode(errors="replace").strip() or "no message"
+    message = error.get("message") or f"The server answered {status}: {text}"
+    param = error.get("param")
+    return kind(str(message), param=None if param is None else str(param))
+
+
+def error_object(body: bytes) -> Mapping[str, Any]:
+    """The `error` object of OpenAI's shape, or an empty one if `body` has another shape."""
+    try:
+        error = json.loads(body)["error"]
+    except (ValueError, LookupError, TypeError):
+        return {}
+    return error if isinstance(error, dict) else {}
+
+
+def is_sleeping(status: int, body: bytes) -> bool:
+    """True if the answer is the 503 of a sleeping model."""
+    return status == ModelSleeping.status_code and error_object(body).get("type") == ModelSleeping.error_type

@@ -1,0 +1,355 @@
+"""The control routes of one server, as methods.
+
+Knows nothing of engines, nor of requests to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+import httpx2
+import msgspec
+
+from shuteye.client.answers import error_from_response
+from shuteye.errors import InternalError, ModelNotFound, ServerUnreachable, SleepModeDisabled
+from shuteye.outputs import EngineState, ModelInfo, SchedulerStats, SleepReport, UpdateReport, WakeReport
+
+T = TypeVar("T")
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_TIMEOUT_S = 300.0
+"""Long, because `mode="wait"` drains requests and a first wake may read the weights from disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class WakingCost:
+    """What a full wake would bring back, in bytes by tag, and how long the last one took, if there was one."""
+
+    restore_bytes: int = 0
+    tags: dict[str, int] = field(default_factory=dict)
+    backings: dict[str, str | None] = field(default_factory=dict)
+    last_wake_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """The answer of GET /state.
+
+    Attributes:
+        status: `starting`, `ready`, `failed`, `dead` or `closed`.
+        failure: why the engine failed or died, or None.
+        models: the names that requests may use.
+        ready: whether a request sent now would run now.
+        model: None until it is loaded.
+    """
+
+    status: str
+    failure: str | None
+    models: tuple[str, ...]
+    is_sleeping: bool
+    is_paused: bool
+    ready: bool
+    state: EngineState
+    waking: WakingCost
+    model: ModelInfo | None
+    stats: SchedulerStats
+
+
+@contextmanager
+def _translated(base_url: str) -> Iterator[None]:
+    """Turn httpx2's errors into ours."""
+    try:
+        yield
+    except httpx2.TimeoutException as error:
+        raise ServerUnreachable(f"The server at {base_url} did not answer in time ({error!r}).") from error
+    except httpx2.TransportError as error:
+        raise ServerUnreachable(f"Cannot reach {base_url} ({error}). Is the server running there?") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Call(Generic[T]):
+    """One control route: what to send, and how to read the answer. Statuses in `accept` are answers, not errors."""
+
+    method: str
+    path: str
+    parse: Callable[[int, bytes], T]
+    params: tuple[tuple[str, str], ...] = ()
+    body: Mapping[str, object] | None = None
+    accept: frozenset[int] = frozenset()
+
+    def result(self, base_url: str, response: httpx2.Response) -> T:
+        status, body = response.status_code, response.content
+        if response.is_success or status in self.accept:
+            try:
+                return self.parse(status, body)
+            except (msgspec.MsgspecError, LookupError, TypeError) as error:
+                raise InternalError(f"{base_url}{self.path} is not a shuteye server's answer ({error}).") from error
+        failure = error_from_response(status, body)
+        if isinstance(failure, ModelNotFound):  # no control route names a model: the route itself is missing
+            raise SleepModeDisabled(
+                f"{base_url} has no route {self.path}. Start the server with --enable-sleep-mode, and with "
+                f"--admin-api-key or in development mode (SHUTEYE_SERVER_DEV_MODE=1)."
+            )
+        raise failure
+
+
+def _params(**values: object) -> tuple[tuple[str, str], ...]:
+    """Query parameters: None is left out, a sequence is repeated."""
+    pairs: list[tuple[str, str]] = []
+    for name, value in values.items():
+        items = value if isinstance(value, list | tuple) else [value]
+        pairs.extend((name, str(item)) for item in items if item is not None)
+    return tuple(pairs)
+
+
+def _as(kind: type[T]) -> Callable[[int, bytes], T]:
+    """Reads JSON into a dataclass; fields of a newer server are ignored."""
+    return lambda _status, body: msgspec.json.decode(body, type=kind)
+
+
+def _field(name: str, kind: type[T]) -> Callable[[int, bytes], T]:
+    return lambda _status, body: msgspec.convert(msgspec.json.decode(body)[name], type=kind)
+
+
+def _nothing(_status: int, _body: bytes) -> None:
+    return None
+
+
+def _is_ok(status: int, _body: bytes) -> bool:
+    return status == 200
+
+
+def _sleep(
+    level: int, mode: str | None, tags: Sequence[str] | None, drain_timeout_s: float | None
+) -> _Call[SleepReport]:
+    params = _params(level=level, mode=mode, tags=_listed(tags), timeout=drain_timeout_s)
+    return _Call("POST", "/sleep", _as(SleepReport), params)
+
+
+def _wake_up(tags: Sequence[str] | None) -> _Call[WakeReport]:
+    return _Call("POST", "/wake_up", _as(WakeReport), _params(tags=_listed(tags)))
+
+
+def _pause(mode: str | None, drain_timeout_s: float | None) -> _Call[None]:
+    return _Call("POST", "/pause", _nothing, _params(mode=mode, timeout=drain_timeout_s))
+
+
+def _reload_weights(path: str | None) -> _Call[UpdateReport]:
+    return _Call("POST", "/reload_weights", _as(UpdateReport), body={"path": path})
+
+
+def _listed(tags: Sequence[str] | None) -> list[str] | None:
+    """`tags` as a list; an empty one becomes an empty value, which the server refuses as it refuses `tags=[]`."""
+    return None if tags is None else [*tags] or [""]
+
+
+_RESUME = _Call("POST", "/resume", _nothing)
+_RESET_PREFIX_CACHE = _Call("POST", "/reset_prefix_cache", _nothing)
+_IS_SLEEPING = _Call("GET", "/is_sleeping", _field("is_sleeping", bool))
+_IS_PAUSED = _Call("GET", "/is_paused", _field("is_paused", bool))
+_STATE = _Call("GET", "/state", _as(ServerState))
+_HEALTH = _Call("GET", "/health", _is_ok, accept=frozenset({500, 503}))
+_READY = _Call("GET", "/ready", _is_ok, accept=frozenset({503}))
+_VERSION = _Call("GET", "/version", _field("version", str))
+
+
+def _bearer(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+class Client:
+    """The control routes of one server. Every method raises the `ShuteyeError` that the server answered with.
+
+    Args:
+        base_url: the server's root, without `/v1`.
+        admin_api_key: as given to `shuteye serve --admin-api-key`.
+        timeout_s: for each call.
+        transport: instead of real connections, for tests.
+
+    Raises:
+        ServerUnreachable: nothing answers there.
+        SleepModeDisabled: the server does not offer control routes.
+    """
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        admin_api_key: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        self._base_url = base_url.rstrip("/")
+        self._http = httpx2.Client(headers=_bearer(admin_api_key), timeout=timeout_s, transport=transport)
+
+    def _run(self, call: _Call[T]) -> T:
+        with _translated(self._base_url):
+            response = self._http.request(call.method, self._base_url + call.path, params=call.params, json=call.body)
+        return call.result(self._base_url, response)
+
+    def sleep(
+        self,
+        level: int = 1,
+        *,
+        mode: str | None = None,
+        tags: Sequence[str] | None = None,
+        drain_timeout_s: float | None = None,
+    ) -> SleepReport:
+        """Put the model to sleep.
+
+        Args:
+            level: 0 only pauses, 1 keeps the weights restorable, 2 forgets them too.
+            mode: what becomes of requests in flight: abort, wait or keep; None takes the server's default.
+            tags: release only these.
+            drain_timeout_s: how long `wait` waits; None takes the server's default.
+        """
+        return self._run(_sleep(level, mode, tags, drain_timeout_s))
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> WakeReport:
+        """Wake the model, or only `tags` of it."""
+        return self._run(_wake_up(tags))
+
+    def is_sleeping(self) -> bool:
+        """True until every tag is resident and loaded."""
+        return self._run(_IS_SLEEPING)
+
+    def pause(self, mode: str | None = None, *, drain_timeout_s: float | None = None) -> None:
+        """Stop running requests, and release nothing."""
+        self._run(_pause(mode, drain_timeout_s))
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        self._run(_RESUME)
+
+    def is_paused(self) -> bool:
+        """True while a pause is in force."""
+        return self._run(_IS_PAUSED)
+
+    def reload_weights(self, path: str | None = None) -> UpdateReport:
+        """Write every weight again, from the image or from a checkpoint at `path` on the server."""
+        return self._run(_reload_weights(path))
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes."""
+        self._run(_RESET_PREFIX_CACHE)
+
+    def state(self) -> ServerState:
+        """All that the server knows of its engine, and what waking it would take."""
+        return self._run(_STATE)
+
+    def health(self) -> bool:
+        """True if the server and its engine are alive, asleep or not."""
+        return self._run(_HEALTH)
+
+    def ready(self) -> bool:
+        """True if a request would be served now."""
+        return self._run(_READY)
+
+    def version(self) -> str:
+        """The server's version."""
+        return self._run(_VERSION)
+
+    def close(self) -> None:
+        """Close connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """`Client`, awaitable."""
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        admin_api_key: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._base_url = base_url.rstrip("/")
+        self._http = httpx2.AsyncClient(headers=_bearer(admin_api_key), timeout=timeout_s, transport=transport)
+
+    async def _run(self, call: _Call[T]) -> T:
+        with _translated(self._base_url):
+            response = await self._http.request(
+                call.method, self._base_url + call.path, params=call.params, json=call.body
+            )
+        return call.result(self._base_url, response)
+
+    async def sleep(
+        self,
+        level: int = 1,
+        *,
+        mode: str | None = None,
+        tags: Sequence[str] | None = None,
+        drain_timeout_s: float | None = None,
+    ) -> SleepReport:
+        """As `Client.sleep`."""
+        return await self._run(_sleep(level, mode, tags, drain_timeout_s))
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> WakeReport:
+        """As `Client.wake_up`."""
+        return await self._run(_wake_up(tags))
+
+    async def is_sleeping(self) -> bool:
+        """As `Client.is_sleeping`."""
+        return await self._run(_IS_SLEEPING)
+
+    async def pause(self, mode: str | None = None, *, drain_timeout_s: float | None = None) -> None:
+        """As `Client.pause`."""
+        await self._run(_pause(mode, drain_timeout_s))
+
+    async def resume(self) -> None:
+        """As `Client.resume`."""
+        await self._run(_RESUME)
+
+    async def is_paused(self) -> bool:
+        """As `Client.is_paused`."""
+        return await self._run(_IS_PAUSED)
+
+    async def reload_weights(self, path: str | None = None) -> UpdateReport:
+        """As `Client.reload_weights`."""
+        return await self._run(_reload_weights(path))
+
+    async def reset_prefix_cache(self) -> None:
+        """As `Client.reset_prefix_cache`."""
+        await self._run(_RESET_PREFIX_CACHE)
+
+    async def state(self) -> ServerState:
+        """As `Client.state`."""
+        return await self._run(_STATE)
+
+    async def health(self) -> bool:
+        """As `Client.health`."""
+        return await self._run(_HEALTH)
+
+    async def ready(self) -> bool:
+        """As `Client.ready`."""
+        return await self._run(_READY)
+
+    async def version(self) -> str:
+        """As `Client.version`."""
+        return await self._run(_VERSION)
+
+    async def aclose(self) -> None:
+        """Close connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()

@@ -1,0 +1,298 @@
+"""The engine for asyncio: every verb awaitable, `generate` an async iterator.
+
+Knows nothing of HTTP. By default the engine runs in a process of its own; with `in_process` in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from shuteye.config import EngineConfig
+from shuteye.engine.frontend import Frontend, Status
+from shuteye.engine.messages import (
+    ControlCall,
+    FromEngine,
+    PauseCall,
+    ReloadCall,
+    ResetPrefixCacheCall,
+    ResumeCall,
+    SleepCall,
+    ToEngine,
+    UpdateCall,
+    WakeCall,
+    tag_names,
+)
+from shuteye.engine.process_link import ProcessLink
+from shuteye.errors import EngineDead, InvalidRequest, ShuteyeError
+from shuteye.outputs import (
+    EngineState,
+    ModelInfo,
+    RequestOutput,
+    SchedulerStats,
+    SleepReport,
+    UpdateReport,
+    WakeReport,
+)
+from shuteye.request import OutputKind, SamplingParams
+from shuteye.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shuteye.engine.thread_link import ThreadLink
+
+
+class AsyncEngine:
+    """An engine that serves many callers on one event loop; use as an async context manager.
+
+    Args:
+        config: what to serve and how.
+        in_process: run the engine in a thread instead of a process; needs torch here.
+    """
+
+    def __init__(self, config: EngineConfig, *, in_process: bool = False) -> None:
+        self._given_config = config
+        self._in_process = in_process
+        self._link: ProcessLink | ThreadLink | None = None
+        self._frontend = Frontend(config, self._post)
+
+    # --- life -----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load the model; the first time builds its image, which takes longer.
+
+        Raises:
+            ShuteyeError: loading failed, as the message says.
+        """
+        if self._in_process:
+            from shuteye.engine.thread_link import ThreadLink
+
+            loop = asyncio.get_running_loop()
+
+            def on_message(message: FromEngine) -> None:
+                loop.call_soon_threadsafe(self._frontend.on_message, message)
+
+            def on_death(error: ShuteyeError) -> None:
+                loop.call_soon_threadsafe(self._on_death, error)
+
+            self._link = ThreadLink(self._given_config, on_message=on_message, on_death=on_death)
+            self._link.start()
+        else:
+            self._link = ProcessLink(self._given_config, on_message=self._frontend.on_message, on_death=self._on_death)
+            await self._link.start()
+        await asyncio.wrap_future(self._frontend.ready)
+
+    async def close(self) -> None:
+        """End the engine; requests in flight fail with EngineDead. Idempotent."""
+        link, self._link = self._link, None
+        if link is None:
+            return
+        self._frontend.fail(EngineDead("The engine was closed."), status="closed")
+        if isinstance(link, ProcessLink):
+            await link.close()
+        else:
+            await asyncio.to_thread(link.close)
+
+    async def restart(self) -> None:
+        """Start anew after the engine died or failed to load; nothing of its memory is reused.
+
+        Raises:
+            InvalidRequest: the engine is alive.
+            ShuteyeError: loading failed.
+        """
+        if self._frontend.failure is None:
+            raise InvalidRequest("The engine is alive; only a dead one can be restarted.")
+        await self.close()
+        self._frontend = Frontend(self._given_config, self._post)
+        await self.start()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _post(self, message: ToEngine) -> None:
+        if self._link is None:
+            raise EngineDead("The engine is not running; call start() first.")
+        self._link.post(message)
+
+    def _on_death(self, error: ShuteyeError) -> None:
+        self._frontend.fail(error, status="dead")
+
+    # --- what is known without asking -----------------------------------------------------------
+
+    @property
+    def config(self) -> EngineConfig:
+        """The config; complete once started."""
+        return self._frontend.config
+
+    @property
+    def info(self) -> ModelInfo:
+        """The loaded model's facts; raises EngineNotReady while loading."""
+        return self._frontend.info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The loaded model's tokenizer; raises EngineNotReady while loading."""
+        return self._frontend.tokenizer
+
+    @property
+    def state(self) -> EngineState:
+        """The sleep state that the engine pushed last."""
+        return self._frontend.state
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """The scheduler's counters as of the last step."""
+        return self._frontend.stats
+
+    @property
+    def status(self) -> Status:
+        """Whether the engine is starting, ready, failed, dead or closed."""
+        return self._frontend.status
+
+    @property
+    def failure(self) -> ShuteyeError | None:
+        """Why the engine can serve nothing, if so."""
+        return self._frontend.failure
+
+    @property
+    def is_sleeping(self) -> bool:
+        """True until every tag is resident and loaded."""
+        return self.state.is_sleeping
+
+    @property
+    def is_paused(self) -> bool:
+        """True while a `pause()` or `sleep(level=0)` is in force."""
+        return self.state.paused
+
+    @property
+    def engine_pid(self) -> int | None:
+        """The engine's process id; None if it shares this process or is not running."""
+        return self._link.pid if isinstance(self._link, ProcessLink) else None
+
+    # --- generation -----------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        output_kind: OutputKind = "cumulative",
+    ) -> AsyncIterator[RequestOutput]:
+        """Generate; the first output comes once the request was admitted. Closing the iterator aborts it.
+
+        Raises:
+            ShuteyeError: refused or failed; before the first output if it never ran.
+        """
+        queue: asyncio.Queue[RequestOutput | ShuteyeError] = asyncio.Queue()
+        request_id = self._frontend.submit(
+            prompt, params, request_id=request_id, output_kind=output_kind, deliver=queue.put_nowait
+        )
+        try:
+            while True:
+                item = await queue.get()
+                if isinstance(item, ShuteyeError):
+                    raise item
+                yield item
+                if item.finished:
+                    return
+        finally:
+            self._frontend.abort(request_id)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its iterator gets nothing more. Unknown ids are ignored: they have finished."""
+        self._frontend.abort(request_id)
+
+    # --- control --------------------------------------------------------------------------------
+
+    async def sleep(
+        self,
+        level: int = 1,
+        *,
+        tags: Sequence[str] | None = None,
+        mode: str | None = None,
+        timeout_s: float | None = None,
+    ) -> SleepReport:
+        """Give memory back; see `docs/sleep.md` for levels, tags and modes.
+
+        Raises:
+            InvalidRequest, TransitionConflict, SleepFailed, DrainTimeout: still awake.
+            EngineFaulted: releasing failed half-way; `wake_up` recovers.
+        """
+        report: SleepReport = await self._call(SleepCall(level, tag_names(tags), mode, timeout_s))
+        return report
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> WakeReport:
+        """Map, fill and verify memory again.
+
+        Raises:
+            TransitionConflict, WakeFailed, VerificationFailed: still asleep.
+            EngineFaulted: rolling back failed too; try again.
+        """
+        report: WakeReport = await self._call(WakeCall(tag_names(tags)))
+        return report
+
+    async def pause(self, mode: str | None = None, *, timeout_s: float | None = None) -> None:
+        """Close the gate without giving memory back; requests that arrive wait for `resume`."""
+        await self._call(PauseCall(mode, timeout_s))
+
+    async def resume(self) -> None:
+        """Lift a pause.
+
+        Raises:
+            TransitionConflict: asleep.
+        """
+        await self._call(ResumeCall())
+
+    async def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> UpdateReport:
+        """Write tensors by their checkpoint names; requests in flight are recomputed with the new weights.
+
+        Raises:
+            InvalidRequest: an unknown name or a wrong shape; the message says how many were written before it.
+            TransitionConflict: the weights are not mapped.
+        """
+        if self._in_process:
+            report: UpdateReport = await self._call(UpdateCall(named_tensors=list(named_tensors)))
+            return report
+        with _tensor_file(named_tensors) as path:
+            report = await self._call(UpdateCall(path=path))
+            return report
+
+    async def reload_weights(self, path: str | None = None) -> UpdateReport:
+        """Load every weight again from the image, or from another checkpoint with the same layout."""
+        report: UpdateReport = await self._call(ReloadCall(path))
+        return report
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        await self._call(ResetPrefixCacheCall())
+
+    async def _call(self, call: ControlCall) -> Any:
+        return await asyncio.wrap_future(self._frontend.call(call))
+
+
+@contextlib.contextmanager
+def _tensor_file(named_tensors: Iterable[tuple[str, Tensor]]) -> Any:
+    """Tensors on their way to another process: a safetensors file in shared memory, gone afterwards."""
+    from safetensors.torch import save_file
+
+    directory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.NamedTemporaryFile(prefix="shuteye-update-", suffix=".safetensors", dir=directory) as file:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors}, file.name)
+        yield file.name

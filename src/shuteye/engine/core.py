@@ -1,0 +1,399 @@
+"""The engine core: one scheduler, one sleep controller, one executor, advanced step by step.
+
+Knows nothing of text, processes or sockets; `step` never blocks on anything but the executor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shuteye.config import EngineConfig
+from shuteye.engine.held import HeldRequests
+from shuteye.engine.messages import (
+    ControlCall,
+    PauseCall,
+    ReloadCall,
+    ResetPrefixCacheCall,
+    ResumeCall,
+    RpcCall,
+    SleepCall,
+    UpdateCall,
+    WakeCall,
+)
+from shuteye.engine.scheduler import Scheduler
+from shuteye.engine.sleep import SleepController, parse_level, parse_mode, parse_tags
+from shuteye.errors import (
+    DrainTimeout,
+    ModelSleeping,
+    ShuteyeError,
+    SleepModeDisabled,
+    TransitionConflict,
+)
+from shuteye.executors.base import Executor
+from shuteye.outputs import (
+    EngineState,
+    ErrorInfo,
+    ModelInfo,
+    RequestDelta,
+    SchedulerStats,
+    SleepReport,
+    UpdateReport,
+    WakeReport,
+)
+from shuteye.plans import ModelFacts, SleepPlan
+from shuteye.request import DrainMode, GenerateRequest
+
+Report = SleepReport | WakeReport | UpdateReport | list[Any] | None
+Steps = Generator[None, None, Report]
+"""A transition under way: each `next` is one look whether it can go on; the return value is its report."""
+
+
+@dataclass(slots=True)
+class Transition:
+    """A control call on its way: waiting, under way (`steps`), or answered through `answer`."""
+
+    call: ControlCall
+    answer: Callable[[Report | ShuteyeError], None]
+    steps: Steps | None = None
+
+
+def info_of(error: ShuteyeError) -> ErrorInfo:
+    """An error as it travels between processes."""
+    return ErrorInfo(kind=type(error).__name__, message=error.message, param=error.param)
+
+
+class EngineCore:
+    """Runs requests while the gate is open, and control calls one after the other.
+
+    Args:
+        config: as given by the user; `self.config` is the completed one.
+        executor: its ranks have loaded their weights, and have no KV cache yet.
+
+    Raises:
+        ShuteyeError: the KV cache does not fit, or the canary's first pass failed.
+    """
+
+    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+        self._executor = executor
+        facts: ModelFacts = executor.call("facts")[0]
+        self.config = config = config.resolve(facts)
+        assert config.kv_cache_memory is not None
+        assert config.max_model_len is not None
+        num_blocks = config.kv_cache_memory // (facts.kv_bytes_per_token * config.block_size)
+        executor.call("allocate_kv_cache", num_blocks)
+        self.info = _model_info(config, facts, num_blocks)
+        self._scheduler = Scheduler(
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            eos_token_ids=facts.eos_token_ids,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self._sleep = SleepController(
+            executor, verify=config.verify_wake, canary=config.canary and config.enable_sleep_mode
+        )
+        self._sleep.check_after_update()  # the canary's first pass is recorded
+        self._held = HeldRequests(limit=config.hold_queue_size)
+        self._transitions: deque[Transition] = deque()
+        self._closing_for_sleep = False
+        self._deltas: list[RequestDelta] = []
+
+    # --- what callers see -----------------------------------------------------------------------
+
+    @property
+    def state(self) -> EngineState:
+        """The sleep state now."""
+        call = self._transitions[0].call if self._transitions else None
+        return self._sleep.state.snapshot(type(call).__name__.removesuffix("Call").lower() if call else None)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """Scheduler counters, with held requests counted as waiting."""
+        stats = self._scheduler.stats()
+        return replace(stats, num_waiting=stats.num_waiting + len(self._held))
+
+    @property
+    def can_step(self) -> bool:
+        """True if `step` would do something now."""
+        running = self._sleep.state.gate != "closed" and self._scheduler.has_unfinished
+        return running or bool(self._transitions) or bool(self._deltas)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When (monotonic seconds) the next held request expires."""
+        return self._held.next_deadline
+
+    def add(self, request: GenerateRequest) -> None:
+        """Run, hold or refuse a request, as the gate and the policy say; the next `step` reports a refusal."""
+        try:
+            self._scheduler.check(request)
+            self._admit(request)
+        except ShuteyeError as error:
+            self._deltas.append(RequestDelta(request.request_id, error=info_of(error)))
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests at once, wherever they are; unknown ids are ignored (they have finished)."""
+        request_ids = tuple(request_ids)
+        self._deltas += self._held.abort(request_ids)
+        self._deltas += self._scheduler.abort(request_ids)
+
+    def submit(self, call: ControlCall, answer: Callable[[Report | ShuteyeError], None]) -> None:
+        """Queue a control call; `answer` is called exactly once, during some later `step`."""
+        self._transitions.append(Transition(call, answer))
+
+    def step(self) -> list[RequestDelta]:
+        """Advance the oldest control call as far as it goes, then run one step of the model if the gate lets it."""
+        self._advance_transitions()
+        self._deltas += self._held.expire(time.monotonic())
+        if self._sleep.state.gate == "open":
+            self._release_held()
+        if self._sleep.state.gate != "closed":
+            self._run_model()
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def close(self) -> None:
+        """End every rank; unanswered control calls are not answered."""
+        self._executor.close()
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def _run_model(self) -> None:
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return
+        try:
+            result = self._executor.execute(plan)
+        except ShuteyeError as error:
+            self._deltas += self._scheduler.fail_step(plan, info_of(error))
+        else:
+            self._deltas += self._scheduler.update(plan, result)
+
+    def _admit(self, request: GenerateRequest) -> None:
+        state = self._sleep.state
+        self._sleep.refuse_if_faulted()
+        if state.gate == "open":
+            self._scheduler.add(request)
+        elif not (state.is_sleeping or self._closing_for_sleep):
+            self._held.add(request, deadline=None)  # only paused: resume runs it
+        elif self.config.on_sleeping_request == "reject":
+            raise ModelSleeping
+        else:
+            self._held.add(request, deadline=time.monotonic() + self.config.hold_timeout_s)
+            if self.config.on_sleeping_request == "wake":
+                self._wake_for_requests()
+
+    def _wake_for_requests(self) -> None:
+        """Wake once, however many requests ask for it; if that fails, so do those it was meant for."""
+        if any(isinstance(transition.call, WakeCall) for transition in self._transitions):
+            return
+
+        def answer(outcome: Report | ShuteyeError) -> None:
+            if isinstance(outcome, TransitionConflict):
+                outcome = ModelSleeping()
+            if isinstance(outcome, ShuteyeError):
+                self._deltas += self._held.fail(info_of(outcome))
+
+        self.submit(WakeCall(), answer)
+
+    def _release_held(self) -> None:
+        for request in self._held.take():
+            self._scheduler.add(request)
+
+    # --- control calls --------------------------------------------------------------------------
+
+    def _advance_transitions(self) -> None:
+        while self._transitions:
+            transition = self._transitions[0]
+            outcome: Report | ShuteyeError
+            try:
+                if transition.steps is None:
+                    transition.steps = self._start(transition.call)
+                next(transition.steps)
+            except StopIteration as stop:
+                outcome = stop.value
+            except ShuteyeError as error:
+                outcome = error
+            else:
+                return  # still draining
+            self._transitions.popleft()
+            transition.answer(outcome)
+
+    def _start(self, call: ControlCall) -> Steps:
+        if isinstance(call, SleepCall | WakeCall) and not self.config.enable_sleep_mode:
+            raise SleepModeDisabled("Sleep mode is off; start the engine with enable_sleep_mode (--enable-sleep-mode).")
+        starts: dict[type, Callable[[Any], Steps]] = {
+            SleepCall: self._sleep_steps,
+            WakeCall: self._wake_steps,
+            PauseCall: self._pause_steps,
+            ResumeCall: self._resume_steps,
+            UpdateCall: self._update_steps,
+            ReloadCall: self._update_steps,
+            ResetPrefixCacheCall: self._reset_prefix_cache_steps,
+            RpcCall: self._rpc_steps,
+        }
+        return starts[type(call)](call)
+
+    def _sleep_steps(self, call: SleepCall) -> Steps:
+        begin = time.perf_counter()
+        level, tags = parse_level(call.level), parse_tags(call.tags)
+        mode = parse_mode(call.mode, self.config.default_sleep_mode)
+        if level == 0:
+            return (yield from self._doze_steps(call, mode, begin))
+        plan = self._sleep.plan_sleep(level, tags)
+        if plan == SleepPlan():
+            return self._unchanged(begin)
+        self._sleep.check_room(plan)
+        self._closing_for_sleep = True
+        try:
+            ended, held = yield from self._drain(mode, call.timeout_s)
+            self._sleep.save(plan)
+            if plan.kv_cache == "discard" or plan.weights != "keep":
+                self._scheduler.reset_prefix_cache()
+            report = self._sleep.release(plan, level=level, begin=begin)
+        finally:
+            self._closing_for_sleep = False
+            self._sleep.set_gate(draining=False)
+        self._held.bound(time.monotonic() + self.config.hold_timeout_s)
+        return replace(report, aborted_requests=ended, held_requests=held)
+
+    def _doze_steps(self, call: SleepCall, mode: DrainMode, begin: float) -> Steps:
+        """Level 0: a pause that wake_up lifts."""
+        state = self._sleep.state
+        if state.is_sleeping:
+            raise TransitionConflict(f"Cannot sleep at level 0: asleep at level {state.level}, which is deeper.")
+        if state.dozing:
+            return self._unchanged(begin)
+        ended, held = yield from self._closed_by_pause(mode, call.timeout_s)
+        self._sleep.set_gate(dozing=True)
+        return SleepReport(
+            changed=True,
+            level=0,
+            residual_bytes=sum(self._executor.call("residual_bytes")),
+            seconds=time.perf_counter() - begin,
+            aborted_requests=ended,
+            held_requests=held,
+        )
+
+    def _unchanged(self, begin: float) -> SleepReport:
+        level = self._sleep.state.level
+        assert level is not None
+        return SleepReport(
+            changed=False,
+            level=level,
+            residual_bytes=sum(self._executor.call("residual_bytes")),
+            seconds=time.perf_counter() - begin,
+        )
+
+    def _wake_steps(self, call: WakeCall) -> Steps:
+        yield from ()
+        return self._sleep.wake(parse_tags(call.tags))
+
+    def _pause_steps(self, call: PauseCall) -> Steps:
+        mode = parse_mode(call.mode, self.config.default_sleep_mode)
+        if not self._sleep.state.paused:
+            yield from self._closed_by_pause(mode, call.timeout_s)
+            self._sleep.set_gate(paused=True)
+        return None
+
+    def _resume_steps(self, _call: ResumeCall) -> Steps:
+        yield from ()
+        state = self._sleep.state
+        self._sleep.refuse_if_faulted()
+        if state.is_sleeping:
+            raise TransitionConflict("Cannot resume while asleep; wake up first with a POST request to /wake_up.")
+        self._sleep.set_gate(paused=False, dozing=False)
+        return None
+
+    def _update_steps(self, call: UpdateCall | ReloadCall) -> Steps:
+        """Between two steps of the model: requests in flight are recomputed, so none mixes old and new weights."""
+        yield from ()
+        state = self._sleep.state
+        self._sleep.refuse_if_faulted()
+        if state.residency("weights") not in ("resident", "blank"):
+            raise TransitionConflict(
+                f"Weights can only be written while they are mapped, and they are {state.residency('weights')}; "
+                'wake them first: wake_up(tags=["weights"]).'
+            )
+        self._scheduler.preempt_all()
+        self._scheduler.reset_prefix_cache()
+        try:
+            match call:
+                case ReloadCall(path):
+                    reports: list[UpdateReport] = self._executor.call("reload_weights", path)
+                case UpdateCall(path=str(path)):
+                    reports = self._executor.call("update_weights_from_file", path)
+                case UpdateCall(named_tensors=named_tensors):
+                    reports = self._executor.call("update_weights", named_tensors)
+        finally:
+            self._sleep.refresh()
+        self._sleep.check_after_update()
+        return reports[0]
+
+    def _reset_prefix_cache_steps(self, _call: ResetPrefixCacheCall) -> Steps:
+        yield from ()
+        self._scheduler.reset_prefix_cache()
+        return None
+
+    def _rpc_steps(self, call: RpcCall) -> Steps:
+        yield from ()
+        return self._executor.call(call.verb, *call.args)
+
+    # --- draining -------------------------------------------------------------------------------
+
+    def _closed_by_pause(self, mode: DrainMode, timeout_s: float | None) -> Generator[None, None, tuple[int, int]]:
+        try:
+            return (yield from self._drain(mode, timeout_s))
+        finally:
+            self._sleep.set_gate(draining=False)
+
+    def _drain(self, mode: DrainMode, timeout_s: float | None) -> Generator[None, None, tuple[int, int]]:
+        """Empty the batch as `mode` says; how many requests were aborted, and how many are held.
+
+        While the gate is closed already, nothing runs: what is in the scheduler is held, not waited for.
+        """
+        scheduler = self._scheduler
+        self._sleep.set_gate(draining=True)
+        if mode == "abort":
+            ended = scheduler.abort_all() + self._held.abort_all()
+            self._deltas += ended
+            return len(ended), 0
+        if mode == "wait" and self._sleep.state.gate != "closed":
+            deadline = time.monotonic() + (self.config.drain_timeout_s if timeout_s is None else timeout_s)
+            while scheduler.has_unfinished:
+                if time.monotonic() > deadline:
+                    raise DrainTimeout(
+                        f"{scheduler.num_running + scheduler.num_waiting} requests outlasted the deadline; nothing was "
+                        "put to sleep and they go on. Use mode=abort or mode=keep, or a longer timeout."
+                    )
+                yield
+        scheduler.preempt_all()
+        return 0, scheduler.num_waiting + len(self._held)
+
+
+def _model_info(config: EngineConfig, facts: ModelFacts, num_blocks: int) -> ModelInfo:
+    assert config.kv_cache_memory is not None
+    assert config.max_model_len is not None
+    return ModelInfo(
+        model=config.model,
+        architecture=facts.architecture,
+        task=facts.task,
+        tokenizer_dir=facts.tokenizer_dir,
+        image_dir=facts.image_dir,
+        dtype=facts.dtype,
+        vocab_size=facts.vocab_size,
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        eos_token_ids=facts.eos_token_ids,
+        weights_bytes=facts.weights_bytes,
+        kv_cache_bytes=config.kv_cache_memory,
+        kv_bytes_per_token=facts.kv_bytes_per_token,
+        default_sampling=facts.default_sampling,
+    )

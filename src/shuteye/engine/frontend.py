@@ -1,0 +1,220 @@
+"""The callers' side of an engine: requests and control calls on their way, and where their answers go.
+
+Knows nothing of asyncio, threads of its own, or processes; `LLM` and `AsyncEngine` give it a way to send.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal
+from uuid import uuid4
+
+from shuteye.config import EngineConfig
+from shuteye.engine.messages import (
+    AbortRequests,
+    AddRequests,
+    Control,
+    ControlCall,
+    ErrorReply,
+    Failed,
+    FromEngine,
+    PlainReply,
+    Ready,
+    SleepReply,
+    StateChanged,
+    Stepped,
+    ToEngine,
+    UpdateReply,
+    WakeReply,
+)
+from shuteye.engine.output_processor import OutputProcessor
+from shuteye.errors import EngineNotReady, InvalidRequest, ShuteyeError, rebuild
+from shuteye.outputs import EngineState, ErrorInfo, ModelInfo, RequestOutput, SchedulerStats
+from shuteye.request import OutputKind, SamplingParams
+from shuteye.tokenizer import Tokenizer
+
+Status = Literal["starting", "ready", "failed", "dead", "closed"]
+Deliver = Callable[[RequestOutput | ShuteyeError], None]
+
+
+def _rebuilt(info: ErrorInfo) -> ShuteyeError:
+    return rebuild(info.kind, info.message, info.param)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What there is once the engine is ready."""
+
+    info: ModelInfo
+    tokenizer: Tokenizer
+    outputs: OutputProcessor
+
+
+class Frontend:
+    """Sends requests and calls, and hands every answer to the one who waits for it; thread-safe.
+
+    Args:
+        send: delivers a message to the engine, in order, without blocking.
+    """
+
+    def __init__(self, config: EngineConfig, send: Callable[[ToEngine], None]) -> None:
+        self.config = config
+        self.status: Status = "starting"
+        self.failure: ShuteyeError | None = None
+        self.state = EngineState()
+        self.stats = SchedulerStats()
+        self.ready: Future[None] = Future()
+        self._send = send
+        self._lock = threading.RLock()
+        self._model: _Loaded | None = None
+        self._deliver: dict[str, Deliver] = {}
+        self._calls: dict[int, Future[Any]] = {}
+        self._call_ids = itertools.count(1)
+
+    # --- what is known --------------------------------------------------------------------------
+
+    @property
+    def info(self) -> ModelInfo:
+        """The loaded model's facts.
+
+        Raises:
+            EngineNotReady: still loading.
+        """
+        return self._loaded.info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The loaded model's tokenizer."""
+        return self._loaded.tokenizer
+
+    @property
+    def _loaded(self) -> _Loaded:
+        if self._model is None:
+            raise self.failure or EngineNotReady("The model is still loading; try again soon (GET /ready tells when).")
+        return self._model
+
+    # --- sending --------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None,
+        output_kind: OutputKind,
+        deliver: Deliver,
+    ) -> str:
+        """Send a request; `deliver` gets its outputs, and last a finished one or an error. Returns its id."""
+        self._refuse_if_gone()
+        request_id = request_id or uuid4().hex
+        text, token_ids = self._tokens_of(prompt)
+        with self._lock:
+            if request_id in self._deliver:
+                raise InvalidRequest(f"A request with id {request_id!r} is running already.", param="request_id")
+            requests = self._loaded.outputs.add(
+                request_id, prompt=text, prompt_token_ids=token_ids, params=params, output_kind=output_kind
+            )
+            self._deliver[request_id] = deliver
+        self._send(AddRequests(tuple(requests)))
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free what it holds; nothing more is delivered for it."""
+        with self._lock:
+            if self._deliver.pop(request_id, None) is None:
+                return
+            engine_ids = self._loaded.outputs.abort(request_id)
+        if self.status == "ready":
+            self._send(AbortRequests(tuple(engine_ids)))
+
+    def call(self, call: ControlCall) -> Future[Any]:
+        """Send a control call; the future gets its report, or a ShuteyeError."""
+        self._refuse_if_gone()
+        future: Future[Any] = Future()
+        with self._lock:
+            call_id = next(self._call_ids)
+            self._calls[call_id] = future
+        self._send(Control(call_id, call))
+        return future
+
+    def _tokens_of(self, prompt: str | Sequence[int]) -> tuple[str | None, tuple[int, ...]]:
+        if isinstance(prompt, str):
+            return prompt, tuple(self.tokenizer.encode(prompt))
+        vocab_size = self.info.vocab_size
+        outside = next((token for token in prompt if not 0 <= token < vocab_size), None)
+        if outside is not None:
+            raise InvalidRequest(f"Token id {outside} is outside of the vocabulary of {vocab_size}.", param="prompt")
+        return None, tuple(prompt)
+
+    def _refuse_if_gone(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if self.status == "starting":
+            _ = self._loaded  # raises
+
+    # --- receiving ------------------------------------------------------------------------------
+
+    def on_message(self, message: FromEngine) -> None:
+        """Take one message from the engine, in the order they were sent."""
+        match message:
+            case Stepped(deltas, stats):
+                self.stats = stats
+                self._on_deltas(deltas)
+            case StateChanged(state):
+                self.state = state
+            case Ready(info, config):
+                self._on_ready(info, config)
+            case Failed(error):
+                self.fail(_rebuilt(error), status="failed")
+            case ErrorReply(call_id, error):
+                self._calls.pop(call_id).set_exception(_rebuilt(error))
+            case (
+                SleepReply(call_id, report)
+                | WakeReply(call_id, report)
+                | UpdateReply(call_id, report)
+                | PlainReply(call_id, report)
+            ):
+                self._calls.pop(call_id).set_result(report)
+
+    def _on_ready(self, info: ModelInfo, config: EngineConfig) -> None:
+        tokenizer = Tokenizer.from_directory(info.tokenizer_dir)
+        self._model = _Loaded(info, tokenizer, OutputProcessor(tokenizer))
+        self.config, self.status = config, "ready"
+        self.ready.set_result(None)
+
+    def _on_deltas(self, deltas: Sequence[Any]) -> None:
+        with self._lock:
+            processed = self._loaded.outputs.process(deltas)
+            deliveries: list[tuple[Deliver, RequestOutput | ShuteyeError]] = []
+            for output in processed.outputs:
+                deliver = self._deliver.pop if output.finished else self._deliver.get
+                waiting = deliver(output.request_id, None)
+                if waiting is not None:
+                    deliveries.append((waiting, output))
+            for request_id, error in processed.errors:
+                waiting = self._deliver.pop(request_id, None)
+                if waiting is not None:
+                    deliveries.append((waiting, _rebuilt(error)))
+        if processed.aborts:
+            self._send(AbortRequests(tuple(processed.aborts)))
+        for deliver_to, item in deliveries:
+            deliver_to(item)
+
+    def fail(self, error: ShuteyeError, *, status: Status) -> None:
+        """The engine is gone: everyone who waits gets `error`, and so does whoever comes later."""
+        with self._lock:
+            if self.failure is not None:
+                return
+            self.failure, self.status = error, status
+            deliveries, self._deliver = list(self._deliver.values()), {}
+            calls, self._calls = list(self._calls.values()), {}
+        for deliver in deliveries:
+            deliver(error)
+        for future in calls:
+            future.set_exception(error)
+        if not self.ready.done():
+            self.ready.set_exception(error)

@@ -1,0 +1,225 @@
+"""The engine for plain Python: blocking calls, results in order.
+
+Knows nothing of asyncio or HTTP. The engine runs in a thread of this process, so sleep calls work from any thread.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from shuteye.config import DEFAULT_MODEL, EngineConfig
+from shuteye.engine.frontend import Frontend
+from shuteye.engine.messages import (
+    ControlCall,
+    PauseCall,
+    ReloadCall,
+    ResetPrefixCacheCall,
+    ResumeCall,
+    RpcCall,
+    SleepCall,
+    ToEngine,
+    UpdateCall,
+    WakeCall,
+    tag_names,
+)
+from shuteye.engine.thread_link import ThreadLink
+from shuteye.errors import EngineDead, InvalidRequest, ShuteyeError
+from shuteye.outputs import EngineState, ModelInfo, RequestOutput, SchedulerStats, SleepReport, UpdateReport, WakeReport
+from shuteye.request import SamplingParams
+from shuteye.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """An engine with blocking calls; a context manager.
+
+    Args:
+        model: local directory, `.gguf` file, hub id or alias.
+        options: the other fields of `EngineConfig`.
+
+    Raises:
+        ShuteyeError: the config is invalid or loading failed, as the message says.
+    """
+
+    def __init__(self, model: str = DEFAULT_MODEL, **options: Any) -> None:
+        unknown = sorted(options.keys() - EngineConfig.__dataclass_fields__.keys())
+        if unknown:
+            raise InvalidRequest(f"LLM has no option {unknown[0]!r}; see EngineConfig.", param=unknown[0])
+        config = EngineConfig(model=model, **options)
+        self._frontend = Frontend(config, self._post)
+        self._link = ThreadLink(config, on_message=self._frontend.on_message, on_death=self._on_death)
+        self._link.start()
+        self._closed = False
+        try:
+            self._frontend.ready.result()
+        except BaseException:
+            self.close()
+            raise
+
+    def _post(self, message: ToEngine) -> None:
+        self._link.post(message)
+
+    def _on_death(self, error: ShuteyeError) -> None:
+        self._frontend.fail(error, status="dead")
+
+    def close(self) -> None:
+        """End the engine and give back its memory. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._frontend.fail(EngineDead("The engine was closed."), status="closed")
+            self._link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- what is known --------------------------------------------------------------------------
+
+    @property
+    def config(self) -> EngineConfig:
+        """The completed config."""
+        return self._frontend.config
+
+    @property
+    def info(self) -> ModelInfo:
+        """The loaded model's facts."""
+        return self._frontend.info
+
+    @property
+    def state(self) -> EngineState:
+        """The sleep state."""
+        return self._frontend.state
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """The scheduler's counters as of the last step."""
+        return self._frontend.stats
+
+    @property
+    def is_sleeping(self) -> bool:
+        """True until every tag is resident and loaded."""
+        return self.state.is_sleeping
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._frontend.tokenizer
+
+    # --- generation -----------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; outputs in the order of the prompts.
+
+        Args:
+            prompts: texts or token id lists.
+            sampling_params: one for all, or one per prompt.
+
+        Raises:
+            ShuteyeError: the first request that was refused or failed; the others are aborted.
+        """
+        prompt_list: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
+        given = SamplingParams() if sampling_params is None else sampling_params
+        params = [given] * len(prompt_list) if isinstance(given, SamplingParams) else list(given)
+        if len(params) != len(prompt_list):
+            raise InvalidRequest(
+                f"{len(params)} sampling_params for {len(prompt_list)} prompts.", param="sampling_params"
+            )
+        arrived: queue.SimpleQueue[RequestOutput | ShuteyeError] = queue.SimpleQueue()
+        waiting: dict[str, int] = {}
+        outputs: dict[int, RequestOutput] = {}
+        try:
+            for index, (prompt, one) in enumerate(zip(prompt_list, params, strict=True)):
+                request_id = self._frontend.submit(
+                    prompt, one, request_id=None, output_kind="final_only", deliver=arrived.put
+                )
+                waiting[request_id] = index
+            while waiting:
+                item = arrived.get()
+                if isinstance(item, ShuteyeError):
+                    raise item
+                outputs[waiting.pop(item.request_id)] = item
+        finally:
+            for request_id in waiting:
+                self._frontend.abort(request_id)
+        return [outputs[index] for index in range(len(prompt_list))]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **template_kwargs: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several, through the checkpoint's chat template."""
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if one else messages
+        tokenizer = self.get_tokenizer()
+        prompts = [
+            tokenizer.encode(tokenizer.apply_chat_template(conversation, **template_kwargs), add_special_tokens=False)
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params)
+
+    # --- control: see AsyncEngine for what each raises ------------------------------------------
+
+    def sleep(
+        self,
+        level: int = 1,
+        *,
+        tags: Sequence[str] | None = None,
+        mode: str | None = None,
+        timeout_s: float | None = None,
+    ) -> SleepReport:
+        """Give memory back."""
+        report: SleepReport = self._call(SleepCall(level, tag_names(tags), mode, timeout_s)).result()
+        return report
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> WakeReport:
+        """Map, fill and verify memory again."""
+        report: WakeReport = self._call(WakeCall(tag_names(tags))).result()
+        return report
+
+    def pause(self, mode: str | None = None, *, timeout_s: float | None = None) -> None:
+        """Close the gate without giving memory back."""
+        self._call(PauseCall(mode, timeout_s)).result()
+
+    def resume(self) -> None:
+        """Lift a pause."""
+        self._call(ResumeCall()).result()
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> UpdateReport:
+        """Write tensors by their checkpoint names."""
+        report: UpdateReport = self._call(UpdateCall(named_tensors=named_tensors)).result()
+        return report
+
+    def reload_weights(self, path: str | None = None) -> UpdateReport:
+        """Load every weight again from the image, or from another checkpoint with the same layout."""
+        report: UpdateReport = self._call(ReloadCall(path)).result()
+        return report
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        self._call(ResetPrefixCacheCall()).result()
+
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        """Call a worker verb (see `runner.worker.VERBS`) on every rank."""
+        results: list[Any] = self._call(RpcCall(method, args)).result()
+        return results
+
+    def _call(self, call: ControlCall) -> Future[Any]:
+        return self._frontend.call(call)

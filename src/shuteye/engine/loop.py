@@ -1,0 +1,109 @@
+"""The loop around an engine core: messages in, steps, messages out.
+
+Knows nothing of what carries the messages; a `Channel` does, in a thread or between processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from shuteye.config import EngineConfig
+from shuteye.engine.core import EngineCore, Report, info_of
+from shuteye.engine.messages import (
+    AbortRequests,
+    AddRequests,
+    Control,
+    ErrorReply,
+    Failed,
+    FromEngine,
+    Ready,
+    Shutdown,
+    StateChanged,
+    Stepped,
+    ToEngine,
+    reply_with,
+)
+from shuteye.errors import ShuteyeError
+from shuteye.executors import open_executor
+from shuteye.outputs import EngineState
+
+
+class Channel(Protocol):
+    """The engine's end of whatever connects it to its callers."""
+
+    def receive(self, timeout_s: float | None) -> Sequence[ToEngine]:
+        """Everything that has arrived; waits up to `timeout_s` (None: for ever) for the first message."""
+        ...
+
+    def send(self, message: FromEngine) -> None:
+        """Deliver a message in order, without blocking."""
+        ...
+
+
+def run_engine(config: EngineConfig, channel: Channel) -> None:
+    """Load, announce, and serve until told to shut down; a failure to load is announced instead."""
+    try:
+        executor = open_executor(config)
+        try:
+            core = EngineCore(config, executor)
+            channel.send(Ready(core.info, core.config))
+            _Loop(core, channel).run()
+        finally:
+            executor.close()
+    except ShuteyeError as error:
+        channel.send(Failed(info_of(error)))
+
+
+class _Loop:
+    def __init__(self, core: EngineCore, channel: Channel) -> None:
+        self._core = core
+        self._channel = channel
+        self._pushed: EngineState | None = None
+        self._running = True
+
+    def run(self) -> None:
+        self._push_state()
+        while self._running:
+            for message in self._channel.receive(self._patience_s()):
+                self._handle(message)
+            deltas = self._core.step()
+            self._push_state()
+            if deltas:
+                self._channel.send(Stepped(tuple(deltas), self._core.stats))
+
+    def _patience_s(self) -> float | None:
+        """How long there is nothing to do but listen."""
+        if self._core.can_step:
+            return 0.0
+        deadline = self._core.next_deadline
+        return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case AddRequests(requests):
+                for request in requests:
+                    self._core.add(request)
+            case AbortRequests(request_ids):
+                self._core.abort(request_ids)
+            case Control(call_id, call):
+                self._core.submit(call, self._answer(call_id))
+            case Shutdown():
+                self._running = False
+
+    def _answer(self, call_id: int) -> Callable[[Report | ShuteyeError], None]:
+        def answer(outcome: Report | ShuteyeError) -> None:
+            self._push_state()  # whoever reads the answer finds the state that goes with it
+            if isinstance(outcome, ShuteyeError):
+                self._channel.send(ErrorReply(call_id, info_of(outcome)))
+            else:
+                self._channel.send(reply_with(call_id, outcome))
+
+        return answer
+
+    def _push_state(self) -> None:
+        state = self._core.state
+        if state != self._pushed:
+            self._pushed = state
+            self._channel.send(StateChanged(state))

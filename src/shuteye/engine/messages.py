@@ -1,0 +1,194 @@
+"""What passes between an engine and the side that its callers are on, in one process or two.
+
+Knows nothing of transport; frozen tagged Structs, so that msgspec can type them on the wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from shuteye.config import EngineConfig
+from shuteye.errors import InvalidRequest
+from shuteye.outputs import (
+    EngineState,
+    ErrorInfo,
+    ModelInfo,
+    RequestDelta,
+    SchedulerStats,
+    SleepReport,
+    UpdateReport,
+    WakeReport,
+)
+from shuteye.request import GenerateRequest
+
+# --- control calls ------------------------------------------------------------------------------
+
+
+class SleepCall(msgspec.Struct, frozen=True, tag=True):
+    """`sleep(level, tags, mode)`; None means the default."""
+
+    level: int = 1
+    tags: tuple[str, ...] | None = None
+    mode: str | None = None
+    timeout_s: float | None = None
+
+
+class WakeCall(msgspec.Struct, frozen=True, tag=True):
+    """`wake_up(tags)`; None means every tag."""
+
+    tags: tuple[str, ...] | None = None
+
+
+class PauseCall(msgspec.Struct, frozen=True, tag=True):
+    """`pause(mode)`."""
+
+    mode: str | None = None
+    timeout_s: float | None = None
+
+
+class ResumeCall(msgspec.Struct, frozen=True, tag=True):
+    """`resume()`."""
+
+
+class UpdateCall(msgspec.Struct, frozen=True, tag=True):
+    """`update_weights`: from a safetensors file, or from tensors when caller and engine share a process."""
+
+    path: str | None = None
+    named_tensors: Any = None
+
+
+class ReloadCall(msgspec.Struct, frozen=True, tag=True):
+    """`reload_weights(path)`; None means the image the engine was started from."""
+
+    path: str | None = None
+
+
+class ResetPrefixCacheCall(msgspec.Struct, frozen=True, tag=True):
+    """`reset_prefix_cache()`."""
+
+
+class RpcCall(msgspec.Struct, frozen=True, tag=True):
+    """`collective_rpc(verb, args)`: a worker verb on every rank, in-process only."""
+
+    verb: str
+    args: tuple[Any, ...] = ()
+
+
+def tag_names(tags: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Tags as they travel. One string is refused, or its letters would be taken for tags."""
+    if isinstance(tags, str):
+        raise InvalidRequest(f"tags must be a list of strings, got {tags!r}.", param="tags")
+    return None if tags is None else tuple(tags)
+
+
+ControlCall = SleepCall | WakeCall | PauseCall | ResumeCall | UpdateCall | ReloadCall | ResetPrefixCacheCall | RpcCall
+
+# --- to the engine ------------------------------------------------------------------------------
+
+
+class AddRequests(msgspec.Struct, frozen=True, tag=True):
+    """Sequences to generate."""
+
+    requests: tuple[GenerateRequest, ...]
+
+
+class AbortRequests(msgspec.Struct, frozen=True, tag=True):
+    """Sequences nobody waits for any more."""
+
+    request_ids: tuple[str, ...]
+
+
+class Control(msgspec.Struct, frozen=True, tag=True):
+    """A control call; exactly one reply carries its `call_id`."""
+
+    call_id: int
+    call: ControlCall
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """End the engine loop."""
+
+
+ToEngine = AddRequests | AbortRequests | Control | Shutdown
+
+# --- from the engine ----------------------------------------------------------------------------
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Loaded: the model's facts and the completed config."""
+
+    info: ModelInfo
+    config: EngineConfig
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """Loading failed; nothing follows."""
+
+    error: ErrorInfo
+
+
+class Stepped(msgspec.Struct, frozen=True, tag=True):
+    """What a step did."""
+
+    deltas: tuple[RequestDelta, ...]
+    stats: SchedulerStats
+
+
+class StateChanged(msgspec.Struct, frozen=True, tag=True):
+    """The sleep state, pushed whenever it changes."""
+
+    state: EngineState
+
+
+class SleepReply(msgspec.Struct, frozen=True, tag=True):
+    """The answer to a SleepCall."""
+
+    call_id: int
+    report: SleepReport
+
+
+class WakeReply(msgspec.Struct, frozen=True, tag=True):
+    """The answer to a WakeCall."""
+
+    call_id: int
+    report: WakeReport
+
+
+class UpdateReply(msgspec.Struct, frozen=True, tag=True):
+    """The answer to an UpdateCall or ReloadCall."""
+
+    call_id: int
+    report: UpdateReport
+
+
+class PlainReply(msgspec.Struct, frozen=True, tag=True):
+    """The answer to any other call."""
+
+    call_id: int
+    report: Any = None
+
+
+class ErrorReply(msgspec.Struct, frozen=True, tag=True):
+    """A call that failed."""
+
+    call_id: int
+    error: ErrorInfo
+
+
+Reply = SleepReply | WakeReply | UpdateReply | PlainReply | ErrorReply
+FromEngine = Ready | Failed | Stepped | StateChanged | Reply
+
+
+def reply_with(call_id: int, report: object) -> Reply:
+    """The reply that can carry `report` with its type."""
+    match report:
+        case SleepReport():
+            return SleepReply(call_id, report)
+        case WakeReport():
+            return WakeReply(call_id, report)
+        case UpdateReport():
+            return UpdateReply(call_id, report)
+    return PlainReply(call_id, report)

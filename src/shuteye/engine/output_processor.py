@@ -1,0 +1,266 @@
+"""Turns what the engine did for each sequence into the outputs of the requests that callers made.
+
+Knows nothing of processes, scheduling or HTTP: deltas in, `RequestOutput`s out, and which sequences to abort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from shuteye.engine.detokenizer import Detokenizer
+from shuteye.errors import InvalidRequest
+from shuteye.outputs import (
+    CompletionOutput,
+    ErrorInfo,
+    FinishReason,
+    Logprob,
+    RequestDelta,
+    RequestOutput,
+    TokenLogprobs,
+)
+from shuteye.request import GenerateRequest, OutputKind, SamplingParams
+from shuteye.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Processed:
+    """What came of some deltas.
+
+    Attributes:
+        outputs: to deliver, at most one per request.
+        aborts: engine-side ids that need not go on: a stop string ended them, or a sibling failed.
+        errors: requests that failed; nothing more comes for them.
+    """
+
+    outputs: tuple[RequestOutput, ...] = ()
+    aborts: tuple[str, ...] = ()
+    errors: tuple[tuple[str, ErrorInfo], ...] = ()
+
+
+@dataclass(slots=True)
+class _Completion:
+    """One of a request's n sequences. Lists grow; `num_*_sent` is how much of each was delivered as deltas."""
+
+    index: int
+    engine_id: str
+    detokenizer: Detokenizer
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    num_texts_sent: int = 0
+    num_tokens_sent: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class _Request:
+    """What a caller asked for: one prompt, n completions."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    output_kind: OutputKind
+    completions: list[_Completion] = field(default_factory=list)
+    num_cached_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.finished for completion in self.completions)
+
+    @property
+    def unfinished_ids(self) -> tuple[str, ...]:
+        return tuple(completion.engine_id for completion in self.completions if not completion.finished)
+
+
+class OutputProcessor:
+    """Fans requests out into engine-side sequences, and their deltas in again. One per frontend."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._requests: dict[str, _Request] = {}
+        self._completions: dict[str, tuple[_Request, _Completion]] = {}  # unfinished ones, by engine-side id
+
+    @property
+    def has_unfinished(self) -> bool:
+        """True while some request awaits output."""
+        return bool(self._requests)
+
+    def add(
+        self,
+        request_id: str,
+        *,
+        prompt: str | None,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        output_kind: OutputKind,
+    ) -> list[GenerateRequest]:
+        """Follow a request; the sequences to submit to the engine: itself, or "<id>/<index>" for n > 1.
+
+        Raises:
+            InvalidRequest: the id, or one derived from it, is in use.
+        """
+        request = _Request(request_id, prompt, tuple(prompt_token_ids), params, output_kind)
+        children = _fan_out(request)
+        taken = [child.request_id for child in children if child.request_id in self._completions]
+        if taken or request_id in self._requests:
+            raise InvalidRequest(
+                f"Request id {request_id!r} is in use; wait for it to end or choose another.", param="request_id"
+            )
+        self._requests[request_id] = request
+        for index, child in enumerate(children):
+            completion = _Completion(index, child.request_id, self._new_detokenizer(params))
+            request.completions.append(completion)
+            self._completions[child.request_id] = (request, completion)
+        return children
+
+    def process(self, deltas: Iterable[RequestDelta]) -> Processed:
+        """Take what the engine did; deltas of sequences that are not followed (any more) are ignored."""
+        touched: dict[str, _Request] = {}
+        aborts: list[str] = []
+        errors: list[tuple[str, ErrorInfo]] = []
+        for delta in deltas:
+            request, completion = self._completions.get(delta.request_id, (None, None))
+            if request is None or completion is None:
+                continue
+            if delta.error is not None:
+                touched.pop(request.request_id, None)
+                aborts += [engine_id for engine_id in self.abort(request.request_id) if engine_id != delta.request_id]
+                errors.append((request.request_id, delta.error))
+                continue
+            touched[request.request_id] = request
+            self._apply(request, completion, delta)
+            if completion.finished:
+                del self._completions[completion.engine_id]
+                if not delta.finished:
+                    aborts.append(completion.engine_id)
+        outputs = [output for request in touched.values() if (output := self._output(request)) is not None]
+        return Processed(outputs=tuple(outputs), aborts=tuple(aborts), errors=tuple(errors))
+
+    def abort(self, request_id: str) -> list[str]:
+        """Stop following a request, if it is known; the engine-side ids to abort."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return []
+        for engine_id in request.unfinished_ids:
+            del self._completions[engine_id]
+        return list(request.unfinished_ids)
+
+    def fail_all(self, error: ErrorInfo) -> Processed:
+        """Fail every request with the same error: there is no engine left to abort anything in."""
+        failed = tuple((request_id, error) for request_id in self._requests)
+        self._requests.clear()
+        self._completions.clear()
+        return Processed(errors=failed)
+
+    def _new_detokenizer(self, params: SamplingParams) -> Detokenizer:
+        return Detokenizer(
+            self._tokenizer.decode_stream(skip_special_tokens=params.skip_special_tokens),
+            stop_strings=params.stop_strings,
+            include_stop_string=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
+
+    # --- one delta -------------------------------------------------------------------------------
+
+    def _apply(self, request: _Request, completion: _Completion, delta: RequestDelta) -> None:
+        if completion.index == 0 and not completion.token_ids:
+            request.num_cached_tokens = delta.num_cached_tokens
+        hidden = self._hidden_token(request.params, delta)
+        for position, token_id in enumerate(delta.token_ids):
+            completion.token_ids.append(token_id)
+            if delta.logprobs and request.params.logprobs is not None:
+                completion.logprobs.append(self._logprobs(delta.logprobs[position]))
+            if position != hidden:
+                completion.texts.append(completion.detokenizer.feed(token_id))
+            if completion.detokenizer.stop_string is not None:
+                break
+        if delta.finish_reason is not None:
+            completion.texts.append(completion.detokenizer.finish())
+        stop_string = completion.detokenizer.stop_string
+        completion.finish_reason = delta.finish_reason if stop_string is None else "stop"
+        completion.stop_reason = delta.stop_token_id if stop_string is None else stop_string
+
+    def _hidden_token(self, params: SamplingParams, delta: RequestDelta) -> int | None:
+        """Position in the delta of the token whose text is not shown: an eos, or a special stop token, at its end.
+
+        "The returned output will contain the stop tokens unless the stop tokens are special" (vLLM's SamplingParams).
+        """
+        if delta.finish_reason != "stop" or params.include_stop_str_in_output:
+            return None
+        if delta.stop_token_id is not None and not self._tokenizer.is_special(delta.stop_token_id):
+            return None
+        return len(delta.token_ids) - 1
+
+    def _logprobs(self, at: TokenLogprobs) -> dict[int, Logprob]:
+        return {
+            token_id: Logprob(logprob=logprob, rank=rank, decoded_token=self._tokenizer.token_text(token_id))
+            for token_id, logprob, rank in zip(at.token_ids, at.logprobs, at.ranks, strict=True)
+        }
+
+    # --- one output ------------------------------------------------------------------------------
+
+    def _output(self, request: _Request) -> RequestOutput | None:
+        """What to deliver for a request that changed; forgets it once finished."""
+        finished = request.finished
+        if finished:
+            self._requests.pop(request.request_id)
+        elif request.output_kind == "final_only":
+            return None
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=_new_outputs(request) if request.output_kind == "delta" else _all_outputs(request),
+            finished=finished,
+            num_cached_tokens=request.num_cached_tokens,
+        )
+
+
+def _fan_out(request: _Request) -> list[GenerateRequest]:
+    params = request.params
+    if params.n == 1:
+        return [GenerateRequest(request.request_id, request.prompt_token_ids, params)]
+    return [
+        GenerateRequest(
+            request_id=f"{request.request_id}/{index}",
+            prompt_token_ids=request.prompt_token_ids,
+            params=replace(params, n=1, seed=None if params.seed is None else params.seed + index),
+        )
+        for index in range(params.n)
+    ]
+
+
+def _all_outputs(request: _Request) -> tuple[CompletionOutput, ...]:
+    return tuple(_completion_output(request, completion) for completion in request.completions)
+
+
+def _new_outputs(request: _Request) -> tuple[CompletionOutput, ...]:
+    """What was not delivered yet, per completion that has any; marks it as delivered."""
+    outputs = []
+    for completion in request.completions:
+        since_text, since_token = completion.num_texts_sent, completion.num_tokens_sent
+        completion.num_texts_sent, completion.num_tokens_sent = len(completion.texts), len(completion.token_ids)
+        # An abort brings no token, yet must be told: the text flushed at the end, empty or not, is what tells it.
+        if since_text < len(completion.texts) or since_token < len(completion.token_ids):
+            outputs.append(_completion_output(request, completion, since_text=since_text, since_token=since_token))
+    return tuple(outputs)
+
+
+def _completion_output(
+    request: _Request, completion: _Completion, *, since_text: int = 0, since_token: int = 0
+) -> CompletionOutput:
+    return CompletionOutput(
+        index=completion.index,
+        text="".join(completion.texts[since_text:]),
+        token_ids=tuple(completion.token_ids[since_token:]),
+        finish_reason=completion.finish_reason,
+        stop_reason=completion.stop_reason,
+        logprobs=None if request.params.logprobs is None else tuple(completion.logprobs[since_token:]),
+    )

@@ -1,0 +1,396 @@
+"""Sleep as Gate × Residency: one table of legal moves, and the transaction that carries a move out on every rank.
+
+Knows nothing of requests or tensors: the engine core drains requests first, the ranks move the bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from shuteye.errors import (
+    EngineFaulted,
+    InvalidRequest,
+    ShuteyeError,
+    SleepFailed,
+    TransitionConflict,
+    VerificationFailed,
+    WakeFailed,
+)
+from shuteye.executors.base import Executor
+from shuteye.outputs import (
+    TAGS,
+    EngineState,
+    Gate,
+    Residency,
+    SleepReport,
+    Tag,
+    TagReport,
+    TagState,
+    WakeReport,
+)
+from shuteye.plans import SleepPlan, VerifyMode, WakePlan
+from shuteye.request import DrainMode
+
+# --- the table ----------------------------------------------------------------------------------
+
+SleepMove = Literal["keep", "offload", "discard"]
+WakeMove = Literal["keep", "restore", "reload", "blank"]
+
+SLEEP_WEIGHTS: dict[tuple[Residency, int], SleepMove | str] = {
+    # (where the weights are, level) → what to do, or why it cannot be done
+    ("resident", 1): "offload",
+    ("resident", 2): "discard",
+    ("offloaded", 1): "keep",
+    ("offloaded", 2): "discard",
+    ("discarded", 1): "the weights were already discarded at level 2, there is nothing to keep; wake up first",
+    ("discarded", 2): "keep",
+    ("blank", 1): "the weights have not been loaded since level 2, there is nothing to keep; load them first",
+    ("blank", 2): "discard",
+}
+
+WAKE_WEIGHTS: dict[tuple[Residency, bool], WakeMove | str] = {
+    # (where the weights are, whether every sleeping tag is woken) → what to do, or why it cannot be done
+    ("resident", True): "keep",
+    ("resident", False): "keep",
+    ("offloaded", True): "restore",
+    ("offloaded", False): "restore",
+    ("discarded", True): "reload",
+    ("discarded", False): "blank",
+    ("blank", True): "the weights are mapped but not loaded",
+    ("blank", False): "keep",
+}
+
+_SLEEP_MOVES = frozenset(get_args(SleepMove))
+_WAKE_MOVES = frozenset(get_args(WakeMove))
+
+
+def parse_level(level: int) -> int:
+    """A level of the table: 0, 1 or 2."""
+    if isinstance(level, bool) or level not in (0, 1, 2):
+        raise InvalidRequest(f"level must be 0, 1 or 2, got {level!r}.", param="level")
+    return level
+
+
+def parse_tags(tags: Sequence[str] | None) -> tuple[Tag, ...]:
+    """Known tags, in the order of `TAGS`; None means all of them."""
+    if tags is None:
+        return TAGS
+    unknown = [tag for tag in tags if tag not in TAGS]
+    if unknown or not tags or isinstance(tags, str):
+        raise InvalidRequest(f"tags must be a non-empty list out of {list(TAGS)}, got {tags!r}.", param="tags")
+    return tuple(tag for tag in TAGS if tag in tags)
+
+
+def parse_mode(mode: str | None, default: DrainMode) -> DrainMode:
+    """A drain mode; None means the configured default."""
+    match mode:
+        case None:
+            return default
+        case "abort" | "wait" | "keep":
+            return mode
+    raise InvalidRequest(f"mode must be 'abort', 'wait' or 'keep', got {mode!r}.", param="mode")
+
+
+def plan_sleep(weights: Residency, kv_cache: Residency, *, level: int, tags: Sequence[Tag]) -> SleepPlan:
+    """The moves that put `tags` to sleep at `level` (1 or 2).
+
+    Raises:
+        TransitionConflict: a shallower sleep than the one in force.
+    """
+    move: SleepMove | str = SLEEP_WEIGHTS[weights, level] if "weights" in tags else "keep"
+    if move not in _SLEEP_MOVES:
+        raise TransitionConflict(f"Cannot sleep at level {level}: {move}.")
+    release_kv = "kv_cache" in tags and kv_cache == "resident"
+    return SleepPlan(weights=move, kv_cache="discard" if release_kv else "keep")  # type: ignore[arg-type]
+
+
+def plan_wake(weights: Residency, kv_cache: Residency, *, tags: Sequence[Tag], missing: Sequence[str] = ()) -> WakePlan:
+    """The moves that wake `tags`.
+
+    Raises:
+        TransitionConflict: KV cache is to wake while weights were never loaded; names what is missing.
+    """
+    sleeping = {tag for tag, where in zip(TAGS, (weights, kv_cache), strict=True) if where != "resident"}
+    everything = sleeping <= set(tags)
+    move: WakeMove | str = WAKE_WEIGHTS[weights, everything] if "weights" in tags else "keep"
+    loaded_after = weights in ("resident", "offloaded") or move == "reload"
+    if move not in _WAKE_MOVES or ("kv_cache" in tags and kv_cache != "resident" and not loaded_after):
+        raise TransitionConflict(
+            f"The weights are {weights} and must be loaded before the KV cache can wake: {_name_some(missing)}. "
+            "Use update_weights or reload_weights, or wake_up() from level 2 without tags."
+        )
+    commit_kv = "kv_cache" in tags and kv_cache != "resident"
+    return WakePlan(weights=move, kv_cache="commit" if commit_kv else "keep")  # type: ignore[arg-type]
+
+
+def _name_some(missing: Sequence[str], limit: int = 5) -> str:
+    if not missing:
+        return "every tensor is missing"
+    more = f" and {len(missing) - limit} more" if len(missing) > limit else ""
+    return f"missing {', '.join(missing[:limit])}{more}"
+
+
+# --- the state ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SleepState:
+    """Everything the gate depends on; the gate itself is derived.
+
+    Attributes:
+        paused: a `pause()` is in force.
+        dozing: a `sleep(level=0)` is in force: a pause that `wake_up` lifts.
+        draining: requests in flight are being finished before a transition.
+        faulted: why nothing can be served.
+    """
+
+    tags: tuple[TagState, ...] = ()
+    missing: tuple[str, ...] = ()
+    paused: bool = False
+    dozing: bool = False
+    draining: bool = False
+    faulted: str | None = None
+
+    def residency(self, tag: Tag) -> Residency:
+        """Where a tag's bytes are."""
+        return next(state.residency for state in self.tags if state.tag == tag)
+
+    @property
+    def is_sleeping(self) -> bool:
+        """True until every tag is resident and loaded."""
+        return any(state.residency != "resident" for state in self.tags)
+
+    @property
+    def gate(self) -> Gate:
+        """Whether requests run."""
+        if self.faulted or self.paused or self.dozing or self.is_sleeping:
+            return "closed"
+        return "draining" if self.draining else "open"
+
+    @property
+    def level(self) -> int | None:
+        """The deepest level in force, None when awake."""
+        if not self.is_sleeping:
+            return 0 if self.dozing else None
+        return 2 if self.residency("weights") in ("discarded", "blank") else 1
+
+    def snapshot(self, transition: str | None) -> EngineState:
+        """What is pushed to whoever admits requests."""
+        return EngineState(
+            gate=self.gate,
+            paused=self.paused or self.dozing,
+            level=self.level,
+            tags=self.tags,
+            missing=self.missing,
+            faulted=self.faulted,
+            transition=transition,
+        )
+
+
+# --- the transaction ----------------------------------------------------------------------------
+
+
+class SleepController:
+    """Carries legal moves out on every rank; whatever fails is rolled back, or the state is faulted and says so."""
+
+    def __init__(self, executor: Executor, *, verify: VerifyMode, canary: bool) -> None:
+        self._executor = executor
+        self._verify = verify
+        self._canary = canary
+        self.state = SleepState()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Ask every rank where its tags are.
+
+        Raises:
+            EngineFaulted: a rank cannot tell.
+        """
+        try:
+            ranks: list[tuple[TagState, ...]] = self._executor.call("states")
+            missing = self._executor.call("missing")
+        except ShuteyeError as error:
+            raise self._fault(f"a rank cannot tell where its memory is: {error.message}") from error
+        self._set(tags=tuple(map(_sum_states, zip(*ranks, strict=True))), missing=tuple(sorted({*sum(missing, ())})))
+
+    def set_gate(self, *, paused: bool | None = None, dozing: bool | None = None, draining: bool | None = None) -> None:
+        """Change what the gate depends on beside residency; None leaves it."""
+        changes = {"paused": paused, "dozing": dozing, "draining": draining}
+        self._set(**{name: value for name, value in changes.items() if value is not None})
+
+    def plan_sleep(self, level: int, tags: Sequence[Tag]) -> SleepPlan:
+        """The moves from the present state; see the module's `plan_sleep`."""
+        self.refuse_if_faulted()
+        return plan_sleep(self.state.residency("weights"), self.state.residency("kv_cache"), level=level, tags=tags)
+
+    def check_room(self, plan: SleepPlan) -> None:
+        """Ask every rank whether the plan can succeed, before anything is touched.
+
+        Raises:
+            SleepFailed: a rank has no room for what must be saved.
+        """
+        try:
+            self._executor.call("estimate_sleep", plan)
+        except ShuteyeError as error:
+            raise SleepFailed(f"Still awake, nothing was touched: {error.message}") from error
+
+    def save(self, plan: SleepPlan) -> None:
+        """Save on every rank what only memory holds.
+
+        Raises:
+            SleepFailed: a rank could not; the model is awake as before.
+        """
+        try:
+            self._executor.call("save", plan)
+        except ShuteyeError as error:
+            raise SleepFailed(f"Still awake, saving failed: {error.message}") from error
+
+    def release(self, plan: SleepPlan, *, level: int, begin: float) -> SleepReport:
+        """Give memory back on every rank, and measure.
+
+        Raises:
+            EngineFaulted: a rank failed half-way; nothing is served until `wake_up` recovers it.
+        """
+        try:
+            ranks = self._executor.call("release", plan)
+        except ShuteyeError as error:
+            raise self._fault(f"releasing failed: {error.message}") from error
+        self.refresh()
+        reports = tuple(map(_sum_reports, zip(*ranks, strict=True)))
+        return SleepReport(
+            changed=True,
+            level=level,
+            tags=reports,
+            freed_bytes=sum(report.freed_bytes for report in reports),
+            residual_bytes=sum(self._executor.call("residual_bytes")),
+            seconds=time.perf_counter() - begin,
+        )
+
+    def wake(self, tags: Sequence[Tag]) -> WakeReport:
+        """Map, fill, verify; the gate opens by itself once every tag is resident and loaded.
+
+        Raises:
+            TransitionConflict: see `plan_wake`.
+            WakeFailed: rolled back, still asleep, a retry may work.
+            EngineFaulted: rolling back failed too.
+        """
+        begin = time.perf_counter()
+        recovering = self.state.faulted is not None
+        if recovering:
+            self._recover()
+        state = self.state
+        if not state.is_sleeping:
+            self.set_gate(dozing=False)
+            return WakeReport(changed=state.dozing, seconds=time.perf_counter() - begin)
+        plan = plan_wake(state.residency("weights"), state.residency("kv_cache"), tags=tags, missing=state.missing)
+        if plan == WakePlan():
+            return WakeReport(changed=False, missing=state.missing, seconds=time.perf_counter() - begin)
+        report = self._restore(plan, verify="full" if recovering else self._verify)
+        self.set_gate(dozing=False)
+        return replace(report, seconds=time.perf_counter() - begin)
+
+    def check_after_update(self) -> None:
+        """Record, or compare, the canary of weights that were just loaded or written.
+
+        Raises:
+            EngineFaulted: the logits are not finite, or not those of the image that was reloaded.
+        """
+        try:
+            self._check_canary()
+        except ShuteyeError as error:
+            raise self._fault(f"the new weights cannot be trusted: {error.message}") from error
+
+    def _restore(self, plan: WakePlan, *, verify: VerifyMode) -> WakeReport:
+        try:
+            ranks = self._executor.call("restore", plan)
+            self.refresh()
+            verified = self._check_bytes(plan, verify)
+            canary = self._check_canary()
+        except EngineFaulted as error:
+            raise self._fault(error.message) from error
+        except ShuteyeError as error:
+            self._undo(error)
+            if isinstance(error, WakeFailed):
+                raise
+            raise WakeFailed(f"Still asleep, a retry may work: {error.message}") from error
+        reports = tuple(map(_sum_reports, zip(*ranks, strict=True)))
+        return WakeReport(
+            changed=True,
+            tags=reports,
+            restored_bytes=sum(report.restored_bytes for report in reports),
+            verified=verify if verified else "off",
+            verified_bytes=verified,
+            canary=canary,
+            weights_source=self._executor.call("weights_source")[0],
+            missing=self.state.missing,
+        )
+
+    def _check_bytes(self, plan: WakePlan, mode: VerifyMode) -> int:
+        if mode == "off" or plan.weights in ("keep", "blank"):
+            return 0
+        results = self._executor.call("verify", mode)
+        bad = sum(len(result.bad_extents) for result in results)
+        if bad:
+            raise VerificationFailed(
+                f"{bad} extents of the weights differ from their checksums, so the model stays asleep. "
+                "Run `shuteye images verify`; if the image is damaged, `reload_weights` or a restart rebuilds it."
+            )
+        return sum(result.verified_bytes for result in results)
+
+    def _check_canary(self) -> bool:
+        """Run the canary where the model can run at all; True if it ran."""
+        if not self._canary or self.state.is_sleeping:
+            return False
+        if not all(self._executor.call("canary_agrees")):
+            raise VerificationFailed(
+                "The canary's logits are not finite, or not those recorded when the weights were last known good."
+            )
+        return True
+
+    def _undo(self, cause: ShuteyeError) -> None:
+        try:
+            self._executor.call("undo_restore")
+        except ShuteyeError as error:
+            raise self._fault(f"rolling back a wake failed: {error.message}, after: {cause.message}") from error
+        self.refresh()
+
+    def _recover(self) -> None:
+        try:
+            self._executor.call("reset")
+        except ShuteyeError as error:
+            raise self._fault(f"recovering failed: {error.message}") from error
+        self._set(faulted=None)
+        self.refresh()
+
+    def _fault(self, reason: str) -> EngineFaulted:
+        self._set(faulted=reason)
+        return EngineFaulted(f"Nothing is served: {reason}. POST /wake_up tries to recover with a full verification.")
+
+    def refuse_if_faulted(self) -> None:
+        """Raise EngineFaulted while a transition that could not be rolled back is in force."""
+        if self.state.faulted is not None:
+            raise EngineFaulted(f"The engine is faulted ({self.state.faulted}); only wake_up can recover it.")
+
+    def _set(self, **changes: Any) -> None:
+        self.state = replace(self.state, **changes)
+
+
+def _sum_states(ranks: tuple[TagState, ...]) -> TagState:
+    return replace(
+        ranks[0],
+        nbytes=sum(state.nbytes for state in ranks),
+        resident_bytes=sum(state.resident_bytes for state in ranks),
+    )
+
+
+def _sum_reports(ranks: tuple[TagReport, ...]) -> TagReport:
+    return replace(
+        ranks[0],
+        freed_bytes=sum(report.freed_bytes for report in ranks),
+        restored_bytes=sum(report.restored_bytes for report in ranks),
+        saved_bytes=sum(report.saved_bytes for report in ranks),
+        seconds=max(report.seconds for report in ranks),
+    )

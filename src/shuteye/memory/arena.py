@@ -1,0 +1,161 @@
+"""An arena: one address-stable range of memory, and tensors that look into it.
+
+Knows nothing of where its bytes come from, nor of which tensors lie in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.layout import DTYPE_NBYTES, Slot, round_up, tensor_nbytes
+from shuteye.outputs import Tag
+
+_TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NBYTES}
+_DTYPE_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """PyTorch's dtype of that name, such as `bfloat16`."""
+    return _TORCH_DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that layouts use for PyTorch's dtype."""
+    return _DTYPE_NAMES[dtype]
+
+
+def _bytes_at(address: int, nbytes: int) -> ctypes.Array[ctypes.c_ubyte]:
+    """Memory at an address as a buffer; of a subclass, because only those take weak references."""
+    array_type = ctypes.c_ubyte * nbytes
+    held_type = type("ArenaBytes", (array_type,), {})
+    assert issubclass(held_type, array_type)
+    return held_type.from_address(address)
+
+
+class Arena:
+    """Bytes [0, nbytes) at a fixed address; views stay valid while the memory under them comes and goes.
+
+    The addresses are given back once the arena is closed and its last view is gone, so that a view left behind crashes
+    on access instead of reading whatever was mapped there next.
+    """
+
+    def __init__(self, backend: MemoryBackend, *, tag: Tag, address: int, nbytes: int) -> None:
+        self.tag = tag
+        self.address = address
+        self.nbytes = nbytes
+        self.closed = False
+        self._backend = backend
+        self._bytes = _bytes_at(address, nbytes)  # every view keeps this object alive
+        weakref.finalize(self._bytes, backend.unreserve, address, nbytes).atexit = False
+
+    @classmethod
+    def reserve(cls, backend: MemoryBackend, *, tag: Tag, nbytes: int) -> Arena:
+        """Addresses for `nbytes`, rounded up to whole pages, and no memory yet.
+
+        Raises:
+            MemoryExhausted: the address space has no such gap.
+        """
+        assert nbytes > 0, f"an arena needs at least one byte, got {nbytes}"
+        nbytes = round_up(nbytes, backend.page_bytes)
+        return cls(backend, tag=tag, address=backend.reserve(nbytes), nbytes=nbytes)
+
+    def view(self, offset: int, shape: Sequence[int], dtype: str | torch.dtype) -> torch.Tensor:
+        """A dense tensor over bytes from `offset`. It owns nothing, and keeps only the addresses alive."""
+        name = dtype if isinstance(dtype, str) else dtype_name(dtype)
+        nbytes = tensor_nbytes(shape, name)
+        self._require_inside(offset, nbytes)
+        if nbytes == 0:
+            return torch.empty(tuple(shape), dtype=torch_dtype(name))
+        count = nbytes // DTYPE_NBYTES[name]
+        return torch.frombuffer(self._bytes, dtype=torch_dtype(name), count=count, offset=offset).view(tuple(shape))
+
+    def slot_view(self, slot: Slot) -> torch.Tensor:
+        """The tensor of a layout's slot."""
+        return self.view(slot.offset, slot.shape, slot.dtype)
+
+    def bytes_view(self, offset: int, nbytes: int) -> memoryview:
+        """Bytes [offset, offset + nbytes), writable."""
+        self._require_inside(offset, nbytes)
+        return memoryview(self._bytes).cast("B")[offset : offset + nbytes]
+
+    def _require_inside(self, offset: int, nbytes: int) -> None:
+        assert not self.closed, f"the {self.tag} arena is closed"
+        assert 0 <= offset <= offset + nbytes <= self.nbytes, (
+            f"[{offset}, {offset + nbytes}) is not inside the {self.tag} arena's {self.nbytes} bytes"
+        )
+
+    def commit(self) -> None:
+        """Fresh memory under the whole arena, physical once touched.
+
+        Raises:
+            MemoryExhausted: the system does not have it.
+            BackendFailure: the kernel refused.
+        """
+        self._backend.commit(self.address, self.nbytes)
+
+    def map_file(self, offset: int, nbytes: int, *, fd: int) -> None:
+        """Bytes [offset, offset + nbytes) of a file, privately, at the same offset of the arena.
+
+        Raises:
+            BackendFailure: the kernel refused.
+        """
+        self._require_inside(offset, nbytes)
+        self._backend.map_file(self.address + offset, nbytes, fd=fd, offset=offset)
+
+    def populate(self) -> None:
+        """Bring every page in now.
+
+        Raises:
+            BackendFailure: reading the mapped file failed.
+        """
+        self._backend.populate(self.address, self.nbytes)
+
+    def write_file(self, offset: int, nbytes: int, *, fd: int) -> None:
+        """Write bytes [offset, offset + nbytes) to the same offset of a file.
+
+        Raises:
+            BackendFailure: the write failed.
+            MemoryExhausted: the file system is full.
+        """
+        self._require_inside(offset, nbytes)
+        self._backend.write_file(self.address + offset, nbytes, fd=fd, offset=offset)
+
+    def written_ranges(self) -> tuple[tuple[int, int], ...]:
+        """(offset, nbytes) of pages that differ from the file mapped there.
+
+        Raises:
+            BackendFailure: the kernel would not say.
+        """
+        return self._backend.written_ranges(self.address, self.nbytes)
+
+    def release(self) -> None:
+        """Give the physical memory back; views keep their addresses and crash when touched. Idempotent.
+
+        Raises:
+            BackendFailure: the kernel refused.
+        """
+        self._backend.release(self.address, self.nbytes)
+
+    def resident_bytes(self) -> int:
+        """Physical memory under the arena, by the kernel's account.
+
+        Raises:
+            BackendFailure: the kernel would not say.
+        """
+        return self._backend.resident_bytes(self.address, self.nbytes)
+
+    def close(self) -> None:
+        """Release for good. Idempotent.
+
+        Raises:
+            BackendFailure: the kernel refused.
+        """
+        if not self.closed:
+            self.release()
+            self.closed = True
+            del self._bytes

@@ -1,0 +1,81 @@
+"""The seam between arenas and whoever owns physical memory: a few verbs on (address, nbytes).
+
+Knows nothing of tensors, extents or tags.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class MemoryBackend(Protocol):
+    """Reserves addresses and moves physical memory in and out under them.
+
+    Addresses and sizes are whole pages unless said otherwise. Every verb raises `BackendFailure`, or `MemoryExhausted`
+    where the system will not give the bytes; after a failed verb the pages of its range are in an unknown state.
+    """
+
+    @property
+    def name(self) -> str:
+        """What `--memory-backend` calls it."""
+        ...
+
+    @property
+    def page_bytes(self) -> int:
+        """Granularity of every range."""
+        ...
+
+    def reserve(self, nbytes: int) -> int:
+        """An address range backed by nothing, aligned for huge pages; touching it crashes."""
+        ...
+
+    def unreserve(self, address: int, nbytes: int) -> None:
+        """Give back the addresses and whatever is mapped there. Nothing may point there any more."""
+        ...
+
+    def commit(self, address: int, nbytes: int) -> None:
+        """Readable, writable memory, physical only once touched; huge pages where the system has them.
+
+        Raises:
+            MemoryExhausted: more than `available_bytes`.
+        """
+        ...
+
+    def map_file(self, address: int, nbytes: int, *, fd: int, offset: int) -> None:
+        """A private, writable view of a file: its pages are shared until written, and writes never reach the file."""
+        ...
+
+    def populate(self, address: int, nbytes: int) -> None:
+        """Bring every page in now, so that no later access waits for or fails on I/O."""
+        ...
+
+    def release(self, address: int, nbytes: int) -> None:
+        """Give the physical memory back and keep the addresses; a later access crashes. Idempotent."""
+        ...
+
+    def written_ranges(self, address: int, nbytes: int) -> tuple[tuple[int, int], ...]:
+        """(offset, nbytes) of the pages that no longer belong to the mapped file, ascending and merged.
+
+        In memory without a file that is every page ever touched.
+        """
+        ...
+
+    def resident_bytes(self, address: int, nbytes: int) -> int:
+        """Physical memory under the range, as the system accounts it."""
+        ...
+
+    def available_bytes(self) -> int:
+        """Physical memory the system could still give."""
+        ...
+
+    def process_resident_bytes(self) -> int:
+        """Physical memory of the whole process, as the system accounts it."""
+        ...
+
+    def write_file(self, address: int, nbytes: int, *, fd: int, offset: int) -> None:
+        """Write the range to a file, wholly."""
+        ...
+
+    def sync_file(self, fd: int) -> None:
+        """Return once the file's data is on its device; an I/O error surfaces here."""
+        ...

@@ -1,0 +1,46 @@
+"""Saved extents in an unlinked file of a directory: they take no memory, and vanish with the process.
+
+Knows nothing of extents' contents.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from shuteye.errors import BackendFailure
+from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.backings.base import BackingName
+from shuteye.memory.backings.spill import SpillBacking
+
+
+class DiskBacking(SpillBacking):
+    """A `Backing` in `directory`, which is made if need be."""
+
+    name: BackingName = "disk"
+
+    def __init__(self, backend: MemoryBackend, directory: Path) -> None:
+        super().__init__(backend)
+        self._directory = directory
+
+    def __str__(self) -> str:
+        return f"the spill directory {self._directory}"
+
+    def free_bytes(self) -> int:
+        """See `Backing`. What an unprivileged process may still write to the file system."""
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            status = os.statvfs(self._directory)
+        except OSError as error:
+            raise BackendFailure(f"Reading the free space of {self} failed: {error}.") from error
+        return status.f_bavail * status.f_frsize
+
+    def _create(self, nbytes: int) -> int:
+        try:
+            fd, path = tempfile.mkstemp(prefix="shuteye-", suffix=".spill", dir=self._directory)
+            Path(path).unlink()
+            os.ftruncate(fd, nbytes)
+        except OSError as error:
+            raise BackendFailure(f"Making a file in {self} failed: {error}.") from error
+        return fd

@@ -1,0 +1,79 @@
+"""Extents saved in a nameless file at the arena's own offsets, and mapped back from it privately.
+
+Knows nothing of what the file lies on; `disk.py` and `host.py` say that.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from shuteye.errors import MemoryExhausted
+from shuteye.memory.arena import Arena
+from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.backings.base import BackingName
+from shuteye.memory.image import checksum_hex
+from shuteye.memory.layout import Extent
+
+
+class SpillBacking(ABC):
+    """A sparse file that is made at the first save and gone with `drop`, or with the process.
+
+    Because a saved extent is mapped back privately, the kernel goes on saying which pages were written: one that was
+    not is still true here and is never copied again.
+    """
+
+    name: BackingName
+
+    def __init__(self, backend: MemoryBackend) -> None:
+        self._backend = backend
+        self._fd = -1
+        self._checksums: dict[int, str] = {}
+
+    @abstractmethod
+    def _create(self, nbytes: int) -> int:
+        """The descriptor of a new, nameless, sparse file.
+
+        Raises:
+            BackendFailure: it cannot be made.
+        """
+
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """See `Backing`."""
+
+    def save(self, arena: Arena, extents: Sequence[Extent]) -> None:
+        """See `Backing`. One sync at the end, so that an I/O error is found while the memory still holds the bytes."""
+        self._require_room(sum(extent.nbytes for extent in extents))
+        if self._fd < 0:
+            self._fd = self._create(arena.nbytes)
+        for extent in extents:
+            self._checksums.pop(extent.index, None)
+        saved: dict[int, str] = {}
+        for extent in extents:
+            arena.write_file(extent.offset, extent.nbytes, fd=self._fd)
+            saved[extent.index] = checksum_hex(arena.bytes_view(extent.offset, extent.nbytes))
+        self._backend.sync_file(self._fd)
+        self._checksums |= saved
+
+    def _require_room(self, nbytes: int) -> None:
+        free = self.free_bytes()
+        if nbytes > free:
+            raise MemoryExhausted(f"Saving changed weights takes {nbytes:,} bytes and {self} has {free:,} left.")
+
+    def load(self, arena: Arena, offset: int, nbytes: int) -> None:
+        """See `Source`."""
+        assert self._fd >= 0, f"nothing was saved to {self}"
+        arena.map_file(offset, nbytes, fd=self._fd)
+
+    def checksum(self, extent: Extent) -> str | None:
+        """See `Source`."""
+        return self._checksums.get(extent.index)
+
+    def drop(self) -> None:
+        """See `Backing`."""
+        self._checksums.clear()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -1,0 +1,257 @@
+"""A weight image: the file form of a weights arena, opened, read and checked.
+
+Knows nothing of how it is made (`image_writer.py`) nor of where images are kept (`image_store.py`).
+
+    <key>/weights.rank0.bin   the arena's bytes, page-aligned extents in layer order
+    <key>/index.json          where each tensor lies, a checksum per extent, what the image was made from
+    <key>/buffers.bin         persistent buffers, if the model has any; copied on load, never mapped
+    <key>/…/                  whatever else the builder put there, such as the tokenizer
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import mmap
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import xxhash
+
+from shuteye.errors import ImageFailure
+from shuteye.memory.arena import torch_dtype
+from shuteye.memory.layout import Layout, Slot
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "weights.rank0.bin"
+BUFFERS_FILE = "buffers.bin"
+INDEX_FILE = "index.json"
+
+_READ_BYTES = 4 << 20
+
+
+def checksum_hex(data: bytes | bytearray | memoryview) -> str:
+    """XXH3, 64 bits: finds damage, not malice. Source: https://xxhash.com."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageIdentity:
+    """What an image was made from: images of equal identity hold equal weights.
+
+    Attributes:
+        source: where the checkpoint came from, for people.
+        fingerprint: changes whenever the checkpoint's content does.
+        dtype: what the weights were cast to.
+    """
+
+    source: str
+    fingerprint: str
+    dtype: str
+
+    @property
+    def key(self) -> str:
+        """The image's directory name: readable, and different for every identity."""
+        readable = re.sub(r"[^a-z0-9.]+", "-", Path(self.source).name.lower()).strip("-.")[:48]
+        digest = hashlib.sha256("\0".join((self.source, self.fingerprint, self.dtype)).encode()).hexdigest()
+        return "-".join(part for part in (readable, self.dtype, digest[:12]) if part)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageIndex:
+    """The content of `index.json`. `checksums` follow the layout's extents; `created` is seconds since 1970."""
+
+    identity: ImageIdentity
+    layout: Layout
+    checksums: tuple[str, ...]
+    aliases: Mapping[str, str]
+    metadata: Mapping[str, Any]
+    buffers: tuple[Slot, ...]
+    buffers_checksum: str
+    created: float
+
+    def __post_init__(self) -> None:
+        if len(self.checksums) != len(self.layout.extents):
+            raise ValueError(f"{len(self.checksums)} checksums for {len(self.layout.extents)} extents")
+        dangling = set(self.aliases.values()) - self.layout.slots.keys()
+        if dangling:
+            raise ValueError(f"aliases of unknown tensors: {', '.join(sorted(dangling))}")
+
+
+class _IndexFile(msgspec.Struct, frozen=True):
+    """`index.json` itself: the version is read first, and the checksum is of the raw `index` that follows it."""
+
+    format: int
+    checksum: str = ""
+    index: msgspec.Raw = msgspec.Raw(b"")
+
+
+def encode_index(index: ImageIndex) -> bytes:
+    """The bytes of `index.json`."""
+    raw = msgspec.Raw(msgspec.json.encode(index))
+    return msgspec.json.encode(_IndexFile(FORMAT_VERSION, checksum_hex(bytes(raw)), raw))
+
+
+def read_index(directory: Path) -> ImageIndex:
+    """Read and check `index.json`.
+
+    Raises:
+        ImageFailure: missing, damaged, or of another format version.
+    """
+    with _reporting_damage(directory):
+        file = msgspec.json.decode((directory / INDEX_FILE).read_bytes(), type=_IndexFile)
+        if file.format != FORMAT_VERSION:
+            raise ValueError(f"its format version is {file.format}, this shuteye reads {FORMAT_VERSION}")
+        if checksum_hex(bytes(file.index)) != file.checksum:
+            raise ValueError(f"{INDEX_FILE} does not match its own checksum")
+        return msgspec.json.decode(file.index, type=ImageIndex)
+
+
+@contextmanager
+def _reporting_damage(directory: Path) -> Iterator[None]:
+    """Turn whatever reading an image raises into an `ImageFailure` that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise _damage(directory, error) from error
+
+
+def _damage(directory: Path, error: Exception) -> ImageFailure:
+    return ImageFailure(
+        f"The weight image {directory} cannot be used: {error}. Run `shuteye images rm {directory.name}`; "
+        f"the next load makes it anew."
+    )
+
+
+class WeightImage:
+    """An image in use: while open, nobody can remove it. Its file is only ever read, or mapped privately."""
+
+    def __init__(self, path: Path, index: ImageIndex, fd: int) -> None:
+        self.path = path
+        self.fd = fd
+        self.identity = index.identity
+        self.layout = index.layout
+        self.checksums = index.checksums
+        self.aliases = index.aliases
+        self.metadata = index.metadata
+        self._index = index
+
+    @classmethod
+    def open(cls, path: Path) -> WeightImage:
+        """Open and lock the image at `path`.
+
+        Raises:
+            FileNotFoundError: there is no such directory.
+            ImageFailure: there is one, and it is damaged or of another format version.
+        """
+        while True:
+            fd = _open_weights(path)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH)
+                image = cls(path, read_index(path), fd)
+                image._require_usable()
+            except BaseException:
+                os.close(fd)
+                raise
+            if _is_still_there(path, fd):
+                return image
+            os.close(fd)  # replaced or removed between open and lock
+
+    def _require_usable(self) -> None:
+        with _reporting_damage(self.path):
+            nbytes = os.fstat(self.fd).st_size
+            if nbytes != self.layout.nbytes:
+                raise ValueError(f"{WEIGHTS_FILE} has {nbytes:,} bytes instead of {self.layout.nbytes:,}")
+            if self.layout.page_bytes % mmap.PAGESIZE:
+                raise ValueError(f"its pages are {self.layout.page_bytes} bytes, this machine's {mmap.PAGESIZE}")
+
+    def slot_name(self, name: str) -> str | None:
+        """The slot of a tensor, whose own name it is or which is tied to it; None if there is none."""
+        target = self.aliases.get(name, name)
+        return target if target in self.layout.slots else None
+
+    def read_buffers(self) -> dict[str, torch.Tensor]:
+        """The persistent buffers, by name, as tensors of their own.
+
+        Raises:
+            ImageFailure: the file is missing or damaged.
+        """
+        if not self._index.buffers:
+            return {}
+        with _reporting_damage(self.path):
+            content = bytearray((self.path / BUFFERS_FILE).read_bytes())
+            if checksum_hex(content) != self._index.buffers_checksum:
+                raise ValueError(f"{BUFFERS_FILE} does not match its checksum")
+        return {slot.name: _tensor_of(content, slot) for slot in self._index.buffers}
+
+    def damaged_extents(self) -> tuple[int, ...]:
+        """Read the whole file and compare it with the checksums.
+
+        Raises:
+            ImageFailure: reading failed.
+        """
+        with _reporting_damage(self.path):
+            return tuple(
+                extent.index
+                for extent, expected in zip(self.layout.extents, self.checksums, strict=True)
+                if checksum_of_file(self.fd, extent.offset, extent.nbytes) != expected
+            )
+
+    @property
+    def closed(self) -> bool:
+        """Whether the lock and the descriptor are gone."""
+        return self.fd < 0
+
+    def close(self) -> None:
+        """Give up the lock. Mappings made from it stay. Idempotent."""
+        if not self.closed:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def checksum_of_file(fd: int, offset: int, nbytes: int) -> str:
+    """`checksum_hex` of a file's bytes [offset, offset + nbytes), read in pieces.
+
+    Raises:
+        OSError: reading failed or the file ended early.
+    """
+    hasher = xxhash.xxh3_64()
+    end = offset + nbytes
+    while offset < end:
+        piece = os.pread(fd, min(_READ_BYTES, end - offset), offset)
+        if not piece:
+            raise OSError(f"the file ends at {offset:,} instead of {end:,}")
+        hasher.update(piece)
+        offset += len(piece)
+    return hasher.hexdigest()
+
+
+def _open_weights(path: Path) -> int:
+    try:
+        return os.open(path / WEIGHTS_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if path.is_dir():
+            raise _damage(path, error) from error
+        raise FileNotFoundError(f"there is no weight image {path}") from error
+
+
+def _is_still_there(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path / WEIGHTS_FILE), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _tensor_of(content: bytearray, slot: Slot) -> torch.Tensor:
+    dtype = torch_dtype(slot.dtype)
+    if slot.nbytes == 0:
+        return torch.empty(slot.shape, dtype=dtype)
+    count = slot.nbytes // dtype.itemsize
+    return torch.frombuffer(content, dtype=dtype, count=count, offset=slot.offset).view(slot.shape).clone()

@@ -1,0 +1,256 @@
+"""The directory of weight images: opened if there, built once if not, listed, checked and removed.
+
+Knows nothing of what is in an image, nor of checkpoints.
+
+Two locks, both flock(2), so both die with their process:
+    `<key>.lock`, exclusive: held by whoever builds, replaces or removes `<key>`.
+    `<key>/weights.rank0.bin`, shared: held by whoever uses the image.
+An image appears by one rename of a finished, synced directory; a crash leaves only `.<key>.*`, which the next to hold
+the key's lock sweeps away.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from shuteye.errors import ImageFailure
+from shuteye.memory.image import INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage, read_index
+from shuteye.memory.image_writer import ImageWriter, reporting_write_errors
+from shuteye.plans import VerifyResult
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSummary:
+    """One image for `shuteye images ls`; times are seconds since 1970.
+
+    Attributes:
+        damage: why it cannot be opened, or None; `source` and `dtype` are then unknown and empty.
+    """
+
+    key: str
+    source: str
+    dtype: str
+    nbytes: int
+    created: float
+    last_used: float
+    in_use: bool
+    damage: str | None = None
+
+
+class ImageStore:
+    """The images under `<cache_dir>/images`. Safe between any number of processes on one machine."""
+
+    def __init__(self, cache_dir: Path) -> None:
+        self._root = Path(cache_dir) / "images"
+
+    def open(self, identity: ImageIdentity) -> WeightImage | None:
+        """The image of `identity`, or None if there is none.
+
+        Raises:
+            ImageFailure: there is one, and it is damaged or of another format version.
+        """
+        path = self._root / identity.key
+        try:
+            image = WeightImage.open(path)
+        except FileNotFoundError:
+            return None
+        if image.identity != identity:
+            image.close()
+            raise ImageFailure(f"The weight image {path} was made from {image.identity}, not from {identity}.")
+        with suppress(PermissionError):  # a cache shared read-only keeps no time of last use
+            os.utime(path / INDEX_FILE)
+        return image
+
+    def open_or_build(self, identity: ImageIdentity, build: Callable[[ImageWriter], None]) -> WeightImage:
+        """The image of `identity`, built first if there is none that can be used.
+
+        Whoever comes second while it is being built waits, and opens what the first one built.
+
+        Raises:
+            ImageFailure: it cannot be written. Whatever `build` raises passes through; no image is left then.
+        """
+        image = self._open_usable(identity)
+        if image is not None:
+            return image
+        with self._exclusive(identity.key):
+            image = self._open_usable(identity)
+            if image is None:
+                self._build(identity, build)
+                image = self.open(identity)
+        assert image is not None, "an image cannot be removed while its lock is held"
+        return image
+
+    def _open_usable(self, identity: ImageIdentity) -> WeightImage | None:
+        try:
+            return self.open(identity)
+        except ImageFailure:
+            return None  # replaced by what is built next
+
+    def _build(self, identity: ImageIdentity, build: Callable[[ImageWriter], None]) -> None:
+        self._sweep(identity.key)
+        with reporting_write_errors(self._root):
+            directory = Path(tempfile.mkdtemp(prefix=f".{identity.key}.", dir=self._root))
+        writer = ImageWriter(directory, identity, page_bytes=mmap.PAGESIZE)
+        try:
+            build(writer)
+            writer.finish()
+            with reporting_write_errors(self._root):
+                self._publish(directory, identity.key)
+        finally:
+            writer.close()
+            self._sweep(identity.key)
+
+    def _publish(self, directory: Path, key: str) -> None:
+        """Let the finished directory appear as `key`, in place of a damaged one if there is one."""
+        directory.chmod(0o755)
+        self._set_aside(key)
+        directory.rename(self._root / key)
+        _sync_directory(self._root)
+
+    def _set_aside(self, key: str) -> None:
+        """Take the directory of `key`, if there is one, out of sight; whoever maps its file keeps the file."""
+        with suppress(FileNotFoundError):
+            (self._root / key).rename(Path(tempfile.mkdtemp(prefix=f".{key}.", dir=self._root)) / "old")
+
+    def _sweep(self, key: str) -> None:
+        """Delete what is out of sight: a crashed build, a removed image. The lock of `key` must be held."""
+        for leftover in self._root.glob(f".{key}.*"):
+            with reporting_write_errors(leftover):
+                shutil.rmtree(leftover)
+
+    @contextmanager
+    def _exclusive(self, key: str) -> Iterator[None]:
+        """Hold the lock of `key`, waiting for whoever has it. The lock file goes when its holder leaves."""
+        path = self._root / f"{key}.lock"
+        with reporting_write_errors(path):
+            self._root.mkdir(parents=True, exist_ok=True)
+            fd = _lock_file(path)
+        try:
+            yield
+        finally:
+            with suppress(FileNotFoundError):
+                path.unlink()
+            os.close(fd)
+
+    def list(self) -> tuple[ImageSummary, ...]:
+        """Every image, the damaged ones too, by key.
+
+        Raises:
+            ImageFailure: the directory cannot be read.
+        """
+        return tuple(self._summarize(key) for key in self._keys())
+
+    def _keys(self) -> tuple[str, ...]:
+        if not self._root.is_dir():
+            return ()
+        paths = sorted(self._root.iterdir())
+        return tuple(path.name for path in paths if path.is_dir() and not path.name.startswith("."))
+
+    def _summarize(self, key: str) -> ImageSummary:
+        path = self._root / key
+        nbytes = _tree_bytes(path)
+        index_path = path / INDEX_FILE
+        last_used = (index_path if index_path.exists() else path).stat().st_mtime
+        try:
+            index = read_index(path)
+        except ImageFailure as failure:
+            return ImageSummary(key, "", "", nbytes, last_used, last_used, self._in_use(key), failure.message)
+        identity = index.identity
+        return ImageSummary(key, identity.source, identity.dtype, nbytes, index.created, last_used, self._in_use(key))
+
+    def _in_use(self, key: str) -> bool:
+        with self._unused(key) as unused:
+            return not unused
+
+    @contextmanager
+    def _unused(self, key: str) -> Iterator[bool]:
+        """Whether nobody uses the image; while the context lasts, nobody can begin to."""
+        try:
+            fd = os.open(self._root / key / WEIGHTS_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            yield True
+            return
+        try:
+            yield _try_lock(fd)
+        finally:
+            os.close(fd)
+
+    def remove(self, key: str) -> int:
+        """Delete the image of `key` (or a unique prefix of one); the bytes it took.
+
+        Raises:
+            ImageFailure: no such image, an ambiguous prefix, or somebody uses it.
+        """
+        key = self._resolve(key)
+        with self._exclusive(key), self._unused(key) as unused:
+            if not unused:
+                raise ImageFailure(f"The weight image {key} is in use. Stop the server that uses it first.")
+            with reporting_write_errors(self._root / key):
+                nbytes = _tree_bytes(self._root / key)
+                self._set_aside(key)
+            self._sweep(key)
+            return nbytes
+
+    def verify(self, key: str) -> VerifyResult:
+        """Read the whole image of `key` (or a unique prefix of one) and compare it with its checksums.
+
+        Raises:
+            ImageFailure: no such image, an ambiguous prefix, or it cannot even be opened.
+        """
+        key = self._resolve(key)
+        try:
+            image = WeightImage.open(self._root / key)
+        except FileNotFoundError as error:
+            raise ImageFailure(f"The weight image {key} was removed meanwhile.") from error
+        try:
+            image.read_buffers()
+            return VerifyResult(verified_bytes=image.layout.nbytes, bad_extents=image.damaged_extents())
+        finally:
+            image.close()
+
+    def _resolve(self, prefix: str) -> str:
+        keys = self._keys()
+        found = [key for key in keys if key == prefix] or [key for key in keys if prefix and key.startswith(prefix)]
+        if len(found) != 1:
+            problem = f"matches {', '.join(found)}" if found else f"matches none of: {', '.join(keys) or 'no images'}"
+            raise ImageFailure(f"The image key {prefix!r} {problem}. `shuteye images ls` shows the keys.")
+        return found[0]
+
+
+def _tree_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock_file(path: Path) -> int:
+    """An exclusively locked descriptor of the file that `path` names, also after waiting."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(fd)):
+                return fd
+        os.close(fd)  # its holder deleted it on leaving, and we locked a file without a name
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,199 @@
+"""Writes a weight image: streams tensors to their places, then seals the directory with checksums and an index.
+
+Knows nothing of where the directory ends up, nor of checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from shuteye.errors import ImageFailure
+from shuteye.memory.arena import dtype_name
+from shuteye.memory.image import (
+    BUFFERS_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    ImageIdentity,
+    ImageIndex,
+    checksum_hex,
+    checksum_of_file,
+    encode_index,
+)
+from shuteye.memory.layout import Layout, Slot, TensorSpec, plan_layout
+
+WeightData: TypeAlias = torch.Tensor | bytes | bytearray | memoryview
+
+_SPARE_BYTES = 64 << 20
+"""Disk space that must be left over: the index, the tokenizer, and some air."""
+
+
+@contextmanager
+def reporting_write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into an `ImageFailure` that names the place and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ImageFailure(
+            f"Writing the weight image at {path} failed: {error}. "
+            f"Check permissions and free space there, or choose another --cache-dir."
+        ) from error
+
+
+class ImageWriter:
+    """What a builder is given: `begin` once, `put` every tensor in any order, and files of its own in `directory`."""
+
+    def __init__(self, directory: Path, identity: ImageIdentity, *, page_bytes: int) -> None:
+        self.directory = directory
+        self._identity = identity
+        self._page_bytes = page_bytes
+        self._layout: Layout | None = None
+        self._aliases: dict[str, str] = {}
+        self._metadata: dict[str, Any] = {}
+        self._fd = -1
+        self._missing: set[str] = set()
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def begin(
+        self,
+        specs: Iterable[TensorSpec],
+        *,
+        aliases: Mapping[str, str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Layout:
+        """Fix the layout and make the file.
+
+        Args:
+            specs: every tensor of the arena, in layer order.
+            aliases: other names of tied tensors, each with the name it stands for.
+            metadata: JSON values for whoever opens the image.
+
+        Raises:
+            ImageFailure: the disk is too full, or refused.
+        """
+        assert self._layout is None, "begin() may be called once"
+        layout = plan_layout(specs, page_bytes=self._page_bytes)
+        assert layout.slots, "an image needs at least one tensor"
+        with reporting_write_errors(self.directory):
+            self._require_space(layout.nbytes)
+            self._fd = os.open(self.directory / WEIGHTS_FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            os.ftruncate(self._fd, layout.nbytes)
+        self._layout, self._missing = layout, set(layout.slots)
+        self._aliases, self._metadata = dict(aliases or {}), dict(metadata or {})
+        return layout
+
+    def _require_space(self, nbytes: int) -> None:
+        free = shutil.disk_usage(self.directory).free
+        if free < nbytes + _SPARE_BYTES:
+            raise OSError(f"it takes {nbytes + _SPARE_BYTES:,} bytes and {free:,} are free")
+
+    def put(self, name: str, data: WeightData) -> None:
+        """Write one tensor to its place: a tensor of exactly the slot's shape and dtype, or its bytes.
+
+        Raises:
+            ImageFailure: no such tensor, put twice, another shape, dtype or size, or the disk refused.
+        """
+        assert self._layout is not None, "begin() comes before put()"
+        slot = self._layout.slots.get(name)
+        if slot is None:
+            raise ImageFailure(f"Tensor {name!r} is not in the layout of {self._identity.key}.")
+        if name not in self._missing:
+            raise ImageFailure(f"Tensor {name!r} was put twice into {self._identity.key}.")
+        content = _bytes_for(slot, data)
+        with reporting_write_errors(self.directory):
+            _write_at(self._fd, content, slot.offset)
+        self._missing.discard(name)
+
+    def put_buffer(self, name: str, tensor: torch.Tensor) -> None:
+        """Keep a persistent buffer: copied on every load, never part of the arena."""
+        assert name not in self._buffers, f"buffer {name!r} was put twice"
+        self._buffers[name] = tensor.detach().cpu().clone()
+
+    def finish(self) -> None:
+        """Seal the image: checksums, index, and everything on the device's surface.
+
+        Raises:
+            ImageFailure: tensors are missing, or the disk refused.
+        """
+        if self._layout is None:
+            raise ImageFailure(f"The builder of {self._identity.key} never called begin().")
+        if self._missing:
+            names = sorted(self._missing)
+            raise ImageFailure(
+                f"{len(names)} tensors of {self._identity.key} were never written, such as {', '.join(names[:3])}."
+            )
+        with reporting_write_errors(self.directory):
+            os.fchmod(self._fd, 0o444)
+            buffers, buffers_checksum = self._write_buffers()
+            index = ImageIndex(
+                identity=self._identity,
+                layout=self._layout,
+                checksums=tuple(checksum_of_file(self._fd, part.offset, part.nbytes) for part in self._layout.extents),
+                aliases=self._aliases,
+                metadata=self._metadata,
+                buffers=buffers,
+                buffers_checksum=buffers_checksum,
+                created=time.time(),
+            )
+            (self.directory / INDEX_FILE).write_bytes(encode_index(index))
+            sync_tree(self.directory)
+
+    def _write_buffers(self) -> tuple[tuple[Slot, ...], str]:
+        """The slots in `buffers.bin`, and its checksum; no file if there are none."""
+        if not self._buffers:
+            return (), ""
+        specs = [TensorSpec(name, tuple(t.shape), dtype_name(t.dtype)) for name, t in self._buffers.items()]
+        layout = plan_layout(specs, page_bytes=self._page_bytes)
+        content = bytearray(layout.nbytes)
+        for name, slot in layout.slots.items():
+            content[slot.offset : slot.end] = _bytes_for(slot, self._buffers[name])
+        (self.directory / BUFFERS_FILE).write_bytes(content)
+        return tuple(layout.slots.values()), checksum_hex(content)
+
+    def close(self) -> None:
+        """Close the file, sealed or not. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _bytes_for(slot: Slot, data: WeightData) -> memoryview:
+    """The bytes of `data`, once it is known to fit `slot`."""
+    if isinstance(data, torch.Tensor):
+        seen = (tuple(data.shape), dtype_name(data.dtype))
+        if seen != (slot.shape, slot.dtype):
+            raise ImageFailure(f"Tensor {slot.name!r} must be {slot.dtype} {slot.shape}, got {seen[1]} {seen[0]}.")
+        flat = data.detach().cpu().contiguous().view(-1)
+        return flat.view(torch.uint8).numpy().data if slot.nbytes else memoryview(b"")
+    content = memoryview(data).cast("B")
+    if content.nbytes != slot.nbytes:
+        raise ImageFailure(f"Tensor {slot.name!r} must have {slot.nbytes:,} bytes, got {content.nbytes:,}.")
+    return content
+
+
+def _write_at(fd: int, content: memoryview, offset: int) -> None:
+    while content:
+        written = os.pwrite(fd, content, offset)
+        content, offset = content[written:], offset + written
+
+
+def sync_tree(directory: Path) -> None:
+    """Sync every file and directory from `directory` down, so that a rename after it cannot come first.
+
+    Raises:
+        OSError: the device failed.
+    """
+    for path, _, names in os.walk(directory):
+        for name in (*names, ""):
+            fd = os.open(Path(path, name), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)

@@ -1,0 +1,464 @@
+"""One rank's arenas and what backs them: runs sleep and wake plans as transactions, and measures what they did.
+
+Knows nothing of requests, ranks or when to sleep; `engine/sleep.py` decides, this carries out.
+
+Every move keeps to one order, so that a failure at any step leaves a known state:
+    sleep   save what was written (the memory is untouched: on error still awake) → then release
+    wake    map everything → populate → measure; on error, unmap what this call mapped
+`_weights` changes before memory goes and after memory came: it always is what `reset` would make true.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shuteye import outputs
+from shuteye.errors import (
+    EngineFaulted,
+    InternalError,
+    InvalidRequest,
+    MemoryExhausted,
+    ShuteyeError,
+    TransitionConflict,
+)
+from shuteye.memory.arena import Arena
+from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.backings.base import Backing, BackingName, Source
+from shuteye.memory.backings.disk import DiskBacking
+from shuteye.memory.backings.host import HostBacking
+from shuteye.memory.backings.image import ImageSource
+from shuteye.memory.image import WeightImage, checksum_hex
+from shuteye.memory.layout import MIB, Extent, ExtentRota, Layout, first_difference
+from shuteye.memory.weights_state import SourceKind, WeightsState
+from shuteye.outputs import TagReport, TagState
+from shuteye.plans import SleepEstimate, SleepPlan, VerifyMode, VerifyResult, WakePlan
+
+SAMPLE_BYTES = 8 * MIB
+"""What `verify("sample")` compares: about a millisecond."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Restored:
+    """What a wake changed: the weights as they were, or None if left alone; whether it committed the KV cache."""
+
+    weights_before: WeightsState | None
+    kv_cache: bool
+
+
+class Residency:
+    """The memory of one rank. Not thread-safe: every call comes from the thread that runs the model.
+
+    The weights begin `offloaded` to the image and the KV cache `discarded`: loading is the first wake.
+    Owns the arenas and images given to it, and closes them.
+    """
+
+    def __init__(
+        self,
+        *,
+        backend: MemoryBackend,
+        weights: Arena,
+        image: WeightImage,
+        spill_dir: Path,
+        backing: Literal["disk", "host"] = "disk",
+    ) -> None:
+        assert weights.nbytes == image.layout.nbytes, "the weights arena must be exactly as large as its image"
+        self._backend = backend
+        self._weights_arena = weights
+        self._weights = WeightsState.initial(image)
+        self._next_image = image
+        self._backing: Backing = DiskBacking(backend, spill_dir) if backing == "disk" else HostBacking(backend)
+        self._kv_arena: Arena | None = None
+        self._kv: outputs.Residency = "discarded"
+        self._missing: set[str] = set()
+        self._saved: frozenset[int] | None = None
+        self._last_restore: _Restored | None = None
+        self._rota = ExtentRota(SAMPLE_BYTES)
+
+    # --- what there is ---------------------------------------------------------------------------
+
+    @property
+    def image(self) -> WeightImage:
+        """The image that `reload` will map."""
+        return self._next_image
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the weights arena."""
+        return self._weights.image.layout
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """After `blank`: the slots not yet written, in layout order."""
+        return tuple(name for name in self.layout.slots if name in self._missing)
+
+    @property
+    def all_resident(self) -> bool:
+        """True if the model can run: every tag is resident and loaded."""
+        return self._weights.residency == "resident" and self._kv == "resident"
+
+    def attach_kv_cache(self, arena: Arena) -> None:
+        """Take charge of the KV cache's arena: reserved, nothing committed."""
+        assert self._kv_arena is None, "a rank has one KV cache"
+        self._kv_arena = arena
+
+    def states(self) -> tuple[TagState, ...]:
+        """Where each tag is, measured now.
+
+        Raises:
+            BackendFailure: the kernel would not say.
+        """
+        arena = self._weights_arena
+        backing = self._backing_name(self._weights) if self._weights.residency == "offloaded" else None
+        weights = TagState("weights", self._weights.residency, backing, arena.nbytes, arena.resident_bytes())
+        kv = self._kv_arena
+        return (weights, TagState("kv_cache", self._kv, None, kv.nbytes, kv.resident_bytes())) if kv else (weights,)
+
+    def _backing_name(self, state: WeightsState) -> BackingName:
+        """`image` if it alone brings everything back; else the backing, which then holds what the image does not."""
+        return self._backing.name if "saved" in state.sources else "image"
+
+    # --- sleep -----------------------------------------------------------------------------------
+
+    def estimate(self, plan: SleepPlan) -> SleepEstimate:
+        """What `save` would write, and the room for it. Touches nothing.
+
+        Raises:
+            MemoryExhausted: there is no room.
+            TransitionConflict: the weights are not where the plan starts.
+        """
+        self._require_sleep(plan)
+        dirty = self._dirty_extents() if plan.weights == "offload" else ()
+        estimate = SleepEstimate(sum(extent.nbytes for extent in dirty), self._backing.free_bytes())
+        if estimate.save_bytes > estimate.free_backing_bytes:
+            raise MemoryExhausted(
+                f"Going to sleep must save {estimate.save_bytes:,} bytes of changed weights and {self._backing} has "
+                f"{estimate.free_backing_bytes:,} left. Free space there, or sleep at level 2."
+            )
+        return estimate
+
+    def save(self, plan: SleepPlan) -> None:
+        """Write the extents that no backing holds truly. On error nothing has changed and a retry works.
+
+        Raises:
+            TransitionConflict: the weights are not where the plan starts.
+            MemoryExhausted: there is no room.
+            BackendFailure: writing failed.
+        """
+        self._require_sleep(plan)
+        self._settle()
+        if plan.weights != "offload":
+            return
+        dirty = self._dirty_extents()
+        if "saved" not in self._weights.sources:
+            self._backing.drop()
+        if dirty:
+            self._backing.save(self._weights_arena, dirty)
+        self._saved = frozenset(extent.index for extent in dirty)
+
+    def release(self, plan: SleepPlan) -> tuple[TagReport, ...]:
+        """Give the memory back and report what the kernel says came back. Offloading needs `save` first.
+
+        Raises:
+            BackendFailure: the kernel refused; some memory may be gone, and only `reset` is safe now.
+        """
+        self._require_sleep(plan)
+        reports = []
+        if plan.weights != "keep":
+            reports.append(self._release_weights(discard=plan.weights == "discard"))
+        if plan.kv_cache == "discard":
+            reports.append(self._release_kv_cache())
+        return tuple(reports)
+
+    def _require_sleep(self, plan: SleepPlan) -> None:
+        if plan.weights != "keep":
+            self._weights.require(plan.weights)
+
+    def _release_weights(self, *, discard: bool) -> TagReport:
+        before = self._weights
+        saved = frozenset[int]() if discard else self._require_saved()
+        self._weights = before.discarded() if discard else before.offloaded(saved)
+        self._settle()
+        self._missing.clear()
+        started = time.perf_counter()
+        freed = _freed_by_release(self._weights_arena) if before.is_mapped else 0
+        if discard:
+            self._backing.drop()
+        return TagReport(
+            "weights",
+            self._weights.residency,
+            backing=None if discard else self._backing_name(self._weights),
+            freed_bytes=freed,
+            saved_bytes=sum(extent.nbytes for extent in self.layout.extents if extent.index in saved),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _require_saved(self) -> frozenset[int]:
+        if self._saved is None:
+            raise InternalError("Weights were to be offloaded without being saved first.")
+        return self._saved
+
+    def _release_kv_cache(self) -> TagReport:
+        arena, before, self._kv = self._require_kv_cache(), self._kv, "discarded"
+        started = time.perf_counter()
+        freed = _freed_by_release(arena) if before == "resident" else 0
+        return TagReport("kv_cache", "discarded", freed_bytes=freed, seconds=time.perf_counter() - started)
+
+    def _require_kv_cache(self) -> Arena:
+        if self._kv_arena is None:
+            raise InternalError("The plan names the KV cache, and none is attached.")
+        return self._kv_arena
+
+    def _dirty_extents(self) -> tuple[Extent, ...]:
+        """The extents in memory that differ from what they were mapped from, or were mapped from nothing."""
+        if not self._weights.is_mapped:
+            return ()
+        dirty = {index for index, kind in enumerate(self._weights.sources) if kind == "memory"}
+        for offset, nbytes in self._weights_arena.written_ranges():
+            dirty.update(extent.index for extent in self.layout.extents_overlapping(offset, nbytes))
+        return tuple(self.layout.extents[index] for index in sorted(dirty))
+
+    # --- wake ------------------------------------------------------------------------------------
+
+    def restore(self, plan: WakePlan) -> tuple[TagReport, ...]:
+        """Bring memory back: all mappings first, then their pages. What is there already is left alone.
+
+        On error everything this call mapped is unmapped and the state is as before; a retry works.
+
+        Raises:
+            TransitionConflict: the weights are not where the plan starts.
+            MemoryExhausted: the system does not have the memory.
+            BackendFailure: the kernel refused.
+            EngineFaulted: it could not be undone; also when weights that were mapped were being replaced.
+        """
+        self._settle()
+        target = self._weights_after(plan)
+        kv = self._require_kv_cache() if plan.kv_cache == "commit" and self._kv == "discarded" else None
+        self._require_memory(target, kv)
+        change = _Restored(self._weights if target else None, kv_cache=kv is not None)
+        try:
+            reports = self._bring_back(target, kv)
+        except BaseException:
+            self._take_back(change)
+            raise
+        if target:
+            self._weights = target
+            self._missing = set(self.layout.slots) if target.residency == "blank" else set()
+        if kv:
+            self._kv = "resident"
+        self._last_restore = change
+        return reports
+
+    def _weights_after(self, plan: WakePlan) -> WeightsState | None:
+        """The state that the plan leads to, or None if the weights are left alone."""
+        if plan.weights == "keep":
+            return None
+        self._weights.require(plan.weights)
+        if plan.weights == "reload":
+            return self._weights.reloaded(self._next_image)
+        if self._weights.is_mapped:
+            return None
+        return self._weights.restored() if plan.weights == "restore" else self._weights.blank()
+
+    def _require_memory(self, target: WeightsState | None, kv: Arena | None) -> None:
+        """Refuse what cannot fit, all tags together: each alone might, as nothing is touched before all is mapped."""
+        weights_bytes = self._weights_arena.nbytes if target and not self._weights.is_mapped else 0
+        needed = weights_bytes + (kv.nbytes if kv else 0)
+        available = self._backend.available_bytes() if needed else 0
+        if needed > available:
+            raise MemoryExhausted(
+                f"Waking takes {needed:,} bytes of memory and {available:,} are available. Free memory and try again."
+            )
+
+    def _bring_back(self, target: WeightsState | None, kv: Arena | None) -> tuple[TagReport, ...]:
+        reports = []
+        map_s = _timed(lambda: self._map_weights(target)) if target else 0.0
+        commit_s = _timed(kv.commit) if kv else 0.0
+        if target:
+            resident = target.residency == "resident"
+            populate_s = _timed(self._weights_arena.populate) if resident else 0.0
+            reports.append(
+                TagReport(
+                    "weights",
+                    target.residency,
+                    backing=self._backing_name(target) if resident else None,
+                    restored_bytes=self._weights_arena.resident_bytes(),
+                    seconds=map_s + populate_s,
+                )
+            )
+        if kv:
+            reports.append(TagReport("kv_cache", "resident", restored_bytes=kv.resident_bytes(), seconds=commit_s))
+        return tuple(reports)
+
+    def _map_weights(self, target: WeightsState) -> None:
+        for run in target.runs():
+            if run.kind == "memory":
+                self._weights_arena.commit()  # blank: a single run, the whole arena
+            else:
+                self._source(target, run.kind).load(self._weights_arena, run.offset, run.nbytes)
+
+    def _source(self, state: WeightsState, kind: SourceKind) -> Source:
+        return self._backing if kind == "saved" else ImageSource(state.image)
+
+    def undo_restore(self) -> None:
+        """Put back what the last `restore` changed, because what it brought back was found wrong.
+
+        Does nothing if that restore failed and so undid itself: another rank's may have succeeded.
+
+        Raises:
+            EngineFaulted: it cannot be put back; only `reset` is safe now.
+        """
+        change, self._last_restore = self._last_restore, None
+        if change is not None:
+            self._take_back(change)
+
+    def _take_back(self, change: _Restored) -> None:
+        """Release what `change` mapped. Weights that were mapped before it are lost: the kernel keeps one mapping."""
+        before = change.weights_before
+        replaced = before is not None and before.is_mapped
+        try:
+            if before is not None:
+                self._weights = before.discarded() if replaced else before
+                self._missing.clear()
+                self._weights_arena.release()
+            if change.kv_cache:
+                self._kv = "discarded"
+                self._require_kv_cache().release()
+        except ShuteyeError as failure:
+            raise EngineFaulted(f"A failed wake could not be undone: {failure} Reset the engine.") from failure
+        if replaced:
+            raise EngineFaulted("Replacing the weights in memory failed half-way, and they are gone. Reset the engine.")
+
+    # --- writing and replacing weights -----------------------------------------------------------
+
+    def mark_written(self, name: str) -> None:
+        """Take note that the tensor `name` (or one tied to it) was written; the last one makes `weights` resident.
+
+        Raises:
+            InvalidRequest: there is no such tensor.
+            TransitionConflict: the weights are not in memory.
+        """
+        slot_name = self._weights.image.slot_name(name)
+        if slot_name is None:
+            raise InvalidRequest(f"The model has no tensor {name!r}.", param="name")
+        if not self._weights.is_mapped:
+            raise TransitionConflict(f"Tensor {name!r} cannot be written: the weights are {self._weights.residency}.")
+        self._missing.discard(slot_name)
+        if not self._missing:
+            self._weights = self._weights.restored()
+
+    def replace_image(self, image: WeightImage) -> None:
+        """Let the next `reload` map `image`; what is in memory or offloaded now stays what it is until then.
+
+        Raises:
+            InvalidRequest: its tensors are not this model's; the first that differs is named.
+        """
+        difference = first_difference(self.layout, image.layout)
+        if difference:
+            raise InvalidRequest(
+                f"The new weights do not fit the model in memory: {difference}. Serve them from a new engine.",
+                param="path",
+            )
+        replaced, self._next_image = self._next_image, image
+        self._close_unless_used(replaced)
+
+    # --- trust -----------------------------------------------------------------------------------
+
+    def verify(self, mode: VerifyMode) -> VerifyResult:
+        """Compare extents in memory with the checksums of what they were mapped from.
+
+        Extents written since, or written into blank memory, have no checksum and are skipped. `sample` takes the next
+        few extents in turn, at most `SAMPLE_BYTES` unless one alone is larger.
+
+        Raises:
+            BackendFailure: the kernel would not say which pages were written.
+        """
+        if mode == "off" or self._weights.residency != "resident":
+            return VerifyResult(0)
+        dirty = set(self._dirty_extents())
+        clean = [extent for extent in self.layout.extents if extent not in dirty]
+        chosen = self._rota.take(clean) if mode == "sample" else clean
+        bad = tuple(extent.index for extent in chosen if not self._is_true(extent))
+        return VerifyResult(sum(extent.nbytes for extent in chosen), bad)
+
+    def _is_true(self, extent: Extent) -> bool:
+        source = self._source(self._weights, self._weights.sources[extent.index])
+        return source.checksum(extent) == self._checksum_in_memory(extent)
+
+    def _checksum_in_memory(self, extent: Extent) -> str:
+        return checksum_hex(self._weights_arena.bytes_view(extent.offset, extent.nbytes))
+
+    # --- ending ----------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """The way back from a fault: release everything, keeping what a backing truly holds. Idempotent.
+
+        The weights end `offloaded` if every extent can be brought back, else `discarded`; the KV cache `discarded`.
+
+        Raises:
+            BackendFailure: the kernel refused; calling again is safe.
+        """
+        self._settle()
+        self._weights = self._weights_after_reset()
+        self._missing.clear()
+        self._kv = "discarded"
+        self._weights_arena.release()
+        if self._kv_arena:
+            self._kv_arena.release()
+        if self._weights.residency == "discarded":
+            self._backing.drop()
+
+    def _weights_after_reset(self) -> WeightsState:
+        if not self._weights.is_mapped:
+            return self._weights
+        dirty = self._dirty_extents()
+        held = all(self._backing.checksum(extent) == self._checksum_in_memory(extent) for extent in dirty)
+        if self._weights.residency == "resident" and held:
+            return self._weights.offloaded({extent.index for extent in dirty})
+        return self._weights.discarded()
+
+    def close(self) -> None:
+        """Give everything back for good. Idempotent.
+
+        Raises:
+            BackendFailure: the kernel refused; everything else is given back all the same.
+        """
+        with ExitStack() as stack:
+            stack.callback(self._next_image.close)
+            stack.callback(self._weights.image.close)
+            stack.callback(self._settle)
+            stack.callback(self._backing.drop)
+            stack.callback(self._weights_arena.close)
+            if self._kv_arena:
+                stack.callback(self._kv_arena.close)
+
+    def _settle(self) -> None:
+        """A new move begins: the last save is stale, the last restore can no longer be undone."""
+        self._saved = None
+        change, self._last_restore = self._last_restore, None
+        if change is not None and change.weights_before is not None:
+            self._close_unless_used(change.weights_before.image)
+
+    def _close_unless_used(self, image: WeightImage) -> None:
+        undoable = self._last_restore.weights_before if self._last_restore else None
+        users = (self._next_image, self._weights.image, undoable.image if undoable else None)
+        if image not in users:
+            image.close()
+
+
+def _timed(work: Callable[[], None]) -> float:
+    """Seconds that `work` took."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _freed_by_release(arena: Arena) -> int:
+    """Release, and the difference it made by the kernel's account."""
+    before = arena.resident_bytes()
+    arena.release()
+    return before - arena.resident_bytes()

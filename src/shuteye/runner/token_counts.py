@@ -1,0 +1,98 @@
+"""Which tokens each sequence has seen, and the penalties that follow from it.
+
+Knows nothing of temperature, of how a token is drawn, or of requests' names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shuteye.request import SamplingParams
+
+_FIRST_CAPACITY = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PenaltyRows:
+    """The rows of a batch that carry penalties; every tensor is [num_rows] or [num_rows, 1]."""
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    repetition: torch.Tensor
+    presence: torch.Tensor
+    frequency: torch.Tensor
+
+
+class TokenCounts:
+    """Counts of output tokens and marks of prompt tokens, one slot per sequence with penalties.
+
+    Slots are rows of two dense tables [capacity, vocab_size]; they cost memory only while such sequences live.
+    """
+
+    def __init__(self, *, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._free: list[int] = []
+        self._output_counts = self._zeros(0, torch.int32)
+        self._in_prompt = self._zeros(0, torch.bool)
+
+    def add(self, prompt_token_ids: Sequence[int]) -> int:
+        """A slot whose prompt is `prompt_token_ids` and whose output is empty."""
+        if not self._free:
+            self._grow()
+        slot = self._free.pop()
+        self._output_counts[slot] = 0
+        self._in_prompt[slot] = False
+        self._in_prompt[slot, torch.tensor(prompt_token_ids, dtype=torch.long, device=self._device)] = True
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Give a slot back; the tables go once nobody uses them."""
+        self._free.append(slot)
+        if len(self._free) == len(self._output_counts):
+            self._free.clear()
+            self._output_counts = self._zeros(0, torch.int32)
+            self._in_prompt = self._zeros(0, torch.bool)
+
+    def rows(self, rows: Sequence[int], slots: Sequence[int], params: Sequence[SamplingParams]) -> PenaltyRows:
+        """What `penalize` needs for batch rows `rows`, whose sequences own `slots`."""
+
+        def column(values: list[float]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=self._device).unsqueeze(1)
+
+        return PenaltyRows(
+            rows=torch.tensor(rows, dtype=torch.long, device=self._device),
+            slots=torch.tensor(slots, dtype=torch.long, device=self._device),
+            repetition=column([param.repetition_penalty for param in params]),
+            presence=column([param.presence_penalty for param in params]),
+            frequency=column([param.frequency_penalty for param in params]),
+        )
+
+    def penalize(self, logits: torch.Tensor, batch: PenaltyRows) -> None:
+        """Apply penalties in place to `logits` [num_sampled, vocab_size].
+
+        Repetition (CTRL, arXiv:1909.05858) looks at prompt and output; presence and frequency at the output only.
+        """
+        counts = self._output_counts[batch.slots]  # [num_rows, vocab_size]
+        in_output = counts > 0
+        chosen = logits[batch.rows]
+        repeated = torch.where(chosen > 0, chosen / batch.repetition, chosen * batch.repetition)
+        penalized = torch.where(in_output | self._in_prompt[batch.slots], repeated, chosen)
+        logits[batch.rows] = penalized - batch.frequency * counts - batch.presence * in_output
+
+    def record(self, batch: PenaltyRows, token_ids: torch.Tensor) -> None:
+        """Count one more output token per row; `token_ids` [num_sampled] covers the whole batch."""
+        self._output_counts[batch.slots, token_ids[batch.rows]] += 1  # slots are distinct: no two writes collide
+
+    def _grow(self) -> None:
+        old = len(self._output_counts)
+        new = max(_FIRST_CAPACITY, 2 * old)
+        self._output_counts = torch.cat([self._output_counts, self._zeros(new - old, torch.int32)])
+        self._in_prompt = torch.cat([self._in_prompt, self._zeros(new - old, torch.bool)])
+        self._free.extend(reversed(range(old, new)))
+
+    def _zeros(self, num_slots: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(num_slots, self._vocab_size, dtype=dtype, device=self._device)

@@ -1,0 +1,277 @@
+"""One rank: a model, its arenas, and every verb that may be asked of it.
+
+Knows nothing of scheduling, or of when to sleep; it does what plans say and reports what it measured.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+
+import torch
+
+from shuteye.cache.kv_cache import KVCache, kv_bytes_per_token
+from shuteye.config import EngineConfig
+from shuteye.errors import InternalError, InvalidRequest
+from shuteye.memory.arena import Arena
+from shuteye.memory.backends import open_backend
+from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.image import WeightImage
+from shuteye.memory.image_store import ImageStore
+from shuteye.memory.residency import Residency
+from shuteye.models.loaded import TOKENIZER_DIR, bind
+from shuteye.models.loader import open_image
+from shuteye.models.sources import resolve_source
+from shuteye.outputs import TagReport, TagState, UpdateReport
+from shuteye.plans import (
+    ModelFacts,
+    SleepEstimate,
+    SleepPlan,
+    StepPlan,
+    StepResult,
+    VerifyMode,
+    VerifyResult,
+    WakePlan,
+)
+from shuteye.runner.batch import PackedBatch
+from shuteye.runner.canary import Canary
+from shuteye.runner.sampler import Sampler
+
+VERBS = frozenset(
+    {
+        "facts",
+        "allocate_kv_cache",
+        "estimate_sleep",
+        "save",
+        "release",
+        "restore",
+        "undo_restore",
+        "reset",
+        "verify",
+        "canary_agrees",
+        "states",
+        "missing",
+        "residual_bytes",
+        "weights_source",
+        "update_weights",
+        "update_weights_from_file",
+        "reload_weights",
+    }
+)
+
+
+class Worker:
+    """One rank's share of the model, loaded at construction; `execute` runs a step, `VERBS` do the rest.
+
+    Raises:
+        ModelNotFound, UnsupportedModel, ImageFailure, MemoryExhausted: as their names say.
+    """
+
+    _kv_cache: KVCache  # from `allocate_kv_cache` on
+    _canary: Canary
+
+    def __init__(self, config: EngineConfig, *, backend: MemoryBackend | None = None) -> None:
+        self._config = config
+        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        self._backend = backend or open_backend(config.memory_backend)
+        self._store = ImageStore(config.cache_dir)
+        self._image = image = self._open_image(config.model)
+        self._version = image.identity.key
+        self._num_updates = 0
+        self._weights = Arena.reserve(self._backend, tag="weights", nbytes=image.layout.nbytes)
+        self._residency = Residency(
+            backend=self._backend, weights=self._weights, image=image, spill_dir=config.cache_dir / "spill"
+        )
+        self._residency.restore(WakePlan(weights="reload"))
+        self._model = model = bind(image, self._weights)
+        self._sampler = Sampler(vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids, seed=config.seed)
+
+    # --- loading --------------------------------------------------------------------------------
+
+    def facts(self) -> ModelFacts:
+        """What the engine sizes everything else from."""
+        model = self._model
+        return ModelFacts(
+            architecture=model.architecture,
+            task=model.task,
+            dtype=str(model.dtype).removeprefix("torch."),
+            vocab_size=model.vocab_size,
+            context_length=model.context_length,
+            eos_token_ids=model.eos_token_ids,
+            weights_bytes=self._weights.nbytes,
+            kv_bytes_per_token=self._kv_bytes_per_token,
+            available_bytes=self._backend.available_bytes(),
+            image_dir=str(self._image.path),
+            tokenizer_dir=str(self._image.path / TOKENIZER_DIR),
+            default_sampling=model.default_sampling,
+        )
+
+    def _open_image(self, model: str) -> WeightImage:
+        source = resolve_source(
+            model,
+            revision=self._config.revision,
+            cache_dir=self._config.cache_dir,
+            offline=self._config.offline,
+            progress=None,
+        )
+        return open_image(source, dtype=self._config.dtype, store=self._store)
+
+    @property
+    def _kv_bytes_per_token(self) -> int:
+        model = self._model
+        return kv_bytes_per_token(
+            num_layers=model.num_layers, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=model.dtype
+        )
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Reserve and commit the KV arena; its pages cost memory only once they are used."""
+        model, block_size = self._model, self._config.block_size
+        arena = Arena.reserve(self._backend, tag="kv_cache", nbytes=num_blocks * block_size * self._kv_bytes_per_token)
+        self._residency.attach_kv_cache(arena)
+        self._residency.restore(WakePlan(kv_cache="commit"))
+        self._kv_cache = KVCache(
+            arena,
+            num_blocks=num_blocks,
+            num_layers=model.num_layers,
+            block_size=block_size,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=model.dtype,
+        )
+        self._canary = Canary(model, self._kv_cache, block_size=block_size)
+
+    # --- a step ---------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run the packed batch and sample.
+
+        Raises:
+            InternalError: a tag is not resident; nothing was computed.
+        """
+        if not self._residency.all_resident:
+            raise InternalError("A step was planned while memory is not resident; the gate should have been closed.")
+        self._sampler.forget(plan.forget)
+        self._sampler.admit(plan.admissions)
+        batch = PackedBatch.from_plan(plan, block_size=self._config.block_size)
+        logits = self._model.forward(batch, self._kv_cache)
+        sampling = [chunk.request_id for chunk in plan.chunks if chunk.sample]
+        return StepResult(sampled=self._sampler.sample(logits, sampling) if sampling else ())
+
+    # --- sleep and wake -------------------------------------------------------------------------
+
+    def estimate_sleep(self, plan: SleepPlan) -> SleepEstimate:
+        """What the plan would need; touches nothing."""
+        return self._residency.estimate(plan)
+
+    def save(self, plan: SleepPlan) -> None:
+        """Copy what only memory holds into the backing; on error nothing has changed."""
+        self._residency.save(plan)
+
+    def release(self, plan: SleepPlan) -> tuple[TagReport, ...]:
+        """Give the memory back; on error the rank's state is unknown until `reset`."""
+        return self._residency.release(plan)
+
+    def restore(self, plan: WakePlan) -> tuple[TagReport, ...]:
+        """Map and fill memory; on error the rank is as it was before."""
+        reports = self._residency.restore(plan)
+        if plan.weights == "reload":
+            self._version = self._image.identity.key
+        return reports
+
+    def undo_restore(self) -> None:
+        """Put back what the last `restore` did; a no-op if there is nothing to undo."""
+        self._residency.undo_restore()
+
+    def reset(self) -> None:
+        """The way back from a fault: release everything again, whatever happened before."""
+        self._residency.reset()
+
+    def verify(self, mode: VerifyMode) -> VerifyResult:
+        """Compare resident weights with their checksums."""
+        return self._residency.verify(mode)
+
+    @torch.inference_mode()
+    def canary_agrees(self) -> bool:
+        """Run the canary; see `Canary.agrees`."""
+        return self._canary.agrees(self._version)
+
+    def states(self) -> tuple[TagState, ...]:
+        """Where each tag is now."""
+        return self._residency.states()
+
+    def missing(self) -> tuple[str, ...]:
+        """Tensors that must still be written before the weights are loaded."""
+        return self._residency.missing
+
+    def residual_bytes(self) -> int:
+        """Physical memory that this process still holds, by the kernel's account."""
+        return self._backend.process_resident_bytes()
+
+    def weights_source(self) -> str:
+        """Which weights are loaded: the image's key, and how often they were updated since."""
+        return self._version
+
+    # --- weights --------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> UpdateReport:
+        """Write tensors by their checkpoint names, cast to the model's dtype, one after the other.
+
+        Raises:
+            InvalidRequest: an unknown name or a wrong shape; tensors before it have been written.
+        """
+        begin = time.perf_counter()
+        updated = updated_bytes = 0
+        self._leave_version()
+        for name, tensor in named_tensors:
+            slot_name = self._model.slot_of(name)
+            if slot_name is None:
+                raise InvalidRequest(f"{name!r} is not a tensor of this model ({updated} were written).", param=name)
+            slot = self._image.layout.slots[slot_name]
+            if tuple(tensor.shape) != slot.shape:
+                raise InvalidRequest(
+                    f"{name!r} has shape {tuple(tensor.shape)}, expected {slot.shape} ({updated} were written).",
+                    param=name,
+                )
+            self._weights.slot_view(slot).copy_(tensor)
+            self._residency.mark_written(slot_name)
+            updated, updated_bytes = updated + 1, updated_bytes + slot.nbytes
+        return UpdateReport(updated, updated_bytes, self._residency.missing, time.perf_counter() - begin)
+
+    def update_weights_from_file(self, path: str) -> UpdateReport:
+        """`update_weights` with every tensor of a safetensors file."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            return self.update_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (not a dict)
+
+    def reload_weights(self, path: str | None) -> UpdateReport:
+        """Replace every weight by those of the image, or of another checkpoint with the same layout.
+
+        Raises:
+            InvalidRequest: the checkpoint's tensors differ in name, shape or dtype; nothing has changed.
+            ShuteyeError: mapping failed; the weights are discarded and `wake_up` or another reload brings them back.
+        """
+        begin = time.perf_counter()
+        if path is not None:
+            image = self._open_image(path)
+            self._residency.replace_image(image)
+            self._image = image
+        self._residency.release(SleepPlan(weights="discard"))
+        self.restore(WakePlan(weights="reload"))
+        return UpdateReport(len(self._image.layout.slots), self._image.layout.nbytes, (), time.perf_counter() - begin)
+
+    def _leave_version(self) -> None:
+        """The weights are about to differ from those the canary knows; its records of images stay."""
+        if self._version != self._image.identity.key:
+            self._canary.forget(self._version)
+        self._num_updates += 1
+        self._version = f"{self._image.identity.key}+{self._num_updates}"
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give back every arena and image; views of them must not be used any more."""
+        self._residency.close()

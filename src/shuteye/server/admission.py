@@ -1,0 +1,76 @@
+"""Refuses work for the model as early as possible: while loading, asleep, faulted or dead.
+
+Knows nothing of bodies or tokens; the engine core decides again, and for good, when a request reaches it.
+"""
+
+from __future__ import annotations
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from shuteye.errors import EngineDead, EngineFaulted, EngineNotReady, InvalidRequest, ModelSleeping
+from shuteye.server.auth import Handler, behind_inference_key
+from shuteye.server.context import ServerContext, context_of
+from shuteye.server.engine_protocol import ServedEngine
+
+
+class ModelRoute(APIRoute):
+    """A route that needs the weights; refused before its body is read when they cannot be had."""
+
+    def get_route_handler(self) -> Handler:
+        """The route's handler, behind key and gate."""
+        handle = super().get_route_handler()
+
+        async def admitted(request: Request) -> Response:
+            refuse_unless_serving(context_of(request).engine)
+            return await handle(request)
+
+        return behind_inference_key(admitted)
+
+
+def refuse_unless_alive(engine: ServedEngine) -> None:
+    """Raise what keeps `engine` from ever working again without help; loading and sleeping are no such thing.
+
+    Raises:
+        EngineNotReady: it failed to load.
+        EngineDead: its process is gone, or it was closed.
+        EngineFaulted: a transition could not be rolled back.
+    """
+    if engine.status == "failed":
+        raise EngineNotReady(f"The model failed to load: {_reason(engine)}")
+    if engine.status in {"dead", "closed"}:
+        raise EngineDead(f"The engine is {engine.status}: {_reason(engine)}")
+    if engine.state.faulted is not None:
+        raise EngineFaulted(f"The engine is faulted ({engine.state.faulted}); POST /wake_up tries to recover it.")
+
+
+def _reason(engine: ServedEngine) -> str:
+    return engine.failure.message if engine.failure is not None else "it gave no reason."
+
+
+def refuse_unless_serving(engine: ServedEngine) -> None:
+    """Raise what keeps a request from being served now.
+
+    Raises:
+        EngineNotReady: the model is loading.
+        ModelSleeping: it is asleep, and the policy is to reject.
+        ServerError: whatever `refuse_unless_alive` raises.
+    """
+    refuse_unless_alive(engine)
+    if engine.status == "starting":
+        raise EngineNotReady("The model is still loading; GET /ready answers 200 when it can serve.")
+    if engine.is_sleeping and engine.config.on_sleeping_request == "reject":
+        raise ModelSleeping
+
+
+def require_task(context: ServerContext, task: str, path: str) -> None:
+    """Refuse a route that the model's task does not serve.
+
+    Raises:
+        InvalidRequest: names both tasks.
+    """
+    served = context.engine.info.task
+    if served != task:
+        raise InvalidRequest(
+            f"{path} needs a model for the task '{task}'; {context.model_names[0]!r} is one for '{served}'."
+        )

@@ -1,0 +1,101 @@
+"""Decides which key opens which route, before the body is read.
+
+Knows nothing of what the routes do.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Coroutine
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from shuteye.errors import AuthenticationFailed, PermissionRefused
+from shuteye.server.config import ServerConfig
+from shuteye.server.context import context_of
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class InferenceRoute(APIRoute):
+    """Opened by the API key or the admin key; open to all if no API key is configured."""
+
+    def get_route_handler(self) -> Handler:
+        """The route's handler, behind the check."""
+        return behind_inference_key(super().get_route_handler())
+
+
+class ControlRoute(APIRoute):
+    """Opened by the admin key alone; in development mode without one, by any caller that is not a web page."""
+
+    def get_route_handler(self) -> Handler:
+        """The route's handler, behind the check."""
+        handle = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            _require_admin_key(request, context_of(request).config)
+            return await handle(request)
+
+        return checked
+
+
+def behind_inference_key(handle: Handler) -> Handler:
+    """`handle`, called only for requests that carry a key that opens inference routes."""
+
+    async def checked(request: Request) -> Response:
+        _require_inference_key(request, context_of(request).config)
+        return await handle(request)
+
+    return checked
+
+
+def control_routes_exist(config: ServerConfig, *, enable_sleep_mode: bool) -> bool:
+    """True if `/sleep` and its kin are served at all."""
+    return enable_sleep_mode and (config.admin_api_key is not None or config.dev_mode)
+
+
+def _require_inference_key(request: Request, config: ServerConfig) -> None:
+    if config.api_key is None:
+        return
+    given = _bearer_token(request)
+    if not (_same(given, config.api_key) | _same(given, config.admin_api_key)):
+        raise _unauthenticated(given, "API key")
+
+
+def _require_admin_key(request: Request, config: ServerConfig) -> None:
+    if config.admin_api_key is None:
+        assert config.dev_mode, "control routes are registered only with an admin key or in development mode"
+        _refuse_other_origins(request)
+        return
+    given = _bearer_token(request)
+    if _same(given, config.admin_api_key):
+        return
+    if _same(given, config.api_key):
+        raise PermissionRefused("This key is for inference; control routes need the admin key (--admin-api-key).")
+    raise _unauthenticated(given, "admin key")
+
+
+def _refuse_other_origins(request: Request) -> None:
+    # without a key, any web page open in a browser on this machine could otherwise put the model to sleep
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise PermissionRefused(f"Control routes without an admin key refuse web pages of another origin ({origin}).")
+
+
+def _bearer_token(request: Request) -> str | None:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" and token.strip() else None
+
+
+def _same(given: str | None, key: str | None) -> bool:
+    if given is None or key is None:
+        return False
+    return hmac.compare_digest(given.encode("latin-1"), key.encode())  # headers arrive decoded as latin-1
+
+
+def _unauthenticated(given: str | None, what: str) -> AuthenticationFailed:
+    seen = "none was given" if given is None else "the one given is wrong"
+    return AuthenticationFailed(f"This route needs the {what}, and {seen}; send Authorization: Bearer <key>.")

@@ -1,0 +1,63 @@
+"""What every route needs: the engine, the configuration, the metrics and the names of the model.
+
+Knows nothing of HTTP beyond where an app keeps its state.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, cast
+
+from fastapi import Depends
+from starlette.requests import HTTPConnection
+
+from shuteye.errors import ModelNotFound
+from shuteye.server.config import ServerConfig
+from shuteye.server.engine_protocol import ServedEngine
+from shuteye.server.metrics import Metrics
+
+
+@dataclass(slots=True)
+class Loading:
+    """How the engine's start went; `failed` is set when it ended in an error."""
+
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ServerContext:
+    """One app's share of the world; made by `create_app`, kept in `app.state.context`."""
+
+    engine: ServedEngine
+    config: ServerConfig
+    metrics: Metrics
+    loading: Loading = field(default_factory=Loading)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names that requests may use; the first is the one answers carry by default."""
+        return self.config.served_model_name or (self.engine.config.model,)
+
+    def served_name(self, wanted: str | None) -> str:
+        """`wanted`, or the first served name if None.
+
+        Raises:
+            ModelNotFound: no such name is served; the message lists those that are.
+        """
+        if wanted is None:
+            return self.model_names[0]
+        if wanted not in self.model_names:
+            served = ", ".join(repr(name) for name in self.model_names)
+            raise ModelNotFound(f"The model {wanted!r} does not exist; this server serves {served}.", param="model")
+        return wanted
+
+
+def context_of(connection: HTTPConnection) -> ServerContext:
+    """The context of the app that this request came to."""
+    return cast(ServerContext, connection.app.state.context)
+
+
+Context = Annotated[ServerContext, Depends(context_of)]
+"""A route's parameter type that FastAPI fills in."""

@@ -1,0 +1,167 @@
+"""Turns every error into OpenAI's shape: ours, the framework's, a validator's, and the ones nobody expected.
+
+Knows nothing of routes or engines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from shuteye.errors import (
+    AuthenticationFailed,
+    EngineNotReady,
+    InternalError,
+    InvalidRequest,
+    MemoryExhausted,
+    ModelSleeping,
+    QueueFull,
+    ShuteyeError,
+    WakeFailed,
+)
+
+RETRY_AFTER_S: Mapping[type[ShuteyeError], int] = {
+    ModelSleeping: 1,
+    QueueFull: 1,
+    WakeFailed: 2,
+    MemoryExhausted: 5,
+    EngineNotReady: 5,
+}
+"""Errors worth a retry, and after how many seconds; subclasses inherit."""
+
+_HTTP_ERROR_TYPES = {404: "NotFoundError", 405: "MethodNotAllowedError", 413: "RequestTooLargeError"}
+
+
+class ClientDisconnected(Exception):
+    """Nobody is left to answer; the work has been cancelled."""
+
+
+def error_body(error: ShuteyeError) -> dict[str, Any]:
+    """OpenAI's error shape; `ModelSleeping` has exactly the three keys and the message of the contract."""
+    if isinstance(error, ModelSleeping):
+        return _sleeping_body()
+    return _body(error.message, error.error_type, error.param, error.status_code)
+
+
+def _sleeping_body() -> dict[str, Any]:
+    kind = ModelSleeping
+    return {"error": {"message": kind.MESSAGE, "type": kind.error_type, "code": kind.status_code}}
+
+
+def _body(message: str, kind: str, param: str | None, code: int) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_json(error: ShuteyeError) -> bytes:
+    """`error_body` as JSON on one line, for a response or an event of a stream."""
+    return json.dumps(error_body(error)).encode()
+
+
+def error_response(error: ShuteyeError) -> Response:
+    """The whole answer: status, body, and the headers that go with them."""
+    return _json_response(error.status_code, error_body(error), _headers(error))
+
+
+def _headers(error: ShuteyeError) -> dict[str, str]:
+    if isinstance(error, AuthenticationFailed):
+        return {"WWW-Authenticate": "Bearer"}
+    for kind, seconds in RETRY_AFTER_S.items():
+        if isinstance(error, kind):
+            return {"Retry-After": str(seconds)}
+    return {}
+
+
+def _json_response(status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(json.dumps(body), status, headers=headers, media_type="application/json")
+
+
+# --- validation ---------------------------------------------------------------------------------
+
+
+def invalid_request(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
+    """The first of a validator's complaints, as an error that names the field the caller knows."""
+    first = errors[0]
+    param = _param(first["loc"])
+    return InvalidRequest(_message(first, param), param=param)
+
+
+def _param(location: Sequence[str | int]) -> str | None:
+    path = ""
+    for part in location[1:]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path or None
+
+
+def _message(error: Mapping[str, Any], param: str | None) -> str:
+    kind = error["type"]
+    if kind == "json_invalid":
+        return f"The body is not valid JSON: {error['ctx']['error']} at character {error['loc'][-1]}."
+    if kind == "extra_forbidden":
+        return f"Unknown field '{param}'. Check its spelling, or remove it."
+    if kind == "missing" and param is None:
+        return "The request has no body; send a JSON object with Content-Type: application/json."
+    if kind == "missing":
+        return f"Field '{param}' is required."
+    if param is None:
+        return "The body must be a JSON object, sent with Content-Type: application/json."
+    return f"{param}: {error['msg']}, got {_shortened(error.get('input'))}."
+
+
+def _shortened(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+# --- handlers -----------------------------------------------------------------------------------
+
+
+async def _on_shuteye_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ShuteyeError)
+    return error_response(error)
+
+
+async def _on_validation_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return error_response(InvalidRequest(_message(first, None)))
+    return error_response(invalid_request(error.errors()))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = error.status_code
+    kind = _HTTP_ERROR_TYPES.get(code, "BadRequestError" if code < 500 else "InternalServerError")
+    return _json_response(code, _body(_http_message(request, error), kind, None, code), error.headers)
+
+
+def _http_message(request: Request, error: HTTPException) -> str:
+    if error.status_code == 404:
+        return f"No route {request.method} {request.url.path}."
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return f"{request.url.path} does not answer {request.method}; it answers {allowed}."
+    return str(error.detail)
+
+
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)
+
+
+async def _on_unexpected(_request: Request, _error: Exception) -> Response:
+    # starlette raises the error again after this answer, and uvicorn logs its traceback
+    return error_response(InternalError("Internal server error: a bug of ours; the server's log has the traceback."))
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make `app` answer every error in OpenAI's shape."""
+    app.add_exception_handler(ShuteyeError, _on_shuteye_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnected, _on_disconnect)
+    app.add_exception_handler(Exception, _on_unexpected)

@@ -1,0 +1,134 @@
+"""Runs one HTTP request's prompts on the engine and merges their outputs, timed.
+
+Knows nothing of OpenAI's shapes, nor of how a client is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Self, cast
+
+from shuteye.errors import PromptTooLong
+from shuteye.outputs import RequestOutput
+from shuteye.request import SamplingParams
+from shuteye.server.context import ServerContext
+
+Step = tuple[int, RequestOutput]
+"""Which prompt, and what is new for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as the engine takes it, and its text if the caller gave, or wants back, text."""
+
+    token_ids: Sequence[int]
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that one HTTP request asks of the engine; prompt i runs under the id `{request_id}-{i}`."""
+
+    request_id: str
+    prompts: tuple[Prompt, ...]
+    params: SamplingParams
+
+
+def require_room(num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> None:
+    """Refuse what the context can never hold.
+
+    Raises:
+        PromptTooLong: says how many tokens there are, were asked for, and fit.
+    """
+    wanted = num_prompt_tokens + (1 if max_tokens is None else max_tokens)
+    if wanted <= max_model_len:
+        return
+    asked = "" if max_tokens is None else f" and {max_tokens} were asked for"
+    raise PromptTooLong(
+        f"The context is {max_model_len} tokens, but the prompt has {num_prompt_tokens}{asked}. "
+        "Shorten the prompt or lower max_tokens.",
+        param="max_tokens" if num_prompt_tokens < max_model_len else "prompt",
+    )
+
+
+async def run(context: ServerContext, job: Job) -> AsyncGenerator[Step, None]:
+    """Delta outputs of all prompts as they come; closing it aborts whatever still runs."""
+    if len(job.prompts) == 1:
+        merged = _run_one(context, job, 0)
+    else:
+        merged = _merge([_run_one(context, job, index) for index in range(len(job.prompts))])
+    async with aclosing(merged):
+        async for step in merged:
+            yield step
+
+
+async def _run_one(context: ServerContext, job: Job, index: int) -> AsyncGenerator[Step, None]:
+    outputs = cast(  # the engine promises an iterator that can be closed, which aborts
+        "AsyncGenerator[RequestOutput, None]",
+        context.engine.generate(
+            job.prompts[index].token_ids, job.params, request_id=f"{job.request_id}-{index}", output_kind="delta"
+        ),
+    )
+    with context.metrics.request() as timer:
+        async with aclosing(outputs):
+            async for output in outputs:
+                timer.observe(output)
+                yield index, output
+
+
+async def _merge(sources: Sequence[AsyncGenerator[Step, None]]) -> AsyncGenerator[Step, None]:
+    queue: asyncio.Queue[Step | int] = asyncio.Queue()  # an int says which source ended
+    tasks = [asyncio.create_task(_pump(index, source, queue)) for index, source in enumerate(sources)]
+    running = len(tasks)
+    try:
+        while running:
+            item = await queue.get()
+            if isinstance(item, int):
+                await tasks[item]
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(index: int, source: AsyncGenerator[Step, None], queue: asyncio.Queue[Step | int]) -> None:
+    try:
+        async with aclosing(source):
+            async for step in source:
+                queue.put_nowait(step)
+    finally:
+        queue.put_nowait(index)
+
+
+class StartedSteps:
+    """Steps whose first has come already; unlike a generator, closing it before its first use closes the source."""
+
+    def __init__(self, first: Step, rest: AsyncGenerator[Step, None]) -> None:
+        self._first: Step | None = first
+        self._rest = rest
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Step:
+        first, self._first = self._first, None
+        return first if first is not None else await anext(self._rest)
+
+    async def aclose(self) -> None:
+        """Abort what still runs."""
+        await self._rest.aclose()
+
+
+async def started(steps: AsyncGenerator[Step, None]) -> StartedSteps:
+    """The same steps, once the first has come: errors of admission are raised here, before any byte is sent."""
+    try:
+        first = await anext(steps)
+    except StopAsyncIteration:
+        raise AssertionError("the engine ended a request without any output") from None
+    return StartedSteps(first, steps)

@@ -1,0 +1,154 @@
+"""The fields both generation routes share, and what becomes of fields that this server does not support.
+
+Knows nothing of prompts or answers. A field is used, known to be harmless, or refused by name; never silently dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator, model_validator
+from pydantic_core import PydanticCustomError, ValidationError
+
+from shuteye.errors import InvalidRequest
+from shuteye.request import SamplingParams
+
+HARMLESS = frozenset(
+    {
+        "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "request_id",
+        "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "include_reasoning",
+    }
+)  # fmt: skip
+"""Fields that change nothing in what is generated."""
+
+UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    # OpenAI's
+    "audio": (), "function_call": ("none", "auto"), "functions": ([],), "logit_bias": ({},),
+    "modalities": (["text"],), "moderation": (), "prediction": (), "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},), "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],),
+    "verbosity": ("medium",), "web_search_options": (),
+    # vLLM's
+    "allowed_token_ids": (), "bad_words": ([],), "cache_salt": (), "chat_template": (),
+    "continue_final_message": (False,), "documents": ([],), "guided_choice": (), "guided_grammar": (),
+    "guided_json": (), "guided_regex": (), "kv_transfer_params": (), "length_penalty": (1.0,),
+    "logits_processors": ([],), "mm_processor_kwargs": ({},), "priority": (0,), "prompt_embeds": (),
+    "prompt_logprobs": (), "return_token_ids": (False,), "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,), "structured_outputs": (), "truncate_prompt_tokens": (),
+    "use_beam_search": (False,), "vllm_xargs": ({},),
+}  # fmt: skip
+"""Fields that would change what is generated, each with the values that ask for nothing; null is always one."""
+
+
+def settle_unsupported(body: Any, declared: Mapping[str, Any]) -> Any:
+    """`body` without its harmless and neutral fields.
+
+    Raises:
+        InvalidRequest: a field asks for something that this server does not do.
+    """
+    if not isinstance(body, Mapping):
+        return body
+    return {name: value for name, value in body.items() if name in declared or not _ignorable(name, value)}
+
+
+def _ignorable(name: str, value: object) -> bool:
+    if name in HARMLESS:
+        return True
+    if name not in UNSUPPORTED:
+        return False
+    if value is None or value in UNSUPPORTED[name]:
+        return True
+    raise InvalidRequest(f"'{name}' is not supported by this server. Remove it from the request.", param=name)
+
+
+def one_message(expected: str) -> Any:
+    """A validator that replaces a union's many complaints by `must be {expected}`."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("wrong_type", "must be {expected}", {"expected": expected}) from None
+
+    return validate
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`; obfuscation only pads events, so leaving it out is harmless."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None
+
+
+class GenerationBody(BaseModel):
+    """Fields of both `/v1/chat/completions` and `/v1/completions`; None means that the caller did not say."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_unsupported(cls, body: Any) -> Any:
+        return settle_unsupported(body, cls.model_fields)
+
+    _stop_message = field_validator("stop", mode="wrap")(one_message("a string or a list of strings"))
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> GenerationBody:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options is only allowed when stream is true.", param="stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """True if a stream is to end with a chunk of usage."""
+        return self.stream_options is not None and self.stream_options.include_usage is True
+
+    def sampling_params(
+        self, defaults: Mapping[str, float], *, max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
+        """What the caller said; else the checkpoint's `generation_config`; else what `SamplingParams` says.
+
+        Raises:
+            InvalidRequest: a value is out of range.
+        """
+        said = {name: getattr(self, name) for name in _PASSED_ON if getattr(self, name) is not None}
+        advised = {name: _DEFAULTED[name](value) for name, value in defaults.items() if name in _DEFAULTED}
+        return SamplingParams(**(advised | said), max_tokens=max_tokens, logprobs=logprobs)
+
+
+_DEFAULTED: Mapping[str, type[int] | type[float]] = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+}
+
+_PASSED_ON = (
+    *_DEFAULTED, "n", "presence_penalty", "frequency_penalty", "seed", "stop", "stop_token_ids", "ignore_eos",
+    "include_stop_str_in_output", "min_tokens", "skip_special_tokens",
+)  # fmt: skip

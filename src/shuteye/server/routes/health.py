@@ -1,0 +1,89 @@
+"""Liveness, readiness and the whole state: GET /health, /ping, /ready, /version, /state.
+
+Knows nothing of how states change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from shuteye import __version__
+from shuteye.outputs import EngineState
+from shuteye.server.admission import refuse_unless_alive
+from shuteye.server.auth import InferenceRoute
+from shuteye.server.context import Context
+from shuteye.server.engine_protocol import ServedEngine
+from shuteye.server.metrics import Metrics
+from shuteye.server.protocol.chunks import encode_json
+
+router = APIRouter()
+keyed = APIRouter(route_class=InferenceRoute)
+
+
+@router.get("/health")
+@router.get("/ping")
+@router.post("/ping", include_in_schema=False)
+async def health(context: Context) -> dict[str, str]:
+    """200 while the process can serve now or later (loading and sleeping included), else 503 with the reason."""
+    refuse_unless_alive(context.engine)
+    return {"status": "ok"}
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """The version of shuteye."""
+    return {"version": __version__}
+
+
+@router.get("/ready", response_model=None)
+async def ready(context: Context) -> Response:
+    """200 if a request sent now would run now, else 503 and why not."""
+    reason = why_not_ready(context.engine)
+    body = {"ready": True} if reason is None else {"ready": False, "reason": reason}
+    return Response(encode_json(body), 200 if reason is None else 503, media_type="application/json")
+
+
+@keyed.get("/state")
+async def state(context: Context) -> dict[str, Any]:
+    """All that is known of the engine, from what it pushed last; asks it nothing."""
+    engine = context.engine
+    loaded = engine.status != "starting" and engine.failure is None
+    return {
+        "status": engine.status,
+        "failure": engine.failure.message if engine.failure else None,
+        "models": context.model_names,
+        "is_sleeping": engine.is_sleeping,
+        "is_paused": engine.is_paused,
+        "ready": why_not_ready(engine) is None,
+        "state": asdict(engine.state),
+        "waking": _waking_cost(engine.state, context.metrics),
+        "model": asdict(engine.info) if loaded else None,
+        "stats": asdict(engine.stats),
+    }
+
+
+def why_not_ready(engine: ServedEngine) -> str | None:
+    """One word for what keeps requests from running now; None if nothing does."""
+    if engine.status != "ready":
+        return "loading" if engine.status == "starting" else engine.status
+    if engine.state.faulted is not None:
+        return "faulted"
+    if engine.is_sleeping:
+        return "sleeping"
+    if engine.is_paused:
+        return "paused"
+    return None if engine.state.gate == "open" else engine.state.gate
+
+
+def _waking_cost(state: EngineState, metrics: Metrics) -> dict[str, Any]:
+    """Bytes to bring back and from where, and how long the last wake asked for over HTTP took."""
+    missing = {tag.tag: tag.nbytes - tag.resident_bytes for tag in state.tags if tag.residency != "resident"}
+    return {
+        "restore_bytes": sum(missing.values()),
+        "tags": missing,
+        "backings": {tag.tag: tag.backing for tag in state.tags if tag.tag in missing},
+        "last_wake_s": metrics.last_wake_s,
+    }

@@ -1,0 +1,84 @@
+"""POST /tokenize and /detokenize: the model's tokenizer, which needs no weights and works while asleep.
+
+Knows nothing of generation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from shuteye.errors import InvalidRequest
+from shuteye.server.auth import InferenceRoute
+from shuteye.server.context import Context
+from shuteye.server.prompts import LONG_TEXT, encode, render_chat, require_known
+from shuteye.server.protocol.messages import Message
+
+router = APIRouter(route_class=InferenceRoute)
+
+
+class TokenizeBody(BaseModel):
+    """A text, or a conversation to be rendered first (vLLM's shape)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("Send either prompt or messages.", param="prompt")
+        return self
+
+
+class DetokenizeBody(BaseModel):
+    """Token ids."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    tokens: list[int]
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeBody, context: Context) -> dict[str, Any]:
+    """Token ids of a text; special tokens are added to a text by default, to a rendered conversation not."""
+    context.served_name(body.model)
+    tokenizer = context.engine.tokenizer
+    text = body.prompt
+    if body.messages is not None:
+        text = await render_chat(
+            tokenizer,
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt,
+            template_kwargs=body.chat_template_kwargs or {},
+        )
+    assert text is not None
+    add_special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
+    tokens = await encode(tokenizer, text, add_special_tokens=add_special)
+    return {
+        "count": len(tokens),
+        "max_model_len": context.engine.info.max_model_len,
+        "tokens": tokens,
+        "token_strs": [tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None,
+    }
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeBody, context: Context) -> dict[str, str]:
+    """The text of token ids, special tokens included."""
+    context.served_name(body.model)
+    engine = context.engine
+    require_known(body.tokens, engine.info.vocab_size, param="tokens")
+    if len(body.tokens) > LONG_TEXT:
+        return {"prompt": await asyncio.to_thread(engine.tokenizer.decode, body.tokens, skip_special_tokens=False)}
+    return {"prompt": engine.tokenizer.decode(body.tokens, skip_special_tokens=False)}

@@ -1,0 +1,141 @@
+"""Serves an engine on a socket until a signal says stop: binds, listens while the model loads, drains, closes.
+
+Knows nothing of routes. Exit codes: 0 stopped as asked, 1 could not listen or load, 130 forced by a second signal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import socket
+import threading
+from asyncio import Runner
+from collections.abc import Iterator
+from types import FrameType
+from typing import cast
+
+import uvicorn
+from uvicorn.server import HANDLED_SIGNALS
+
+from shuteye.config import EngineConfig
+from shuteye.server.app import create_app
+from shuteye.server.config import ServerConfig
+from shuteye.server.context import ServerContext
+from shuteye.server.engine_protocol import ServedEngine
+
+logger = logging.getLogger(__name__)
+
+STOPPED, FAILED, FORCED = 0, 1, 130
+LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
+    """Serve a model in an engine process of its own until SIGINT or SIGTERM; returns the process's exit code."""
+    from shuteye.engine.async_engine import AsyncEngine
+
+    return serve_engine(AsyncEngine(engine_config), server_config)
+
+
+def serve_engine(engine: ServedEngine, config: ServerConfig) -> int:
+    """Serve `engine`, which is started and closed here; returns the process's exit code."""
+    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
+    try:
+        listener = _listen(config)
+    except OSError as error:
+        _log_bind_error(config, error)
+        return FAILED
+    with listener:
+        server = _Server(engine, config)
+        _log_address(listener, config)
+        with Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            runner.run(server.serve_until_stopped(listener))
+        return server.exit_code
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return socket.create_server(cast(tuple[str, int], address[4][:2]), family=address[0], backlog=2048)
+
+
+def _log_bind_error(config: ServerConfig, error: OSError) -> None:
+    logger.error(
+        "Cannot listen on %s:%d: %s. Stop what listens there, or choose another --port or --host.",
+        config.host,
+        config.port,
+        error.strerror or error,
+    )
+
+
+def _log_address(listener: socket.socket, config: ServerConfig) -> None:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    logger.info(
+        "Listening on http://%s:%d; GET /ready tells when the model is loaded.", host, listener.getsockname()[1]
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which also stops when the model cannot be loaded, and leaves exit codes to us."""
+
+    def __init__(self, engine: ServedEngine, config: ServerConfig) -> None:
+        app = create_app(engine, config)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                loop="uvloop",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                server_header=False,
+                timeout_graceful_shutdown=None,
+            )
+        )
+        self._engine = engine
+        self._context: ServerContext = app.state.context
+        self._load_failed = False
+
+    @property
+    def exit_code(self) -> int:
+        """What the process should exit with, once the server has stopped."""
+        if self._load_failed:
+            return FAILED
+        return FORCED if self.force_exit else STOPPED
+
+    async def serve_until_stopped(self, listener: socket.socket) -> None:
+        """Serve; whatever ends it, the engine is closed."""
+        try:
+            await self.serve(sockets=[listener])
+        finally:
+            await self._engine.close()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; True ends the server."""
+        self._load_failed = self._context.loading.failed
+        return self._load_failed or await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, a second one of either kind does not wait."""
+        if self.should_exit:
+            logger.warning("Second signal: stopping without waiting for running requests.")
+            self.force_exit = True
+            return
+        logger.info(
+            "%s: no new connections; running requests have %s seconds. Another signal stops at once.",
+            signal.Signals(sig).name,
+            self.config.timeout_graceful_shutdown,
+        )
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but does not raise the signal again afterwards: a server stopped as asked exits with 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self.handle_exit) for number in HANDLED_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

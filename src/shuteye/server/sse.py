@@ -1,0 +1,60 @@
+"""Server-sent events: framing, and a response that stops its source when the client goes.
+
+Knows nothing of what the events say. Format: https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from typing import TYPE_CHECKING, Protocol
+
+from fastapi import Response
+
+from shuteye.server.disconnect import until_disconnect
+from shuteye.server.errors import ClientDisconnected
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(payload: bytes) -> bytes:
+    """One event; `payload` must hold no newline, as compact JSON does not."""
+    return b"data: " + payload + b"\n\n"
+
+
+class Closable(Protocol):
+    """What can be told to stop."""
+
+    async def aclose(self) -> None:
+        """Stop; harmless if it has ended."""
+        ...
+
+
+class EventStream(Response):
+    """Sends what `events` makes of `source`; closes both however the response ends, so that the engine aborts at once.
+
+    `source` is closed too because closing a generator that never began does not run its clean-up.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], *, source: Closable) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Stream until the source ends or the client goes."""
+        async with aclosing(self._source), aclosing(self._events):
+            with suppress(ClientDisconnected):
+                await until_disconnect(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for chunk in self._events:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

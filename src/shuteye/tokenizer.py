@@ -1,0 +1,370 @@
+"""Text to token ids and back, and chat messages to a prompt, from the files of a checkpoint.
+
+Knows nothing of models, requests or HTTP; needs neither torch nor transformers, so that the API process does not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from shuteye.errors import InvalidRequest, UnsupportedModel
+
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The special tokens that chat templates may name (transformers' SPECIAL_TOKENS_ATTRIBUTES)."""
+
+REPLACEMENT = "\ufffd"
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_TEMPLATE_FAILURES = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+"""What rendering can raise through no fault of ours: the template's own errors, and messages it did not expect."""
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and its chat template.
+
+    Args:
+        backend: the tokenizer proper; its truncation and padding are switched off.
+        special_tokens: the named special tokens, by SPECIAL_TOKEN_NAMES.
+        chat_templates: Jinja sources by name; "default", and "tool_use" for when tools are given.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        chat_templates: Mapping[str, str] | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._special_tokens = dict(special_tokens or {})
+        self._chat_templates = {name: ChatTemplate(source) for name, source in (chat_templates or {}).items()}
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Tokenizer:
+        """Load tokenizer.json, and tokenizer_config.json and chat templates where they exist.
+
+        Raises:
+            UnsupportedModel: there is no tokenizer.json, or a file cannot be understood.
+        """
+        directory = Path(path)
+        source = directory / "tokenizer.json"
+        if not source.is_file():
+            raise UnsupportedModel(
+                f"{directory} has no tokenizer.json. Save the tokenizer there with transformers' save_pretrained.",
+                param="model",
+            )
+        config = _read_config(directory / "tokenizer_config.json")
+        try:
+            # tokenizers raises bare Exception for whatever it cannot parse
+            backend = tokenizers.Tokenizer.from_file(str(source))
+        except Exception as error:
+            raise UnsupportedModel(f"{source} is not a tokenizer: {error}.", param="model") from error
+        return cls(
+            backend, special_tokens=_special_tokens(config), chat_templates=_read_chat_templates(directory, config)
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. For a rendered chat pass `add_special_tokens=False`: its template wrote them.
+
+        Raises:
+            InvalidRequest: the text has a lone surrogate (JSON can carry one), which is no character.
+        """
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise InvalidRequest(
+                f"The prompt cannot be tokenized, as it is not valid Unicode: {error}.", param="prompt"
+            ) from error
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that are no UTF-8 become U+FFFD, ids not in the vocabulary nothing.
+
+        Raises:
+            InvalidRequest: an id is negative or beyond 32 bits.
+        """
+        try:
+            text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        except OverflowError as error:
+            raise InvalidRequest(
+                f"Token ids must be between 0 and {self.vocab_size - 1}: {error}.", param="tokens"
+            ) from error
+        return text
+
+    def decode_stream(self, *, skip_special_tokens: bool = True) -> DecodeStream:
+        """A decoder for tokens that arrive one by one."""
+        return DecodeStream(self, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """What one token contributes to a text, special or not; part of a character is U+FFFD."""
+        text = self.decode([token_id], skip_special_tokens=False)
+        # A SentencePiece decoder strips the space from the first token of a text
+        opens_word = (self.id_to_token(token_id) or "").startswith("\u2581") and not text.startswith(" ")
+        return f" {text}" if opens_word else text
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling of a token, or None if there is no such id."""
+        token: str | None = self._backend.id_to_token(token_id)
+        return token
+
+    def is_special(self, token_id: int) -> bool:
+        """True for tokens that `skip_special_tokens` skips."""
+        return token_id in self._special_ids
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; a model's embedding may be padded beyond it."""
+        size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        return size
+
+    @property
+    def bos_token(self) -> str | None:
+        """The text of the token that begins a sequence, if the checkpoint names one."""
+        return self._special_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        """The text of the token that ends a sequence, if the checkpoint names one."""
+        return self._special_tokens.get("eos_token")
+
+    @property
+    def has_chat_template(self) -> bool:
+        """True if `apply_chat_template` can work."""
+        return bool(self._chat_templates)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template_kwargs: Any
+    ) -> str:
+        """The prompt that the checkpoint's template makes of a conversation, as transformers would render it.
+
+        `template_kwargs` (`tools`, `documents`, whatever the template reads) are visible to the template. Encode the
+        result with `add_special_tokens=False`.
+
+        Raises:
+            InvalidRequest: no template, messages that are not a conversation, or an error in the template.
+        """
+        if not messages or not all(isinstance(message, Mapping) for message in messages):
+            raise InvalidRequest("messages must be a non-empty list of objects with a role.", param="messages")
+        template = self._choose_template(with_tools=template_kwargs.get("tools") is not None)
+        variables = {"tools": None, "documents": None, **self._special_tokens, **template_kwargs}
+        return template.render(messages, {**variables, "add_generation_prompt": add_generation_prompt})
+
+    def _choose_template(self, *, with_tools: bool) -> ChatTemplate:
+        names = ("tool_use", "default") if with_tools else ("default",)
+        for name in names:
+            if name in self._chat_templates:
+                return self._chat_templates[name]
+        known = sorted(self._chat_templates) or "none"
+        raise InvalidRequest(
+            f"This model has no default chat template (it has: {known}). Use the completions route with a prompt.",
+            param="messages",
+        )
+
+
+class DecodeStream:
+    """Decodes tokens one by one; what it returned, joined, is the text of all tokens, and no character is split.
+
+    The method of `tokenizers.decoders.DecodeStream`, kept in Python for `flush`, and because that one raises when a
+    byte-fallback decoder changes its mind about bytes already shown; here only what follows is affected.
+
+        tokens   [... shown ...) [_window) [_pending)
+                                  shown     held back: their text ends inside a character, or they have none yet
+
+    Text is decoded from `_window` on, since a token's text may depend on the tokens before it (leading spaces).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._window: list[int] = []
+        self._pending: list[int] = []
+        self._window_text = ""
+
+    def step(self, token_id: int) -> str | None:
+        """Text completed by this token, or None if it completes none."""
+        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
+            return None
+        self._pending.append(token_id)
+        text = self._new_text()
+        if not text or text.endswith(REPLACEMENT):
+            return None
+        self._advance()
+        return text
+
+    def flush(self) -> str:
+        """What decoding everything at once would still add: an incomplete character as U+FFFD. Ends the stream."""
+        text = self._new_text() if self._pending else ""
+        self._advance()
+        return text
+
+    def _new_text(self) -> str:
+        text = self._decode(self._window + self._pending)
+        if text.startswith(self._window_text):
+            return text[len(self._window_text) :]
+        return self._decode(self._pending)
+
+    def _advance(self) -> None:
+        self._window, self._pending = self._pending, []
+        self._window_text = self._decode(self._window)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+
+class ChatTemplate:
+    """One Jinja template of a checkpoint, rendered with transformers' settings in a sandbox."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        return _environment().from_string(self._source)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        """The prompt. Text parts are joined for a template that only knows plain text.
+
+        Raises:
+            InvalidRequest: the template failed, or is not a template.
+        """
+        conversation = [_normalized(message) for message in messages]
+        try:
+            if not self.accepts_parts:
+                conversation = [{**message, **_joined_content(message)} for message in conversation]
+            return self._template.render({**variables, "messages": conversation})
+        except _TEMPLATE_FAILURES as error:
+            raise InvalidRequest(
+                f"The model's chat template cannot render these messages: {error}", param="messages"
+            ) from error
+
+    @cached_property
+    def accepts_parts(self) -> bool:
+        """Whether the template reads `content` given as a list of parts, found by trying it."""
+        probe = {"role": "user", "content": [{"type": "text", "text": "probe"}]}
+        try:
+            rendered = self._template.render(messages=[probe], tools=None, documents=None, add_generation_prompt=False)
+        except _TEMPLATE_FAILURES:
+            return False
+        return "probe" in rendered and "'type'" not in rendered and '"type"' not in rendered
+
+
+def _normalized(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates expect it: no null fields, reasoning under every name that templates read."""
+    given = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((given[name] for name in _REASONING_FIELDS if name in given), None)
+    return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
+
+
+def _joined_content(message: Mapping[str, Any]) -> dict[str, str]:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return {}
+    kinds = {part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content}
+    if kinds - {"text"}:
+        raise ValueError(f"content has parts of type {sorted(map(str, kinds - {'text'}))}, but this model reads text.")
+    return {"content": "\n".join(str(part.get("text", "")) for part in content)}
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's tokens for training; when serving, its body is rendered as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja's own declaration
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML, which prompts must not be
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)  # local time, as in transformers
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedModel(f"{path} is not JSON: {error}.", param="model") from error
+    if not isinstance(config, dict):
+        raise UnsupportedModel(f"{path} holds a {type(config).__name__}, expected an object.", param="model")
+    return config
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for name in SPECIAL_TOKEN_NAMES:
+        value = config.get(name)
+        content = value.get("content") if isinstance(value, Mapping) else value
+        if isinstance(content, str):
+            found[name] = content
+    return found
+
+
+def _read_chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name; files win over the configuration, as in transformers."""
+    return dict(_configured_templates(config)) | dict(_template_files(directory))
+
+
+def _configured_templates(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    configured = config.get("chat_template")
+    if isinstance(configured, str):
+        yield "default", configured
+    elif isinstance(configured, list):
+        yield from ((entry["name"], entry["template"]) for entry in configured)
+
+
+def _template_files(directory: Path) -> Iterator[tuple[str, str]]:
+    single = directory / "chat_template.jinja"
+    if single.is_file():
+        yield "default", single.read_text(encoding="utf-8")
+    for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+        yield path.stem, path.read_text(encoding="utf-8")

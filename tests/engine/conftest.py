@@ -1,0 +1,136 @@
+"""An engine core over a tiny real model, on memory that is poisoned when fresh and fails where it is told to."""
+
+import functools
+from dataclasses import dataclass, field
+
+import pytest
+
+from shuteye.config import EngineConfig, default_cache_dir
+from shuteye.engine.core import EngineCore
+from shuteye.engine.messages import ControlCall
+from shuteye.errors import ShuteyeError, rebuild
+from shuteye.executors.inproc import InprocExecutor
+from shuteye.memory.backends.fake import FakeBackend
+from shuteye.request import GenerateRequest, SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+@dataclass
+class Rig:
+    """A core and what its requests have received so far."""
+
+    core: EngineCore
+    backend: FakeBackend
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    ended: dict[str, object] = field(default_factory=dict)  # finish reason, or the error
+
+    def add(self, request_id, prompt, params=GREEDY):
+        self.tokens[request_id] = []
+        self.core.add(GenerateRequest(request_id, tuple(prompt), params))
+
+    def step(self):
+        for delta in self.core.step():
+            assert delta.request_id not in self.ended, "a request that had ended got more"
+            self.tokens[delta.request_id] += delta.token_ids
+            if delta.error is not None:
+                self.ended[delta.request_id] = rebuild(delta.error.kind, delta.error.message)
+            elif delta.finish_reason is not None:
+                self.ended[delta.request_id] = delta.finish_reason
+
+    def run(self, limit=2000):
+        """Step until there is nothing to do."""
+        for _ in range(limit):
+            if not self.core.can_step:
+                return
+            self.step()
+        raise AssertionError("the core never came to rest")
+
+    def submit(self, call: ControlCall):
+        """Queue a call; its answers (there must be exactly one) are appended to the returned list."""
+        answers = []
+        self.core.submit(call, answers.append)
+        return answers
+
+    def call(self, call: ControlCall, limit=2000):
+        """Run a call to its answer; raises what it answers with."""
+        answers = self.submit(call)
+        for _ in range(limit):
+            self.step()
+            if answers:
+                break
+        assert len(answers) == 1, f"{call} was answered {len(answers)} times"
+        if isinstance(answers[0], ShuteyeError):
+            raise answers[0]
+        return answers[0]
+
+    def generate(self, prompt, params=GREEDY):
+        """The tokens of one request run to its end."""
+        request_id = f"generate-{len(self.tokens)}"
+        self.add(request_id, prompt, params)
+        self.run()
+        ended = self.ended[request_id]
+        if isinstance(ended, ShuteyeError):
+            raise ended
+        return self.tokens[request_id]
+
+
+@pytest.fixture
+def make_rig(tiny_checkpoint, tmp_path_factory):
+    """Rigs over one shared image; closed when the test ends."""
+    cache_dir = tmp_path_factory.getbasetemp() / "rig-cache"
+    rigs = []
+
+    def make(**options):
+        backend = FakeBackend()
+        config = EngineConfig(
+            **{
+                "model": str(tiny_checkpoint),
+                "dtype": "float32",
+                "enable_sleep_mode": True,
+                "kv_cache_memory": 1 << 20,
+                "max_model_len": 256,
+                "verify_wake": "full",
+                "num_threads": 1,
+                "cache_dir": cache_dir,
+            }
+            | options
+        )
+        executor = InprocExecutor(config, backend=backend)
+        rig = Rig(EngineCore(config, executor), backend)
+        rigs.append(rig)
+        return rig
+
+    yield make
+    for rig in rigs:
+        rig.backend.clear()
+        rig.core.close()
+
+
+@pytest.fixture
+def rig(make_rig):
+    return make_rig()
+
+
+@pytest.fixture(scope="session")
+def smollm2_options(smollm2):
+    """What `LLM` needs to serve the real model from the user's cache."""
+    return {"model": str(smollm2.path), "cache_dir": default_cache_dir(), "num_threads": 2}
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2):
+    """The real model as transformers loads and runs it by itself, once per dtype."""
+
+    @functools.cache
+    def load(dtype):
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        return AutoModelForCausalLM.from_pretrained(
+            smollm2.path.parent,
+            gguf_file=smollm2.path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=dtype,
+        ).eval()
+
+    return load

@@ -1,0 +1,466 @@
+"""The engine core over a tiny real model: requests, transitions, and both at once."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from shuteye.engine.messages import (
+    PauseCall,
+    ReloadCall,
+    ResetPrefixCacheCall,
+    ResumeCall,
+    RpcCall,
+    SleepCall,
+    UpdateCall,
+    WakeCall,
+)
+from shuteye.errors import (
+    DrainTimeout,
+    InvalidRequest,
+    ModelSleeping,
+    PromptTooLong,
+    QueueFull,
+    SleepFailed,
+    SleepModeDisabled,
+    TransitionConflict,
+    VerificationFailed,
+    WakeFailed,
+)
+from shuteye.memory.backings.disk import DiskBacking
+from shuteye.request import SamplingParams
+
+PROMPT = tuple(range(3, 40))
+LONG = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+
+
+def residencies(rig):
+    return {tag.tag: tag.residency for tag in rig.core.state.tags}
+
+
+def reach(rig, weights, kv):
+    """Bring a fresh rig to a cell of the table."""
+    match weights:
+        case "offloaded":
+            rig.call(SleepCall(1, ("weights",)))
+        case "discarded":
+            rig.call(SleepCall(2, ("weights",)))
+        case "blank":
+            rig.call(SleepCall(2))
+            rig.call(WakeCall(("weights",)))
+    if kv == "discarded" and residencies(rig)["kv_cache"] == "resident":
+        rig.call(SleepCall(1, ("kv_cache",)) if weights in ("resident", "offloaded") else SleepCall(2, ("kv_cache",)))
+    assert residencies(rig) == {"weights": weights, "kv_cache": kv}
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_the_same_tokens_after_a_wake(rig, level):
+    before = rig.generate(PROMPT)
+    report = rig.call(SleepCall(level))
+    assert report.changed
+    assert rig.core.state.is_sleeping
+    assert rig.core.state.level == level
+    assert all(tag.resident_bytes == 0 for tag in rig.core.state.tags)
+    assert {tag.tag for tag in report.tags if tag.freed_bytes > 0} == {"weights", "kv_cache"}
+    wake = rig.call(WakeCall())
+    assert wake.changed
+    assert wake.canary
+    assert wake.verified == "full"
+    assert rig.core.state.gate == "open"
+    assert rig.generate(PROMPT) == before
+
+
+def test_stale_prefixes_are_forgotten(rig):
+    """Would catch a prefix hit on KV memory that was released: it reads as poison."""
+    before = rig.generate(PROMPT)
+    assert rig.core.stats.num_prefix_hits_total == 0
+    rig.generate(PROMPT)
+    hits = rig.core.stats.num_prefix_hits_total
+    assert hits > 0
+    rig.call(SleepCall(1, ("kv_cache",)))
+    rig.call(WakeCall())
+    assert rig.generate(PROMPT) == before
+    assert rig.core.stats.num_prefix_hits_total == hits
+
+
+def test_sleeping_again_changes_nothing(rig):
+    rig.call(SleepCall(1))
+    again = rig.call(SleepCall(1))
+    assert (again.changed, again.level) == (False, 1)
+    assert rig.call(SleepCall(2)).changed
+    assert rig.core.state.level == 2
+    with pytest.raises(TransitionConflict):
+        rig.call(SleepCall(1))
+    with pytest.raises(TransitionConflict):
+        rig.call(SleepCall(0))
+
+
+def test_waking_awake_changes_nothing_and_undoes_no_pause(rig):
+    assert not rig.call(WakeCall()).changed
+    rig.call(PauseCall())
+    assert not rig.call(WakeCall()).changed
+    assert rig.core.state.paused
+    rig.call(SleepCall(1))
+    rig.call(WakeCall())
+    assert rig.core.state.paused
+    assert rig.core.state.gate == "closed"
+    rig.call(ResumeCall())
+    assert rig.core.state.gate == "open"
+
+
+def test_resume_while_asleep_is_a_conflict(rig):
+    rig.call(SleepCall(1))
+    with pytest.raises(TransitionConflict):
+        rig.call(ResumeCall())
+
+
+def test_level_0_is_a_pause_that_wake_up_lifts(rig):
+    report = rig.call(SleepCall(0))
+    assert (report.changed, report.level, report.freed_bytes) == (True, 0, 0)
+    assert not rig.core.state.is_sleeping
+    assert rig.core.state.paused
+    rig.add("a", PROMPT)
+    rig.run()
+    assert "a" not in rig.ended
+    assert rig.call(WakeCall()).changed
+    rig.run()
+    assert rig.ended["a"] == "length"
+
+
+def test_tags_wake_one_at_a_time(rig):
+    before = rig.generate(PROMPT)
+    rig.call(SleepCall(1))
+    rig.call(WakeCall(("kv_cache",)))
+    assert residencies(rig) == {"weights": "offloaded", "kv_cache": "resident"}
+    assert rig.core.state.gate == "closed"
+    rig.call(WakeCall(("weights",)))
+    assert rig.core.state.gate == "open"
+    assert rig.generate(PROMPT) == before
+
+
+def tensors_of(rig):
+    """The model's tensors by checkpoint name, copied while they are there."""
+    model = rig.core._executor._worker._model.module
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def test_level_2_serves_nothing_until_every_tensor_is_written(rig):
+    """Would catch a partial update opening the gate over blank memory."""
+    before = rig.generate(PROMPT)
+    tensors = tensors_of(rig)
+    rig.call(SleepCall(2))
+    rig.call(WakeCall(("weights",)))
+    assert residencies(rig)["weights"] == "blank"
+    with pytest.raises(TransitionConflict, match="missing"):
+        rig.call(WakeCall(("kv_cache",)))
+    with pytest.raises(TransitionConflict, match="missing"):
+        rig.call(WakeCall())
+    last = ("model.norm.weight", tensors.pop("model.norm.weight"))
+    report = rig.call(UpdateCall(named_tensors=list(tensors.items())))
+    assert report.missing == ("model.norm.weight",)
+    assert rig.core.state.missing == report.missing
+    with pytest.raises(TransitionConflict, match=report.missing[0]):
+        rig.call(WakeCall(("kv_cache",)))
+    assert rig.call(UpdateCall(named_tensors=[last])).missing == ()
+    rig.call(WakeCall(("kv_cache",)))
+    assert rig.core.state.gate == "open"
+    assert rig.generate(PROMPT) == before
+
+
+def test_level_2_then_reload(rig):
+    before = rig.generate(PROMPT)
+    rig.call(SleepCall(2))
+    rig.call(WakeCall(("weights",)))
+    assert rig.call(ReloadCall()).missing == ()
+    rig.call(WakeCall(("kv_cache",)))
+    assert rig.generate(PROMPT) == before
+
+
+def negated_head(rig):
+    name = "model.norm.weight"
+    return [(name, -tensors_of(rig)[name])]
+
+
+def test_updated_weights_survive_level_1_and_not_level_2(rig):
+    """Would catch a wake that maps the old image over newer weights, or saves too little."""
+    old = rig.generate(PROMPT)
+    rig.call(UpdateCall(named_tensors=negated_head(rig)))
+    new = rig.generate(PROMPT)
+    assert new != old
+    first = rig.call(SleepCall(1))
+    assert first.tags[0].saved_bytes > 0
+    rig.call(WakeCall())
+    assert rig.generate(PROMPT) == new
+    second = rig.call(SleepCall(1))
+    assert second.tags[0].saved_bytes == 0, "weights that were not written again were saved again"
+    rig.call(WakeCall())
+    assert rig.generate(PROMPT) == new
+    rig.call(SleepCall(2))
+    rig.call(WakeCall())
+    assert rig.generate(PROMPT) == old
+
+
+def test_an_update_in_flight_recomputes_what_the_old_weights_made(rig):
+    """Would catch a request that mixes K/V of old and new weights."""
+    rig.add("a", PROMPT, LONG)
+    for _ in range(10):
+        rig.step()
+    so_far = list(rig.tokens["a"])
+    assert 0 < len(so_far) < 60
+    rig.call(UpdateCall(named_tensors=negated_head(rig)))
+    rig.run()
+    rest = SamplingParams(temperature=0.0, max_tokens=60 - len(so_far), ignore_eos=True)
+    assert rig.tokens["a"] == so_far + rig.generate((*PROMPT, *so_far), rest)
+
+
+def test_a_bad_update_is_refused_by_name(rig):
+    before = rig.generate(PROMPT)
+    with pytest.raises(InvalidRequest, match="no_such"):
+        rig.call(UpdateCall(named_tensors=[("no_such.weight", torch.zeros(1))]))
+    with pytest.raises(InvalidRequest, match="shape"):
+        rig.call(UpdateCall(named_tensors=[("model.norm.weight", torch.zeros(1))]))
+    assert rig.generate(PROMPT) == before
+    rig.call(SleepCall(1))
+    with pytest.raises(TransitionConflict):
+        rig.call(UpdateCall(named_tensors=[]))
+
+
+def test_weights_that_make_nonsense_are_noticed(rig):
+    name, tensor = negated_head(rig)[0]
+    with pytest.raises(Exception, match="canary") as caught:
+        rig.call(UpdateCall(named_tensors=[(name, torch.full_like(tensor, float("nan")))]))
+    assert type(caught.value).__name__ == "EngineFaulted"
+    with pytest.raises(Exception, match="faulted"):
+        rig.generate(PROMPT)
+    rig.call(WakeCall())
+    assert rig.core.state.gate == "open"
+
+
+# --- requests in flight -------------------------------------------------------------------------
+
+
+def test_mode_abort_ends_requests_at_once(rig):
+    rig.add("a", PROMPT, LONG)
+    rig.step()
+    report = rig.call(SleepCall(1, None, "abort"))
+    assert rig.ended == {"a": "abort"}
+    assert report.aborted_requests == 1
+
+
+def test_mode_wait_finishes_requests_first(rig):
+    expected = rig.generate(PROMPT, LONG)
+    rig.add("a", PROMPT, LONG)
+    rig.step()
+    answers = rig.submit(SleepCall(1, None, "wait"))
+    rig.step()
+    assert rig.core.state.gate == "draining"
+    assert answers == []
+    rig.add("late", PROMPT)
+    rig.run()
+    assert rig.tokens["a"] == expected
+    assert rig.ended["a"] == "length"
+    assert isinstance(rig.ended["late"], ModelSleeping), "a late request kept the drain from ending"
+    assert answers[0].changed
+
+
+def test_mode_wait_gives_up_at_its_deadline(rig):
+    rig.add("a", PROMPT, LONG)
+    rig.step()
+    with pytest.raises(DrainTimeout):
+        rig.call(SleepCall(1, None, "wait", 0.0))
+    assert rig.core.state.gate == "open"
+    rig.run()
+    assert rig.ended["a"] == "length"
+
+
+def test_mode_keep_goes_on_where_it_was(rig):
+    expected = rig.generate(PROMPT, LONG)
+    seeded = SamplingParams(temperature=1.0, seed=7, max_tokens=40, ignore_eos=True)
+    expected_seeded = rig.generate(PROMPT, seeded)
+    rig.add("a", PROMPT, LONG)
+    rig.add("b", PROMPT, seeded)
+    for _ in range(7):
+        rig.step()
+    report = rig.call(SleepCall(1, None, "keep"))
+    assert report.held_requests == 2
+    rig.run()
+    assert not {"a", "b"} & rig.ended.keys()
+    rig.call(WakeCall())
+    rig.run()
+    assert rig.tokens["a"] == expected
+    assert rig.tokens["b"] == expected_seeded
+
+
+def test_policy_reject(rig):
+    rig.call(SleepCall(1))
+    with pytest.raises(ModelSleeping):
+        rig.generate(PROMPT)
+
+
+def test_policy_hold_waits_for_a_wake(make_rig):
+    rig = make_rig(on_sleeping_request="hold", hold_queue_size=1)
+    expected = rig.generate(PROMPT)
+    rig.call(SleepCall(1))
+    rig.add("a", PROMPT)
+    with pytest.raises(QueueFull):
+        rig.generate(PROMPT)
+    rig.call(WakeCall())
+    rig.run()
+    assert rig.tokens["a"] == expected
+
+
+def test_policy_hold_has_a_deadline(make_rig):
+    rig = make_rig(on_sleeping_request="hold", hold_timeout_s=0.02)
+    rig.call(SleepCall(1))
+    rig.add("a", PROMPT)
+    rig.step()
+    assert rig.core.next_deadline is not None
+    time.sleep(0.03)
+    rig.step()
+    assert isinstance(rig.ended["a"], ModelSleeping)
+    assert rig.core.next_deadline is None
+
+
+def test_policy_wake_wakes_once(make_rig):
+    rig = make_rig(on_sleeping_request="wake")
+    expected = rig.generate(PROMPT)
+    rig.call(SleepCall(1))
+    rig.backend.clear()
+    for name in "abc":
+        rig.add(name, PROMPT)
+    rig.run()
+    assert [rig.tokens[name] for name in "abc"] == [expected] * 3
+    assert rig.backend.steps.count("commit") == 1
+
+
+def test_policy_wake_tells_those_who_wait_when_it_fails(make_rig):
+    rig = make_rig(on_sleeping_request="wake")
+    expected = rig.generate(PROMPT)
+    rig.call(SleepCall(1))
+    rig.backend.fail_next("commit")
+    rig.add("a", PROMPT)
+    rig.run()
+    assert isinstance(rig.ended["a"], WakeFailed)
+    assert rig.generate(PROMPT) == expected, "the next request must try again"
+
+
+def test_policy_wake_over_blank_weights_is_asleep_not_a_conflict(make_rig):
+    rig = make_rig(on_sleeping_request="wake")
+    reach(rig, "blank", "discarded")
+    with pytest.raises(ModelSleeping):
+        rig.generate(PROMPT)
+
+
+def test_a_pause_holds_requests_for_resume(rig):
+    expected = rig.generate(PROMPT)
+    rig.call(PauseCall("keep"))
+    rig.add("a", PROMPT)
+    rig.run()
+    assert "a" not in rig.ended
+    rig.call(ResumeCall())
+    rig.run()
+    assert rig.tokens["a"] == expected
+
+
+def test_calls_are_served_in_order(rig):
+    """Would catch a wake overtaking the sleep that it was meant to end."""
+    rig.add("a", PROMPT, LONG)
+    rig.step()
+    sleep, wake = rig.submit(SleepCall(1, None, "wait")), rig.submit(WakeCall())
+    rig.run()
+    assert (sleep[0].changed, wake[0].changed) == (True, True)
+    assert rig.core.state.gate == "open"
+
+
+def test_requests_that_never_fit_are_refused_in_every_state(rig):
+    too_long = tuple(range(1, 256)) + tuple(range(1, 20))
+    with pytest.raises(PromptTooLong):
+        rig.generate(too_long)
+    rig.call(PauseCall())
+    with pytest.raises(PromptTooLong):
+        rig.generate(too_long)
+
+
+@pytest.mark.parametrize("call", [SleepCall(), WakeCall()])
+def test_sleep_mode_must_be_asked_for(make_rig, call):
+    rig = make_rig(enable_sleep_mode=False)
+    with pytest.raises(SleepModeDisabled):
+        rig.call(call)
+    rig.call(ResetPrefixCacheCall())
+
+
+@pytest.mark.parametrize("call", [SleepCall(3), SleepCall(1, ()), SleepCall(1, ("x",)), SleepCall(1, None, "x")])
+def test_bad_arguments_touch_nothing(rig, call):
+    rig.add("a", PROMPT, LONG)
+    rig.step()
+    rig.backend.clear()
+    with pytest.raises(InvalidRequest):
+        rig.call(call)
+    assert rig.backend.steps == []
+    rig.run()
+    assert rig.ended["a"] == "length"
+
+
+def test_no_room_to_save_aborts_nothing(rig, monkeypatch):
+    """Would catch requests aborted for a sleep that could have been known to fail."""
+    rig.call(UpdateCall(named_tensors=negated_head(rig)))
+    monkeypatch.setattr(DiskBacking, "free_bytes", lambda _self: 0)
+    rig.add("a", PROMPT, LONG)
+    rig.step()
+    with pytest.raises(SleepFailed):
+        rig.call(SleepCall(1))
+    rig.run()
+    assert rig.ended["a"] == "length"
+
+
+# --- trust --------------------------------------------------------------------------------------
+
+
+def test_a_corrupted_saved_extent_is_found_and_nothing_opens(rig):
+    rig.call(UpdateCall(named_tensors=negated_head(rig)))
+    rig.call(SleepCall(1))
+    corrupt_saved(rig)
+    with pytest.raises(VerificationFailed, match="checksum"):
+        rig.call(WakeCall())
+    assert residencies(rig) == {"weights": "offloaded", "kv_cache": "discarded"}
+    with pytest.raises(ModelSleeping):
+        rig.generate(PROMPT)
+    rig.call(SleepCall(2))
+    rig.call(WakeCall())
+    assert rig.core.state.gate == "open"
+
+
+def corrupt_saved(rig):
+    """Flip bits in what the disk backing holds, behind the engine's back."""
+    fd = rig.core._executor._worker._residency._backing._fd
+    size = os.fstat(fd).st_size
+    data = os.pread(fd, size, 0)
+    os.pwrite(fd, bytes(byte ^ 0xFF for byte in data), 0)
+
+
+def test_the_canary_notices_a_lost_buffer(rig):
+    """Rotary frequencies live outside the arena, where no checksum looks."""
+    module = rig.core._executor._worker._model.module
+    rig.call(SleepCall(1))
+    frequencies = module.model.rotary_emb.inv_freq
+    frequencies.mul_(1.5)
+    with pytest.raises(VerificationFailed, match="canary"):
+        rig.call(WakeCall())
+    assert rig.core.state.is_sleeping
+    frequencies.div_(1.5)
+    rig.call(WakeCall())
+    assert rig.core.state.gate == "open"
+
+
+def test_addresses_never_change(rig):
+    pointers = {name: tensor.data_ptr() for name, tensor in rig.core._executor._worker._model.module.state_dict().items()}
+    for level in (1, 2):
+        rig.call(SleepCall(level))
+        rig.call(WakeCall())
+    after = {name: tensor.data_ptr() for name, tensor in rig.core._executor._worker._model.module.state_dict().items()}
+    assert after == pointers
+
+
+def test_collective_rpc_reaches_the_worker(rig):
+    assert rig.call(RpcCall("missing")) == [()]

@@ -1,0 +1,183 @@
+"""A fault at every step of every transition: the old state, the new one, or FAULTED; never a wrong token.
+
+The steps are enumerated by running the transition until the injected fault is never reached.
+"""
+
+import pytest
+
+from shuteye.engine.messages import ReloadCall, SleepCall, UpdateCall, WakeCall
+from shuteye.errors import EngineFaulted, ShuteyeError
+from shuteye.request import SamplingParams
+
+PROMPT = tuple(range(5, 45))
+PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+SLEEP_KEEP = SleepCall(1, None, "keep")
+MAX_STEPS = 200
+
+
+def tensors_of(rig):
+    return {n: t.detach().clone() for n, t in rig.core._executor._worker._model.module.state_dict().items()}
+
+
+def make_dirty(rig):
+    name = "model.norm.weight"
+    rig.call(UpdateCall(named_tensors=[(name, -tensors_of(rig)[name])]))
+
+
+TRANSITIONS = {
+    # name: (calls that lead there from awake, the call under test)
+    "sleep 1": ((), SLEEP_KEEP),
+    "sleep 2": ((), SleepCall(2, None, "keep")),
+    "sleep 1 kv_cache": ((), SleepCall(1, ("kv_cache",), "keep")),
+    "sleep 1 weights": ((), SleepCall(1, ("weights",), "keep")),
+    "sleep 2 weights": ((), SleepCall(2, ("weights",), "keep")),
+    "deepen 1 to 2": ((SLEEP_KEEP,), SleepCall(2, None, "keep")),
+    "rest of the tags": ((SleepCall(1, ("kv_cache",), "keep"),), SLEEP_KEEP),
+    "sleep 2 from blank": ((SleepCall(2, None, "keep"), WakeCall(("weights",))), SleepCall(2, None, "keep")),
+    "wake from 1": ((SLEEP_KEEP,), WakeCall()),
+    "wake weights from 1": ((SLEEP_KEEP,), WakeCall(("weights",))),
+    "wake kv_cache from 1": ((SLEEP_KEEP,), WakeCall(("kv_cache",))),
+    "wake the rest from 1": ((SLEEP_KEEP, WakeCall(("weights",))), WakeCall(("kv_cache",))),
+    "wake from 2": ((SleepCall(2, None, "keep"),), WakeCall()),
+    "wake blank from 2": ((SleepCall(2, None, "keep"),), WakeCall(("weights",))),
+    "reload awake": ((), ReloadCall()),
+    "reload into blank": ((SleepCall(2, None, "keep"), WakeCall(("weights",))), ReloadCall()),
+}
+
+
+def state_of(rig):
+    state = rig.core.state
+    return tuple(tag.residency for tag in state.tags), state.gate, state.level
+
+
+def bring_awake(rig):
+    """From wherever a fault left it, by the calls a user has."""
+    if rig.core.state.faulted:
+        with pytest.raises(EngineFaulted):
+            rig.generate(PROMPT, PARAMS)
+        rig.call(WakeCall())
+    if rig.core.state.missing:
+        rig.call(ReloadCall())
+    rig.call(WakeCall())
+    assert rig.core.state.gate == "open"
+
+
+def source(rig):
+    """`image`, or `updated` if the weights in memory are not the image's."""
+    return "updated" if "+" in rig.core._executor.call("weights_source")[0] else "image"
+
+
+@pytest.mark.parametrize("dirty", [False, True], ids=["clean", "written"])
+@pytest.mark.parametrize("name", TRANSITIONS)
+def test_a_fault_at_every_step(make_rig, name, dirty):
+    """Would catch a half-done transition that is taken for done, or from which no way leads back."""
+    setup, call = TRANSITIONS[name]
+    rig = make_rig()
+    expected = {"image": rig.generate(PROMPT, PARAMS)}
+    make_dirty(rig)
+    expected["updated"] = rig.generate(PROMPT, PARAMS)
+    rig.call(ReloadCall())
+    assert expected["updated"] != expected["image"]
+
+    injected = 0
+    for step in range(MAX_STEPS):
+        reached = [inject(rig, setup, call, dirty, expected, step, when) for when in ("before", "after")]
+        injected += sum(reached)
+        if not any(reached):
+            break
+    else:
+        raise AssertionError(f"{name} takes more than {MAX_STEPS} steps")
+    assert injected >= 2, "no step of this transition can fail?"
+
+
+def inject(rig, setup, call, dirty, expected, step, when):
+    """One round: set up, fail at `step`, check, recover, check again. False if the step was never reached."""
+    if dirty:
+        make_dirty(rig)
+    for one in setup:
+        rig.call(one)
+    old = state_of(rig)
+    rig.backend.clear()
+    rig.backend.fail_at(step, when=when)
+    error = None
+    try:
+        rig.call(call)
+    except ShuteyeError as caught:
+        error = caught
+    reached = len(rig.backend.steps) > step
+    rig.backend.clear()
+    got = state_of(rig)
+    if error is None:
+        assert got != old or isinstance(call, ReloadCall)
+    else:
+        assert reached, f"failed without an injected fault: {error}"
+        new = goal(call, old)
+        discarded_by_reload = isinstance(call, ReloadCall) and got[0][0] == "discarded"
+        assert got in (old, new) or rig.core.state.faulted or discarded_by_reload, (step, when, old, got, error)
+    if not rig.core.state.faulted and error is not None and got == old and not isinstance(call, ReloadCall):
+        rig.call(call)  # a retry of what was rolled back
+    bring_awake(rig)
+    assert rig.generate(PROMPT, PARAMS) == expected[source(rig)], (step, when, got, error)
+    if dirty:
+        rig.call(ReloadCall())
+    return reached
+
+
+def goal(call, old):
+    """The state in which `call` ends when nothing fails."""
+    (weights, kv), _, _ = old
+    match call:
+        case SleepCall(level=level, tags=tags):
+            if tags is None or "weights" in tags:
+                weights = "discarded" if level == 2 else "offloaded"
+            if tags is None or "kv_cache" in tags:
+                kv = "discarded"
+        case WakeCall(tags=tags):
+            if tags is None or "weights" in tags:
+                partial = tags is not None and kv != "resident" and "kv_cache" not in tags
+                weights = "blank" if weights == "discarded" and partial else "resident"
+            if tags is None or "kv_cache" in tags:
+                kv = "resident"
+        case ReloadCall():
+            weights = "resident"
+    awake = weights == kv == "resident"
+    level = None if awake else 2 if weights in ("discarded", "blank") else 1
+    return (weights, kv), "open" if awake else "closed", level
+
+
+def test_a_held_request_survives_every_fault_of_sleep_and_wake(rig):
+    """Would catch a request that is lost, or that resumes on memory it did not recompute."""
+    expected = rig.generate(PROMPT, PARAMS)
+    for step in range(MAX_STEPS):
+        request_id = f"held-{step}"
+        rig.add(request_id, PROMPT, PARAMS)
+        for _ in range(5):
+            rig.step()
+        rig.backend.clear()
+        rig.backend.fail_at(step)
+        for call in (SLEEP_KEEP, WakeCall()):
+            try:
+                rig.call(call)
+            except ShuteyeError:
+                assert request_id not in rig.ended
+        reached = len(rig.backend.steps) > step
+        rig.backend.clear()
+        bring_awake(rig)
+        rig.run()
+        assert rig.tokens[request_id] == expected
+        if not reached:
+            return
+    raise AssertionError("the transitions never ended")
+
+
+def test_a_fault_while_recovering_is_still_a_fault_and_can_be_retried(rig):
+    expected = rig.generate(PROMPT, PARAMS)
+    rig.backend.fail_next("release", when="after")
+    with pytest.raises(EngineFaulted):
+        rig.call(SLEEP_KEEP)
+    rig.backend.fail_next("release")
+    with pytest.raises(ShuteyeError):
+        rig.call(WakeCall())
+    assert rig.core.state.gate == "closed"
+    bring_awake(rig)
+    assert rig.generate(PROMPT, PARAMS) == expected

@@ -1,0 +1,210 @@
+"""Random sequences of calls and requests against a model of the transition table."""
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from shuteye.engine.messages import PauseCall, ReloadCall, ResumeCall, SleepCall, UpdateCall, WakeCall
+from shuteye.errors import ModelSleeping, ShuteyeError, TransitionConflict
+from shuteye.outputs import TAGS
+from shuteye.request import SamplingParams
+
+PROMPTS = [tuple(range(start, start + length)) for start, length in ((3, 5), (9, 20), (4, 40))]
+TAG_CHOICES = st.sampled_from([None, ("weights",), ("kv_cache",), TAGS])
+MODES = st.sampled_from(["abort", "wait", "keep"])
+LENGTH = 16
+
+
+class Machine(RuleBasedStateMachine):
+    """The model: residencies, pause and level-0 flags, and which weights are true."""
+
+    make_rig = None  # set by the test
+
+    @initialize()
+    def start(self):
+        self.rig = type(self).make_rig()
+        params = SamplingParams(temperature=0.0, max_tokens=LENGTH, ignore_eos=True)
+        self.params = params
+        self.expected = {False: [self.rig.generate(prompt, params) for prompt in PROMPTS]}
+        self.image = {
+            name: tensor.detach().clone()
+            for name, tensor in self.rig.core._executor._worker._model.module.state_dict().items()
+        }
+        self.updated_tensors = self.image | {"model.norm.weight": -self.image["model.norm.weight"]}
+        self.rig.call(UpdateCall(named_tensors=list(self.updated_tensors.items())))
+        self.expected[True] = [self.rig.generate(prompt, params) for prompt in PROMPTS]
+        self.rig.call(ReloadCall())
+        self.weights, self.kv = "resident", "resident"
+        self.updated = False  # whether the true weights are the updated ones
+        self.paused = self.dozing = False
+        self.held = {}  # request id → prompt index, for requests still on their way
+        self.count = 0
+
+    # --- the model of the table -----------------------------------------------------------------
+
+    @property
+    def awake(self):
+        return self.weights == self.kv == "resident"
+
+    @property
+    def open(self):
+        return self.awake and not self.paused and not self.dozing
+
+    def outcome(self, call):
+        """Run a call: True if it was served, False on a conflict."""
+        try:
+            self.rig.call(call)
+        except TransitionConflict:
+            return False
+        return True
+
+    def settle(self, mode):
+        """What a drain did to the requests on their way."""
+        if mode == "abort":
+            for request_id in self.held:
+                assert self.rig.ended.pop(request_id) == "abort"
+            self.held.clear()
+
+    # --- calls ----------------------------------------------------------------------------------
+
+    @rule(level=st.sampled_from([0, 1, 2]), tags=TAG_CHOICES, mode=MODES)
+    def sleep(self, level, tags, mode):
+        chosen = TAGS if tags is None or level == 0 else tags
+        if level == 0:
+            legal, changes = self.awake, self.awake and not self.dozing
+        else:
+            target = "offloaded" if level == 1 else "discarded"
+            legal = not ("weights" in chosen and level == 1 and self.weights in ("discarded", "blank"))
+            changes = legal and (
+                ("weights" in chosen and self.weights != target) or ("kv_cache" in chosen and self.kv == "resident")
+            )
+        assert self.outcome(SleepCall(level, tags, mode)) == legal
+        if not changes:
+            return
+        self.settle(mode)
+        if level == 0:
+            self.dozing = True
+            return
+        if "weights" in chosen:
+            self.weights = target
+            self.updated = self.updated and level == 1
+        if "kv_cache" in chosen:
+            self.kv = "discarded"
+
+    @rule(tags=TAG_CHOICES)
+    def wake(self, tags):
+        chosen = TAGS if tags is None else tags
+        full = (self.weights == "resident" or "weights" in chosen) and (self.kv == "resident" or "kv_cache" in chosen)
+        weights = self.weights
+        if "weights" in chosen:
+            table = {"offloaded": "resident", "discarded": "resident" if full else "blank", "blank": "blank"}
+            weights = table.get(weights, weights)
+        wants_kv = "kv_cache" in chosen and self.kv != "resident"
+        legal = not (self.weights == "blank" and "weights" in chosen and full) and not (
+            wants_kv and weights in ("blank", "discarded")
+        )
+        was_awake, changes = self.awake, weights != self.weights or wants_kv
+        assert self.outcome(WakeCall(tags)) == legal
+        if legal:
+            self.weights = weights
+            self.kv = "resident" if wants_kv else self.kv
+            if changes or was_awake:
+                self.dozing = False
+
+    @rule(mode=MODES)
+    def pause(self, mode):
+        self.rig.call(PauseCall(mode))
+        if not self.paused:
+            self.settle(mode)
+        self.paused = True
+
+    @rule()
+    def resume(self):
+        legal = self.awake
+        assert self.outcome(ResumeCall()) == legal
+        if legal:
+            self.paused = self.dozing = False
+
+    @rule(new=st.booleans())
+    def update(self, new):
+        tensors = self.updated_tensors if new else self.image
+        legal = self.weights in ("resident", "blank")
+        assert self.outcome(UpdateCall(named_tensors=list(tensors.items()))) == legal
+        if legal:
+            self.forget_held()
+            self.weights, self.updated = "resident", new
+
+    @rule()
+    def reload(self):
+        legal = self.weights in ("resident", "blank")
+        assert self.outcome(ReloadCall()) == legal
+        if legal:
+            self.forget_held()
+            self.weights, self.updated = "resident", False
+
+    def forget_held(self):
+        """New weights: what is on its way may mix tokens of both; it must still end, with its full length."""
+        self.held = dict.fromkeys(self.held)
+
+    # --- requests -------------------------------------------------------------------------------
+
+    @rule(index=st.integers(0, len(PROMPTS) - 1), steps=st.integers(0, 6))
+    def request(self, index, steps):
+        self.count += 1
+        request_id = f"request-{self.count}"
+        self.rig.add(request_id, PROMPTS[index], self.params)
+        for _ in range(steps):
+            self.rig.step()
+        if self.awake:
+            self.held[request_id] = index
+        else:
+            self.rig.step()
+            assert isinstance(self.rig.ended.pop(request_id), ModelSleeping)
+
+    @invariant()
+    def the_engine_agrees_with_the_model(self):
+        if not hasattr(self, "rig"):
+            return
+        state = self.rig.core.state
+        assert {tag.tag: tag.residency for tag in state.tags} == {"weights": self.weights, "kv_cache": self.kv}
+        assert (state.gate == "open") == self.open
+        assert state.is_sleeping == (not self.awake)
+        assert state.faulted is None
+        assert bool(state.missing) == (self.weights == "blank")
+        for tag in state.tags:
+            if tag.residency not in ("resident", "blank"):
+                assert tag.resident_bytes == 0
+        if self.open:
+            self.rig.run()
+        self.check_ended()
+
+    def check_ended(self):
+        for request_id in list(self.held):
+            ended = self.rig.ended.get(request_id)
+            if ended is None:
+                assert not self.open, "a request was lost"
+                continue
+            index = self.held.pop(request_id)
+            assert not isinstance(ended, ShuteyeError), ended
+            if ended == "length":
+                assert len(self.rig.tokens[request_id]) == LENGTH
+            if ended == "length" and index is not None:
+                expected = [self.expected[updated][index] for updated in (False, True)]
+                assert self.rig.tokens[request_id] in expected
+                if request_id == f"request-{self.count}":
+                    assert self.rig.tokens[request_id] == self.expected[self.updated][index]
+
+
+def test_random_sequences_follow_the_table(make_rig):
+    """Would catch any order of calls and requests after which the engine does something the table does not say."""
+    Machine.make_rig = make_rig
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=25,
+            stateful_step_count=25,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

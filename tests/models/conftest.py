@@ -1,0 +1,153 @@
+"""Loads checkpoints as a worker does, and generates with a minimal loop instead of a scheduler."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shuteye.cache.kv_cache import KVCache, kv_bytes_per_token
+from shuteye.config import DType
+from shuteye.memory.arena import Arena
+from shuteye.memory.backends import open_backend
+from shuteye.memory.image import WeightImage
+from shuteye.memory.image_store import ImageStore
+from shuteye.models.loader import LoadedModel, bind, open_image
+from shuteye.models.sources import ModelSource, resolve_source
+from shuteye.plans import Chunk, StepPlan
+from shuteye.runner.batch import PackedBatch
+from shuteye.testing import poison
+
+BLOCK_SIZE = 16
+
+
+@dataclass
+class Sequence:
+    """Tokens so far, how many of them are in the cache, and where."""
+
+    token_ids: list[int]
+    block_ids: list[int]
+    computed: int = 0
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+    def chunk(self, num_tokens: int) -> Chunk:
+        end = min(self.computed + num_tokens, len(self.token_ids))
+        sample = end == len(self.token_ids)
+        return Chunk("r", tuple(self.token_ids[self.computed : end]), self.computed, tuple(self.block_ids), sample)
+
+
+class Driver:
+    """A bound model and a poisoned KV cache; blocks are handed out scattered, never given back."""
+
+    def __init__(self, image: WeightImage, *, num_blocks: int = 256) -> None:
+        backend = open_backend("linux")
+        self.image = image
+        self.weights = Arena.reserve(backend, tag="weights", nbytes=image.layout.nbytes)
+        self.weights.map_file(0, image.layout.nbytes, fd=image.fd)
+        self.model: LoadedModel = bind(image, self.weights)
+        shape: dict[str, Any] = {
+            "num_layers": self.model.num_layers,
+            "num_kv_heads": self.model.num_kv_heads,
+            "head_dim": self.model.head_dim,
+            "dtype": self.model.dtype,
+        }
+        nbytes = kv_bytes_per_token(**shape) * BLOCK_SIZE * num_blocks
+        self.kv_arena = Arena.reserve(backend, tag="kv_cache", nbytes=nbytes)
+        self.kv_arena.commit()
+        poison(self.kv_arena.view(0, (nbytes,), torch.uint8))
+        self.kv_cache = KVCache(self.kv_arena, num_blocks=num_blocks, block_size=BLOCK_SIZE, **shape)
+        order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
+        self._free = order.tolist()
+
+    def sequence(self, token_ids: list[int], *, room: int, shared: list[int] | None = None) -> Sequence:
+        """A new sequence with blocks for its tokens and `room` more, the first of which may be another's."""
+        needed = -(-(len(token_ids) + room) // BLOCK_SIZE)
+        blocks = list(shared or [])
+        return Sequence(list(token_ids), blocks + [self._free.pop() for _ in range(needed - len(blocks))])
+
+    def step(self, sequences: list[Sequence], chunk_sizes: list[int]) -> None:
+        """One forward pass; a sequence whose last token was computed grows by its likeliest next one."""
+        chunks = [each.chunk(size) for each, size in zip(sequences, chunk_sizes, strict=True)]
+        batch = PackedBatch.from_plan(StepPlan(tuple(chunks)), block_size=BLOCK_SIZE)
+        rows = iter(self.model.forward(batch, self.kv_cache))
+        for sequence, chunk in zip(sequences, chunks, strict=True):
+            sequence.computed += len(chunk.token_ids)
+            if chunk.sample:
+                logits = next(rows)
+                sequence.logits.append(logits)
+                sequence.token_ids.append(int(logits.argmax()))
+
+    def generate(self, prompts: list[list[int]], num_tokens: int, *, chunk_size: int = 10_000) -> list[list[int]]:
+        """Greedy continuations of all prompts in one batch, chunks and decodes of different sequences mixed."""
+        sequences = [self.sequence(prompt, room=num_tokens) for prompt in prompts]
+        wanted = [len(prompt) + num_tokens for prompt in prompts]
+        while any(len(each.token_ids) < length for each, length in zip(sequences, wanted, strict=True)):
+            active = [each for each, length in zip(sequences, wanted, strict=True) if len(each.token_ids) < length]
+            self.step(active, [chunk_size] * len(active))
+        return [each.token_ids[len(prompt) :] for each, prompt in zip(sequences, prompts, strict=True)]
+
+    def close(self) -> None:
+        self.weights.close()
+        self.kv_arena.close()
+        self.image.close()
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
+    """Load a checkpoint (directory or source) into arenas; closed when the test ends."""
+    drivers: list[Driver] = []
+
+    def load(checkpoint: Path | ModelSource, *, dtype: DType = "auto", **options: Any) -> Driver:
+        if isinstance(checkpoint, Path):
+            checkpoint = resolve_source(str(checkpoint), cache_dir=tmp_path)
+        image = open_image(checkpoint, dtype=dtype, store=ImageStore(tmp_path))
+        drivers.append(Driver(image, **options))
+        return drivers[-1]
+
+    yield load
+    for driver in drivers:
+        driver.close()
+
+
+def reference_model(checkpoint: Path | ModelSource, dtype: torch.dtype) -> Any:
+    """The same checkpoint as transformers alone loads it."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from shuteye.models.blueprint import quiet
+
+    extra: dict[str, Any] = {}
+    path = checkpoint if isinstance(checkpoint, Path) else checkpoint.path
+    if path.suffix == ".gguf":
+        extra = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+        path = path.parent
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **extra)
+
+
+def reference_tokens(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
+    """What `generate` says, greedily, ends ignored."""
+    with torch.inference_mode():
+        ids = torch.tensor([prompt])
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return found[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="session")
+def reference() -> Any:
+    """`reference.model(checkpoint, dtype)` and `reference.tokens(model, prompt, num_tokens)`."""
+
+    class Reference:
+        model = staticmethod(reference_model)
+        tokens = staticmethod(reference_tokens)
+
+    return Reference

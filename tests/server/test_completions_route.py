@@ -1,0 +1,179 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import pytest
+from openai.types import Completion
+from test_chat_route import error, events
+
+
+def post(client, **fields):
+    response = client.post("/v1/completions", json=fields)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_answer_has_openais_shape(client):
+    """A field that OpenAI's types do not accept, or a wrong count, would break every client."""
+    body = post(client, prompt="abc", max_tokens=5)
+    parsed = Completion.model_validate(body)
+    assert parsed.id.startswith("cmpl-")
+    assert (parsed.object, parsed.model) == ("text_completion", "tiny")
+    assert (parsed.choices[0].text, parsed.choices[0].finish_reason) == ("abcab", "length")
+    assert (parsed.usage.prompt_tokens, parsed.usage.completion_tokens, parsed.usage.total_tokens) == (3, 5, 8)
+
+
+def test_default_length_is_16_or_what_fits(client, engine):
+    """OpenAI's default, but not a refusal when the context has less room."""
+    assert post(client, prompt="abc")["usage"]["completion_tokens"] == 16
+    long = "x" * (engine.max_model_len - 3)
+    assert post(client, prompt=long)["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("form", ["text", "texts", "ids", "id lists"])
+def test_every_form_of_prompt(client, engine, form):
+    """A list of ids taken for a list of prompts, or the reverse."""
+    first, second = engine.tokenizer_.encode("abc"), engine.tokenizer_.encode("xy")
+    forms = {"text": "abc", "texts": ["abc", "xy"], "ids": first, "id lists": [first, second]}
+    choices = post(client, prompt=forms[form], max_tokens=4)["choices"]
+    expected = ["abca", "xyxy"] if form in ("texts", "id lists") else ["abca"]
+    assert [choice["text"] for choice in choices] == expected
+    assert [choice["index"] for choice in choices] == list(range(len(expected)))
+
+
+def test_choices_are_numbered_over_prompts(client):
+    """n > 1 with several prompts: OpenAI orders all of the first prompt's choices before the second's."""
+    body = post(client, prompt=["abc", "xyz"], n=2, max_tokens=2)
+    assert [(choice["index"], choice["text"]) for choice in body["choices"]] == [
+        (0, "ab"), (1, "bc"), (2, "xy"), (3, "yz"),
+    ]  # fmt: skip
+    assert body["usage"] == {
+        "prompt_tokens": 6,
+        "completion_tokens": 8,
+        "total_tokens": 14,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+
+
+def test_stream_of_several_prompts_says_the_same_as_the_whole_answer(client):
+    """Lost, doubled or mixed-up text when streams are merged."""
+    ask = {"prompt": ["abc", "xyz", "12345"], "n": 2, "max_tokens": 20, "echo": True}
+    whole = {choice["index"]: choice for choice in post(client, **ask)["choices"]}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = events(client.post("/v1/completions", json=ask | options))
+    texts = dict.fromkeys(whole, "")
+    reasons: dict[int, list[str]] = {index: [] for index in whole}
+    for chunk in chunks[:-1]:
+        Completion.model_validate(chunk | {"choices": []})
+        (choice,) = chunk["choices"]
+        texts[choice["index"]] += choice["text"]
+        reasons[choice["index"]] += [choice["finish_reason"]] if choice["finish_reason"] else []
+    assert texts == {index: choice["text"] for index, choice in whole.items()}
+    assert all(found == ["length"] for found in reasons.values())
+    assert chunks[-1]["usage"]["completion_tokens"] == 6 * 20
+
+
+def test_echo_repeats_the_prompt_also_when_it_came_as_ids(client, engine):
+    """Echo dropped, or ids echoed as numbers."""
+    ids = engine.tokenizer_.encode("<|im_start|>é")
+    assert post(client, prompt="abc", echo=True, max_tokens=2)["choices"][0]["text"] == "abcab"
+    assert post(client, prompt=ids, echo=True, max_tokens=2)["choices"][0]["text"].startswith("<|im_start|>é")
+
+
+def test_logprobs_have_openais_completions_shape(client):
+    """Offsets that do not point at the tokens, or the chosen token missing from top_logprobs."""
+    body = post(client, prompt="abc", max_tokens=4, logprobs=2)
+    logprobs = Completion.model_validate(body).choices[0].logprobs
+    assert logprobs.tokens == ["a", "b", "c", "a"]
+    assert logprobs.text_offset == [0, 1, 2, 3]
+    assert logprobs.token_logprobs == [-1.0] * 4
+    for token, top in zip(logprobs.tokens, logprobs.top_logprobs, strict=True):
+        assert top[token] == -1.0
+        assert len(top) == 2
+    assert [len(top) for top in post(client, prompt="a", logprobs=0)["choices"][0]["logprobs"]["top_logprobs"]] == [
+        1
+    ] * 16
+
+
+def test_streamed_logprobs_are_those_of_the_whole_answer(client):
+    """Offsets that begin anew with every chunk."""
+    ask = {"prompt": "aé", "max_tokens": 7, "logprobs": 1}
+    whole = post(client, **ask)["choices"][0]["logprobs"]
+    streamed = {name: [] for name in whole}
+    for chunk in events(client.post("/v1/completions", json=ask | {"stream": True})):
+        for name, values in (chunk["choices"][0]["logprobs"] or {}).items():
+            streamed[name] += values
+    assert streamed == whole
+
+
+def test_stop_token_and_minimum_reach_the_engine(client, engine):
+    """`stop_token_ids` and `min_tokens` dropped."""
+    stop = engine.tokenizer_.encode("b")
+    choice = post(client, prompt="abc", stop_token_ids=stop, min_tokens=3)["choices"][0]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop[0])
+    assert choice["text"].startswith("abca")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": {"text": "a"}}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [99999]}, "prompt"),
+        ({"prompt": ["a"] * 2049}, "prompt"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logit_bias": {"1": 1}}, "logit_bias"),
+        ({"messages": []}, "messages"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"use_beam_search": True}, "use_beam_search"),
+    ],
+)
+def test_what_is_wrong_or_unsupported_is_refused_by_name(client, engine, fields, param):
+    """A field silently ignored, a 422, or an error that does not say which field."""
+    found = error(client.post("/v1/completions", json={"prompt": "abc"} | fields))
+    assert (found["code"], found["type"], found["param"]) == (400, "BadRequestError", param)
+    assert engine.seen == []
+
+
+def test_neutral_values_of_unsupported_fields_are_accepted(client):
+    """Clients that send every field with its default locked out."""
+    post(client, prompt="a", suffix=None, best_of=1, logit_bias={}, user="me", use_beam_search=False)
+    post(client, prompt="a", n=2, best_of=2)
+
+
+def test_one_prompt_of_many_that_cannot_fit_refuses_all(client, engine):
+    """An error only after the first prompts were streamed."""
+    prompts = ["ok", "x" * (engine.max_model_len + 1)]
+    found = error(client.post("/v1/completions", json={"prompt": prompts, "stream": True}))
+    assert (found["code"], found["type"]) == (400, "BadRequestError")
+    assert engine.seen == []
+
+
+def test_a_long_prompt_is_encoded_off_the_event_loop(make_engine, client_of, monkeypatch):
+    """Encoding a long text on the event loop holds up every other stream."""
+    import threading
+
+    engine = make_engine(max_model_len=100_000)
+    client = client_of(engine)
+    threads: list[str] = []
+    encode = engine.tokenizer_.encode
+
+    def spy(text, **options):
+        threads.append(threading.current_thread().name)
+        return encode(text, **options)
+
+    monkeypatch.setattr(engine.tokenizer_, "encode", spy)
+    post(client, prompt="x", max_tokens=1)
+    post(client, prompt="x" * 50_000, max_tokens=1)
+    on_loop, off_loop = threads
+    assert on_loop != off_loop

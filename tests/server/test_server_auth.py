@@ -1,0 +1,141 @@
+"""Which key opens which route."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from test_chat_route import error
+
+from shuteye.errors import InvalidRequest
+from shuteye.server.config import ServerConfig
+
+API, ADMIN = "sk-inference", "sk-admin"
+KEYS = {"none": None, "api": API, "admin": ADMIN, "wrong": "sk-wrong"}
+OPEN = [("GET", "/health"), ("GET", "/ping"), ("GET", "/ready"), ("GET", "/version")]
+INFERENCE = [
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/embeddings"),
+    ("GET", "/v1/models"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/metrics"),
+    ("GET", "/state"),
+]
+CONTROL = [
+    ("GET", "/is_sleeping"),
+    ("GET", "/is_paused"),
+    ("POST", "/wake_up"),
+    ("POST", "/sleep"),
+    ("POST", "/pause"),
+    ("POST", "/resume"),
+    ("POST", "/reload_weights"),
+    ("POST", "/reset_prefix_cache"),
+]
+
+
+def ask(client, method, path, key):
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    return client.request(method, path, headers=headers, json={} if method == "POST" else None)
+
+
+@pytest.mark.parametrize("dev_mode", [False, True])
+@pytest.mark.parametrize("sleep_mode", [False, True])
+@pytest.mark.parametrize("with_admin_key", [False, True])
+@pytest.mark.parametrize("with_api_key", [False, True])
+def test_matrix(make_engine, client_of, *, dev_mode, sleep_mode, with_admin_key, with_api_key):
+    """Any route open to a key that must not open it, or closed to one that must."""
+    client = client_of(
+        make_engine(enable_sleep_mode=sleep_mode),
+        dev_mode=dev_mode,
+        api_key=API if with_api_key else None,
+        admin_api_key=ADMIN if with_admin_key else None,
+    )
+    for name, key in KEYS.items():
+        for method, path in OPEN:
+            assert ask(client, method, path, key).status_code not in (401, 403, 404), (name, path)
+        for method, path in INFERENCE:
+            opens = not with_api_key or name == "api" or (name == "admin" and with_admin_key)
+            assert (ask(client, method, path, key).status_code != 401) is opens, (name, path)
+        for method, path in CONTROL:
+            found = ask(client, method, path, key).status_code
+            expected = expected_of_control(
+                name, exists=sleep_mode and (with_admin_key or dev_mode), keyed=with_admin_key, api=with_api_key
+            )
+            assert (found if found in (401, 403, 404) else 200) == expected, (name, path, found)
+
+
+def expected_of_control(name, *, exists, keyed, api):
+    if not exists:
+        return 404
+    if not keyed or name == "admin":
+        return 200
+    return 403 if name == "api" and api else 401
+
+
+@pytest.mark.parametrize(
+    "header", ["", "Bearer", "Bearer ", "Basic sk-inference", "sk-inference", "Bearer sk-inferenc", "Bearer é"]
+)
+def test_malformed_headers_do_not_open(client_of, engine, header):
+    """A crash or an opening by a header that is no bearer token."""
+    client = client_of(engine, api_key=API)
+    response = client.get("/v1/models", headers={"Authorization": header.encode()})
+    found = error(response)
+    assert (found["code"], found["type"]) == (401, "AuthenticationError")
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert API not in response.text
+
+
+def test_the_scheme_may_be_written_in_any_case(client_of, engine):
+    """RFC 9110: the scheme is case-insensitive."""
+    client = client_of(engine, api_key=API)
+    assert client.get("/v1/models", headers={"Authorization": f"bearer {API}"}).status_code == 200
+
+
+def test_a_key_is_checked_before_the_body_and_before_sleep(client_of, engine):
+    """Strangers learning the state, or having their bodies parsed."""
+    client = client_of(engine, api_key=API)
+    client.post("/sleep")
+    for content in (b"{", b""):
+        assert client.post("/v1/completions", content=content).status_code == 401
+
+
+@pytest.mark.parametrize(("origin", "code"), [("http://evil.example", 403), ("null", 403), ("http://testserver", 200)])
+def test_without_a_key_web_pages_of_other_origins_control_nothing(client, origin, code):
+    """Any web page a developer visits putting the model on localhost to sleep."""
+    assert client.post("/sleep", headers={"Origin": origin}).status_code == code
+    assert client.get("/is_sleeping").json() == {"is_sleeping": code == 200}
+
+
+def test_development_mode_warns(make_engine, client_of, caplog):
+    """Open control routes that nobody notices."""
+    with caplog.at_level(logging.WARNING):
+        client_of(make_engine(), dev_mode=True)
+        assert "without a key" in caplog.text
+        assert "DANGER" not in caplog.text
+        client_of(make_engine(), dev_mode=True, host="0.0.0.0")
+        assert "DANGER" in caplog.text
+        caplog.clear()
+        client_of(make_engine(), dev_mode=True, admin_api_key=ADMIN)
+        client_of(make_engine(enable_sleep_mode=False), dev_mode=True)
+        assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"api_key": "same", "admin_api_key": "same"}, "admin_api_key"),
+        ({"api_key": ""}, "api_key"),
+        ({"admin_api_key": " "}, "admin_api_key"),
+        ({"port": 70000}, "port"),
+        ({"max_body_bytes": 0}, "max_body_bytes"),
+        ({"shutdown_grace_s": -1}, "shutdown_grace_s"),
+        ({"served_model_name": ("",)}, "served_model_name"),
+    ],
+)
+def test_bad_configuration_is_refused(fields, param):
+    """One key for both kinds of routes; an empty key that anyone could send."""
+    with pytest.raises(InvalidRequest) as raised:
+        ServerConfig(**fields)
+    assert raised.value.param == param

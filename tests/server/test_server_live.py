@@ -1,0 +1,311 @@
+"""A real server on a port: the openai client, clients that go away, signals and failures to start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+SERVE = """
+import asyncio, sys
+from fake_engine import FakeEngine
+from shuteye.config import EngineConfig
+from shuteye.errors import ImageFailure
+from shuteye.server.config import ServerConfig
+from shuteye.server.run import serve_engine
+
+options = {options}
+engine = FakeEngine(EngineConfig(model="tiny", enable_sleep_mode=True, max_model_len=100000), **options)
+code = serve_engine(engine, ServerConfig(port={port}, shutdown_grace_s={grace}))
+print("closed" if engine.status == "closed" else engine.status, flush=True)
+sys.exit(code)
+"""
+
+
+def wait_for(condition, what, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def client_for():
+    clients = []
+
+    def make(server, **options):
+        client = openai.OpenAI(base_url=f"{server.url}/v1", **({"api_key": "none", "max_retries": 0} | options))
+        clients.append(client)
+        return client
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+def test_openai_client(make_engine, live, client_for):
+    """Whatever the client's own parsing does not accept."""
+    client = client_for(live(make_engine()))
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    chat = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=30, logprobs=True, top_logprobs=1)
+    with client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=30, stream=True, stream_options={"include_usage": True}
+    ) as stream:
+        chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == chat.choices[0].message.content
+    assert chunks[-1].usage == chat.usage
+    assert len(chat.choices[0].logprobs.content) == 30
+    whole = client.completions.create(model="tiny", prompt=["abc", "de"], max_tokens=5, logprobs=1)
+    assert [choice.text for choice in whole.choices] == ["abcab", "deded"]
+    with client.completions.create(model="tiny", prompt="abc", max_tokens=5, stream=True) as stream:
+        assert "".join(chunk.choices[0].text for chunk in stream) == "abcab"
+
+
+def test_openai_clients_errors(make_engine, live, client_for):
+    """Errors that the client cannot tell apart."""
+    server = live(make_engine(), api_key="sk")
+    client = client_for(server, api_key="sk")
+    with pytest.raises(openai.NotFoundError, match="'tiny'"):
+        client.completions.create(model="other", prompt="x")
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.completions.create(model="tiny", prompt="x", temperature=-1)
+    assert bad.value.param == "temperature"
+    with pytest.raises(openai.AuthenticationError):
+        client_for(server, api_key="wrong").models.list()
+    httpx2.post(f"{server.url}/sleep").raise_for_status()
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError) as asleep:
+            client.completions.create(model="tiny", prompt="x", stream=stream)
+        assert (asleep.value.status_code, asleep.value.type) == (503, "ModelSleepingError")
+
+
+def test_openai_client_raises_errors_within_a_stream(make_engine, live, client_for):
+    """Half an answer taken for a whole one."""
+    from shuteye.errors import EngineDead
+
+    client = client_for(live(make_engine(breakage=EngineDead("gone"))))
+    stream = client.completions.create(model="tiny", prompt="abc", stream=True, max_tokens=9)
+    with stream, pytest.raises(openai.APIError, match="gone"):
+        list(stream)
+
+
+# --- clients that go away -----------------------------------------------------------------------
+
+
+def test_leaving_a_stream_aborts_it(make_engine, live):
+    """A model that goes on generating for nobody."""
+    engine = make_engine(token_delay_s=0.005, max_model_len=100_000)
+    server = live(engine)
+    ask = {"prompt": ["abc", "de"], "stream": True, "max_tokens": 50_000}
+    with httpx2.stream("POST", f"{server.url}/v1/completions", json=ask) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        assert len(engine.running) == 2
+    wait_for(lambda: not engine.running, "the abort of a stream")
+    assert len(engine.aborted) == 2
+    assert 'shuteye_request_finished_total{finished_reason="disconnected"' in httpx2.get(f"{server.url}/metrics").text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("why", ["slow", "held", "paused"])
+def test_leaving_before_the_answer_begins_aborts_it(make_engine, live, why, stream):
+    """Requests that wait for ever, holding their place, after their client has gone."""
+    engine = make_engine(token_delay_s=0.2 if why == "slow" else 0.0, on_sleeping_request="hold", max_model_len=100_000)
+    server = live(engine)
+    if why != "slow":
+        httpx2.post(f"{server.url}/{'sleep' if why == 'held' else 'pause'}").raise_for_status()
+    ask = {"prompt": "abc", "stream": stream, "max_tokens": 50_000}
+    with socket.create_connection(server.listener.getsockname()) as connection:
+        body = httpx2.Request("POST", server.url, json=ask)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body.content)}\r\n\r\n".encode() + body.content)
+        wait_for(lambda: engine.running, "the start of the request")
+    wait_for(lambda: not engine.running, "the abort of the request")
+    assert len(engine.aborted) == 1
+
+
+def test_requests_and_streams_go_on_through_a_sleep_that_keeps_them(make_engine, live):
+    """Streams cut by `mode=keep`; text lost over it."""
+    engine = make_engine(token_delay_s=0.002)
+    server = live(engine)
+    ask = {"prompt": "abc", "stream": True, "max_tokens": 60}
+    with httpx2.stream("POST", f"{server.url}/v1/completions", json=ask) as response:
+        lines = response.iter_lines()
+        got = [next(lines)]
+        assert httpx2.post(f"{server.url}/sleep?mode=keep").json()["changed"] is True
+        assert httpx2.get(f"{server.url}/v1/models").status_code == 200
+        assert httpx2.post(f"{server.url}/wake_up").json()["changed"] is True
+        got += list(lines)
+    assert sum('"text":"' in line for line in got) == 60
+    assert got[-2] == "data: [DONE]"
+
+
+def test_abort_mode_finishes_streams_with_abort(make_engine, live):
+    """A stream that hangs, or ends without a reason, when the model falls asleep under it."""
+    engine = make_engine(token_delay_s=0.005, max_model_len=100_000)
+    server = live(engine)
+    ask = {"messages": MESSAGES, "stream": True, "max_tokens": 50_000}
+    with httpx2.stream("POST", f"{server.url}/v1/chat/completions", json=ask) as response:
+        lines = response.iter_lines()
+        got = [next(lines)]
+        httpx2.post(f"{server.url}/sleep?mode=abort").raise_for_status()
+        got += [line for line in lines if line]
+    assert '"finish_reason":"abort"' in got[-2]
+    assert got[-1] == "data: [DONE]"
+
+
+# --- signals and failures to start --------------------------------------------------------------
+
+
+class Process:
+    """`serve_engine` in a process of its own."""
+
+    def __init__(self, options="{}", *, port=0, grace=10):
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", SERVE.format(options=options, port=port, grace=grace)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        self.log = ""
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.log += line
+
+    def url(self):
+        wait_for(lambda: "Listening on http" in self.log or self.process.poll() is not None, "listening")
+        assert "Listening on " in self.log, self.log
+        return self.log.partition("Listening on ")[2].partition(";")[0]
+
+    def url_when_ready(self):
+        url = self.url()
+        wait_for(lambda: httpx2.get(f"{url}/ready").status_code == 200, "readiness")
+        return url
+
+    def end(self):
+        code = self.process.wait(timeout=20)
+        self.reader.join()
+        self.process.stdout.close()
+        return code
+
+
+@pytest.fixture
+def serve():
+    started = []
+
+    def start(options="{}", **config):
+        started.append(Process(options, **config))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.end()
+
+
+def streaming(url, results, *, max_tokens):
+    """Streams in the background; `results` gets the lines, or the error that ended them."""
+
+    def work():
+        try:
+            ask = {"prompt": "abc", "stream": True, "max_tokens": max_tokens}
+            with httpx2.stream("POST", f"{url}/v1/completions", json=ask, timeout=20) as response:
+                results.extend(response.iter_lines())
+        except httpx2.HTTPError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_drains_and_exits_with_0(serve, number):
+    """Answers cut by a restart; an engine left behind; a process manager told of a crash."""
+    server = serve("{'token_delay_s': 0.01}")
+    url = server.url_when_ready()
+    results: list = []
+    thread = streaming(url, results, max_tokens=60)
+    wait_for(lambda: "num_requests_running" in httpx2.get(f"{url}/metrics").text, "a scrape")
+    time.sleep(0.2)
+    server.process.send_signal(number)
+    assert server.end() == 0, server.log
+    thread.join()
+    assert sum('"text"' in str(line) for line in results) == 60
+    assert results[-2:] == ["data: [DONE]", ""]
+    assert server.log.rstrip().endswith("closed")
+    assert "Traceback" not in server.log
+
+
+def test_the_grace_period_ends(serve):
+    """A stop that never comes because of one long answer."""
+    server = serve("{'token_delay_s': 0.01}", grace=1)
+    results: list = []
+    thread = streaming(server.url_when_ready(), results, max_tokens=90_000)
+    time.sleep(0.3)
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0, server.log
+    assert 0.5 < time.monotonic() - began < 8
+    thread.join()
+    assert server.log.rstrip().endswith("closed")
+
+
+def test_a_second_signal_does_not_wait(serve):
+    """A Ctrl-C that seems to do nothing."""
+    server = serve("{'token_delay_s': 0.01}", grace=60)
+    results: list = []
+    thread = streaming(server.url_when_ready(), results, max_tokens=90_000)
+    time.sleep(0.3)
+    server.process.send_signal(signal.SIGINT)
+    wait_for(lambda: "SIGINT" in server.log, "the first signal")
+    server.process.send_signal(signal.SIGINT)
+    assert server.end() == 130, server.log
+    thread.join()
+    assert server.log.rstrip().endswith("closed")
+
+
+def test_it_listens_while_loading_and_can_be_stopped_then(serve):
+    """Connection refused for minutes; a Ctrl-C that waits for the load."""
+    server = serve("{'start_gate': asyncio.Event()}")
+    url = server.url()
+    wait_for(lambda: httpx2.get(f"{url}/ready").json() == {"ready": False, "reason": "loading"}, "loading")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0, server.log
+    assert "failed to load" not in server.log
+
+
+@pytest.mark.parametrize("error", ["ImageFailure('the image is damaged')", "ZeroDivisionError('the image is damaged')"])
+def test_a_model_that_cannot_load_ends_the_server(serve, error):
+    """A server that listens for ever without a model, or exits with 0."""
+    server = serve(f"{{'start_error': {error}}}")
+    assert server.end() == 1, server.log
+    assert "'tiny' failed to load" in server.log
+    assert "the image is damaged" in server.log
+    assert ("Traceback" in server.log) is error.startswith("Zero")
+
+
+def test_a_port_in_use_is_said_clearly(serve):
+    """A traceback instead of what to do."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = serve(port=port)
+        assert server.end() == 1
+    assert f"Cannot listen on 127.0.0.1:{port}: Address already in use" in server.log
+    assert "Traceback" not in server.log

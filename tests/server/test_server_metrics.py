@@ -1,0 +1,105 @@
+"""GET /metrics."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from shuteye.errors import EngineDead
+from shuteye.outputs import SchedulerStats
+
+COMPLETION = {"prompt": "abc", "max_tokens": 4}
+
+
+def scrape(client):
+    """Samples as {name: {labels sorted by name, without the model's: value}}."""
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    samples: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in text_string_to_metric_families(response.text):
+        for sample in family.samples:
+            assert sample.labels.pop("model_name") == "tiny"
+            labels = tuple(value for _, value in sorted(sample.labels.items()))
+            samples.setdefault(sample.name, {})[labels] = sample.value
+    return samples
+
+
+def test_requests_are_counted_by_how_they_finished(client):
+    """Requests lost from, or counted twice in, the dashboards."""
+    client.post("/v1/completions", json=COMPLETION | {"n": 2})
+    client.post("/v1/completions", json=COMPLETION | {"prompt": ["ab", "cd"], "stop": "b", "stream": True})
+    finished = scrape(client)["shuteye_request_finished_total"]
+    assert finished == {("length",): 3, ("stop",): 1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_latencies_count_tokens_of_streams_and_whole_answers_alike(client, stream):
+    """Latencies known only for streams."""
+    client.post("/v1/completions", json=COMPLETION | {"stream": stream})
+    found = scrape(client)
+    assert found["shuteye_time_to_first_token_seconds_count"] == {(): 1}
+    assert found["shuteye_inter_token_latency_seconds_count"] == {(): 3}
+    assert found["shuteye_e2e_request_latency_seconds_count"] == {(): 1}
+
+
+def test_errors_are_counted(make_engine, client_of):
+    """An engine that fails every request, and looks idle."""
+    client = client_of(make_engine(breakage=EngineDead("gone")))
+    client.post("/v1/completions", json=COMPLETION)
+    assert scrape(client)["shuteye_request_finished_total"] == {("error",): 1}
+
+
+def test_the_engines_snapshot_is_shown(client, engine):
+    """Gauges that never move."""
+    engine.stats = SchedulerStats(
+        num_running=2,
+        num_waiting=3,
+        num_blocks=10,
+        num_free_blocks=4,
+        num_prompt_tokens_total=50,
+        num_generation_tokens_total=60,
+        num_prefix_queries_total=70,
+        num_prefix_hits_total=8,
+        num_preemptions_total=9,
+    )
+    found = scrape(client)
+    assert found["shuteye_num_requests_running"] == {(): 2}
+    assert found["shuteye_num_requests_waiting"] == {(): 3}
+    assert found["shuteye_kv_cache_usage_ratio"] == {(): 0.6}
+    assert found["shuteye_prompt_tokens_total"] == {(): 50}
+    assert found["shuteye_generation_tokens_total"] == {(): 60}
+    assert found["shuteye_prefix_cache_queries_total"] == {(): 70}
+    assert found["shuteye_prefix_cache_hits_total"] == {(): 8}
+    assert found["shuteye_num_preemptions_total"] == {(): 9}
+
+
+def test_sleep_is_shown_per_tag_and_transitions_by_outcome(client):
+    """A sleeping model that cannot be told from a waking one."""
+    client.post("/sleep")
+    client.post("/sleep")
+    asleep = scrape(client)
+    assert asleep["shuteye_is_sleeping"] == {(): 1}
+    assert asleep["shuteye_tag_resident_bytes"] == {("weights",): 0, ("kv_cache",): 0}
+    where = {labels for labels, value in asleep["shuteye_tag_residency"].items() if value}
+    assert where == {("offloaded", "weights"), ("discarded", "kv_cache")}
+    assert asleep["shuteye_sleep_freed_bytes_total"] == {(): 1500}
+    assert asleep["shuteye_sleep_residual_bytes"] == {(): 77}
+    client.post("/wake_up")
+    client.post("/sleep?level=7")
+    found = scrape(client)
+    assert found["shuteye_is_sleeping"] == {(): 0}
+    assert found["shuteye_transitions_total"] == {
+        ("changed", "sleep"): 1,
+        ("unchanged", "sleep"): 1,
+        ("changed", "wake_up"): 1,
+        ("InvalidRequest", "sleep"): 1,
+    }
+    assert found["shuteye_transition_seconds_count"] == {("sleep",): 2, ("wake_up",): 1}
+
+
+def test_apps_do_not_share_metrics(make_engine, client_of):
+    """A global registry: two apps in a process collide."""
+    first, second = client_of(make_engine()), client_of(make_engine())
+    first.post("/v1/completions", json=COMPLETION)
+    assert "shuteye_request_finished_total" in scrape(first)
+    assert "shuteye_request_finished_total" not in scrape(second)

@@ -1,0 +1,34 @@
+"""Writes docs/reference/cli.md: what every command says of itself with --help.
+
+Knows nothing of the commands but their names; `tests/cli/test_reference.py` checks that the page is up to date.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "cli.md"
+COMMANDS = ("", "serve", "pull", "sleep", "wake", "ps", "images", "images ls", "images rm", "images verify")
+_HEADER = "# Command line\n\nWritten by `make docs` from each command's own `--help`; edit the help, not this page.\n"
+
+
+def render() -> str:
+    """The whole page."""
+    return _HEADER + "".join(_section(command) for command in COMMANDS)
+
+
+def _section(command: str) -> str:
+    call = ["-m", "shuteye", *command.split(), "--help"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SHUTEYE_")}
+    environment |= {"COLUMNS": "110", "TERM": "dumb", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, *call], capture_output=True, encoding="utf-8", check=True, env=environment)
+    lines = "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+    return f"\n## {f'shuteye {command}'.strip()}\n\n```text\n{lines}\n```\n"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(render(), encoding="utf-8")
