@@ -1,4 +1,4 @@
-"""What tests need: tiny random checkpoints, an arena without a kernel's help, and memory that shows if it is not rewritten.
+"""What tests need: tiny random checkpoints, and memory that shows whether it was rewritten.
 
 Knows nothing of pytest; shipped, so that plug-in authors can test too.
 """

@@ -10,6 +10,7 @@ from shuteye.engine.core import EngineCore
 from shuteye.engine.messages import ControlCall
 from shuteye.errors import ShuteyeError, rebuild
 from shuteye.executors.inproc import InprocExecutor
+from shuteye.memory.backends.base import MemoryBackend
 from shuteye.memory.backends.fake import FakeBackend
 from shuteye.request import GenerateRequest, SamplingParams
 
@@ -21,7 +22,7 @@ class Rig:
     """A core and what its requests have received so far."""
 
     core: EngineCore
-    backend: FakeBackend
+    backend: MemoryBackend
     tokens: dict[str, list[int]] = field(default_factory=dict)
     ended: dict[str, object] = field(default_factory=dict)  # finish reason, or the error
 
@@ -81,8 +82,8 @@ def make_rig(tiny_checkpoint, tmp_path_factory):
     cache_dir = tmp_path_factory.getbasetemp() / "rig-cache"
     rigs = []
 
-    def make(**options):
-        backend = FakeBackend()
+    def make(backend=None, **options):
+        backend = backend or FakeBackend()
         config = EngineConfig(
             **{
                 "model": str(tiny_checkpoint),
@@ -103,7 +104,8 @@ def make_rig(tiny_checkpoint, tmp_path_factory):
 
     yield make
     for rig in rigs:
-        rig.backend.clear()
+        if isinstance(rig.backend, FakeBackend):
+            rig.backend.clear()
         rig.core.close()
 
 

@@ -7,25 +7,35 @@ import statistics
 
 import pytest
 
-from shuteye import LLM, SamplingParams
+from shuteye.engine.messages import ReloadCall, SleepCall, WakeCall
+from shuteye.memory.backends.linux import LinuxBackend
+from shuteye.request import SamplingParams
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
 CYCLES = 100
-GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
-HELD = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-PROMPTS = ["The capital of France is", "Once upon a time, in a harbour town,", "def add(a, b):"]
+SHORT = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+HELD = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+PROMPTS = [tuple(range(start, start + length)) for start, length in ((500, 5), (2000, 20), (9000, 33))]
 
 
-def smaps_rss(address, nbytes):
-    """Rss in bytes of the mappings inside [address, address + nbytes), from /proc/self/smaps."""
+@pytest.fixture
+def real(make_rig, smollm2_options):
+    def make(**options):
+        sizes = {"dtype": "bfloat16", "max_model_len": 1024, "kv_cache_memory": 64 << 20}
+        return make_rig(**smollm2_options | sizes | options)
+
+    return make
+
+
+def smaps_rss(*arenas):
+    """Rss in bytes of the mappings inside the arenas, from /proc/self/smaps."""
     total, inside = 0, False
     with open("/proc/self/smaps") as file:
         for line in file:
             if header := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
                 low, high = (int(part, 16) for part in header.groups())
-                inside = low < address + nbytes and high > address
-                assert not inside or (low >= address and high <= address + nbytes), "a mapping reaches out of its arena"
+                inside = any(low >= arena.address and high <= arena.address + arena.nbytes for arena in arenas)
             elif inside and line.startswith("Rss:"):
                 total += int(line.split()[1]) * 1024
     return total
@@ -36,86 +46,65 @@ def process_rss():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.fixture(scope="module")
-def llm(smollm2_options):
-    with LLM(
-        **smollm2_options, dtype="bfloat16", enable_sleep_mode=True, max_model_len=1024, kv_cache_memory=64 << 20
-    ) as engine:
-        yield engine
-
-
-def worker_of(llm):
-    """The rank itself: tests look behind the engine's back, at what the kernel says of its memory."""
-    import gc
-
-    from shuteye.runner.worker import Worker
-
-    return next(thing for thing in gc.get_objects() if isinstance(thing, Worker) and thing._config == llm.config)
-
-
-def arenas(llm):
-    residency = worker_of(llm)._residency
-    return residency._weights_arena, residency._kv_arena
-
-
-def test_asleep_the_kernel_agrees_that_the_memory_is_gone(llm):
+def test_asleep_the_kernel_agrees_that_the_memory_is_gone(real):
     """Would catch a report of bytes that never came back."""
-    llm.generate([[7] * 600, [9] * 600, *PROMPTS], GREEDY)  # touch much of the KV cache
-    weights, kv = arenas(llm)
-    before = smaps_rss(weights.address, weights.nbytes) + smaps_rss(kv.address, kv.nbytes)
-    assert before > weights.nbytes + 0.5 * kv.nbytes
-    report = llm.sleep(1)
-    after = smaps_rss(weights.address, weights.nbytes) + smaps_rss(kv.address, kv.nbytes)
-    assert before - after >= 0.98 * (weights.nbytes + before - weights.nbytes)
-    assert after == 0
+    rig = real(backend=LinuxBackend())
+    for token in (7, 9, 11):
+        rig.add(f"fill-{token}", [token] * 900, SHORT)
+    rig.run()
+    residency = rig.core._executor._worker._residency
+    arenas = residency._weights_arena, residency._kv_arena
+    before = smaps_rss(*arenas)
+    assert before > arenas[0].nbytes + 0.9 * arenas[1].nbytes, "the test must fill the KV cache"
+    report = rig.call(SleepCall(1))
+    after = smaps_rss(*arenas)
+    assert before - after >= 0.98 * (arenas[0].nbytes + arenas[1].nbytes * 0.9)
+    assert after <= 0.02 * before
     assert report.freed_bytes == before - after
     assert abs(report.residual_bytes - process_rss()) < 4 << 20
-    llm.wake_up()
 
 
-def test_a_hundred_cycles(llm):
-    """Would catch a leak per cycle, a moved tensor, a wrong token after a wake, or a held request that is lost."""
+def one_cycle(rig, number, chooser):
+    """A sleep and a wake, each kind in turn."""
+    match number % 5:
+        case 0 | 1:
+            rig.call(SleepCall(1, None, chooser.choice(["wait", "keep"])))
+            rig.call(WakeCall())
+        case 2:
+            rig.call(SleepCall(2, None, "keep"))
+            rig.call(WakeCall())
+        case 3:
+            rig.call(SleepCall(1, None, "keep"))
+            for tag in chooser.sample(["weights", "kv_cache"], 2):
+                rig.call(WakeCall((tag,)))
+        case 4:
+            rig.call(SleepCall(2, None, "keep"))
+            rig.call(WakeCall(("weights",)))
+            rig.call(ReloadCall())
+            rig.call(WakeCall(("kv_cache",)))
+
+
+def test_a_hundred_cycles_under_requests(real):
+    """Would catch a leak per cycle, a moved tensor, a wrong token after a wake, or a request in flight that is lost.
+
+    Fresh memory is poisoned: KV that was not recomputed, or weights that were not mapped, give other tokens.
+    """
+    rig = real()
     chooser = random.Random(0)
-    module = worker_of(llm)._model.module
+    module = rig.core._executor._worker._model.module
     addresses = [tensor.data_ptr() for tensor in module.state_dict().values()]
-    expected = [output.outputs for output in llm.generate(PROMPTS, GREEDY)]
+    expected = [rig.generate(prompt, HELD) for prompt in PROMPTS]
     resident = []
     for cycle in range(CYCLES):
-        match cycle % 5:
-            case 0 | 1:
-                llm.sleep(1, mode=chooser.choice(["abort", "wait", "keep"]))
-                llm.wake_up()
-            case 2:
-                llm.sleep(2)
-                llm.wake_up()
-            case 3:
-                llm.sleep(1)
-                for tag in chooser.sample(["weights", "kv_cache"], 2):
-                    llm.wake_up(tags=[tag])
-            case 4:
-                llm.sleep(2)
-                llm.wake_up(tags=["weights"])
-                llm.reload_weights()
-                llm.wake_up(tags=["kv_cache"])
-        which = cycle % len(PROMPTS)
-        assert llm.generate(PROMPTS[which], GREEDY)[0].outputs == expected[which], cycle
+        in_flight = f"in-flight-{cycle}"
+        rig.add(in_flight, PROMPTS[cycle % 3], HELD)
+        rig.step()
+        rig.step()
+        one_cycle(rig, cycle, chooser)
+        rig.run()
+        assert rig.tokens[in_flight] == expected[cycle % 3], cycle
         resident.append(process_rss())
-    assert [output.outputs for output in llm.generate(PROMPTS, GREEDY)] == expected
+    assert [rig.generate(prompt, HELD) for prompt in PROMPTS] == expected
     assert [tensor.data_ptr() for tensor in module.state_dict().values()] == addresses
     early, late = statistics.median(resident[10:30]), statistics.median(resident[-20:])
     assert late - early < 4 << 20, f"{(late - early) / CYCLES:.0f} bytes are lost per cycle"
-
-
-def test_requests_in_flight_survive_cycles(llm):
-    """Would catch a held request that resumes on memory it did not recompute."""
-    import threading
-
-    expected = llm.generate(PROMPTS, HELD)
-    for _ in range(10):
-        results = []
-        thread = threading.Thread(target=lambda into=results: into.extend(llm.generate(PROMPTS, HELD)))
-        thread.start()
-        llm.sleep(1, mode="keep")
-        llm.wake_up()
-        thread.join()
-        assert [output.outputs for output in results] == [output.outputs for output in expected]

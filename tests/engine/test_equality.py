@@ -27,7 +27,8 @@ def prompts(llm):
     ids = llm.get_tokenizer().encode(
         " ".join(chooser.choice(words) if chooser.random() < 0.3 else words[i % len(words)] for i in range(2500))
     )
-    return [ids[offset := chooser.randrange(len(ids) - length) : offset + length] for length in LENGTHS]
+    offsets = [chooser.randrange(len(ids) - length) for length in LENGTHS]
+    return [ids[offset : offset + length] for offset, length in zip(offsets, LENGTHS, strict=True)]
 
 
 @pytest.fixture(scope="module")

@@ -292,16 +292,28 @@ class TestPrefix:
         scheduler.add(request("b", [1, 2, *[7] * 7]))
         assert step(scheduler)[0].chunks[0].start == 8
 
-    def test_reset_forgets_and_running_requests_do_not_bring_stale_blocks_back(self):
+    def test_reset_forgets_what_was_cached(self):
         """After a weight update, a new request would be served K/V of the old weights."""
+        scheduler = make_scheduler()
+        scheduler.add(request("old", range(10), max_tokens=1))
+        step(scheduler)
+        scheduler.reset_prefix_cache()
+        scheduler.add(request("new", range(10)))
+        assert step(scheduler)[0].chunks[0].start == 0
+
+    def test_request_running_through_a_reset_shares_nothing_afterwards(self):
+        """Its later blocks build on K/V of the old weights; they would be found once someone recomputed the first."""
         scheduler = make_scheduler()
         scheduler.add(request("old", range(10), max_tokens=50))
         step(scheduler)
         scheduler.reset_prefix_cache()
         for _ in range(10):
             step(scheduler)
-        scheduler.add(request("new", [*range(10), *[7] * 10]))
-        assert {c.request_id: c.start for c in step(scheduler)[0].chunks}["new"] == 0
+        for name in "ab":
+            scheduler.add(request(name, [*range(10), *[7] * 10]))
+        tables = {chunk.request_id: set(chunk.block_ids) for chunk in step(scheduler)[0].chunks}
+        assert tables["a"] & tables["b"]
+        assert not tables["old"] & (tables["a"] | tables["b"])
 
     def test_after_preemption_a_request_may_share_again(self):
         """One reset would switch prefix caching off for the life of a long request."""

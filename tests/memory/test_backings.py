@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from memory_world import PAGE
+from memory_world import PAGE, open_fds
 
 from shuteye.errors import BackendFailure, MemoryExhausted
 from shuteye.memory.arena import Arena
@@ -90,12 +90,12 @@ def test_after_a_failed_save_no_copy_is_claimed(backing, backend: FakeBackend, a
 
 
 def test_dropping_gives_back_the_room_and_is_idempotent(backing, arena: Arena) -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_fds()
     backing.save(arena, EXTENTS)
-    assert set(os.listdir("/proc/self/fd")) > before
+    assert open_fds() > before
     backing.drop()
     backing.drop()
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_fds() == before
     assert backing.checksum(EXTENTS[0]) is None
     with pytest.raises(AssertionError, match="nothing was saved"):
         backing.load(arena, 0, PAGE)
@@ -109,10 +109,10 @@ def test_one_sync_for_all_extents_after_all_writes(backing, backend: FakeBackend
 
 def test_a_spill_file_has_no_name_and_only_the_saved_blocks(backend: FakeBackend, arena: Arena, tmp_path: Path) -> None:
     backing = DiskBacking(backend, tmp_path / "spill")
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_fds()
     backing.save(arena, (EXTENTS[2],))
-    (fd,) = set(os.listdir("/proc/self/fd")) - before
-    status = os.fstat(int(fd))
+    (fd,) = open_fds() - before
+    status = os.fstat(fd)
     assert (status.st_nlink, status.st_size, status.st_mode & 0o777) == (0, 4 * PAGE, 0o600)
     assert status.st_blocks * 512 < 4 * PAGE
     assert list((tmp_path / "spill").iterdir()) == []

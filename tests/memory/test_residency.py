@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import pytest
 import torch
 from memory_world import KV_BYTES, LEVEL_1, LEVEL_2, PAGE, RELOAD, WAKE, World
@@ -363,3 +368,44 @@ def test_closing_twice_is_harmless_and_gives_back_the_image(world: World) -> Non
     world.residency.close()
     world.residency.close()
     assert image.closed
+
+
+def test_running_out_of_file_space_while_saving_leaves_it_awake(tmp_path) -> None:
+    """With the real errno: the limit is set in a process of its own."""
+    code = """
+        import resource, sys
+        from pathlib import Path
+        sys.path.insert(0, sys.argv[2])
+        from memory_world import LEVEL_1, PAGE, build_image
+        from shuteye.errors import ShuteyeError
+        from shuteye.memory.arena import Arena
+        from shuteye.memory.backends.linux import LinuxBackend
+        from shuteye.memory.image import ImageIdentity
+        from shuteye.memory.image_store import ImageStore
+        from shuteye.memory.residency import Residency
+        from shuteye.plans import SleepPlan, WakePlan
+
+        root, backend = Path(sys.argv[1]), LinuxBackend()
+        image = ImageStore(root).open_or_build(ImageIdentity("m", "1", "bfloat16"), build_image(1))
+        arena = Arena.reserve(backend, tag="weights", nbytes=image.layout.nbytes)
+        residency = Residency(backend=backend, weights=arena, image=image, spill_dir=root / "spill")
+        residency.restore(WakePlan("restore"))
+        arena.bytes_view(0, 1)[0] = 1
+        arena.bytes_view(6 * PAGE, 1)[0] = 1
+        before = bytes(arena.bytes_view(0, arena.nbytes))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (7 * PAGE - 1, resource.RLIM_INFINITY))
+        try:
+            residency.save(LEVEL_1)
+        except ShuteyeError as error:
+            print(type(error).__name__, residency.states()[0].residency)
+        assert bytes(arena.bytes_view(0, arena.nbytes)) == before
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        residency.save(LEVEL_1)
+        residency.release(SleepPlan("offload"))
+        residency.restore(WakePlan("restore"))
+        assert bytes(arena.bytes_view(0, arena.nbytes)) == before
+        print("woke the same")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), str(Path(__file__).parent)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.stdout.splitlines() == ["MemoryExhausted resident", "woke the same"], result.stderr

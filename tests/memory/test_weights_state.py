@@ -33,9 +33,8 @@ ALLOWED = {
 
 @pytest.mark.parametrize(
     ("residency", "move"),
-    product(
-        ["resident", "offloaded", "discarded", "blank"],
-        ["offload", "discard", "restore", "reload", "blank"],
+    list(
+        product(["resident", "offloaded", "discarded", "blank"], ["offload", "discard", "restore", "reload", "blank"])
     ),
 )
 def test_the_table_of_moves(state: WeightsState, residency: str, move) -> None:

@@ -94,15 +94,21 @@ class Driver:
         self.image.close()
 
 
+@pytest.fixture(scope="session")
+def image_store(tmp_path_factory: pytest.TempPathFactory) -> ImageStore:
+    """Images made in this session; converting the real model takes a while."""
+    return ImageStore(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
-def load(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
+def load(image_store: ImageStore, tmp_path: Path) -> Iterator[Callable[..., Driver]]:
     """Load a checkpoint (directory or source) into arenas; closed when the test ends."""
     drivers: list[Driver] = []
 
     def load(checkpoint: Path | ModelSource, *, dtype: DType = "auto", **options: Any) -> Driver:
         if isinstance(checkpoint, Path):
             checkpoint = resolve_source(str(checkpoint), cache_dir=tmp_path)
-        image = open_image(checkpoint, dtype=dtype, store=ImageStore(tmp_path))
+        image = open_image(checkpoint, dtype=dtype, store=image_store)
         drivers.append(Driver(image, **options))
         return drivers[-1]
 

@@ -309,3 +309,39 @@ def test_a_port_in_use_is_said_clearly(serve):
         assert server.end() == 1
     assert f"Cannot listen on 127.0.0.1:{port}: Address already in use" in server.log
     assert "Traceback" not in server.log
+
+
+# --- our own client -----------------------------------------------------------------------------
+
+
+def test_shuteyes_client_understands_every_answer(make_engine, live):
+    """Client and server drifting apart: a state read as its defaults, a report that cannot be parsed."""
+    from shuteye.client import Client
+
+    engine = make_engine()
+    server = live(engine, dev_mode=False, admin_api_key="sk-admin", api_key="sk")
+    with Client(server.url, admin_api_key="sk-admin") as client:
+        assert client.health()
+        assert client.ready()
+        assert client.state().state == engine.state
+        assert client.sleep(level=1).freed_bytes == 1500
+        assert client.is_sleeping()
+        assert client.state().state == engine.state
+        assert not client.ready()
+        assert client.wake_up().restored_bytes == 1500
+
+
+def test_a_sleeping_model_is_woken_once_by_the_waking_transport(make_engine, live, client_for):
+    """The openai client failing across a sleep; several wakes for several requests."""
+    from shuteye.client import WakingTransport
+
+    engine = make_engine()
+    server = live(engine)
+    with httpx2.Client(transport=WakingTransport()) as http:
+        client = client_for(server, http_client=http)
+        for stream in (False, True):
+            httpx2.post(f"{server.url}/sleep").raise_for_status()
+            answer = client.completions.create(model="tiny", prompt="abc", max_tokens=4, stream=stream)
+            text = "".join(chunk.choices[0].text for chunk in answer) if stream else answer.choices[0].text
+            assert text == "abca"
+            assert not engine.is_sleeping

@@ -272,6 +272,7 @@ def test_state_tells_what_waking_would_cost(client):
     assert asleep["is_sleeping"] is True
     assert asleep["state"]["level"] == 1
     assert asleep["waking"]["tags"] == {"weights": 1000, "kv_cache": 500}
+    assert asleep["waking"]["restore_bytes"] == 1000
     assert asleep["waking"]["backings"] == {"weights": "image", "kv_cache": None}
     client.post("/wake_up")
     assert client.get("/state").json()["waking"]["last_wake_s"] == 0.02

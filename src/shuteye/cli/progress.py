@@ -9,15 +9,15 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+
+class _Amount(DownloadColumn):
+    """Bytes done and to do; nothing for a step that cannot count them."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.fields["counts"] else Text()
 
 
 class ProgressBars:
@@ -27,8 +27,7 @@ class ProgressBars:
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
+            _Amount(binary_units=True),
             TimeElapsedColumn(),
             console=console or Console(stderr=True),
         )
@@ -45,7 +44,7 @@ class ProgressBars:
 
     def start(self, label: str, total: int | None) -> None:
         """A step begins; `total` is in bytes, or None if unknown."""
-        self._current = self._bars.add_task(label, total=total)
+        self._current = self._bars.add_task(label, total=total, counts=total is not None)
 
     def advance(self, amount: int) -> None:
         """`amount` more bytes of the current step are done."""

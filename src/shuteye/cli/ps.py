@@ -34,13 +34,17 @@ def _row(tag: TagState) -> tuple[str, ...]:
 
 def _status(server: ServerState) -> str:
     """The most important thing first."""
-    state = server.state
     if server.status == "starting":
         return "loading"
     if server.status != "ready":
         return server.status if server.failure is None else f"{server.status}: {server.failure}"
-    if state.faulted is not None:
-        return f"faulted: {state.faulted}"
+    if server.state.faulted is not None:
+        return f"faulted: {server.state.faulted}"
+    return _activity(server)
+
+
+def _activity(server: ServerState) -> str:
+    state = server.state
     if state.transition is not None:
         return f"in transition: {state.transition}"
     if state.is_sleeping:

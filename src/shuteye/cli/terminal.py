@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 
 def show(renderable: object) -> None:
-    """Print a line, a `Text` or a `Table`."""
+    """Print a line or a `Text`; what is too wide for the terminal is not cut."""
     Console(soft_wrap=True, highlight=False).print(renderable)
 
 
@@ -31,11 +30,15 @@ def show_error(message: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"shuteye: {line}", style="red"))
 
 
-def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    """A plain table; columns whose name ends in a space are right-aligned."""
-    made = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        made.add_column(column.strip(), justify="right" if column.endswith(" ") else "left", no_wrap=True)
-    for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
-    return made
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Text:
+    """Aligned columns that are never cut, so that keys can be copied; names that end in a space align to the right."""
+    lines = [[column.strip() for column in columns], *map(list, rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    texts = [
+        "  ".join(
+            cell.rjust(width) if column.endswith(" ") else cell.ljust(width)
+            for column, cell, width in zip(columns, line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return Text("\n").join([Text(texts[0], style="bold"), *map(Text, texts[1:])])

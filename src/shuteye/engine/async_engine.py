@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -194,7 +194,7 @@ class AsyncEngine:
         *,
         request_id: str | None = None,
         output_kind: OutputKind = "cumulative",
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Generate; the first output comes once the request was admitted. Closing the iterator aborts it.
 
         Raises:
@@ -288,7 +288,7 @@ class AsyncEngine:
 
 
 @contextlib.contextmanager
-def _tensor_file(named_tensors: Iterable[tuple[str, Tensor]]) -> Any:
+def _tensor_file(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
     """Tensors on their way to another process: a safetensors file in shared memory, gone afterwards."""
     from safetensors.torch import save_file
 

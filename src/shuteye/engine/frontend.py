@@ -45,6 +45,13 @@ def _rebuilt(info: ErrorInfo) -> ShuteyeError:
     return rebuild(info.kind, info.message, info.param)
 
 
+def _promise() -> Future[Any]:
+    """A future that will be kept whether or not anyone still waits: whoever gives up waiting cannot cancel it."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
 @dataclass(frozen=True, slots=True)
 class _Loaded:
     """What there is once the engine is ready."""
@@ -67,7 +74,7 @@ class Frontend:
         self.failure: ShuteyeError | None = None
         self.state = EngineState()
         self.stats = SchedulerStats()
-        self.ready: Future[None] = Future()
+        self.ready: Future[None] = _promise()
         self._send = send
         self._lock = threading.RLock()
         self._model: _Loaded | None = None
@@ -134,7 +141,7 @@ class Frontend:
     def call(self, call: ControlCall) -> Future[Any]:
         """Send a control call; the future gets its report, or a ShuteyeError."""
         self._refuse_if_gone()
-        future: Future[Any] = Future()
+        future = _promise()
         with self._lock:
             call_id = next(self._call_ids)
             self._calls[call_id] = future

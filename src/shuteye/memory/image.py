@@ -155,14 +155,16 @@ class WeightImage:
             fd = _open_weights(path)
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH)
-                image = cls(path, read_index(path), fd)
-                image._require_usable()
+                index = read_index(path) if _is_still_there(path, fd) else None
+                # Looked at again, because the lock keeps an image from removal but not, if damaged, from replacement.
+                if index and _is_still_there(path, fd):
+                    image = cls(path, index, fd)
+                    image._require_usable()
+                    return image
             except BaseException:
                 os.close(fd)
                 raise
-            if _is_still_there(path, fd):
-                return image
-            os.close(fd)  # replaced or removed between open and lock
+            os.close(fd)
 
     def _require_usable(self) -> None:
         with _reporting_damage(self.path):

@@ -11,7 +11,6 @@ Every move keeps to one order, so that a failure at any step leaves a known stat
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from shuteye.memory.backings.host import HostBacking
 from shuteye.memory.backings.image import ImageSource
 from shuteye.memory.image import WeightImage, checksum_hex
 from shuteye.memory.layout import MIB, Extent, ExtentRota, Layout, first_difference
+from shuteye.memory.measure import freed_by_release, timed
 from shuteye.memory.weights_state import SourceKind, WeightsState
 from shuteye.outputs import TagReport, TagState
 from shuteye.plans import SleepEstimate, SleepPlan, VerifyMode, VerifyResult, WakePlan
@@ -185,7 +185,7 @@ class Residency:
         self._settle()
         self._missing.clear()
         started = time.perf_counter()
-        freed = _freed_by_release(self._weights_arena) if before.is_mapped else 0
+        freed = freed_by_release(self._weights_arena) if before.is_mapped else 0
         if discard:
             self._backing.drop()
         return TagReport(
@@ -205,7 +205,7 @@ class Residency:
     def _release_kv_cache(self) -> TagReport:
         arena, before, self._kv = self._require_kv_cache(), self._kv, "discarded"
         started = time.perf_counter()
-        freed = _freed_by_release(arena) if before == "resident" else 0
+        freed = freed_by_release(arena) if before == "resident" else 0
         return TagReport("kv_cache", "discarded", freed_bytes=freed, seconds=time.perf_counter() - started)
 
     def _require_kv_cache(self) -> Arena:
@@ -276,11 +276,11 @@ class Residency:
 
     def _bring_back(self, target: WeightsState | None, kv: Arena | None) -> tuple[TagReport, ...]:
         reports = []
-        map_s = _timed(lambda: self._map_weights(target)) if target else 0.0
-        commit_s = _timed(kv.commit) if kv else 0.0
+        map_s = timed(lambda: self._map_weights(target)) if target else 0.0
+        commit_s = timed(kv.commit) if kv else 0.0
         if target:
             resident = target.residency == "resident"
-            populate_s = _timed(self._weights_arena.populate) if resident else 0.0
+            populate_s = timed(self._weights_arena.populate) if resident else 0.0
             reports.append(
                 TagReport(
                     "weights",
@@ -448,17 +448,3 @@ class Residency:
         users = (self._next_image, self._weights.image, undoable.image if undoable else None)
         if image not in users:
             image.close()
-
-
-def _timed(work: Callable[[], None]) -> float:
-    """Seconds that `work` took."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def _freed_by_release(arena: Arena) -> int:
-    """Release, and the difference it made by the kernel's account."""
-    before = arena.resident_bytes()
-    arena.release()
-    return before - arena.resident_bytes()

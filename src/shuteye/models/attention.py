@@ -1,4 +1,4 @@
-"""Paged attention, registered with transformers' AttentionInterface: new keys and values go to the cache, then all attend.
+"""Paged attention for transformers' AttentionInterface: new keys and values go to the cache, then all attend.
 
 Knows nothing of schedulers or of any one model; what it is not told how to honour it refuses.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -79,9 +79,8 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         if unset or name in IGNORED_ARGUMENTS:
             continue
         known = {"s_aux": "attention sinks", "sinks": "attention sinks", "softcap": "softcapping of attention logits"}
-        raise UnsupportedModel(
-            f"Its attention needs {known.get(name, name.replace('_', ' '))} (`{name}`), which paged attention does not do."
-        )
+        what = known.get(name, name.replace("_", " "))
+        raise UnsupportedModel(f"Its attention needs {what} (`{name}`), which paged attention does not do.")
 
 
 # --- one step's view of the cache, shared by all layers -------------------------------------------
@@ -165,9 +164,7 @@ class _Decodes:
     def _mask_for(self, window: int | None) -> torch.Tensor | None:
         if window not in self._masks:
             needed = not self._uniform or (window is not None and self._gather.span > window)
-            self._masks[window] = (
-                _mask(self._lengths - 1, self._lengths, self._gather.span, window) if needed else None
-            )
+            self._masks[window] = _mask(self._lengths - 1, self._lengths, self._gather.span, window) if needed else None
         return self._masks[window]
 
 
@@ -292,10 +289,10 @@ def paged_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers calls it; `query` [1, num_heads, num_tokens, head_dim], the result [1, tokens, heads, dim].
+    """Attention as transformers calls it.
 
-    `sliding_window` is honoured through the context: capabilities.py found each layer's window by asking the model's
-    own mask functions.
+    `query` is [1, num_heads, num_tokens, head_dim], the result [1, num_tokens, num_heads, head_dim].
+    `sliding_window` is honoured through the context: probe.py found each layer's window by asking the model's masks.
 
     Raises:
         UnsupportedModel: an argument is set that is not honoured.
@@ -305,9 +302,10 @@ def paged_attention(
     if attention_mask is not None or dropout or is_causal is False:
         check_arguments({"attention_mask": attention_mask is not None, "dropout": dropout, "non_causal": not is_causal})
     check_arguments(others)
-    assert sliding_window is None or context.windows[module.layer_idx] == sliding_window
+    layer = cast(int, module.layer_idx)
+    assert sliding_window is None or context.windows[layer] == sliding_window
     new = _New(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
-    return _attend(context, module.layer_idx, new, scaling)[None], None
+    return _attend(context, layer, new, scaling)[None], None
 
 
 def register() -> None:

@@ -6,7 +6,7 @@ Knows nothing of checkpoints, images or arenas.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,7 +59,8 @@ def _parameters_on_meta() -> Iterator[None]:
             return parameter
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
-    handle = register_module_parameter_registration_hook(to_meta)
+    hook: Callable[..., Any] = to_meta
+    handle = register_module_parameter_registration_hook(hook)
     try:
         yield
     finally:

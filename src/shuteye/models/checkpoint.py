@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, cast and under the module's own names: streamed if the names agree, else through transformers.
+"""A checkpoint's tensors, cast and under the module's own names: streamed if they agree, else through transformers.
 
 Knows nothing of images or arenas.
 """
@@ -221,7 +221,7 @@ def _load_whole(source: ModelSource, config: Any, dtype: torch.dtype) -> Checkpo
 
 
 def _check_report(source: ModelSource, report: Mapping[str, Any]) -> None:
-    """transformers fills what is missing with random numbers and only logs it; that must not be served."""
+    """Transformers fills what is missing with random numbers and only logs it; that must not be served."""
     for what in ("missing_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
         if found := report.get(what):
             some = ", ".join(sorted(str(each) for each in found)[:5])

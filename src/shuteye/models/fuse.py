@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 FUSABLE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -81,7 +82,7 @@ def fusable_projections(module: nn.Module) -> list[FusableProjections]:
     return found
 
 
-def _adjacent(weights: Iterable[nn.Parameter]) -> bool:
+def _adjacent(weights: Iterable[torch.Tensor]) -> bool:
     end: int | None = None
     for weight in weights:
         if not weight.is_contiguous() or (end is not None and weight.data_ptr() != end):

@@ -70,7 +70,7 @@ def probe_attention(config: Any) -> AttentionFacts:
             _run(module, recorder)
         except (UnsupportedModel, AssertionError):
             raise
-        except Exception as error:  # noqa: BLE001  anything may go wrong in foreign code fed with a foreign config
+        except Exception as error:
             raise UnsupportedModel(
                 f"Model type {config.model_type!r} could not be examined: {type(error).__name__}: {error}"
             ) from error
@@ -167,13 +167,15 @@ def _probing_mask(mask_function: Callable[..., torch.Tensor], local_size: int | 
         return _Mask(None)
     if local_size is not None and torch.equal(seen, (behind >= 0) & (behind < local_size)):
         return _Mask(local_size)
-    raise UnsupportedModel("Its attention mask is neither causal nor a causal sliding window (chunked or bidirectional).")
+    raise UnsupportedModel(
+        "Its attention mask is neither causal nor a causal sliding window (chunked or bidirectional)."
+    )
 
 
 def _cache_spy(recorder: _Recorder) -> Any:
     from transformers.cache_utils import Cache
 
-    class CacheSpy(Cache):
+    class CacheSpy(Cache):  # type: ignore[misc]  # transformers is untyped
         """A cache that can do keys and values, and refuses to be asked for any other state."""
 
         def __init__(self) -> None:
@@ -194,7 +196,10 @@ def _cache_spy(recorder: _Recorder) -> Any:
         def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
             return query_length, 0
 
-        layers: ClassVar[tuple[Any, ...]] = ()  # mask functions look here for the first layer of a kind
+        # Mask functions look here for the first layer of a kind.
+        is_sliding: ClassVar[tuple[bool, ...]] = ()
+        is_linear: ClassVar[tuple[bool, ...]] = ()
+        is_dummy: ClassVar[tuple[bool, ...]] = ()
 
         def __getattr__(self, name: str) -> Any:
             raise UnsupportedModel(f"It keeps state other than keys and values (it asks its cache for `{name}`).")

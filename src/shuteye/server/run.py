@@ -88,7 +88,7 @@ class _Server(uvicorn.Server):
                 lifespan="on",
                 log_config=None,
                 server_header=False,
-                timeout_graceful_shutdown=None,
+                timeout_graceful_shutdown=math.ceil(config.shutdown_grace_s),
             )
         )
         self._engine = engine

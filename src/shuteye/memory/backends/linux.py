@@ -14,6 +14,7 @@ from pathlib import Path
 from shuteye.errors import BackendFailure, MemoryExhausted
 from shuteye.memory.backends import memory_limits
 from shuteye.memory.backends.page_scan import PageQuery, PageScanner, open_page_scanner
+from shuteye.memory.failures import failure_of
 from shuteye.memory.layout import round_up
 
 _PROT_NONE = 0
@@ -27,7 +28,6 @@ _MADV_POPULATE_READ = 22
 
 _HUGE_PAGE_BYTES = 2 << 20
 _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-_NO_ROOM = frozenset({errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def _load_libc() -> ctypes.CDLL:
@@ -40,13 +40,8 @@ def _load_libc() -> ctypes.CDLL:
     return libc
 
 
-def _failure(verb: str, code: int, what: str) -> BackendFailure | MemoryExhausted:
-    kind = MemoryExhausted if code in _NO_ROOM else BackendFailure
-    return kind(f"{verb} of {what} failed: {os.strerror(code)} (errno {code}).")
-
-
-def _range_text(address: int, nbytes: int) -> str:
-    return f"{nbytes:,} bytes at {address:#x}"
+def _failure(verb: str, address: int, nbytes: int, *, code: int | None) -> BackendFailure | MemoryExhausted:
+    return failure_of(f"{verb} of {nbytes:,} bytes at {address:#x}", code)
 
 
 class LinuxBackend:
@@ -78,7 +73,7 @@ class LinuxBackend:
     def unreserve(self, address: int, nbytes: int) -> None:
         """See `MemoryBackend`."""
         if nbytes and self._libc.munmap(address, nbytes):
-            raise _failure("unreserve", ctypes.get_errno(), _range_text(address, nbytes))
+            raise _failure("unreserve", address, nbytes, code=ctypes.get_errno())
 
     def commit(self, address: int, nbytes: int) -> None:
         """See `MemoryBackend`. Linux promises more than it has, so what it has is asked first."""
@@ -91,7 +86,7 @@ class LinuxBackend:
         self._map("commit", address, nbytes, protection=_READ_WRITE, flags=_ANONYMOUS | _MAP_FIXED)
         code = self._advise(address, nbytes, _MADV_HUGEPAGE)
         if code not in (0, errno.EINVAL):  # EINVAL: a kernel built without huge pages
-            raise _failure("commit", code, _range_text(address, nbytes))
+            raise _failure("commit", address, nbytes, code=code)
 
     def map_file(self, address: int, nbytes: int, *, fd: int, offset: int) -> None:
         """See `MemoryBackend`."""
@@ -105,7 +100,7 @@ class LinuxBackend:
             return
         code = self._advise(address, nbytes, _MADV_POPULATE_READ)
         if code:
-            raise _failure("populate", code, _range_text(address, nbytes))
+            raise _failure("populate", address, nbytes, code=code)
 
     def _touch(self, address: int, nbytes: int) -> None:
         """For kernels without MADV_POPULATE_READ: read one byte of every page."""
@@ -145,21 +140,21 @@ class LinuxBackend:
                 written = os.pwrite(fd, rest, offset)
                 rest, offset = rest[written:], offset + written
         except OSError as error:
-            raise _failure("write_file", error.errno or 0, _range_text(address, nbytes)) from error
+            raise _failure("write_file", address, nbytes, code=error.errno) from error
 
     def sync_file(self, fd: int) -> None:
         """See `MemoryBackend`."""
         try:
             os.fdatasync(fd)
         except OSError as error:
-            raise _failure("sync_file", error.errno or 0, f"descriptor {fd}") from error
+            raise failure_of(f"sync_file of descriptor {fd}", error.errno) from error
 
     def _map(
         self, verb: str, address: int, nbytes: int, *, protection: int, flags: int, fd: int = -1, offset: int = 0
     ) -> int:
         mapped: int = self._libc.mmap(address, nbytes, protection, flags, fd, offset)
         if mapped == _MAP_FAILED:
-            raise _failure(verb, ctypes.get_errno(), _range_text(address, nbytes))
+            raise _failure(verb, address, nbytes, code=ctypes.get_errno())
         return mapped
 
     def _advise(self, address: int, nbytes: int, advice: int) -> int:
@@ -170,4 +165,4 @@ class LinuxBackend:
         try:
             return self._scanner.ranges(address, nbytes, query)
         except OSError as error:
-            raise _failure(verb, error.errno or 0, _range_text(address, nbytes)) from error
+            raise _failure(verb, address, nbytes, code=error.errno) from error

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -139,18 +140,34 @@ class PagemapScanner:
             words = np.frombuffer(os.pread(fd, 8 * count, 8 * (first_page + done)), np.uint64)
             if len(words) != count:
                 raise OSError(f"{PAGEMAP} gave {len(words)} of {count} pages")
-            edges = np.flatnonzero(np.diff(self._matches(words, query).astype(np.int8), prepend=0, append=0))
+            matches = _written(words) if query is PageQuery.WRITTEN else _resident(words, first_page + done)
+            edges = np.flatnonzero(np.diff(matches.astype(np.int8), prepend=0, append=0))
             for start, end in edges.reshape(-1, 2) + done:
                 yield int(start) * PAGE_BYTES, int(end) * PAGE_BYTES
 
-    @staticmethod
-    def _matches(words: _Words, query: PageQuery) -> _Flags:
-        present, swapped, file, exclusive = (_is_set(words, bit) for bit in (63, 62, 61, 56))
-        if query is PageQuery.WRITTEN:
-            return (present | swapped) & ~file
-        # The zero page is present, of no file and not exclusive; so is memory shared with a forked child, which is
-        # left out too: never claims more than there is.
-        return present & (file | exclusive)
+
+def _written(words: _Words) -> _Flags:
+    return (_is_set(words, 63) | _is_set(words, 62)) & ~_is_set(words, 61)
+
+
+def _resident(words: _Words, first_page: int) -> _Flags:
+    """Pages in memory but the zero pages: the small one is nobody's alone, the huge one says "file" where none is.
+
+    Private memory shared with a forked child looks like the small one and is left out: never more than there is.
+    """
+    file, exclusive = _is_set(words, 61), _is_set(words, 56)
+    return _is_set(words, 63) & np.where(file, ~_without_file(first_page, len(words)), exclusive)
+
+
+def _without_file(first_page: int, num_pages: int) -> _Flags:
+    """Which of the pages lie in mappings of no file."""
+    flags = np.zeros(num_pages, np.bool_)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, _, _, _, inode = line.split()[:5]
+        start, end = (max(0, int(address, 16) // PAGE_BYTES - first_page) for address in addresses.split("-"))
+        if inode == "0":
+            flags[start:end] = True
+    return flags
 
 
 def _is_set(words: _Words, bit: int) -> _Flags:

@@ -9,10 +9,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from shuteye.errors import BackendFailure
 from shuteye.memory.backends.base import MemoryBackend
 from shuteye.memory.backings.base import BackingName
 from shuteye.memory.backings.spill import SpillBacking
+from shuteye.memory.failures import failure_of
 
 
 class DiskBacking(SpillBacking):
@@ -33,7 +33,7 @@ class DiskBacking(SpillBacking):
             self._directory.mkdir(parents=True, exist_ok=True)
             status = os.statvfs(self._directory)
         except OSError as error:
-            raise BackendFailure(f"Reading the free space of {self} failed: {error}.") from error
+            raise failure_of(f"Reading the free space of {self}", error.errno) from error
         return status.f_bavail * status.f_frsize
 
     def _create(self, nbytes: int) -> int:
@@ -42,5 +42,5 @@ class DiskBacking(SpillBacking):
             Path(path).unlink()
             os.ftruncate(fd, nbytes)
         except OSError as error:
-            raise BackendFailure(f"Making a file in {self} failed: {error}.") from error
+            raise failure_of(f"Making a file in {self}", error.errno) from error
         return fd

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 
-from shuteye.errors import BackendFailure
 from shuteye.memory.backings.base import BackingName
 from shuteye.memory.backings.spill import SpillBacking
+from shuteye.memory.failures import failure_of
 
 
 class HostBacking(SpillBacking):
@@ -29,5 +29,5 @@ class HostBacking(SpillBacking):
             fd = os.memfd_create("shuteye-spill", os.MFD_CLOEXEC)
             os.ftruncate(fd, nbytes)
         except OSError as error:
-            raise BackendFailure(f"Making a file in {self} failed: {error}.") from error
+            raise failure_of(f"Making a file in {self}", error.errno) from error
         return fd

@@ -79,10 +79,13 @@ def why_not_ready(engine: ServedEngine) -> str | None:
 
 
 def _waking_cost(state: EngineState, metrics: Metrics) -> dict[str, Any]:
-    """Bytes to bring back and from where, and how long the last wake asked for over HTTP took."""
+    """What is away and where it is kept, and how long the last wake asked for over HTTP took.
+
+    `restore_bytes` must be read or copied; the KV cache comes back empty and costs memory only as it fills.
+    """
     missing = {tag.tag: tag.nbytes - tag.resident_bytes for tag in state.tags if tag.residency != "resident"}
     return {
-        "restore_bytes": sum(missing.values()),
+        "restore_bytes": missing.get("weights", 0),
         "tags": missing,
         "backings": {tag.tag: tag.backing for tag in state.tags if tag.tag in missing},
         "last_wake_s": metrics.last_wake_s,

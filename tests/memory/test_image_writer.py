@@ -1,0 +1,114 @@
+"""Writing an image: every tensor once, of the right shape, or no image at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from shuteye.errors import ImageFailure
+from shuteye.memory.image import INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage
+from shuteye.memory.image_writer import ImageWriter
+from shuteye.memory.layout import TensorSpec
+
+PAGE = 4096
+SPECS = (TensorSpec("a", (2, 3), "bfloat16", "one"), TensorSpec("b", (4,), "float32", "two"))
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[ImageWriter]:
+    writer = ImageWriter(tmp_path, ImageIdentity("m", "f", "bfloat16"), page_bytes=PAGE)
+    yield writer
+    writer.close()
+
+
+def test_tensors_of_any_order_stride_and_device_form_land_in_their_slots(writer: ImageWriter) -> None:
+    writer.begin(SPECS)
+    a = torch.arange(6, dtype=torch.bfloat16).view(3, 2).t()
+    writer.put("b", torch.arange(4.0, requires_grad=True))
+    writer.put("a", a)
+    writer.finish()
+    image = WeightImage.open(writer.directory)
+    content = (writer.directory / WEIGHTS_FILE).read_bytes()
+    assert torch.frombuffer(bytearray(content[:12]), dtype=torch.bfloat16).view(2, 3).equal(a)
+    assert torch.frombuffer(bytearray(content[PAGE : PAGE + 16]), dtype=torch.float32).tolist() == [0, 1, 2, 3]
+    assert image.damaged_extents() == ()
+    assert image.read_buffers() == {}
+    image.close()
+
+
+@pytest.mark.parametrize("data", [bytes(12), bytearray(12), memoryview(bytes(12)), memoryview(bytes(12)).cast("h")])
+def test_raw_bytes_are_taken_as_they_are(writer: ImageWriter, data) -> None:
+    writer.begin(SPECS)
+    writer.put("a", data)
+    with pytest.raises(ImageFailure, match="must have 16 bytes, got 12"):
+        writer.put("b", data)
+
+
+def test_an_empty_tensor_and_a_scalar_are_tensors_too(writer: ImageWriter) -> None:
+    writer.begin([TensorSpec("none", (0, 4), "float32"), TensorSpec("one", (), "int64")])
+    writer.put("none", torch.empty(0, 4))
+    writer.put("one", torch.tensor(5))
+    writer.put_buffer("empty", torch.empty(0))
+    writer.put_buffer("steps", torch.tensor(3))
+    writer.finish()
+    image = WeightImage.open(writer.directory)
+    buffers = image.read_buffers()
+    assert (buffers["empty"].shape, buffers["steps"].item()) == ((0,), 3)
+    image.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "complaint"),
+    [
+        ("c", torch.zeros(1), "'c' is not in the layout"),
+        ("a", torch.zeros(3, 2, dtype=torch.bfloat16), r"must be bfloat16 \(2, 3\), got bfloat16 \(3, 2\)"),
+        ("a", torch.zeros(2, 3), r"must be bfloat16 \(2, 3\), got float32 \(2, 3\)"),
+        ("b", torch.zeros(4), "'b' was put twice"),
+    ],
+)
+def test_what_does_not_belong_is_refused(writer: ImageWriter, name: str, tensor, complaint: str) -> None:
+    writer.begin(SPECS)
+    writer.put("b", torch.zeros(4))
+    with pytest.raises(ImageFailure, match=complaint):
+        writer.put(name, tensor)
+
+
+def test_a_forgotten_tensor_is_named_and_no_index_is_written(writer: ImageWriter) -> None:
+    writer.begin(SPECS)
+    writer.put("b", torch.zeros(4))
+    with pytest.raises(ImageFailure, match=r"1 tensors of m-bfloat16-\w+ were never written, such as a"):
+        writer.finish()
+    assert not (writer.directory / INDEX_FILE).exists()
+
+
+def test_a_builder_that_does_nothing_is_told(writer: ImageWriter) -> None:
+    with pytest.raises(ImageFailure, match="never called begin"):
+        writer.finish()
+
+
+def test_a_disk_without_room_is_found_before_the_first_byte(writer: ImageWriter, monkeypatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100 << 20})())
+    with pytest.raises(ImageFailure, match=r"it takes 1,.* bytes and 104,857,600 are free.*--cache-dir"):
+        writer.begin([TensorSpec("big", (1 << 30,), "uint8")])
+    assert list(writer.directory.iterdir()) == []
+
+
+def test_a_write_error_is_reported_with_the_place(writer: ImageWriter, monkeypatch) -> None:
+    writer.begin(SPECS)
+
+    def refuse(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", refuse)
+    with pytest.raises(ImageFailure, match=rf"{writer.directory} failed: .*No space left"):
+        writer.put("a", bytes(12))
+
+
+def test_a_layout_comes_from_begin_so_that_builders_can_plan(writer: ImageWriter) -> None:
+    layout = writer.begin(SPECS)
+    assert [extent.nbytes for extent in layout.extents] == [PAGE, PAGE]
+    with pytest.raises(AssertionError, match="once"):
+        writer.begin(SPECS)
