@@ -13,7 +13,7 @@ import torch
 
 from shuteye.cache.kv_cache import KVCache, kv_bytes_per_token
 from shuteye.config import EngineConfig
-from shuteye.errors import InternalError, InvalidRequest
+from shuteye.errors import InternalError, InvalidRequest, ShuteyeError
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends import open_backend
 from shuteye.memory.backends.base import MemoryBackend
@@ -256,12 +256,19 @@ class Worker:
         """
         begin = time.perf_counter()
         if path is not None:
-            image = self._open_image(path)
-            self._residency.replace_image(image)
-            self._image = image
+            self._replace_image(path)
         self._residency.release(SleepPlan(weights="discard"))
         self.restore(WakePlan(weights="reload"))
         return UpdateReport(len(self._image.layout.slots), self._image.layout.nbytes, (), time.perf_counter() - begin)
+
+    def _replace_image(self, path: str) -> None:
+        image = self._open_image(path)
+        try:
+            self._residency.replace_image(image)
+        except ShuteyeError:
+            image.close()
+            raise
+        self._image = image
 
     def _leave_version(self) -> None:
         """The weights are about to differ from those the canary knows; its records of images stay."""
