@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from shuteye.errors import InvalidRequest, MemoryExhausted, PromptTooLong
-from shuteye.plans import ModelFacts, VerifyMode
+from shuteye.plans import RESERVED_BLOCKS, ModelFacts, VerifyMode
 from shuteye.request import DrainMode
 
 DType = Literal["auto", "bfloat16", "float32"]
@@ -21,9 +21,6 @@ MemoryBackendName = Literal["auto", "linux", "fake", "cuda"]
 DEFAULT_MODEL = "smollm2-135m"
 KV_SHARE_OF_FREE_MEMORY = 0.25
 """Default KV cache size as a share of the memory left after loading; pages cost only once used."""
-
-NUM_RESERVED_BLOCKS = 1
-"""KV blocks that hold no request: block 0 is the canary's."""
 
 
 def default_cache_dir() -> Path:
@@ -114,11 +111,11 @@ class EngineConfig:
         block_bytes = facts.kv_bytes_per_token * self.block_size
         blocks_per_sequence = -(-wanted // self.block_size)
         if self.kv_cache_memory is None:
-            useful = blocks_per_sequence * self.max_num_seqs + NUM_RESERVED_BLOCKS
+            useful = blocks_per_sequence * self.max_num_seqs + RESERVED_BLOCKS
             num_blocks = min(int(facts.available_bytes * KV_SHARE_OF_FREE_MEMORY) // block_bytes, useful)
         else:
             num_blocks = self.kv_cache_memory // block_bytes
-        num_usable = num_blocks - NUM_RESERVED_BLOCKS
+        num_usable = num_blocks - RESERVED_BLOCKS
         if num_usable < 1:
             raise MemoryExhausted(
                 f"No room for a KV cache of two blocks: one takes {block_bytes:,} bytes, "

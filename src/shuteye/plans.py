@@ -13,6 +13,10 @@ from shuteye.request import SamplingParams
 
 VerifyMode = Literal["off", "sample", "full"]
 
+SCRATCH_BLOCK = 0
+RESERVED_BLOCKS = 1
+"""KV block 0 is the canary's scratch block: it exists in the cache but is never handed out to a request."""
+
 # --- a step -------------------------------------------------------------------------------------
 
 

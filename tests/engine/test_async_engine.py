@@ -16,7 +16,6 @@ from shuteye.errors import (
     ModelNotFound,
     ModelSleeping,
     QueueFull,
-    ShuteyeError,
 )
 
 PROMPT = list(range(3, 40))
@@ -204,8 +203,7 @@ def test_requests_racing_sleeps_are_served_refused_aborted_or_held(config, polic
                 await asyncio.sleep(chooser.random() * 0.02)
                 try:
                     output = (await complete(engine)).outputs[0]
-                except ShuteyeError as error:
-                    assert isinstance(error, ALLOWED[policy]), error
+                except ALLOWED[policy]:
                     return
                 if output.finish_reason == "abort":
                     assert mode == "abort"

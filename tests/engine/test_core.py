@@ -454,7 +454,9 @@ def test_the_canary_notices_a_lost_buffer(rig):
 
 
 def test_addresses_never_change(rig):
-    pointers = {name: tensor.data_ptr() for name, tensor in rig.core._executor._worker._model.module.state_dict().items()}
+    pointers = {
+        name: tensor.data_ptr() for name, tensor in rig.core._executor._worker._model.module.state_dict().items()
+    }
     for level in (1, 2):
         rig.call(SleepCall(level))
         rig.call(WakeCall())

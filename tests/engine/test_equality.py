@@ -1,4 +1,4 @@
-"""The real model against transformers' own generate: the same tokens in float32, the same logits within bf16 rounding."""
+"""The real model against transformers' own generate: equal tokens in float32, equal logits within bf16 rounding."""
 
 import random
 

@@ -20,7 +20,7 @@ from shuteye.request import GenerateRequest, SamplingParams
 
 VOCABULARY = 16
 EOS = 0
-OUTCOMES = ("done",) * 6 + ("failed", "aborted in flight", "preempted in flight")
+OUTCOMES = ("done",) * 3 + ("failed", "aborted in flight", "preempted in flight")
 
 
 def next_kv(before, token_id, version):
@@ -35,11 +35,11 @@ def choose(kv):
 class Worker:
     """Executes plans over a block store; holds sampling state from admission to `forget`, as real workers do."""
 
-    def __init__(self, *, num_blocks, block_size):
+    def __init__(self, *, num_blocks, block_size, version):
         self.block_size = block_size
         self.slots = [[b"unwritten"] * block_size for _ in range(num_blocks)]
         self.known = set()
-        self.version = 0
+        self.version = version
 
     def read(self, chunk, position):
         block_id = chunk.block_ids[position // self.block_size]
@@ -53,6 +53,13 @@ class Worker:
         assert self.known.isdisjoint(admitted)
         self.known |= admitted
         assert self.known.issuperset(chunk.request_id for chunk in plan.chunks)
+
+    def fail(self, plan):
+        """A step that raised half way: garbage in every slot it was to write."""
+        self.take_over(plan)
+        for chunk in plan.chunks:
+            for position in range(chunk.start, chunk.start + len(chunk.token_ids)):
+                self.slots[chunk.block_ids[position // self.block_size]][position % self.block_size] = b"garbage!"
 
     def execute(self, plan):
         self.take_over(plan)
@@ -93,13 +100,14 @@ class Expected:
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
-        num_blocks=st.integers(2, 14),
+        num_blocks=st.integers(2, 20),
         block_size=st.integers(1, 4),
         max_num_seqs=st.integers(1, 5),
         budget=st.integers(1, 20),
         caching=st.booleans(),
+        weights=st.integers(0, 200),
     )
-    def start(self, num_blocks, block_size, max_num_seqs, budget, caching):
+    def start(self, *, num_blocks, block_size, max_num_seqs, budget, caching, weights):
         self.max_length = min(30, (num_blocks - 1) * block_size + 1)
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
@@ -110,7 +118,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             eos_token_ids=(EOS,),
             enable_prefix_caching=caching,
         )
-        self.worker = Worker(num_blocks=num_blocks, block_size=block_size)
+        self.worker = Worker(num_blocks=num_blocks, block_size=block_size, version=weights)
         self.block_size, self.budget, self.max_num_seqs = block_size, budget, max_num_seqs
         self.live: dict[str, Expected] = {}
 
@@ -179,7 +187,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.check_plan(plan)
         if outcome == "failed":
-            self.worker.take_over(plan)
+            self.worker.fail(plan)
             deltas = self.scheduler.fail_step(plan, ErrorInfo("InternalError", "boom"))
             assert [d.request_id for d in deltas] == [chunk.request_id for chunk in plan.chunks]
             for delta in deltas:
@@ -257,4 +265,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=400, stateful_step_count=50, deadline=None)

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-RESERVED_BLOCKS = 1
-"""Block 0 is the canary's scratch block: it exists in the KV cache but is never handed out."""
+from shuteye.plans import RESERVED_BLOCKS
 
 
 class BlockPool:

@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from shuteye.cache.block_pool import RESERVED_BLOCKS, BlockPool
+from shuteye.cache.block_pool import BlockPool
 from shuteye.cache.prefix import HashChain, PrefixCache
 from shuteye.errors import InvalidRequest, PromptTooLong
 from shuteye.outputs import ErrorInfo, FinishReason, RequestDelta, SchedulerStats, TokenLogprobs
-from shuteye.plans import Admission, Chunk, SampledToken, StepPlan, StepResult
+from shuteye.plans import RESERVED_BLOCKS, Admission, Chunk, SampledToken, StepPlan, StepResult
 from shuteye.request import GenerateRequest
 
 

@@ -9,12 +9,10 @@ import torch
 
 from shuteye.cache.kv_cache import KVCache
 from shuteye.models.loader import LoadedModel
-from shuteye.plans import Chunk, StepPlan
+from shuteye.plans import SCRATCH_BLOCK, Chunk, StepPlan
 from shuteye.runner.batch import PackedBatch
 
 NUM_TOKENS = 8
-SCRATCH_BLOCK = 0
-"""The KV block that the block pool never hands out."""
 
 TOLERANCE_ULPS = 4
 """Allowed difference in units of the dtype's eps, relative to the largest logit.
