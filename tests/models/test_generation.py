@@ -93,40 +93,19 @@ def test_nan_left_in_a_block_by_another_request_is_not_read(tiny_checkpoint, loa
     assert driver.generate(prompts, 8, chunk_size=3) == expected
 
 
-def test_bfloat16_logits_agree_within_rounding(checkpoint, reference, load):
+def test_bfloat16_logits_are_as_true_as_transformers_own(checkpoint, reference, load):
+    """Both round to 8 bits, in places of their own: against the same weights in float32 neither may be much worse."""
     model = reference.model(checkpoint, torch.bfloat16)
     driver = load(checkpoint, dtype="bfloat16")
     prompt = prompt_of(60)
     with torch.inference_mode():
-        expected = model(torch.tensor([prompt])).logits[0, -1].float()
+        theirs = model(torch.tensor([prompt])).logits[0, -1].float()
+        exact = model.float()(torch.tensor([prompt])).logits[0, -1]
     whole, chunked = driver.sequence(prompt, room=1), driver.sequence(prompt, room=1)
     driver.step([whole], [1000])
     while not chunked.logits:
         driver.step([chunked], [13])
-    scale = expected.abs().max()
+    allowed = 2 * (theirs - exact).norm()
     for found in (whole.logits[0], chunked.logits[0]):
         assert found.dtype == torch.float32
-        assert (found - expected).abs().max() / scale < 0.02  # bfloat16 keeps 8 bits
-
-
-@pytest.mark.model
-def test_smollm2_matches_transformers_in_float32(smollm2, reference, load):
-    driver = load(smollm2, dtype="float32")
-    model = reference.model(smollm2, torch.float32)
-    prompts = [[1], prompt_of(40), prompt_of(17, seed=3), list(range(1000, 1200))]
-    expected = [reference.tokens(model, prompt, 12) for prompt in prompts]
-    assert [driver.generate([prompt], 12)[0] for prompt in prompts] == expected
-    assert driver.generate(prompts, 12) == expected
-    assert driver.generate(prompts, 12, chunk_size=37) == expected
-
-
-@pytest.mark.model
-def test_smollm2_bfloat16_logits_agree_within_rounding(smollm2, reference, load):
-    driver = load(smollm2)
-    assert driver.model.dtype == torch.bfloat16
-    prompt = list(range(500, 600))
-    with torch.inference_mode():
-        expected = reference.model(smollm2, torch.bfloat16)(torch.tensor([prompt])).logits[0, -1].float()
-    sequence = driver.sequence(prompt, room=1)
-    driver.step([sequence], [1000])
-    assert (sequence.logits[0] - expected).abs().max() / expected.abs().max() < 0.02
+        assert (found - exact).norm() <= allowed

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -234,29 +233,34 @@ class AttentionContext:
         return _Prefill(first_token, num_tokens, length, gather)
 
 
-@dataclass(frozen=True, slots=True)
-class _New:
-    """One layer's new tensors, all [num_tokens, heads, head_dim]."""
+def attend(
+    context: AttentionContext,
+    layer: int,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scale: float | None,
+) -> torch.Tensor:
+    """Write everything, then attend: a sequence may read blocks that another one of this step has just written.
 
-    query: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-
-
-def _attend(context: AttentionContext, layer: int, new: _New, scale: float | None) -> torch.Tensor:
-    """Write everything, then attend: a sequence may read blocks that another one of this step has just written."""
-    context.cache.write_rows(layer, new.keys, new.values, context.rows)
+    Args:
+        query: [num_tokens, num_heads, head_dim], as is the result.
+        keys, values: [num_tokens, num_kv_heads, head_dim], rotated already.
+        scale: of the logits; None is 1 / sqrt(head_dim).
+    """
+    context.cache.write_rows(layer, keys, values, context.rows)
     cached, window = context.cache.layer(layer), context.windows[layer]
     if context.only_decodes:
         assert context.decodes is not None
-        return context.decodes.attend(new.query, cached, scale, window)
-    found = torch.empty_like(new.query, memory_format=torch.contiguous_format)
+        return context.decodes.attend(query, cached, scale, window)
+    found = torch.empty_like(query, memory_format=torch.contiguous_format)
     for prefill in context.prefills:
         own = prefill.tokens
-        found[own] = prefill.attend((new.query[own], new.keys[own], new.values[own]), cached, scale, window)
+        found[own] = prefill.attend((query[own], keys[own], values[own]), cached, scale, window)
     if context.decodes is not None:
         tokens = context.decodes.tokens
-        found[tokens] = context.decodes.attend(new.query[tokens], cached, scale, window)
+        found[tokens] = context.decodes.attend(query[tokens], cached, scale, window)
     return found
 
 
@@ -304,8 +308,8 @@ def paged_attention(
     check_arguments(others)
     layer = cast(int, module.layer_idx)
     assert sliding_window is None or context.windows[layer] == sliding_window
-    new = _New(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
-    return _attend(context, layer, new, scaling)[None], None
+    new = (each[0].transpose(0, 1) for each in (query, key, value))
+    return attend(context, layer, *new, scale=scaling)[None], None
 
 
 def register() -> None:

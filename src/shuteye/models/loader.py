@@ -29,7 +29,7 @@ from shuteye.models.checkpoint import (
     resolve_dtype,
     save_tokenizer,
 )
-from shuteye.models.fuse import group_of, layout_order
+from shuteye.models.layout_order import group_of, layout_order
 from shuteye.models.loaded import CONFIG_DIR, TOKENIZER_DIR, ImageFacts, LoadedModel, bind
 from shuteye.models.progress import NoProgress, Progress
 from shuteye.models.sources import ModelSource

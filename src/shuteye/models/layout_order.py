@@ -1,17 +1,12 @@
 """Which weights lie next to each other, so that several projections can be read as one wider matrix.
 
-Knows nothing of bytes or files. Only the layout is decided here so far: this is the seam where fused
-execution will go, and nothing is executed differently yet.
+Knows nothing of bytes or files, nor of how the wider matrix is used (`fused.py`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-
-import torch
-from torch import nn
+from collections.abc import Sequence
 
 FUSABLE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Projections of one input that can be one matrix; their order is the order of their rows."""
@@ -59,33 +54,3 @@ def _fused_key(name: str) -> tuple[str, str, str, int] | None:
         if leaf in members:
             return parent, members[0], kind, members.index(leaf)
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class FusableProjections:
-    """Linear layers whose weights lie one after another in memory: rows of one matrix, read without a copy."""
-
-    parent: str
-    members: tuple[str, ...]
-    num_rows: int
-
-
-def fusable_projections(module: nn.Module) -> list[FusableProjections]:
-    """The sets of projections of a bound module that could be one matrix product each."""
-    found: list[FusableProjections] = []
-    for name, parent in module.named_modules():
-        for members in FUSABLE:
-            layers = [getattr(parent, member, None) for member in members]
-            linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
-            if len(linears) == len(members) and _adjacent(layer.weight for layer in linears):
-                found.append(FusableProjections(name, members, sum(layer.out_features for layer in linears)))
-    return found
-
-
-def _adjacent(weights: Iterable[torch.Tensor]) -> bool:
-    end: int | None = None
-    for weight in weights:
-        if not weight.is_contiguous() or (end is not None and weight.data_ptr() != end):
-            return False
-        end = weight.data_ptr() + weight.nbytes
-    return True

@@ -1,7 +1,6 @@
 """Projections that could be one matrix lie next to each other, in the image and in memory."""
 
-from shuteye.models.fuse import fusable_projections, group_of, layout_order
-from shuteye.testing import tiny_model
+from shuteye.models.layout_order import group_of, layout_order
 
 
 def test_weights_come_together_and_biases_come_together():
@@ -31,12 +30,3 @@ def test_groups_are_layers():
     assert group_of("model.layers.12.mlp.up_proj.weight") == "model.layers.12"
     assert group_of("transformer.h.3.attn.c_attn.bias") == "transformer.h.3"
     assert group_of("model.embed_tokens.weight") == "model.embed_tokens"
-
-
-def test_a_bound_module_has_its_fusable_projections_adjacent(tmp_path, load):
-    checkpoint = tiny_model(tmp_path / "qwen2", architecture="qwen2")
-    found = fusable_projections(load(checkpoint).model.module)
-    assert [(each.members, each.num_rows) for each in found] == 2 * [
-        (("q_proj", "k_proj", "v_proj"), 64 + 32 + 32),
-        (("gate_proj", "up_proj"), 256),
-    ]
