@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from served import Served
+from served import Served, stop_all
 
 from shuteye.tokenizer import Tokenizer
 
@@ -32,25 +32,13 @@ def servers(launch):
     """One server per policy, started together. The holding one has keys, the others are in development mode."""
     started = {
         "reject": launch("--dev-mode"),
-        "hold": launch("--on-sleeping-request", "hold", keys=KEYS),
-        "wake": launch("--on-sleeping-request", "wake", VLLM_SERVER_DEV_MODE="1"),
+        "hold": launch(policy="hold", keys=KEYS),
+        "wake": launch(policy="wake", VLLM_SERVER_DEV_MODE="1"),
     }
     try:
         yield {policy: server.wait_until_ready() for policy, server in started.items()}
     finally:
-        stop_all(started.values())
-
-
-def stop_all(servers):
-    """Stop every server, even if one of them fails to."""
-    failures = []
-    for server in servers:
-        try:
-            server.stop()
-        except Exception as failure:
-            failures.append(failure)
-    if failures:
-        raise ExceptionGroup("servers that did not stop cleanly", failures)
+        stop_all(list(started.values()))
 
 
 @pytest.fixture(params=POLICIES)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2
@@ -18,6 +19,7 @@ import openai
 START_S = 60.0
 STOP_S = 20.0
 ANSWER_S = 30.0
+FORCED = 130
 SLEEPING_BODY = (
     b'{"error": {"message": "Model is currently in sleep mode. Please wake it up first with a POST request to '
     b'/wake_up", "type": "ModelSleepingError", "code": 503}}'
@@ -74,21 +76,37 @@ def children_of(pid):
 class Served:
     """A server of `model`; listens on 127.0.0.1 at a port that the system chose."""
 
-    def __init__(self, model, *flags, cache_dir, keys=(), **environment):
+    def __init__(self, model, *flags, cache_dir, policy="reject", keys=(), **environment):
         self.model = str(model)
+        self.policy = policy
+        self._told = False
         self.api_key, self.admin_key = keys or (None, None)
         self._scratch = tempfile.TemporaryDirectory(prefix="e2e-")  # short: a socket's path must fit in 107 bytes
         self._temporary = Path(self._scratch.name, "tmp")
         self._temporary.mkdir()
-        self._log = Path(self._scratch.name, "log").open("w+")
+        self._log = Path(self._scratch.name, "log")
         keyed = ("--api-key", self.api_key, "--admin-api-key", self.admin_key) if keys else ()
+        policies = ("--on-sleeping-request", policy)
         where = ("--cache-dir", str(cache_dir)) if cache_dir else ()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "shuteye", "serve", self.model, "--port", "0", *where, *keyed, *flags],
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env=clean_environment(TMPDIR=str(self._temporary), **environment),
-        )
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "shuteye",
+                    "serve",
+                    self.model,
+                    "--port",
+                    "0",
+                    *where,
+                    *policies,
+                    *keyed,
+                    *flags,
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=clean_environment(TMPDIR=str(self._temporary), **environment),
+            )
         self.http = None
 
     def wait_until_ready(self):
@@ -112,23 +130,23 @@ class Served:
     @property
     def log(self):
         """All that the server has printed."""
-        return Path(self._log.name).read_text()
+        return self._log.read_text()
 
     # --- asking -----------------------------------------------------------------------------------
 
     def get(self, path):
         return self.http.get(path)
 
-    def post(self, path, **body):
+    def post(self, path, /, **body):
         return self.http.post(path, json=body or None)
 
-    def done(self, path, **body):
+    def done(self, path, /, **body):
         """The answer of a control call that must succeed."""
         response = self.post(path, **body)
         assert response.status_code == 200, f"{path}: {response.status_code} {response.text}"
         return response.json()
 
-    def refused(self, path, **body):
+    def refused(self, path, /, **body):
         """Status, type and message of a call that must fail."""
         response = self.post(path, **body)
         assert response.status_code >= 400, f"{path} answered {response.status_code} {response.text}"
@@ -177,19 +195,33 @@ class Served:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-            raise AssertionError(f"the server did not stop within {within_s} s:\n{self.log}") from None
+            raise AssertionError(f"the server did not stop within {within_s} s:\n{self.log[-3000:]}") from None
+
+    def tell(self, number):
+        """Send a signal, if it still runs."""
+        if self.process.poll() is None:
+            self._told = True
+            self.process.send_signal(number)
 
     def stop(self):
         """End the server, if it still runs, and see that it leaves nothing behind."""
+        if not self._told:
+            self.tell(signal.SIGTERM)
         try:
-            if self.process.poll() is None:
-                self.process.send_signal(signal.SIGTERM)
-            assert self.ended() == 0, self.log
+            assert self.ended() == (FORCED if "Second signal" in self.log else 0), self.log[-3000:]
             assert not self.http or not is_running(self.engine_pid), "the engine outlived its server"
             assert not list(self._temporary.iterdir()), "temporary files are left"
-            assert "Traceback" not in self.log, self.log
+            assert "Traceback" not in self.log, self.log[self.log.index("Traceback") - 1000 :]
         finally:
             if self.http:
                 self.http.close()
-            self._log.close()
             self._scratch.cleanup()
+
+
+def stop_all(servers):
+    """Stop every server, even if one of them fails to."""
+    for server in servers:
+        server.tell(signal.SIGTERM)
+    with ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)

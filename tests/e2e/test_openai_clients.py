@@ -1,4 +1,4 @@
-"""The openai clients against a real server of a real engine: what they ask for is what they get, also across a sleep."""
+"""The openai clients against a real server of a real engine: they get what they ask for, also across a sleep."""
 
 import asyncio
 import math
@@ -100,7 +100,7 @@ class TestAnswers:
         assert [choice.text for choice in completion(client, seed=8, **asked).choices] != texts
         assert whole.usage.completion_tokens == chunks[-1].usage.completion_tokens == 60
 
-    @pytest.mark.parametrize("first, size", [(5, 1), (20, 6)])
+    @pytest.mark.parametrize(("first", "size"), [(5, 1), (20, 6)])
     def test_stop_strings_end_the_text_before_them(self, client, right, first, size):
         """A stop string, or half of one, that reaches the client before it is noticed."""
         text = right(PROMPT, 60)
@@ -159,7 +159,7 @@ class TestAnswers:
 class TestAcrossASleep:
     @pytest.mark.parametrize("level", [1, 2])
     @pytest.mark.parametrize(
-        "make, text",
+        ("make", "text"),
         [(completion, lambda one: one.choices[0].text), (chat, lambda one: one.choices[0].message.content)],
     )
     def test_waking_transport(self, server, waking_client, make, text, level):

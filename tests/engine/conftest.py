@@ -47,6 +47,15 @@ class Rig:
             self.step()
         raise AssertionError("the core never came to rest")
 
+    @property
+    def worker(self):
+        """The rank itself, to look behind the engine's back."""
+        return self.core._executor._worker
+
+    def tensors(self):
+        """Views of every weight, by name; alive while the weights are resident."""
+        return {slot.name: self.worker._weights.slot_view(slot) for slot in self.worker._image.layout.slots.values()}
+
     def submit(self, call: ControlCall):
         """Queue a call; its answers (there must be exactly one) are appended to the returned list."""
         answers = []

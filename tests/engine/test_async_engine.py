@@ -229,3 +229,85 @@ def test_requests_racing_sleeps_are_served_refused_aborted_or_held(config, polic
             assert engine.stats.num_running == engine.stats.num_waiting == 0
 
     asyncio.run(scenario())
+
+
+def test_an_abort_from_elsewhere_ends_the_stream(config):
+    """Would catch an iterator that waits for ever because someone else aborted its request."""
+
+    async def scenario():
+        async with AsyncEngine(config, in_process=True) as engine:
+            stream = engine.generate(PROMPT, ENDLESS, request_id="r")
+            await anext(stream)
+            await engine.abort("r")
+            last = [output async for output in stream][-1]
+            assert last.outputs[0].finish_reason == "abort"
+            assert engine.stats.num_running == 0
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_values_that_cannot_travel_are_refused_and_the_engine_lives(config):
+    """Would catch one caller's typo that ends the engine process of all."""
+
+    async def scenario():
+        async with AsyncEngine(config) as engine:
+            for bad in (SamplingParams(max_tokens=5.5), SamplingParams(top_k=2**70)):
+                with pytest.raises(InvalidRequest):
+                    await complete(engine, bad)
+            for level in ("1", 2**70):
+                with pytest.raises(InvalidRequest):
+                    await engine.sleep(level)
+            with pytest.raises(InvalidRequest, match="timeout"):
+                await engine.sleep(1, mode="wait", timeout_s=float("nan"))
+            assert (await complete(engine)).finished
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_tensors_that_share_memory_travel(config, tiny_checkpoint):
+    """Would catch tied weights, or slices of a fused one, that the file format refuses."""
+
+    async def scenario():
+        import torch
+        from safetensors import safe_open
+
+        async with AsyncEngine(config) as engine:
+            with safe_open(tiny_checkpoint / "model.safetensors", framework="pt") as file:
+                norm = file.get_tensor("model.norm.weight")
+            layer = "model.layers.0.input_layernorm.weight"
+            both = torch.cat([norm, norm[1:]])
+            report = await engine.update_weights([("model.norm.weight", norm), (layer, norm)])
+            assert report.updated == 2
+            overlapping = [("model.norm.weight", both[: len(norm)]), (layer, both[len(norm) - 1 :])]
+            assert (await engine.update_weights(overlapping)).updated == 2
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_is_started_once(config):
+    """Would catch a second engine that nobody closes."""
+
+    async def scenario():
+        engine = AsyncEngine(config, in_process=True)
+        async with engine:
+            with pytest.raises(InvalidRequest, match="restart"):
+                await engine.start()
+        with pytest.raises(InvalidRequest, match="restart"):
+            await engine.start()
+
+    asyncio.run(scenario())
+
+
+def test_two_who_restart_at_once_start_one_engine(config):
+    """Would catch an engine that nobody owns, started by the second of them."""
+
+    async def scenario():
+        async with AsyncEngine(config) as engine:
+            os.kill(engine.engine_pid, signal.SIGKILL)
+            while engine.failure is None:
+                await asyncio.sleep(0.01)
+            outcomes = await asyncio.gather(engine.restart(), engine.restart(), return_exceptions=True)
+            assert [type(outcome) for outcome in outcomes] == [type(None), InvalidRequest]
+            assert (await complete(engine)).finished
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))

@@ -18,18 +18,21 @@ from shuteye.engine.messages import (
 )
 from shuteye.errors import (
     DrainTimeout,
+    EngineFaulted,
     InvalidRequest,
     ModelSleeping,
     PromptTooLong,
     QueueFull,
+    ShuteyeError,
     SleepFailed,
     SleepModeDisabled,
     TransitionConflict,
     VerificationFailed,
     WakeFailed,
 )
+from shuteye.memory import residency
 from shuteye.memory.backings.disk import DiskBacking
-from shuteye.request import SamplingParams
+from shuteye.request import GenerateRequest, SamplingParams
 
 PROMPT = tuple(range(3, 40))
 LONG = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
@@ -141,8 +144,7 @@ def test_tags_wake_one_at_a_time(rig):
 
 def tensors_of(rig):
     """The model's tensors by checkpoint name, copied while they are there."""
-    model = rig.core._executor._worker._model.module
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in rig.tensors().items()}
 
 
 def test_level_2_serves_nothing_until_every_tensor_is_written(rig):
@@ -441,9 +443,8 @@ def corrupt_saved(rig):
 
 def test_the_canary_notices_a_lost_buffer(rig):
     """Rotary frequencies live outside the arena, where no checksum looks."""
-    module = rig.core._executor._worker._model.module
     rig.call(SleepCall(1))
-    frequencies = module.model.rotary_emb.inv_freq
+    frequencies = rig.worker._model.decoder.inverse_frequencies
     frequencies.mul_(1.5)
     with pytest.raises(VerificationFailed, match="canary"):
         rig.call(WakeCall())
@@ -454,15 +455,173 @@ def test_the_canary_notices_a_lost_buffer(rig):
 
 
 def test_addresses_never_change(rig):
-    pointers = {
-        name: tensor.data_ptr() for name, tensor in rig.core._executor._worker._model.module.state_dict().items()
-    }
+    pointers = [tensor.data_ptr() for tensor in rig.tensors().values()]
     for level in (1, 2):
         rig.call(SleepCall(level))
         rig.call(WakeCall())
-    after = {name: tensor.data_ptr() for name, tensor in rig.core._executor._worker._model.module.state_dict().items()}
-    assert after == pointers
+    assert [tensor.data_ptr() for tensor in rig.tensors().values()] == pointers
 
 
 def test_collective_rpc_reaches_the_worker(rig):
     assert rig.call(RpcCall("missing")) == [()]
+
+
+# --- found by review: what failed, and must not again --------------------------------------------
+
+
+def test_a_wake_that_outlasts_the_deadline_still_serves(make_rig, monkeypatch):
+    """Would catch requests refused as asleep in the very step in which the model woke for them."""
+    rig = make_rig(on_sleeping_request="wake", hold_timeout_s=0.05)
+    expected = rig.generate(PROMPT)
+    rig.call(SleepCall(1))
+    wake = rig.core._sleep.wake
+
+    def slow(tags):
+        time.sleep(0.1)
+        return wake(tags)
+
+    monkeypatch.setattr(rig.core._sleep, "wake", slow)
+    rig.add("a", PROMPT)
+    rig.run()
+    assert rig.tokens["a"] == expected
+
+
+def test_policy_wake_does_not_rely_on_a_wake_of_only_one_tag(make_rig):
+    rig = make_rig(on_sleeping_request="wake")
+    expected = rig.generate(PROMPT)
+    rig.call(SleepCall(1))
+    rig.submit(WakeCall(("kv_cache",)))
+    rig.add("a", PROMPT)
+    rig.run()
+    assert rig.tokens["a"] == expected
+
+
+def test_what_a_wake_lets_in_is_drained_by_the_sleep_behind_it(make_rig):
+    """Would catch held requests that a wake and a sleep in one go leave held, with nothing left to wake them."""
+    rig = make_rig(on_sleeping_request="wake")
+    expected = rig.generate(PROMPT)
+    rig.call(SleepCall(1))
+    rig.add("a", PROMPT)
+    rig.submit(SleepCall(1, None, "wait"))
+    rig.run()
+    assert rig.tokens["a"] == expected
+    assert rig.core.state.is_sleeping
+
+
+def test_a_held_id_is_in_use(make_rig):
+    """Would catch a request that is lost because another took its name while both were held."""
+    rig = make_rig(on_sleeping_request="hold")
+    rig.call(SleepCall(1))
+    rig.add("a", PROMPT)
+    with pytest.raises(InvalidRequest, match="in use"):
+        rig.core._held.add(GenerateRequest("a", PROMPT), deadline=None)
+    rig.call(WakeCall())
+    rig.run()
+    assert rig.ended["a"] == "length"
+
+
+@pytest.mark.parametrize("timeout_s", ["5", float("nan"), -1.0, True])
+@pytest.mark.parametrize("call", [SleepCall, PauseCall])
+def test_a_deadline_is_a_number_of_seconds(rig, call, timeout_s):
+    """Would catch a drain that never ends, or an engine that does."""
+    with pytest.raises(InvalidRequest, match="timeout_s"):
+        rig.call(call(mode="wait", timeout_s=timeout_s))
+    assert rig.core.state.gate == "open"
+
+
+@pytest.mark.parametrize("verify", ["off", "sample"])
+def test_distrust_outlasts_a_failed_wake(make_rig, monkeypatch, verify):
+    """Would catch a retry that looks elsewhere, or nowhere, and opens the gate over memory known to be wrong."""
+    monkeypatch.setattr(residency, "SAMPLE_BYTES", 1)
+    rig = make_rig(verify_wake=verify, canary=False)
+    rig.call(UpdateCall(named_tensors=list(tensors_of(rig).items())))
+    rig.backend.fail_next("release", when="after")
+    with pytest.raises(EngineFaulted):
+        rig.call(SleepCall(1))
+    corrupt_saved(rig)
+    for _ in range(3):
+        with pytest.raises(VerificationFailed):
+            rig.call(WakeCall())
+    rig.call(SleepCall(2))
+    assert rig.call(WakeCall()).verified == "full"
+    rig.call(SleepCall(1))
+    assert rig.call(WakeCall()).verified == verify
+
+
+def test_an_update_that_breaks_off_is_checked_all_the_same(rig):
+    """Would catch nonsense, written before the tensor that was refused, being served."""
+    name, tensor = negated_head(rig)[0]
+    bad = [(name, torch.full_like(tensor, float("nan"))), ("no_such.weight", tensor)]
+    with pytest.raises(EngineFaulted, match="canary"):
+        rig.call(UpdateCall(named_tensors=bad))
+    with pytest.raises(EngineFaulted):
+        rig.generate(PROMPT)
+
+
+def test_an_update_that_writes_nothing_changes_no_version(rig):
+    """Would catch a report of updated weights where none were, and a canary that forgot what it knew."""
+    before = rig.call(RpcCall("weights_source"))
+    with pytest.raises(InvalidRequest):
+        rig.call(UpdateCall(named_tensors=[("no_such.weight", torch.zeros(1))]))
+    rig.call(UpdateCall(named_tensors=[]))
+    assert rig.call(RpcCall("weights_source")) == before
+
+
+def test_versions_that_are_gone_leave_no_logits_behind(rig):
+    """Would catch a worker that grows with every update."""
+    for _ in range(3):
+        rig.call(UpdateCall(named_tensors=negated_head(rig)))
+        rig.call(SleepCall(2))
+        rig.call(WakeCall())
+    assert len(rig.core._executor._worker._canary._recorded) == 1
+
+
+def test_a_reload_that_fails_can_be_mended_without_sleep_mode(make_rig):
+    """Would catch an engine whose weights are gone and whose every way back is refused."""
+    rig = make_rig(enable_sleep_mode=False)
+    expected = rig.generate(PROMPT)
+    rig.backend.fail_next("map_file")
+    with pytest.raises(ShuteyeError):
+        rig.call(ReloadCall())
+    assert rig.core.state.is_sleeping
+    assert rig.call(WakeCall()).changed
+    assert rig.generate(PROMPT) == expected
+
+
+def test_a_reload_that_cannot_even_be_undone_is_a_fault(rig):
+    """Would catch an error that says faulted while the state says that all is well."""
+    expected = rig.generate(PROMPT)
+    rig.backend.clear()
+    rig.call(ReloadCall())
+    at = rig.backend.steps.index("map_file")
+    rig.backend.clear()
+    rig.backend.fail_at(at)
+    rig.backend.fail_at(at + 1)  # the release that undoes it
+    with pytest.raises(EngineFaulted):
+        rig.call(ReloadCall())
+    assert rig.core.state.faulted
+    rig.call(WakeCall())
+    assert rig.generate(PROMPT) == expected
+
+
+def test_a_faulted_engine_does_not_doze(rig):
+    """Would catch level 0 answering as if there were a model to pause."""
+    rig.backend.fail_next("release")
+    with pytest.raises(EngineFaulted):
+        rig.call(SleepCall(1))
+    with pytest.raises(EngineFaulted):
+        rig.call(SleepCall(0))
+
+
+def test_a_state_nobody_can_tell_is_told_once(rig):
+    """Would catch a fault that wraps its own message in itself."""
+    rig.call(SleepCall(1))
+    rig.backend.clear()
+    rig.call(WakeCall())
+    at = len(rig.backend.steps) - 1 - rig.backend.steps[::-1].index("resident_bytes")
+    rig.call(SleepCall(1))
+    rig.backend.clear()
+    rig.backend.fail_at(at)
+    with pytest.raises(EngineFaulted) as caught:
+        rig.call(WakeCall())
+    assert caught.value.message.count("Nothing is served") == 1

@@ -92,8 +92,7 @@ def test_a_hundred_cycles_under_requests(real):
     """
     rig = real()
     chooser = random.Random(0)
-    module = rig.core._executor._worker._model.module
-    addresses = [tensor.data_ptr() for tensor in module.state_dict().values()]
+    addresses = [tensor.data_ptr() for tensor in rig.tensors().values()]
     expected = [rig.generate(prompt, HELD) for prompt in PROMPTS]
     resident = []
     for cycle in range(CYCLES):
@@ -106,6 +105,6 @@ def test_a_hundred_cycles_under_requests(real):
         assert rig.tokens[in_flight] == expected[cycle % 3], cycle
         resident.append(process_rss())
     assert [rig.generate(prompt, HELD) for prompt in PROMPTS] == expected
-    assert [tensor.data_ptr() for tensor in module.state_dict().values()] == addresses
+    assert [tensor.data_ptr() for tensor in rig.tensors().values()] == addresses
     early, late = statistics.median(resident[10:30]), statistics.median(resident[-20:])
     assert late - early < 4 << 20, f"{(late - early) / CYCLES:.0f} bytes are lost per cycle"

@@ -16,7 +16,7 @@ MAX_STEPS = 200
 
 
 def tensors_of(rig):
-    return {n: t.detach().clone() for n, t in rig.core._executor._worker._model.module.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in rig.tensors().items()}
 
 
 def make_dirty(rig):

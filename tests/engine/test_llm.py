@@ -1,5 +1,6 @@
 """The blocking engine: the contract's Python surface."""
 
+import signal
 import threading
 
 import pytest
@@ -131,3 +132,48 @@ def test_unknown_options_are_refused(options):
 
 def test_public_names_are_there():
     assert all(getattr(shuteye, name) is not None for name in shuteye.__all__)
+
+
+def test_closing_while_a_sleep_drains_tells_the_one_who_waits(options):
+    """Would catch a caller left waiting, or an engine thread that ends in an error of its own."""
+    outcome = []
+    llm = LLM(**options, enable_sleep_mode=True)
+    long = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+
+    def tell(call):
+        try:
+            outcome.append(call())
+        except EngineDead as error:
+            outcome.append(error)
+
+    calls = (lambda: llm.generate("hello", long), lambda: llm.sleep(1, mode="wait"))
+    threads = [threading.Thread(target=tell, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    while llm.state.gate == "open":
+        pass
+    llm.close()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert [type(item) for item in outcome] == [EngineDead, EngineDead]
+
+
+def test_an_unknown_verb_is_refused_and_the_engine_lives(llm):
+    """Would catch a typo that ends the engine's thread."""
+    for verb in ("no_such", "release", "canary_agrees"):
+        with pytest.raises(InvalidRequest, match="residual_bytes"):
+            llm.collective_rpc(verb)
+    assert llm.generate("hello", GREEDY)[0].finished
+
+
+def test_ctrl_c_ends_what_was_generated_for_it(llm):
+    """Would catch a generate() that cannot be interrupted, or whose requests go on for nobody."""
+    long = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    timer = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    llm.pause("keep")
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["hello", "there"], long)
+    llm.resume()
+    assert llm.generate("hello", GREEDY)[0].finished
+    assert (llm.stats.num_running, llm.stats.num_waiting) == (0, 0)

@@ -1,5 +1,7 @@
 """Random sequences of calls and requests against a model of the transition table."""
 
+from collections import Counter
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -15,25 +17,43 @@ MODES = st.sampled_from(["abort", "wait", "keep"])
 LENGTH = 16
 
 
+class Truth:
+    """One rig for all examples, and what its model says with the image's weights and with updated ones."""
+
+    def __init__(self, rig):
+        self.rig = rig
+        self.seen = Counter()  # (call, whether it was legal)
+        self.params = SamplingParams(temperature=0.0, max_tokens=LENGTH, ignore_eos=True)
+        self.image = {name: tensor.clone() for name, tensor in rig.tensors().items()}
+        self.updated_tensors = self.image | {"model.norm.weight": -self.image["model.norm.weight"]}
+        self.expected = {False: self.answers()}
+        rig.call(UpdateCall(named_tensors=list(self.updated_tensors.items())))
+        self.expected[True] = self.answers()
+        assert self.expected[True] != self.expected[False]
+
+    def answers(self):
+        return [self.rig.generate(prompt, self.params) for prompt in PROMPTS]
+
+    def begin(self):
+        """Awake, open, idle, with the image's weights, whatever the last example left behind."""
+        self.rig.call(PauseCall("abort"))
+        self.rig.call(SleepCall(2))
+        self.rig.call(WakeCall())
+        self.rig.call(ResumeCall())
+        self.rig.run()
+        self.rig.tokens.clear()
+        self.rig.ended.clear()
+
+
 class Machine(RuleBasedStateMachine):
     """The model: residencies, pause and level-0 flags, and which weights are true."""
 
-    make_rig = None  # set by the test
+    truth = None  # set by the test
 
     @initialize()
     def start(self):
-        self.rig = type(self).make_rig()
-        params = SamplingParams(temperature=0.0, max_tokens=LENGTH, ignore_eos=True)
-        self.params = params
-        self.expected = {False: [self.rig.generate(prompt, params) for prompt in PROMPTS]}
-        self.image = {
-            name: tensor.detach().clone()
-            for name, tensor in self.rig.core._executor._worker._model.module.state_dict().items()
-        }
-        self.updated_tensors = self.image | {"model.norm.weight": -self.image["model.norm.weight"]}
-        self.rig.call(UpdateCall(named_tensors=list(self.updated_tensors.items())))
-        self.expected[True] = [self.rig.generate(prompt, params) for prompt in PROMPTS]
-        self.rig.call(ReloadCall())
+        self.rig, self.params = self.truth.rig, self.truth.params
+        self.truth.begin()
         self.weights, self.kv = "resident", "resident"
         self.updated = False  # whether the true weights are the updated ones
         self.paused = self.dozing = False
@@ -52,11 +72,13 @@ class Machine(RuleBasedStateMachine):
 
     def outcome(self, call):
         """Run a call: True if it was served, False on a conflict."""
+        legal = True
         try:
             self.rig.call(call)
         except TransitionConflict:
-            return False
-        return True
+            legal = False
+        self.truth.seen[type(call).__name__, legal] += 1
+        return legal
 
     def settle(self, mode):
         """What a drain did to the requests on their way."""
@@ -66,6 +88,14 @@ class Machine(RuleBasedStateMachine):
             self.held.clear()
 
     # --- calls ----------------------------------------------------------------------------------
+
+    @rule(level=st.sampled_from([1, 2]), mode=MODES)
+    def sleep_wholly(self, level, mode):
+        self.sleep(level, None, mode)
+
+    @rule()
+    def wake_wholly(self):
+        self.wake(None)
 
     @rule(level=st.sampled_from([0, 1, 2]), tags=TAG_CHOICES, mode=MODES)
     def sleep(self, level, tags, mode):
@@ -127,7 +157,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(new=st.booleans())
     def update(self, new):
-        tensors = self.updated_tensors if new else self.image
+        tensors = self.truth.updated_tensors if new else self.truth.image
         legal = self.weights in ("resident", "blank")
         assert self.outcome(UpdateCall(named_tensors=list(tensors.items()))) == legal
         if legal:
@@ -189,22 +219,24 @@ class Machine(RuleBasedStateMachine):
             if ended == "length":
                 assert len(self.rig.tokens[request_id]) == LENGTH
             if ended == "length" and index is not None:
-                expected = [self.expected[updated][index] for updated in (False, True)]
+                expected = [self.truth.expected[updated][index] for updated in (False, True)]
                 assert self.rig.tokens[request_id] in expected
                 if request_id == f"request-{self.count}":
-                    assert self.rig.tokens[request_id] == self.expected[self.updated][index]
+                    assert self.rig.tokens[request_id] == self.truth.expected[self.updated][index]
 
 
-def test_random_sequences_follow_the_table(make_rig):
+def test_random_sequences_follow_the_table(rig):
     """Would catch any order of calls and requests after which the engine does something the table does not say."""
-    Machine.make_rig = make_rig
+    Machine.truth = Truth(rig)
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=25,
-            stateful_step_count=25,
+            max_examples=200,
+            stateful_step_count=30,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
         ),
     )
+    often = ["SleepCall", "WakeCall", "UpdateCall", "ReloadCall", "ResumeCall"]
+    assert all(Machine.truth.seen[name, legal] >= 10 for name in often for legal in (True, False)), Machine.truth.seen

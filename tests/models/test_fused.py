@@ -1,10 +1,15 @@
 """The flat decoder loop against the modules it replaces."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from shuteye.memory.layout import Slot
 from shuteye.models import fused
-from shuteye.models.fused import fuse
+from shuteye.models.fused import FusedDecoder
+from shuteye.models.loaded import ModuleDecoder
 from shuteye.plans import Chunk, StepPlan
 from shuteye.runner.batch import PackedBatch
 from shuteye.testing import tiny_model
@@ -50,20 +55,20 @@ def logits_of(model, kv_cache):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.03)])
 def test_the_loop_computes_what_the_modules_compute(checkpoint, load, dtype, tolerance):
     """Would catch a bias, norm, rotation or scale that the loop leaves out or rounds elsewhere."""
-    driver = load(checkpoint, dtype=dtype)
-    assert driver.model.fused is not None
-    by_loop = logits_of(driver.model, driver.kv_cache)
-    driver.model.fused = None
-    by_modules = logits_of(driver.model, driver.kv_cache)
-    assert by_loop.shape == by_modules.shape
-    assert (by_loop - by_modules).abs().max() <= tolerance * by_modules.abs().max()
+    loop, modules = load(checkpoint, dtype=dtype), load(checkpoint, dtype=dtype, modules=True)
+    assert isinstance(loop.model.decoder, FusedDecoder)
+    assert isinstance(modules.model.decoder, ModuleDecoder)
+    found, expected = (logits_of(driver.model, driver.kv_cache) for driver in (loop, modules))
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def test_the_loop_sees_weights_that_are_written(load, tiny_checkpoint):
     """Would catch a fused copy of a weight: it would go on with the old values, and never sleep."""
     driver = load(tiny_checkpoint)
     before = logits_of(driver.model, driver.kv_cache)
-    driver.model.module.model.layers[0].self_attn.k_proj.weight.mul_(-1.0)
+    slot = driver.image.layout.slots["model.layers.0.self_attn.k_proj.weight"]
+    driver.weights.slot_view(slot).mul_(-1.0)
     assert not torch.allclose(logits_of(driver.model, driver.kv_cache), before)
 
 
@@ -71,15 +76,30 @@ def test_the_loop_sees_weights_that_are_written(load, tiny_checkpoint):
 def test_what_is_not_recognised_keeps_its_modules(architecture, tmp_path, load):
     extra = {"gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4}, "mixtral": {"num_local_experts": 2}}
     checkpoint = tiny_model(tmp_path / "m", architecture=architecture, **extra.get(architecture, {}))
-    assert load(checkpoint).model.fused is None
+    assert isinstance(load(checkpoint).model.decoder, ModuleDecoder)
 
 
 def test_another_activation_is_not_recognised(tmp_path, load):
-    assert load(tiny_model(tmp_path / "m", hidden_act="gelu")).model.fused is None
+    assert isinstance(load(tiny_model(tmp_path / "m", hidden_act="gelu")).model.decoder, ModuleDecoder)
 
 
-def test_projections_that_do_not_touch_are_not_fused(load, tiny_checkpoint, monkeypatch):
+def test_projections_that_do_not_touch_are_not_fused():
     """Would catch a wide view over padding between two weights."""
-    driver = load(tiny_checkpoint)
-    monkeypatch.setattr(fused, "pairwise", lambda slots: [(slots[0], slots[-1]), (slots[-1], slots[0])])
-    assert fuse(driver.model.module, driver.image.layout, driver.weights) is None
+    slots = {name: Slot(name, (2, 4), "float32", offset) for name, offset in (("a.weight", 0), ("b.weight", 64))}
+    named = fused._Slots(slots, lambda *_: torch.empty(0))
+    assert named.projection("a", "b") is None
+    assert named.projection("a") is not None
+
+
+def test_an_image_of_a_recognised_model_is_served_without_transformers(tiny_checkpoint, tmp_path):
+    """Would catch an import that costs seconds at every start."""
+    program = f"""
+import sys
+from pathlib import Path
+from shuteye.config import EngineConfig
+from shuteye.executors.inproc import InprocExecutor
+InprocExecutor(EngineConfig(model={str(tiny_checkpoint)!r}, cache_dir=Path({str(tmp_path)!r}))).close()
+print("transformers" in sys.modules)
+"""
+    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in "ab"]
+    assert [run.stdout.strip() for run in runs] == ["True", "False"], "the first run makes the image"

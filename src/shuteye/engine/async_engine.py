@@ -60,6 +60,7 @@ class AsyncEngine:
         self._given_config = config
         self._in_process = in_process
         self._link: ProcessLink | ThreadLink | None = None
+        self._restarting = asyncio.Lock()
         self._frontend = Frontend(config, self._post)
 
     # --- life -----------------------------------------------------------------------------------
@@ -68,25 +69,35 @@ class AsyncEngine:
         """Load the model; the first time builds its image, which takes longer.
 
         Raises:
+            InvalidRequest: it was started before.
             ShuteyeError: loading failed, as the message says.
         """
+        if self._link is not None or self._frontend.failure is not None:
+            raise InvalidRequest("The engine was started before; restart() starts one that has ended anew.")
+        frontend = self._frontend
         if self._in_process:
-            from shuteye.engine.thread_link import ThreadLink
-
-            loop = asyncio.get_running_loop()
-
-            def on_message(message: FromEngine) -> None:
-                loop.call_soon_threadsafe(self._frontend.on_message, message)
-
-            def on_death(error: ShuteyeError) -> None:
-                loop.call_soon_threadsafe(self._on_death, error)
-
-            self._link = ThreadLink(self._given_config, on_message=on_message, on_death=on_death)
-            self._link.start()
+            self._start_thread()
         else:
-            self._link = ProcessLink(self._given_config, on_message=self._frontend.on_message, on_death=self._on_death)
-            await self._link.start()
-        await asyncio.wrap_future(self._frontend.ready)
+            self._link = link = ProcessLink(self._given_config, on_message=frontend.on_message, on_death=self._on_death)
+            try:
+                await link.start()
+            except ShuteyeError as error:
+                frontend.fail(error, status="failed")
+        await asyncio.wrap_future(frontend.ready)
+
+    def _start_thread(self) -> None:
+        from shuteye.engine.thread_link import ThreadLink
+
+        loop = asyncio.get_running_loop()
+
+        def on_message(message: FromEngine) -> None:
+            loop.call_soon_threadsafe(self._frontend.on_message, message)
+
+        def on_death(error: ShuteyeError) -> None:
+            loop.call_soon_threadsafe(self._on_death, error)
+
+        self._link = ThreadLink(self._given_config, on_message=on_message, on_death=on_death)
+        self._link.start()
 
     async def close(self) -> None:
         """End the engine; requests in flight fail with EngineDead. Idempotent."""
@@ -106,11 +117,12 @@ class AsyncEngine:
             InvalidRequest: the engine is alive.
             ShuteyeError: loading failed.
         """
-        if self._frontend.failure is None:
-            raise InvalidRequest("The engine is alive; only a dead one can be restarted.")
-        await self.close()
-        self._frontend = Frontend(self._given_config, self._post)
-        await self.start()
+        async with self._restarting:
+            if self._frontend.failure is None:
+                raise InvalidRequest("The engine is alive; only a dead one can be restarted.")
+            await self.close()
+            self._frontend = Frontend(self._given_config, self._post)
+            await self.start()
 
     async def __aenter__(self) -> Self:
         try:
@@ -201,9 +213,8 @@ class AsyncEngine:
             ShuteyeError: refused or failed; before the first output if it never ran.
         """
         queue: asyncio.Queue[RequestOutput | ShuteyeError] = asyncio.Queue()
-        request_id = self._frontend.submit(
-            prompt, params, request_id=request_id, output_kind=output_kind, deliver=queue.put_nowait
-        )
+        frontend, deliver = self._frontend, queue.put_nowait  # after a restart there is another frontend
+        request_id = frontend.submit(prompt, params, request_id=request_id, output_kind=output_kind, deliver=deliver)
         try:
             while True:
                 item = await queue.get()
@@ -213,11 +224,11 @@ class AsyncEngine:
                 if item.finished:
                     return
         finally:
-            self._frontend.abort(request_id)
+            frontend.abort(request_id, deliver=deliver)
 
     async def abort(self, request_id: str) -> None:
-        """End a request; its iterator gets nothing more. Unknown ids are ignored: they have finished."""
-        self._frontend.abort(request_id)
+        """End a request; its iterator ends with finish reason "abort". Unknown ids are ignored: they have finished."""
+        self._frontend.end(request_id)
 
     # --- control --------------------------------------------------------------------------------
 
@@ -292,7 +303,14 @@ def _tensor_file(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
     """Tensors on their way to another process: a safetensors file in shared memory, gone afterwards."""
     from safetensors.torch import save_file
 
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, given in named_tensors:
+        tensor = given.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in storages else tensor  # the format refuses shared memory
+        storages.add(storage)
     directory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.NamedTemporaryFile(prefix="shuteye-update-", suffix=".safetensors", dir=directory) as file:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors}, file.name)
+        save_file(tensors, file.name)
         yield file.name

@@ -25,9 +25,11 @@ from shuteye.engine.messages import (
     WakeCall,
 )
 from shuteye.engine.scheduler import Scheduler
-from shuteye.engine.sleep import SleepController, parse_level, parse_mode, parse_tags
+from shuteye.engine.sleep import SleepController, parse_level, parse_mode, parse_tags, parse_timeout
 from shuteye.errors import (
     DrainTimeout,
+    EngineFaulted,
+    InvalidRequest,
     ModelSleeping,
     ShuteyeError,
     SleepModeDisabled,
@@ -46,6 +48,9 @@ from shuteye.outputs import (
 )
 from shuteye.plans import ModelFacts, SleepPlan
 from shuteye.request import DrainMode, GenerateRequest
+
+RPC_VERBS = ("facts", "missing", "residual_bytes", "states", "verify", "weights_source")
+"""What `collective_rpc` may call: verbs that change nothing, or they would go behind the sleep controller's back."""
 
 Report = SleepReport | WakeReport | UpdateReport | list[Any] | None
 Steps = Generator[None, None, Report]
@@ -102,6 +107,7 @@ class EngineCore:
         self._held = HeldRequests(limit=config.hold_queue_size)
         self._transitions: deque[Transition] = deque()
         self._closing_for_sleep = False
+        self._waking_for_requests = False
         self._deltas: list[RequestDelta] = []
 
     # --- what callers see -----------------------------------------------------------------------
@@ -150,9 +156,8 @@ class EngineCore:
     def step(self) -> list[RequestDelta]:
         """Advance the oldest control call as far as it goes, then run one step of the model if the gate lets it."""
         self._advance_transitions()
+        self._release_held()
         self._deltas += self._held.expire(time.monotonic())
-        if self._sleep.state.gate == "open":
-            self._release_held()
         if self._sleep.state.gate != "closed":
             self._run_model()
         deltas, self._deltas = self._deltas, []
@@ -191,10 +196,12 @@ class EngineCore:
 
     def _wake_for_requests(self) -> None:
         """Wake once, however many requests ask for it; if that fails, so do those it was meant for."""
-        if any(isinstance(transition.call, WakeCall) for transition in self._transitions):
+        if self._waking_for_requests:
             return
+        self._waking_for_requests = True
 
         def answer(outcome: Report | ShuteyeError) -> None:
+            self._waking_for_requests = False
             if isinstance(outcome, TransitionConflict):
                 outcome = ModelSleeping()
             if isinstance(outcome, ShuteyeError):
@@ -203,13 +210,15 @@ class EngineCore:
         self.submit(WakeCall(), answer)
 
     def _release_held(self) -> None:
-        for request in self._held.take():
-            self._scheduler.add(request)
+        if self._sleep.state.gate == "open":
+            for request in self._held.take():
+                self.add(request)
 
     # --- control calls --------------------------------------------------------------------------
 
     def _advance_transitions(self) -> None:
         while self._transitions:
+            self._release_held()  # what the last one let in runs, or is drained by the next one
             transition = self._transitions[0]
             outcome: Report | ShuteyeError
             try:
@@ -226,7 +235,9 @@ class EngineCore:
             transition.answer(outcome)
 
     def _start(self, call: ControlCall) -> Steps:
-        if isinstance(call, SleepCall | WakeCall) and not self.config.enable_sleep_mode:
+        state = self._sleep.state
+        recovers = isinstance(call, WakeCall) and (state.is_sleeping or state.faulted)  # from a reload that failed
+        if isinstance(call, SleepCall | WakeCall) and not self.config.enable_sleep_mode and not recovers:
             raise SleepModeDisabled("Sleep mode is off; start the engine with enable_sleep_mode (--enable-sleep-mode).")
         starts: dict[type, Callable[[Any], Steps]] = {
             SleepCall: self._sleep_steps,
@@ -265,6 +276,7 @@ class EngineCore:
 
     def _doze_steps(self, call: SleepCall, mode: DrainMode, begin: float) -> Steps:
         """Level 0: a pause that wake_up lifts."""
+        self._sleep.refuse_if_faulted()
         state = self._sleep.state
         if state.is_sleeping:
             raise TransitionConflict(f"Cannot sleep at level 0: asleep at level {state.level}, which is deeper.")
@@ -331,9 +343,12 @@ class EngineCore:
                     reports = self._executor.call("update_weights_from_file", path)
                 case UpdateCall(named_tensors=named_tensors):
                     reports = self._executor.call("update_weights", named_tensors)
-        finally:
+        except EngineFaulted as error:
+            raise self._sleep.fault(error.message) from error
+        finally:  # also after an update that broke off: what it had written is there
             self._sleep.refresh()
-        self._sleep.check_after_update()
+            if not self._sleep.state.faulted:
+                self._sleep.check_after_update()
         return reports[0]
 
     def _reset_prefix_cache_steps(self, _call: ResetPrefixCacheCall) -> Steps:
@@ -343,6 +358,10 @@ class EngineCore:
 
     def _rpc_steps(self, call: RpcCall) -> Steps:
         yield from ()
+        if call.verb not in RPC_VERBS:
+            raise InvalidRequest(
+                f"collective_rpc cannot call {call.verb!r}; it can call {', '.join(RPC_VERBS)}.", param="method"
+            )
         return self._executor.call(call.verb, *call.args)
 
     # --- draining -------------------------------------------------------------------------------
@@ -359,13 +378,14 @@ class EngineCore:
         While the gate is closed already, nothing runs: what is in the scheduler is held, not waited for.
         """
         scheduler = self._scheduler
+        patience_s = parse_timeout(timeout_s, self.config.drain_timeout_s)
         self._sleep.set_gate(draining=True)
         if mode == "abort":
             ended = scheduler.abort_all() + self._held.abort_all()
             self._deltas += ended
             return len(ended), 0
         if mode == "wait" and self._sleep.state.gate != "closed":
-            deadline = time.monotonic() + (self.config.drain_timeout_s if timeout_s is None else timeout_s)
+            deadline = time.monotonic() + patience_s
             while scheduler.has_unfinished:
                 if time.monotonic() > deadline:
                     raise DrainTimeout(

@@ -32,7 +32,7 @@ from shuteye.engine.messages import (
     WakeReply,
 )
 from shuteye.engine.output_processor import OutputProcessor
-from shuteye.errors import EngineNotReady, InvalidRequest, ShuteyeError, rebuild
+from shuteye.errors import EngineDead, EngineNotReady, InvalidRequest, ShuteyeError, rebuild
 from shuteye.outputs import EngineState, ErrorInfo, ModelInfo, RequestOutput, SchedulerStats
 from shuteye.request import OutputKind, SamplingParams
 from shuteye.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ class Frontend:
         self._model: _Loaded | None = None
         self._deliver: dict[str, Deliver] = {}
         self._calls: dict[int, Future[Any]] = {}
-        self._call_ids = itertools.count(1)
+        self._numbers = itertools.count(1)
 
     # --- what is known --------------------------------------------------------------------------
 
@@ -120,33 +120,59 @@ class Frontend:
         request_id = request_id or uuid4().hex
         text, token_ids = self._tokens_of(prompt)
         with self._lock:
+            self._refuse_if_gone()  # once registered, `fail` tells the caller; before, only this does
             if request_id in self._deliver:
                 raise InvalidRequest(f"A request with id {request_id!r} is running already.", param="request_id")
             requests = self._loaded.outputs.add(
-                request_id, prompt=text, prompt_token_ids=token_ids, params=params, output_kind=output_kind
+                request_id,
+                prompt=text,
+                prompt_token_ids=token_ids,
+                params=params,
+                output_kind=output_kind,
+                engine_id=f"{request_id}#{next(self._numbers)}",
             )
             self._deliver[request_id] = deliver
-        self._send(AddRequests(tuple(requests)))
+        try:
+            self._send(AddRequests(tuple(requests)))
+        except ShuteyeError:
+            self._forget(request_id, deliver)
+            raise
         return request_id
 
-    def abort(self, request_id: str) -> None:
-        """Forget a request and free what it holds; nothing more is delivered for it."""
+    def abort(self, request_id: str, *, deliver: Deliver) -> None:
+        """Forget the request that `deliver` waits for and free what it holds; nothing more is delivered for it."""
+        engine_ids = self._forget(request_id, deliver)
+        if engine_ids and self.status == "ready":
+            self._send(AbortRequests(engine_ids))
+
+    def end(self, request_id: str) -> None:
+        """End a request early: its last output, with finish reason "abort", is delivered. Unknown ids are ignored."""
         with self._lock:
-            if self._deliver.pop(request_id, None) is None:
-                return
-            engine_ids = self._loaded.outputs.abort(request_id)
-        if self.status == "ready":
-            self._send(AbortRequests(tuple(engine_ids)))
+            engine_ids = self._model.outputs.engine_ids(request_id) if self._model else ()
+        if engine_ids and self.status == "ready":
+            self._send(AbortRequests(engine_ids))
 
     def call(self, call: ControlCall) -> Future[Any]:
         """Send a control call; the future gets its report, or a ShuteyeError."""
-        self._refuse_if_gone()
         future = _promise()
         with self._lock:
-            call_id = next(self._call_ids)
+            self._refuse_if_gone()
+            call_id = next(self._numbers)
             self._calls[call_id] = future
-        self._send(Control(call_id, call))
+        try:
+            self._send(Control(call_id, call))
+        except ShuteyeError:
+            self._calls.pop(call_id, None)
+            raise
         return future
+
+    def _forget(self, request_id: str, deliver: Deliver) -> tuple[str, ...]:
+        """The engine-side ids of a request nobody follows any more; none if it ended, even if its id was reused."""
+        with self._lock:
+            if self._deliver.get(request_id) != deliver:
+                return ()
+            del self._deliver[request_id]
+            return tuple(self._loaded.outputs.abort(request_id))
 
     def _tokens_of(self, prompt: str | Sequence[int]) -> tuple[str | None, tuple[int, ...]]:
         if isinstance(prompt, str):
@@ -166,7 +192,14 @@ class Frontend:
     # --- receiving ------------------------------------------------------------------------------
 
     def on_message(self, message: FromEngine) -> None:
-        """Take one message from the engine, in the order they were sent."""
+        """Take one message from the engine, in the order they were sent; what comes after the end is ignored."""
+        try:
+            self._take(message)
+        except Exception as error:  # a bug of ours: nobody would be told anything from here on
+            self.fail(EngineDead(f"Listening to the engine ended: {type(error).__name__}: {error}"), status="dead")
+            raise
+
+    def _take(self, message: FromEngine) -> None:
         match message:
             case Stepped(deltas, stats):
                 self.stats = stats
@@ -178,23 +211,34 @@ class Frontend:
             case Failed(error):
                 self.fail(_rebuilt(error), status="failed")
             case ErrorReply(call_id, error):
-                self._calls.pop(call_id).set_exception(_rebuilt(error))
+                if (refused := self._calls.pop(call_id, None)) is not None:
+                    refused.set_exception(_rebuilt(error))
             case (
                 SleepReply(call_id, report)
                 | WakeReply(call_id, report)
                 | UpdateReply(call_id, report)
                 | PlainReply(call_id, report)
             ):
-                self._calls.pop(call_id).set_result(report)
+                if (answered := self._calls.pop(call_id, None)) is not None:
+                    answered.set_result(report)
 
     def _on_ready(self, info: ModelInfo, config: EngineConfig) -> None:
-        tokenizer = Tokenizer.from_directory(info.tokenizer_dir)
-        self._model = _Loaded(info, tokenizer, OutputProcessor(tokenizer))
-        self.config, self.status = config, "ready"
+        try:
+            tokenizer = Tokenizer.from_directory(info.tokenizer_dir)
+        except ShuteyeError as error:
+            self.fail(error, status="failed")
+            return
+        with self._lock:
+            if self.failure is not None:  # closed while loading
+                return
+            self._model = _Loaded(info, tokenizer, OutputProcessor(tokenizer))
+            self.config, self.status = config, "ready"
         self.ready.set_result(None)
 
     def _on_deltas(self, deltas: Sequence[Any]) -> None:
         with self._lock:
+            if self.failure is not None:
+                return
             processed = self._loaded.outputs.process(deltas)
             deliveries: list[tuple[Deliver, RequestOutput | ShuteyeError]] = []
             for output in processed.outputs:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from shuteye.errors import ModelSleeping, QueueFull
+from shuteye.errors import InvalidRequest, ModelSleeping, QueueFull
 from shuteye.outputs import ErrorInfo, RequestDelta
 from shuteye.request import GenerateRequest
 
@@ -38,8 +38,14 @@ class HeldRequests:
         """Hold a request.
 
         Raises:
+            InvalidRequest: the id is in use.
             QueueFull: as many are held as may be.
         """
+        if request.request_id in self._held:
+            raise InvalidRequest(
+                f"Request id {request.request_id!r} is in use; wait for it to end or choose another.",
+                param="request_id",
+            )
         if len(self._held) >= self._limit:
             raise QueueFull(f"{self._limit} requests are held already; try again once the model is awake.")
         self._held[request.request_id] = _Held(request, deadline)

@@ -156,7 +156,7 @@ class LLM:
                 outputs[waiting.pop(item.request_id)] = item
         finally:
             for request_id in waiting:
-                self._frontend.abort(request_id)
+                self._frontend.abort(request_id, deliver=arrived.put)
         return [outputs[index] for index in range(len(prompt_list))]
 
     def chat(
@@ -217,7 +217,7 @@ class LLM:
         self._call(ResetPrefixCacheCall()).result()
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
-        """Call a worker verb (see `runner.worker.VERBS`) on every rank."""
+        """Call a worker verb that changes nothing (see `engine.core.RPC_VERBS`) on every rank."""
         results: list[Any] = self._call(RpcCall(method, args)).result()
         return results
 

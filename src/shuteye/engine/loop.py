@@ -27,7 +27,7 @@ from shuteye.engine.messages import (
 )
 from shuteye.errors import ShuteyeError
 from shuteye.executors import open_executor
-from shuteye.outputs import EngineState
+from shuteye.outputs import EngineState, RequestDelta, SchedulerStats
 
 
 class Channel(Protocol):
@@ -48,8 +48,10 @@ def run_engine(config: EngineConfig, channel: Channel) -> None:
         executor = open_executor(config)
         try:
             core = EngineCore(config, executor)
+            loop = _Loop(core, channel)
+            loop.push_state()  # whoever learns that the engine is ready finds its state
             channel.send(Ready(core.info, core.config))
-            _Loop(core, channel).run()
+            loop.run()
         finally:
             executor.close()
     except ShuteyeError as error:
@@ -61,17 +63,19 @@ class _Loop:
         self._core = core
         self._channel = channel
         self._pushed: EngineState | None = None
+        self._told = SchedulerStats()
         self._running = True
 
     def run(self) -> None:
-        self._push_state()
-        while self._running:
+        self._tell([])
+        while True:
             for message in self._channel.receive(self._patience_s()):
                 self._handle(message)
+            if not self._running:
+                return
             deltas = self._core.step()
-            self._push_state()
-            if deltas:
-                self._channel.send(Stepped(tuple(deltas), self._core.stats))
+            self.push_state()
+            self._tell(deltas)
 
     def _patience_s(self) -> float | None:
         """How long there is nothing to do but listen."""
@@ -94,7 +98,7 @@ class _Loop:
 
     def _answer(self, call_id: int) -> Callable[[Report | ShuteyeError], None]:
         def answer(outcome: Report | ShuteyeError) -> None:
-            self._push_state()  # whoever reads the answer finds the state that goes with it
+            self.push_state()  # whoever reads the answer finds the state that goes with it
             if isinstance(outcome, ShuteyeError):
                 self._channel.send(ErrorReply(call_id, info_of(outcome)))
             else:
@@ -102,7 +106,15 @@ class _Loop:
 
         return answer
 
-    def _push_state(self) -> None:
+    def _tell(self, deltas: Sequence[RequestDelta]) -> None:
+        """Send what a step did, if it did anything that can be seen."""
+        stats = self._core.stats
+        if deltas or stats != self._told:
+            self._told = stats
+            self._channel.send(Stepped(tuple(deltas), stats))
+
+    def push_state(self) -> None:
+        """Send the sleep state if it is not what was sent last."""
         state = self._core.state
         if state != self._pushed:
             self._pushed = state

@@ -61,7 +61,7 @@ class UpdateCall(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReloadCall(msgspec.Struct, frozen=True, tag=True):
-    """`reload_weights(path)`; None means the image the engine was started from."""
+    """`reload_weights(path)`; None means the image that was loaded last."""
 
     path: str | None = None
 

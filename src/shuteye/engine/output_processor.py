@@ -60,9 +60,10 @@ class _Completion:
 
 @dataclass(slots=True)
 class _Request:
-    """What a caller asked for: one prompt, n completions."""
+    """What a caller asked for: one prompt, n completions. `engine_id` is its name in the engine."""
 
     request_id: str
+    engine_id: str
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
@@ -100,13 +101,18 @@ class OutputProcessor:
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         output_kind: OutputKind,
+        engine_id: str | None = None,
     ) -> list[GenerateRequest]:
         """Follow a request; the sequences to submit to the engine: itself, or "<id>/<index>" for n > 1.
+
+        Args:
+            engine_id: its name in the engine, if another than `request_id`: one never used before makes sure that
+                nothing still on its way for an earlier request of the same id is taken for this one's.
 
         Raises:
             InvalidRequest: the id, or one derived from it, is in use.
         """
-        request = _Request(request_id, prompt, tuple(prompt_token_ids), params, output_kind)
+        request = _Request(request_id, engine_id or request_id, prompt, tuple(prompt_token_ids), params, output_kind)
         children = _fan_out(request)
         taken = [child.request_id for child in children if child.request_id in self._completions]
         if taken or request_id in self._requests:
@@ -151,6 +157,11 @@ class OutputProcessor:
         for engine_id in request.unfinished_ids:
             del self._completions[engine_id]
         return list(request.unfinished_ids)
+
+    def engine_ids(self, request_id: str) -> tuple[str, ...]:
+        """The engine-side ids of a request that are unfinished; none if it is not known."""
+        request = self._requests.get(request_id)
+        return request.unfinished_ids if request else ()
 
     def fail_all(self, error: ErrorInfo) -> Processed:
         """Fail every request with the same error: there is no engine left to abort anything in."""
@@ -226,10 +237,10 @@ class OutputProcessor:
 def _fan_out(request: _Request) -> list[GenerateRequest]:
     params = request.params
     if params.n == 1:
-        return [GenerateRequest(request.request_id, request.prompt_token_ids, params)]
+        return [GenerateRequest(request.engine_id, request.prompt_token_ids, params)]
     return [
         GenerateRequest(
-            request_id=f"{request.request_id}/{index}",
+            request_id=f"{request.engine_id}/{index}",
             prompt_token_ids=request.prompt_token_ids,
             params=replace(params, n=1, seed=None if params.seed is None else params.seed + index),
         )

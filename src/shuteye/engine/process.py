@@ -1,6 +1,6 @@
 """The engine in a process of its own: what that process runs.
 
-Knows nothing of HTTP. `python -m shuteye.engine.process ENDPOINT` reads its config, one msgpack frame, from stdin.
+Knows nothing of HTTP. `python -m shuteye.engine.process ENDPOINT PARENT` reads its config, one frame, from stdin.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class ZmqChannel:
         self._socket.send(encode(message))
 
 
-def _die_with_parent() -> None:
-    """Linux: no engine outlives the server that started it, however that ended."""
+def _die_with_parent(parent_pid: int) -> None:
+    """Linux: no engine outlives the server that started it, however that ended. In a container its id may well be 1."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
+    if os.getppid() != parent_pid:
         sys.exit("the parent process has gone already")
 
 
 def main() -> None:
     """Serve one engine until told to shut down."""
-    _die_with_parent()
+    _die_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides when we end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config: EngineConfig = Decoder[EngineConfig](EngineConfig).decode(sys.stdin.buffer.read())

@@ -6,6 +6,7 @@ Knows nothing of requests; notices at once when the engine process ends.
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import signal
 import sys
@@ -13,11 +14,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import zmq.asyncio
 
 from shuteye.config import EngineConfig
 from shuteye.engine.messages import FromEngine, Shutdown, ToEngine
-from shuteye.errors import EngineDead, ShuteyeError
+from shuteye.errors import EngineDead, InvalidRequest, ShuteyeError
 from shuteye.executors.wire import Decoder, bind_pair, encode
 
 SHUTDOWN_GRACE_S = 10.0
@@ -39,47 +41,66 @@ class ProcessLink:
         self._on_message = on_message
         self._on_death = on_death
         self._decoder: Decoder[FromEngine] = Decoder(FromEngine)
+        self._checker: Decoder[ToEngine] = Decoder(ToEngine)
+        self._process: asyncio.subprocess.Process | None = None
         self._closing = False
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
-    def pid(self) -> int:
-        """The engine process's id."""
-        return self._process.pid
+    def pid(self) -> int | None:
+        """The engine process's id; None until it was started."""
+        return self._process.pid if self._process else None
 
     async def start(self) -> None:
-        """Start loading; Ready or Failed is the first message."""
+        """Start loading; Ready or Failed follows.
+
+        Raises:
+            EngineDead: there is no process to load in.
+        """
         self._directory = Path(tempfile.mkdtemp(prefix="shuteye-"))
         endpoint = f"ipc://{self._directory}/engine"
         self._context = zmq.asyncio.Context()
         self._socket = bind_pair(self._context, endpoint)
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "shuteye.engine.process", endpoint, stdin=asyncio.subprocess.PIPE
-        )
-        await self._give_config()
-        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
+        command = (sys.executable, "-m", "shuteye.engine.process", endpoint, str(os.getpid()))
+        try:
+            process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+            if self._closing:
+                process.kill()
+                raise EngineDead("The engine was closed while its process was being started.")
+            self._process = process
+            self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch(process))]
+            await self._give_config(process)
+        except OSError as error:
+            raise EngineDead(f"The engine process could not be started: {error}.") from error
 
-    async def _give_config(self) -> None:
-        stdin = self._process.stdin
+    async def _give_config(self, process: asyncio.subprocess.Process) -> None:
+        stdin = process.stdin
         assert stdin is not None
         stdin.write(encode(self._config))
         await stdin.drain()
         stdin.close()
 
     def post(self, message: ToEngine) -> None:
-        """Deliver a message to the engine."""
-        if not self._closing:
-            self._socket.send(encode(message))
+        """Deliver a message to the engine.
+
+        Raises:
+            InvalidRequest: a value in it is of another type than it should be; the engine would end over it.
+        """
+        if self._closing:
+            return
+        try:
+            frame = encode(message)
+            self._checker.decode(frame)
+        except (msgspec.ValidationError, TypeError, OverflowError) as error:
+            raise InvalidRequest(f"A value cannot be sent to the engine: {error}.") from error
+        self._socket.send(frame)
 
     async def close(self) -> None:
         """Stop the engine after its current step; kill it if that takes longer than the grace."""
         self.post(Shutdown())
         self._closing = True
-        try:
-            await asyncio.wait_for(self._process.wait(), SHUTDOWN_GRACE_S)
-        except TimeoutError:
-            self._process.send_signal(signal.SIGKILL)
-            await self._process.wait()
+        if self._process is not None:
+            await _end(self._process)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -91,11 +112,19 @@ class ProcessLink:
         while True:
             self._on_message(self._decoder.decode(await self._socket.recv()))
 
-    async def _watch(self) -> None:
-        code = await self._process.wait()
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        code = await process.wait()
         await asyncio.sleep(LAST_WORDS_S)
         if not self._closing:
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
             self._on_death(
                 EngineDead(f"The engine process ended by {how}; its requests are lost. Restart it or the server.")
             )
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    try:
+        await asyncio.wait_for(process.wait(), SHUTDOWN_GRACE_S)
+    except TimeoutError:
+        process.send_signal(signal.SIGKILL)
+        await process.wait()

@@ -5,6 +5,7 @@ Knows nothing of requests or tensors: the engine core drains requests first, the
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -92,6 +93,15 @@ def parse_mode(mode: str | None, default: DrainMode) -> DrainMode:
         case "abort" | "wait" | "keep":
             return mode
     raise InvalidRequest(f"mode must be 'abort', 'wait' or 'keep', got {mode!r}.", param="mode")
+
+
+def parse_timeout(timeout_s: float | None, default: float) -> float:
+    """How many seconds a drain may take; None means the configured default."""
+    if timeout_s is None:
+        return default
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or math.isnan(timeout_s) or timeout_s < 0:
+        raise InvalidRequest(f"timeout_s must be a number of seconds, 0 or more, got {timeout_s!r}.", param="timeout_s")
+    return timeout_s
 
 
 def plan_sleep(weights: Residency, kv_cache: Residency, *, level: int, tags: Sequence[Tag]) -> SleepPlan:
@@ -200,6 +210,7 @@ class SleepController:
         self._executor = executor
         self._verify = verify
         self._canary = canary
+        self._distrusted = False  # after a fault or a failed verification, until a full one has passed
         self.state = SleepState()
         self.refresh()
 
@@ -213,7 +224,7 @@ class SleepController:
             ranks: list[tuple[TagState, ...]] = self._executor.call("states")
             missing = self._executor.call("missing")
         except ShuteyeError as error:
-            raise self._fault(f"a rank cannot tell where its memory is: {error.message}") from error
+            raise self.fault(f"a rank cannot tell where its memory is: {error.message}") from error
         self._set(tags=tuple(map(_sum_states, zip(*ranks, strict=True))), missing=tuple(sorted({*sum(missing, ())})))
 
     def set_gate(self, *, paused: bool | None = None, dozing: bool | None = None, draining: bool | None = None) -> None:
@@ -257,7 +268,7 @@ class SleepController:
         try:
             ranks = self._executor.call("release", plan)
         except ShuteyeError as error:
-            raise self._fault(f"releasing failed: {error.message}") from error
+            raise self.fault(f"releasing failed: {error.message}") from error
         self.refresh()
         reports = tuple(map(_sum_reports, zip(*ranks, strict=True)))
         return SleepReport(
@@ -278,8 +289,7 @@ class SleepController:
             EngineFaulted: rolling back failed too.
         """
         begin = time.perf_counter()
-        recovering = self.state.faulted is not None
-        if recovering:
+        if self.state.faulted is not None:
             self._recover()
         state = self.state
         if not state.is_sleeping:
@@ -288,7 +298,7 @@ class SleepController:
         plan = plan_wake(state.residency("weights"), state.residency("kv_cache"), tags=tags, missing=state.missing)
         if plan == WakePlan():
             return WakeReport(changed=False, missing=state.missing, seconds=time.perf_counter() - begin)
-        report = self._restore(plan, verify="full" if recovering else self._verify)
+        report = self._restore(plan, verify="full" if self._distrusted else self._verify)
         self.set_gate(dozing=False)
         return replace(report, seconds=time.perf_counter() - begin)
 
@@ -301,7 +311,7 @@ class SleepController:
         try:
             self._check_canary()
         except ShuteyeError as error:
-            raise self._fault(f"the new weights cannot be trusted: {error.message}") from error
+            raise self.fault(f"the new weights cannot be trusted: {error.message}") from error
 
     def _restore(self, plan: WakePlan, *, verify: VerifyMode) -> WakeReport:
         try:
@@ -310,7 +320,9 @@ class SleepController:
             verified = self._check_bytes(plan, verify)
             canary = self._check_canary()
         except EngineFaulted as error:
-            raise self._fault(error.message) from error
+            if self.state.faulted is not None:
+                raise
+            raise self.fault(error.message) from error
         except ShuteyeError as error:
             self._undo(error)
             if isinstance(error, WakeFailed):
@@ -334,10 +346,12 @@ class SleepController:
         results = self._executor.call("verify", mode)
         bad = sum(len(result.bad_extents) for result in results)
         if bad:
+            self._distrusted = True
             raise VerificationFailed(
                 f"{bad} extents of the weights differ from their checksums, so the model stays asleep. "
                 "Run `shuteye images verify`; if the image is damaged, `reload_weights` or a restart rebuilds it."
             )
+        self._distrusted = self._distrusted and mode != "full"
         return sum(result.verified_bytes for result in results)
 
     def _check_canary(self) -> bool:
@@ -354,18 +368,20 @@ class SleepController:
         try:
             self._executor.call("undo_restore")
         except ShuteyeError as error:
-            raise self._fault(f"rolling back a wake failed: {error.message}, after: {cause.message}") from error
+            raise self.fault(f"rolling back a wake failed: {error.message}, after: {cause.message}") from error
         self.refresh()
 
     def _recover(self) -> None:
         try:
             self._executor.call("reset")
         except ShuteyeError as error:
-            raise self._fault(f"recovering failed: {error.message}") from error
+            raise self.fault(f"recovering failed: {error.message}") from error
         self._set(faulted=None)
         self.refresh()
 
-    def _fault(self, reason: str) -> EngineFaulted:
+    def fault(self, reason: str) -> EngineFaulted:
+        """Serve nothing from now on until `wake` has recovered; the error to raise."""
+        self._distrusted = True
         self._set(faulted=reason)
         return EngineFaulted(f"Nothing is served: {reason}. POST /wake_up tries to recover with a full verification.")
 

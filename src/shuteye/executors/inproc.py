@@ -40,7 +40,7 @@ class InprocExecutor:
 
     def call(self, verb: str, *args: Any) -> list[Any]:
         """Call a verb on the one rank; see `Executor.call`."""
-        assert verb in VERBS, verb
+        assert verb in VERBS, f"{verb!r} is not a verb of the worker"
         with _translated(verb):
             return [getattr(self._worker, verb)(*args)]
 

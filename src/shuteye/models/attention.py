@@ -49,6 +49,25 @@ class AttentionBatch(Protocol):
         ...
 
 
+class ModelBatch(AttentionBatch, Protocol):
+    """What a forward pass must know of a packed step; `runner.batch.PackedBatch` is one."""
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """[num_tokens]"""
+        ...
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """[num_tokens]"""
+        ...
+
+    @property
+    def logits_indices(self) -> torch.Tensor:
+        """[num_sampled]"""
+        ...
+
+
 class PagedCache(Protocol):
     """What attention must know of a KV cache; `cache.kv_cache.KVCache` is one."""
 

@@ -5,20 +5,61 @@ Knows nothing of checkpoints or of any batch. A model that is not recognised to 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm, silu
+from torch import Tensor
+from torch.nn.functional import embedding, linear, rms_norm, silu
 
-from shuteye.memory.arena import Arena
-from shuteye.memory.layout import Layout
-from shuteye.models.attention import AttentionContext, attend
+from shuteye.memory.layout import Slot
+from shuteye.models.attention import AttentionContext, ModelBatch, PagedCache, attend
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Types whose layer is exactly the one below: pre-norm, rotary positions, gated SiLU; nothing scaled or clipped."""
+
+INVERSE_FREQUENCIES = "model.rotary_emb.inv_freq"
+"""The buffer that the loop needs: float32 [head_dim / 2]."""
+
+
+@dataclass(frozen=True, slots=True)
+class FusedFacts:
+    """What the loop must know beside tensors; an image keeps it, so that later loads need no module.
+
+    Attributes:
+        attention_scale: of the attention logits.
+        rotary_scale: of cosines and sines (YaRN's attention factor; 1 elsewhere).
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    attention_scale: float
+    rotary_scale: float
+
+
+def recognise(module: Any) -> FusedFacts | None:
+    """The facts of a transformers module that the loop can stand in for; None for any other."""
+    config = module.config
+    if config.model_type not in MODEL_TYPES or config.hidden_act != "silu":
+        return None
+    attention = module.model.layers[0].self_attn
+    return FusedFacts(
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        norm_eps=config.rms_norm_eps,
+        attention_scale=attention.scaling,
+        rotary_scale=module.model.rotary_emb.attention_scaling,
+    )
+
+
+# --- the tensors ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,146 +75,152 @@ class Projection:
 
 
 @dataclass(frozen=True, slots=True)
-class Norm:
-    """Root mean square normalisation over the last dimension (arXiv:1910.07467)."""
-
-    weight: Tensor
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Any shape whose last dimension is the weight's."""
-        return rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-@dataclass(frozen=True, slots=True)
 class Layer:
     """One decoder layer; `qkv` has the rows of the query, key and value heads, `gate_up` those of both halves."""
 
-    input_norm: Norm
+    input_norm: Tensor
     qkv: Projection
-    query_norm: Norm | None
-    key_norm: Norm | None
+    query_norm: Tensor | None
+    key_norm: Tensor | None
     output: Projection
-    post_norm: Norm
+    post_norm: Tensor
     gate_up: Projection
     down: Projection
 
 
+@dataclass(frozen=True, slots=True)
+class FusedWeights:
+    """Every tensor of the model, as views of the arena: valid while it is resident."""
+
+    embedding: Tensor
+    layers: tuple[Layer, ...]
+    norm: Tensor
+    head: Projection
+
+
+class _Slots:
+    """Tensors by checkpoint name; wide ones where slots lie adjacent."""
+
+    def __init__(self, slots: Mapping[str, Slot], view: Callable[[int, Sequence[int], str], Tensor]) -> None:
+        self._slots = slots
+        self._view = view
+
+    def get(self, *names: str) -> Tensor | None:
+        """The rows of the named slots as one tensor; None unless they exist and nothing lies between them."""
+        slots = [self._slots[name] for name in names if name in self._slots]
+        touching = all(right.offset == left.offset + left.nbytes for left, right in pairwise(slots))
+        if len(slots) < len(names) or not touching:
+            return None
+        rows = sum(slot.shape[0] for slot in slots)
+        return self._view(slots[0].offset, (rows, *slots[0].shape[1:]), slots[0].dtype)
+
+    def __getitem__(self, name: str) -> Tensor:
+        slot = self._slots[name]
+        return self._view(slot.offset, slot.shape, slot.dtype)
+
+    def projection(self, *names: str) -> Projection | None:
+        """Several projections of one input as one; None unless they, and their biases if any, lie adjacent."""
+        weight, bias = self.get(*(f"{name}.weight" for name in names)), self.get(*(f"{name}.bias" for name in names))
+        has_bias = any(f"{name}.bias" in self._slots for name in names)
+        return None if weight is None or (has_bias and bias is None) else Projection(weight, bias)
+
+    def layer(self, prefix: str) -> Layer | None:
+        """One layer, or None if it is not laid out for the loop."""
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        qkv = self.projection(*(f"{attention}.{part}_proj" for part in "qkv"))
+        gate_up = self.projection(f"{mlp}.gate_proj", f"{mlp}.up_proj")
+        output, down = self.projection(f"{attention}.o_proj"), self.projection(f"{mlp}.down_proj")
+        if qkv is None or gate_up is None or output is None or down is None:
+            return None
+        return Layer(
+            input_norm=self[f"{prefix}.input_layernorm.weight"],
+            qkv=qkv,
+            query_norm=self.get(f"{attention}.q_norm.weight"),
+            key_norm=self.get(f"{attention}.k_norm.weight"),
+            output=output,
+            post_norm=self[f"{prefix}.post_attention_layernorm.weight"],
+            gate_up=gate_up,
+            down=down,
+        )
+
+
+def wide_weights(
+    slots: Mapping[str, Slot], view: Callable[[int, Sequence[int], str], Tensor], *, num_layers: int
+) -> FusedWeights | None:
+    """The model's tensors with projections of one input side by side; None if some are not laid out so.
+
+    Args:
+        slots: by checkpoint name, tied names included.
+        view: a tensor over (offset, shape, dtype) of the arena.
+    """
+    named = _Slots(slots, view)
+    layers = [named.layer(f"model.layers.{index}") for index in range(num_layers)]
+    head = named.projection("lm_head")
+    complete = tuple(layer for layer in layers if layer is not None)
+    if head is None or len(complete) < num_layers:
+        return None
+    return FusedWeights(named["model.embed_tokens.weight"], complete, named["model.norm.weight"], head)
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
 class FusedDecoder:
-    """The whole model of a packed step. Weights are views of the arena: valid while it is resident."""
+    """The whole model of a packed step."""
 
-    def __init__(self, module: Any, layers: list[Layer]) -> None:
-        config, first = module.config, module.model.layers[0].self_attn
-        self._embedding: Tensor = module.model.embed_tokens.weight
-        self._rotary = module.model.rotary_emb
-        self._layers = layers
-        self._norm = _norm(module.model.norm)
-        self._head = Projection(module.lm_head.weight, module.lm_head.bias)
-        self._head_dim: int = first.head_dim
-        self._scale: float = first.scaling
-        self._num_heads: int = config.num_attention_heads
-        self._num_kv_heads: int = config.num_key_value_heads
+    def __init__(
+        self,
+        facts: FusedFacts,
+        weights: FusedWeights,
+        inverse_frequencies: Tensor,
+        windows: Sequence[int | None],
+    ) -> None:
+        self.inverse_frequencies = inverse_frequencies
+        self._facts = facts
+        self._weights = weights
+        self._windows = windows
 
-    def forward(self, token_ids: Tensor, positions: Tensor, wanted: Tensor, context: AttentionContext) -> Tensor:
-        """Compute a step.
-
-        Args:
-            token_ids, positions: int64 [num_tokens].
-            wanted: int64 [num_sampled], the tokens whose logits are wanted.
-
-        Returns:
-            Logits [num_sampled, vocab_size] in the model's dtype.
-        """
-        hidden = nn.functional.embedding(token_ids, self._embedding)  # [num_tokens, hidden_size]
-        rotation = self._rotation(hidden, positions)
-        for index, layer in enumerate(self._layers):
-            hidden += self._attention(index, layer, layer.input_norm(hidden), rotation, context)
-            if index == len(self._layers) - 1:
-                hidden = hidden[wanted]  # K/V of the other tokens is written; nothing else of them is needed
-            gate, up = layer.gate_up(layer.post_norm(hidden)).chunk(2, dim=-1)
+    def forward(self, batch: ModelBatch, kv_cache: PagedCache) -> Tensor:
+        """Compute a step: logits [num_sampled, vocab_size] in the model's dtype."""
+        context = AttentionContext(batch, kv_cache, self._windows)
+        weights = self._weights
+        hidden = embedding(batch.input_ids, weights.embedding)  # [num_tokens, hidden_size]
+        rotation = self._rotation(batch.positions, hidden.dtype)
+        for index, layer in enumerate(weights.layers):
+            hidden += self._attention(index, layer, self._norm(hidden, layer.input_norm), rotation, context)
+            if index == len(weights.layers) - 1:
+                hidden = hidden[batch.logits_indices]  # K/V of the other tokens is written: they have done their part
+            gate, up = layer.gate_up(self._norm(hidden, layer.post_norm)).chunk(2, dim=-1)
             hidden += layer.down(silu(gate).mul_(up))
-        return self._head(self._norm(hidden))
+        return weights.head(self._norm(hidden, weights.norm))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Root mean square normalisation of the last dimension (arXiv:1910.07467)."""
+        return rms_norm(x, weight.shape, weight, self._facts.norm_eps)
 
     def _attention(
         self, index: int, layer: Layer, x: Tensor, rotation: tuple[Tensor, Tensor], context: AttentionContext
     ) -> Tensor:
-        heads = layer.qkv(x).view(len(x), -1, self._head_dim)  # [num_tokens, query + key + value heads, head_dim]
-        key_start, value_start = self._num_heads, self._num_heads + self._num_kv_heads
-        query, key, value = heads[:, :key_start], heads[:, key_start:value_start], heads[:, value_start:]
+        key_start = self._facts.num_heads
+        value_start = key_start + self._facts.num_kv_heads
+        heads = layer.qkv(x).view(len(x), -1, self._facts.head_dim)  # [num_tokens, query + key + value heads, head_dim]
         if layer.query_norm is not None and layer.key_norm is not None:
-            query, key = _rotate(layer.query_norm(query), rotation), _rotate(layer.key_norm(key), rotation)
+            query = _rotate(self._norm(heads[:, :key_start], layer.query_norm), rotation)
+            key = _rotate(self._norm(heads[:, key_start:value_start], layer.key_norm), rotation)
         else:
             both = _rotate(heads[:, :value_start], rotation)
             query, key = both[:, :key_start], both[:, key_start:]
-        found = attend(context, index, query, key, value, scale=self._scale)
+        found = attend(context, index, query, key, heads[:, value_start:], scale=self._facts.attention_scale)
         return layer.output(found.reshape(len(x), -1))
 
-    def _rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines, and sines with the sign that `_rotate` needs: both [num_tokens, 1, head_dim]."""
-        cos, sin = self._rotary(hidden, positions[None])
-        sin = sin[0, :, None].clone()
-        sin[..., : sin.shape[-1] // 2].neg_()
-        return cos[0, :, None], sin
+        angles = torch.outer(positions.float(), self.inverse_frequencies)
+        cos, sin = angles.cos() * self._facts.rotary_scale, angles.sin() * self._facts.rotary_scale
+        return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype)
 
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary positions (arXiv:2104.09864): halves as real and imaginary parts, [num_tokens, heads, head_dim]."""
     cos, signed_sin = rotation
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
-
-
-# --- recognition ----------------------------------------------------------------------------------
-
-
-def fuse(module: Any, layout: Layout, arena: Arena) -> FusedDecoder | None:
-    """The same model as a flat loop, or None where it is not recognised, or not laid out for it."""
-    config = module.config
-    if config.model_type not in MODEL_TYPES or config.hidden_act != "silu":
-        return None
-    layers = [_layer(layer, f"model.layers.{index}", layout, arena) for index, layer in enumerate(module.model.layers)]
-    complete = [layer for layer in layers if layer is not None]
-    return FusedDecoder(module, complete) if len(complete) == len(layers) else None
-
-
-def _layer(layer: Any, name: str, layout: Layout, arena: Arena) -> Layer | None:
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv = _wide([f"{name}.self_attn.{part}_proj" for part in "qkv"], layout, arena)
-    gate_up = _wide([f"{name}.mlp.{part}_proj" for part in ("gate", "up")], layout, arena)
-    if qkv is None or gate_up is None:
-        return None
-    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    return Layer(
-        input_norm=_norm(layer.input_layernorm),
-        qkv=qkv,
-        query_norm=None if query_norm is None else _norm(query_norm),
-        key_norm=None if key_norm is None else _norm(key_norm),
-        output=Projection(attention.o_proj.weight, attention.o_proj.bias),
-        post_norm=_norm(layer.post_attention_layernorm),
-        gate_up=gate_up,
-        down=Projection(mlp.down_proj.weight, mlp.down_proj.bias),
-    )
-
-
-def _norm(module: Any) -> Norm:
-    return Norm(module.weight, module.variance_epsilon)
-
-
-def _wide(names: list[str], layout: Layout, arena: Arena) -> Projection | None:
-    """Several projections of one input as one; None unless they lie adjacent."""
-    weight = _adjacent([f"{name}.weight" for name in names], layout, arena)
-    if weight is None:
-        return None
-    biases = [f"{name}.bias" for name in names]
-    if not any(bias in layout.slots for bias in biases):
-        return Projection(weight, None)
-    bias = _adjacent(biases, layout, arena)
-    return None if bias is None else Projection(weight, bias)
-
-
-def _adjacent(names: list[str], layout: Layout, arena: Arena) -> Tensor | None:
-    """The rows of the named slots as one tensor, if they exist and nothing lies between them."""
-    slots = [slot for name in names if (slot := layout.slots.get(name)) is not None]
-    if len(slots) < len(names) or any(right.offset != left.offset + left.nbytes for left, right in pairwise(slots)):
-        return None
-    rows = sum(slot.shape[0] for slot in slots)
-    return arena.view(slots[0].offset, (rows, *slots[0].shape[1:]), slots[0].dtype)

@@ -1,10 +1,11 @@
-"""A module bound to an arena: its parameters are views, its attention is paged, its forward takes packed batches.
+"""A model bound to an arena: its tensors are views, its attention is paged, its forward takes packed batches.
 
 Knows nothing of checkpoints, nor of when the memory under the views comes and goes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,10 +17,10 @@ from shuteye.errors import ImageFailure
 from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image import WeightImage
 from shuteye.models import attention
-from shuteye.models.attention import AttentionBatch, AttentionContext, PagedCache, attending
+from shuteye.models.attention import AttentionContext, ModelBatch, PagedCache, attending
 from shuteye.models.blueprint import build_module, quiet
 from shuteye.models.capabilities import check
-from shuteye.models.fused import FusedDecoder, fuse
+from shuteye.models.fused import INVERSE_FREQUENCIES, FusedDecoder, FusedFacts, wide_weights
 from shuteye.models.probe import AttentionFacts
 
 TOKENIZER_DIR = "tokenizer"
@@ -33,7 +34,8 @@ class ImageFacts:
     Attributes:
         context_length: positions the checkpoint was made for.
         default_sampling: what the checkpoint's generation config recommends.
-        transformers: the version whose code was examined for `attention`.
+        fused: what the flat loop must know, if it can stand in for the modules.
+        transformers: the version whose code was examined for `attention` and `fused`.
     """
 
     architecture: str
@@ -43,41 +45,49 @@ class ImageFacts:
     eos_token_ids: tuple[int, ...]
     default_sampling: dict[str, float]
     attention: AttentionFacts
+    fused: FusedFacts | None
     dtype: str
     transformers: str
 
 
-class ModelBatch(AttentionBatch, Protocol):
-    """What a forward pass must know of a packed step; `runner.batch.PackedBatch` is one."""
+class Decoder(Protocol):
+    """Whatever computes a packed step: a flat loop, or transformers' own modules."""
 
-    @property
-    def input_ids(self) -> torch.Tensor:
-        """[num_tokens]"""
+    def forward(self, batch: ModelBatch, kv_cache: PagedCache) -> torch.Tensor:
+        """Logits [num_sampled, vocab_size] of the tokens in `batch.logits_indices`, in that order."""
         ...
 
-    @property
-    def positions(self) -> torch.Tensor:
-        """[num_tokens]"""
-        ...
 
-    @property
-    def logits_indices(self) -> torch.Tensor:
-        """[num_sampled]"""
-        ...
+class ModuleDecoder:
+    """A transformers module whose parameters are views of an arena and whose attention is paged."""
+
+    def __init__(self, module: Any, windows: Sequence[int | None]) -> None:
+        self.module = module
+        self._windows = windows
+
+    def forward(self, batch: ModelBatch, kv_cache: PagedCache) -> torch.Tensor:
+        """See `Decoder`."""
+        with attending(AttentionContext(batch, kv_cache, self._windows)):
+            output = self.module(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                logits_to_keep=batch.logits_indices,
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
 
 class LoadedModel:
-    """A model whose parameters look into an arena; they are valid while that memory is resident.
+    """A model whose tensors look into an arena; they are valid while that memory is resident.
 
-    `fused` is the same model as a flat loop, where it is recognised: about half the time of the modules per step.
+    Attributes:
+        decoder: what computes its steps.
     """
 
-    def __init__(
-        self, module: Any, facts: ImageFacts, slot_names: dict[str, str], *, fused: FusedDecoder | None = None
-    ) -> None:
-        self.module = module
+    def __init__(self, facts: ImageFacts, decoder: Decoder, slot_names: dict[str, str]) -> None:
         self.facts = facts
-        self.fused = fused
+        self.decoder = decoder
         self._slot_names = slot_names
 
     @property
@@ -141,39 +151,50 @@ class LoadedModel:
         Returns:
             float32 logits [num_sampled, vocab_size] of the tokens in `batch.logits_indices`, in that order.
         """
-        context = AttentionContext(batch, kv_cache, self.facts.attention.windows)
-        if self.fused is not None:
-            return self.fused.forward(batch.input_ids, batch.positions, batch.logits_indices, context).float()
-        with attending(context):
-            output = self.module(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.positions[None],
-                use_cache=False,
-                logits_to_keep=batch.logits_indices,
-            )
-        logits: torch.Tensor = output.logits[0]
-        return logits.float()
+        return self.decoder.forward(batch, kv_cache).float()
 
 
-def bind(image: WeightImage, arena: Arena) -> LoadedModel:
-    """Build the module of an image and let every parameter look into `arena`, which has the image's layout.
+def bind(image: WeightImage, arena: Arena, *, modules: bool = False) -> LoadedModel:
+    """Let every tensor of an image look into `arena`, which has the image's layout; touches no weight.
 
-    Touches no weight: the arena need not be resident yet.
+    Args:
+        arena: need not be resident yet.
+        modules: use transformers' modules even for a model that the flat loop can compute.
 
     Raises:
         ImageFailure: image and module disagree; the message names the tensors.
         UnsupportedModel: transformers is another version than the image was made with, and serves this model no more.
     """
-    attention.register()
+    facts = msgspec.convert(dict(image.metadata), ImageFacts)
+    slot_names = {name: name for name in image.layout.slots} | dict(image.aliases)
+    decoder = None if modules else _bind_flat(image, arena, facts, slot_names)
+    if decoder is not None:
+        return LoadedModel(facts, decoder, slot_names)
     config = _read_config(image)
-    facts = _current_facts(image, config)
+    facts = _current_facts(facts, config)
+    module = _bind_module(image, arena, facts, slot_names, config)
+    return LoadedModel(facts, ModuleDecoder(module, facts.attention.windows), slot_names)
+
+
+def _bind_flat(image: WeightImage, arena: Arena, facts: ImageFacts, slot_names: dict[str, str]) -> FusedDecoder | None:
+    """The flat loop, which needs neither transformers nor the checkpoint's config; None if it is not for this model."""
+    if facts.fused is None:
+        return None
+    slots = {name: image.layout.slots[slot_name] for name, slot_name in slot_names.items()}
+    weights = wide_weights(slots, arena.view, num_layers=facts.fused.num_layers)
+    if weights is None:
+        return None
+    return FusedDecoder(facts.fused, weights, image.read_buffers()[INVERSE_FREQUENCIES], facts.attention.windows)
+
+
+def _bind_module(image: WeightImage, arena: Arena, facts: ImageFacts, slot_names: dict[str, str], config: Any) -> Any:
+    attention.register()
     with quiet():
         module = build_module(config, dtype=torch_dtype(facts.dtype), attention=attention.IMPLEMENTATION)
-    slot_names = {name: name for name in image.layout.slots} | dict(image.aliases)
     _bind_parameters(module, image, arena, slot_names)
     _bind_buffers(module, image.read_buffers())
     _require_complete(module, image)
-    return LoadedModel(module, facts, slot_names, fused=fuse(module, image.layout, arena))
+    return module
 
 
 def _read_config(image: WeightImage) -> Any:
@@ -182,11 +203,10 @@ def _read_config(image: WeightImage) -> Any:
     return AutoConfig.from_pretrained(image.path / CONFIG_DIR, trust_remote_code=False, local_files_only=True)
 
 
-def _current_facts(image: WeightImage, config: Any) -> ImageFacts:
+def _current_facts(facts: ImageFacts, config: Any) -> ImageFacts:
     """The image's facts; the model is examined anew if transformers has changed since the image was made."""
     from transformers import __version__
 
-    facts = msgspec.convert(dict(image.metadata), ImageFacts)
     if facts.transformers == __version__:
         return facts
     return replace(facts, attention=check(config), transformers=__version__)

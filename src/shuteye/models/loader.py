@@ -20,6 +20,7 @@ from shuteye.memory.image import ImageIdentity, WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.memory.image_writer import ImageWriter
 from shuteye.memory.layout import TensorSpec
+from shuteye.models.blueprint import build_module, quiet
 from shuteye.models.capabilities import check, task_of
 from shuteye.models.checkpoint import (
     CheckpointTensors,
@@ -29,6 +30,7 @@ from shuteye.models.checkpoint import (
     resolve_dtype,
     save_tokenizer,
 )
+from shuteye.models.fused import INVERSE_FREQUENCIES, FusedFacts, recognise
 from shuteye.models.layout_order import group_of, layout_order
 from shuteye.models.loaded import CONFIG_DIR, TOKENIZER_DIR, ImageFacts, LoadedModel, bind
 from shuteye.models.progress import NoProgress, Progress
@@ -36,7 +38,7 @@ from shuteye.models.sources import ModelSource
 
 __all__ = ["LoadedModel", "bind", "identity_of", "open_image"]
 
-RECIPE = 1
+RECIPE = 2
 """Part of every image's identity: to be raised when the same checkpoint is to give another image."""
 
 _SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -55,7 +57,8 @@ class _Conversion:
     def write(self, writer: ImageWriter) -> None:
         """Build the image; what cannot be served is refused before anything large is read."""
         config = read_config(self.source)
-        facts = _facts(config, read_generation_config(self.source), self.dtype)
+        blueprint = _blueprint(config, self.dtype)
+        facts = _facts(config, read_generation_config(self.source), self.dtype, fused=recognise(blueprint))
         save_tokenizer(self.source, writer.directory / TOKENIZER_DIR)
         _save_config(config, self.source, writer.directory / CONFIG_DIR)
         self.progress.start(f"Reading {self.source.name}", None)
@@ -65,6 +68,8 @@ class _Conversion:
             writer.begin(_specs(order, tensors), aliases=tensors.aliases, metadata=msgspec.to_builtins(facts))
             self.progress.start(f"Writing the weight image of {self.source.name}", tensors.nbytes)
             self._write_tensors(writer, order, tensors)
+            if facts.fused is not None:
+                writer.put_buffer(INVERSE_FREQUENCIES, blueprint.get_buffer(INVERSE_FREQUENCIES))
             self.progress.finish()
 
     def _write_tensors(self, writer: ImageWriter, order: list[str], tensors: CheckpointTensors) -> None:
@@ -106,7 +111,14 @@ def _specs(order: Iterable[str], tensors: CheckpointTensors) -> list[TensorSpec]
     return specs
 
 
-def _facts(config: Any, generation: Mapping[str, Any], dtype: torch.dtype) -> ImageFacts:
+def _blueprint(config: Any, dtype: torch.dtype) -> Any:
+    """The module without weights, to see what it is made of; `check` has a better word for what cannot be built."""
+    check(config)
+    with quiet():
+        return build_module(config, dtype=dtype, attention="eager")
+
+
+def _facts(config: Any, generation: Mapping[str, Any], dtype: torch.dtype, *, fused: FusedFacts | None) -> ImageFacts:
     from transformers import __version__
 
     return ImageFacts(
@@ -117,6 +129,7 @@ def _facts(config: Any, generation: Mapping[str, Any], dtype: torch.dtype) -> Im
         eos_token_ids=_eos_token_ids(generation.get("eos_token_id"), config.eos_token_id),
         default_sampling={key: generation[key] for key in _SAMPLING_KEYS if generation.get(key) is not None},
         attention=check(config),
+        fused=fused,
         dtype=dtype_name(dtype),
         transformers=__version__,
     )

@@ -177,7 +177,7 @@ class Worker:
         """Map and fill memory; on error the rank is as it was before."""
         reports = self._residency.restore(plan)
         if plan.weights == "reload":
-            self._version = self._image.identity.key
+            self._enter_version(self._image.identity.key)
         return reports
 
     def undo_restore(self) -> None:
@@ -224,7 +224,6 @@ class Worker:
         """
         begin = time.perf_counter()
         updated = updated_bytes = 0
-        self._leave_version()
         for name, tensor in named_tensors:
             slot_name = self._model.slot_of(name)
             if slot_name is None:
@@ -235,6 +234,9 @@ class Worker:
                     f"{name!r} has shape {tuple(tensor.shape)}, expected {slot.shape} ({updated} were written).",
                     param=name,
                 )
+            if updated == 0:
+                self._num_updates += 1
+                self._enter_version(f"{self._image.identity.key}+{self._num_updates}")
             self._weights.slot_view(slot).copy_(tensor)
             self._residency.mark_written(slot_name)
             updated, updated_bytes = updated + 1, updated_bytes + slot.nbytes
@@ -252,7 +254,7 @@ class Worker:
 
         Raises:
             InvalidRequest: the checkpoint's tensors differ in name, shape or dtype; nothing has changed.
-            ShuteyeError: mapping failed; the weights are discarded and `wake_up` or another reload brings them back.
+            ShuteyeError: mapping failed; the weights are discarded and `wake_up` brings them back.
         """
         begin = time.perf_counter()
         if path is not None:
@@ -270,12 +272,11 @@ class Worker:
             raise
         self._image = image
 
-    def _leave_version(self) -> None:
-        """The weights are about to differ from those the canary knows; its records of images stay."""
-        if self._version != self._image.identity.key:
+    def _enter_version(self, version: str) -> None:
+        """The weights are, or are about to be, others: the canary keeps its record only of the image they reload to."""
+        if self._version not in (version, self._image.identity.key):
             self._canary.forget(self._version)
-        self._num_updates += 1
-        self._version = f"{self._image.identity.key}+{self._num_updates}"
+        self._version = version
 
     # --- the end --------------------------------------------------------------------------------
 

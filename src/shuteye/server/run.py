@@ -5,18 +5,19 @@ Knows nothing of routes. Exit codes: 0 stopped as asked, 1 could not listen or l
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
 import signal
 import socket
 import threading
-from asyncio import Runner
 from collections.abc import Iterator
 from types import FrameType
 from typing import cast
 
 import uvicorn
+from uvicorn.lifespan.on import LifespanOn
 from uvicorn.server import HANDLED_SIGNALS
 
 from shuteye.config import EngineConfig
@@ -28,6 +29,8 @@ from shuteye.server.engine_protocol import ServedEngine
 logger = logging.getLogger(__name__)
 
 STOPPED, FAILED, FORCED = 0, 1, 130
+LAST_ANSWERS_S = 2.0
+"""After the grace, how long clients have to take the errors that end their requests."""
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
@@ -49,7 +52,7 @@ def serve_engine(engine: ServedEngine, config: ServerConfig) -> int:
     with listener:
         server = _Server(engine, config)
         _log_address(listener, config)
-        with Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(server.serve_until_stopped(listener))
         return server.exit_code
 
@@ -88,12 +91,14 @@ class _Server(uvicorn.Server):
                 lifespan="on",
                 log_config=None,
                 server_header=False,
-                timeout_graceful_shutdown=math.ceil(config.shutdown_grace_s),
+                timeout_graceful_shutdown=math.ceil(config.shutdown_grace_s + LAST_ANSWERS_S),
             )
         )
         self._engine = engine
         self._context: ServerContext = app.state.context
         self._load_failed = False
+        self._grace_s = config.shutdown_grace_s
+        self._waited_enough = asyncio.Event()
 
     @property
     def exit_code(self) -> int:
@@ -114,16 +119,32 @@ class _Server(uvicorn.Server):
         self._load_failed = self._context.loading.failed
         return self._load_failed or await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, except that whoever outlasts the grace is answered, and that a forced end is in order too."""
+        closing = asyncio.create_task(self._close_engine_when_grace_ends())
+        await super().shutdown(sockets)
+        self._waited_enough.set()
+        await closing
+        if isinstance(self.lifespan, LifespanOn) and not self.lifespan.shutdown_event.is_set():
+            await self.lifespan.shutdown()
+
+    async def _close_engine_when_grace_ends(self) -> None:
+        """An engine that closes answers its requests with an error; uvicorn would cut their connections."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._waited_enough.wait(), self._grace_s)
+        await self._engine.close()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, a second one of either kind does not wait."""
         if self.should_exit:
             logger.warning("Second signal: stopping without waiting for running requests.")
             self.force_exit = True
+            self._waited_enough.set()
             return
         logger.info(
-            "%s: no new connections; running requests have %s seconds. Another signal stops at once.",
+            "%s: no new connections; running requests have %g seconds. Another signal stops at once.",
             signal.Signals(sig).name,
-            self.config.timeout_graceful_shutdown,
+            self._grace_s,
         )
         self.should_exit = True
 

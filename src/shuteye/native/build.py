@@ -1,0 +1,88 @@
+"""Compiles the native library with whatever C++ compiler there is; run by the build hook, and by hand for sanitizers.
+
+Knows nothing of torch nor of the package around it: the build hook runs it before the package exists.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "csrc"
+LIBRARY = Path(__file__).parent / "_kernels.so"
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-fno-math-errno")
+_QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")  # in GCC 12's own intrinsics
+_AVX512 = (*_QUIET, "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
+KERNEL_FLAGS: dict[str, tuple[str, ...]] = {
+    "kernels_avx2.cpp": ("-mavx2", "-mfma"),
+    "kernels_avx512.cpp": _AVX512,
+    "kernels_amx.cpp": (*_AVX512, "-mamx-tile", "-mamx-bf16"),
+}
+"""Sources for one instruction set each, compiled on x86-64 only; never -march=native: the library may be moved."""
+
+
+class BuildFailed(Exception):
+    """No library was made; the message says why."""
+
+
+def find_compiler() -> list[str]:
+    """The command of a C++ compiler: `$CXX`, or the first of c++, g++, clang++.
+
+    Raises:
+        BuildFailed: there is none.
+    """
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    names = chosen[:1] or ["c++", "g++", "clang++"]
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        raise BuildFailed(f"No C++ compiler was found (looked for {', '.join(names)}). On Debian: apt install g++")
+    return [found, *chosen[1:]]
+
+
+def build(target: Path = LIBRARY, *, extra_flags: Sequence[str] = ()) -> Path:
+    """Compile and link `target`, atomically.
+
+    Raises:
+        BuildFailed: no compiler, or it failed; the message has its output.
+    """
+    compiler = find_compiler()
+    flags = [*COMMON_FLAGS, *extra_flags]
+    with tempfile.TemporaryDirectory(prefix="shuteye-native-") as scratch:
+        jobs = [_compile_command(compiler, flags, source, Path(scratch)) for source in _sources()]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(threads.map(_run, jobs))
+        linked = target.with_name(f"{target.name}.{os.getpid()}")
+        objects = [str(path) for path in sorted(Path(scratch).glob("*.o"))]
+        _run([*compiler, *flags, "-shared", "-o", str(linked), *objects])
+        linked.replace(target)
+    return target
+
+
+def _sources() -> list[Path]:
+    on_x86 = platform.machine() in {"x86_64", "AMD64"}
+    return [path for path in sorted(SOURCES.glob("*.cpp")) if on_x86 or path.name not in KERNEL_FLAGS]
+
+
+def _compile_command(compiler: list[str], flags: list[str], source: Path, scratch: Path) -> list[str]:
+    output = scratch / source.with_suffix(".o").name
+    return [*compiler, *flags, *KERNEL_FLAGS.get(source.name, ()), "-c", str(source), "-o", str(output)]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.stderr:
+        sys.stderr.write(done.stderr)
+    if done.returncode:
+        raise BuildFailed(f"{shlex.join(command)} failed with status {done.returncode}:\n{done.stderr[-4000:]}")
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1]) if len(sys.argv) > 1 else LIBRARY, extra_flags=sys.argv[2:]))

@@ -1,0 +1,112 @@
+// The C ABI that library.py calls. Knows no kernel; every call is safe from any thread, one job runs at a time.
+#include <vector>
+
+#include "decoder.h"
+
+namespace shuteye {
+const char* check_sequences(const ShuteyeSequences& sequences, const ShuteyeCache& cache, int64_t num_tokens);
+}
+
+using namespace shuteye;
+
+namespace {
+
+// One phase over `units`, each piece given scratch of its thread.
+template <class Body>
+void share(int64_t units, int64_t scratch_bytes, const Body& body) {
+  struct Job {
+    Phase phase;
+    int64_t units;
+    int num_threads;
+    std::vector<std::vector<char>> scratch;
+    const Body* body;
+    const KernelTable* table;
+  };
+  Job job;
+  job.units = units;
+  job.num_threads = pool_num_threads();
+  job.scratch.resize(job.num_threads, std::vector<char>(scratch_bytes + 64));
+  job.body = &body;
+  job.table = &active_table();
+  const auto work = [](void* context, int thread) {
+    Job& job = *static_cast<Job*>(context);
+    if (thread >= job.num_threads) return;
+    void* scratch = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(job.scratch[thread].data()), 64));
+    job.table->enter();
+    job.phase.run(job.units, job.num_threads,
+                  [&](int64_t first, int64_t end) { (*job.body)(*job.table, scratch, first, end); });
+    job.table->leave();
+  };
+  pool_run(work, &job);
+}
+
+} // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+int64_t shuteye_abi_version() { return 1; }
+int64_t shuteye_level_supported(int64_t level) { return level_supported(level); }
+int64_t shuteye_level() { return active_level(); }
+int64_t shuteye_set_level(int64_t level) { return select_level(level); }
+int64_t shuteye_num_threads() { return pool_num_threads(); }
+void shuteye_set_num_threads(int64_t count) { pool_set_num_threads(static_cast<int>(count < 1 ? 1 : count)); }
+void shuteye_stop() { pool_stop(); }
+
+void* shuteye_decoder_create(const ShuteyeModel* model) { return new Decoder(*model); }
+void shuteye_decoder_destroy(void* decoder) { delete static_cast<Decoder*>(decoder); }
+const char* shuteye_decoder_run(void* decoder, const ShuteyeStep* step) {
+  return static_cast<Decoder*>(decoder)->run(*step);
+}
+
+void shuteye_rms_norm(int64_t dtype, const void* x, const void* weight, double eps, void* out, int64_t rows,
+                      int64_t width) {
+  const int64_t row_bytes = width * (dtype == SHUTEYE_BFLOAT16 ? 2 : 4);
+  share(rows, 0, [&](const KernelTable& table, void*, int64_t first, int64_t end) {
+    table.norm_rows[dtype](static_cast<const char*>(x) + first * row_bytes, weight, static_cast<float>(eps),
+                           static_cast<char*>(out) + first * row_bytes, end - first, width);
+  });
+}
+
+void shuteye_silu_mul(int64_t dtype, const void* gate_up, void* out, int64_t rows, int64_t width) {
+  const int64_t row_bytes = width * (dtype == SHUTEYE_BFLOAT16 ? 2 : 4);
+  share(rows, 0, [&](const KernelTable& table, void*, int64_t first, int64_t end) {
+    table.silu_mul_rows[dtype](static_cast<const char*>(gate_up) + first * 2 * row_bytes,
+                               static_cast<char*>(out) + first * row_bytes, end - first, width);
+  });
+}
+
+void shuteye_linear(int64_t dtype, const void* x, const void* weight, const void* bias, void* out, int64_t num_tokens,
+                    int64_t in_features, int64_t out_features) {
+  const Linear linear{dtype,  num_tokens, in_features, out_features, x,   nullptr,      nullptr,
+                      0.0f,   weight,     bias,        nullptr,      out, out_features, Finish::store};
+  share((out_features + kTileRows - 1) / kTileRows, 64 + linear_scratch_bytes(num_tokens, in_features),
+        [&](const KernelTable& table, void* scratch, int64_t first, int64_t end) {
+          bool& prepared = *static_cast<bool*>(scratch); // scratch begins as zeros; 64 bytes of it are the flag's
+          void* rest = static_cast<char*>(scratch) + 64;
+          if (!prepared) table.prepare(linear, rest);
+          prepared = true;
+          const int64_t end_row = end * kTileRows < out_features ? end * kTileRows : out_features;
+          table.linear_rows(linear, rest, first * kTileRows, end_row);
+        });
+}
+
+void shuteye_rope_and_write(const ShuteyeRope* rope) {
+  share(rope->num_heads + 2 * rope->cache.num_kv_heads, 0,
+        [&](const KernelTable& table, void*, int64_t first, int64_t end) {
+          table.rope_heads[rope->dtype](*rope, first, end);
+        });
+}
+
+const char* shuteye_paged_attention(const ShuteyeAttention* attention, int64_t num_tokens) {
+  if (const char* wrong = check_sequences(attention->sequences, attention->cache, num_tokens)) return wrong;
+  AttentionTasks tasks;
+  tasks.plan(attention->sequences, attention->cache, attention->num_heads);
+  share(tasks.size(), attention_scratch_bytes(attention->cache.head_dim),
+        [&](const KernelTable& table, void* scratch, int64_t first, int64_t end) {
+          tasks.run(table, *attention, scratch, first, end);
+        });
+  return nullptr;
+}
+}
+#pragma GCC visibility pop

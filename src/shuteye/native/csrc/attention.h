@@ -1,0 +1,292 @@
+// Attention of a tile of queries over paged keys and values, read where they lie; online softmax (arXiv:2205.14135).
+// Knows nothing of threads, nor of how the tiles were chosen.
+//
+// A tile's rows are its tokens times the query heads of its KV head, token by token. Row r sees the key positions
+// [first_seen(r), position(r)], cut to the task's range: only those are ever computed with, so that what lies in blocks
+// past a context's end, NaN included, is never touched.
+#pragma once
+#include "rope.h"
+
+namespace SHUTEYE_ISA {
+
+using shuteye::AttentionTask;
+using shuteye::kKeySpan;
+
+constexpr int64_t kRowGroup = 4;    // rows that share the loading of a key or value
+constexpr int64_t kValueVectors = 4; // vectors of a value that one group holds in registers
+
+struct AttentionShape {
+  int64_t group; // query heads per KV head
+  int64_t rows;
+  int64_t head_dim;
+  int64_t padded_dim;
+
+  AttentionShape(const ShuteyeAttention& attention, const AttentionTask& task) {
+    group = attention.num_heads / attention.cache.num_kv_heads;
+    rows = task.num_tokens * group;
+    head_dim = attention.cache.head_dim;
+    padded_dim = shuteye::round_up(head_dim, 16);
+  }
+};
+
+struct AttentionScratch {
+  float* query;  // [rows, padded_dim], padding zero
+  float* sums;   // [rows, padded_dim], of values, weighted
+  float* scores; // [rows, kKeySpan]
+  float* maxima; // [rows]
+  float* totals; // [rows], of weights
+
+  AttentionScratch(void* memory, const AttentionShape& shape) {
+    query = static_cast<float*>(memory);
+    sums = query + shape.rows * shape.padded_dim;
+    scores = sums + shape.rows * shape.padded_dim;
+    maxima = scores + shape.rows * kKeySpan;
+    totals = maxima + shape.rows;
+  }
+};
+
+// Key positions [begin, end).
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+inline Range seen_by(const ShuteyeAttention& attention, const AttentionTask& task, int64_t token) {
+  const int64_t position = task.first_position + token;
+  const int64_t first = attention.window ? larger<int64_t>(0, position - attention.window + 1) : 0;
+  return {larger(first, task.key_begin), smaller(position + 1, task.key_end)};
+}
+
+// The rows of the cache that hold the keys (half 0) or values (half 1) of consecutive positions, for one KV head.
+template <class T>
+struct Span {
+  const T* keys[kKeySpan];
+  const T* values[kKeySpan];
+
+  Span(const ShuteyeAttention& attention, const AttentionTask& task, Range range) {
+    const ShuteyeCache& cache = attention.cache;
+    const int64_t* table = attention.sequences.tables + attention.sequences.table_starts[task.sequence];
+    const int64_t stride = cache.num_kv_heads * cache.head_dim;
+    for (int64_t position = range.begin; position < range.end; position++) {
+      const int64_t slot = table[position / cache.block_size] * cache.block_size + position % cache.block_size;
+      const T* key = cache_row<T>(cache, attention.layer, 0, slot) + task.kv_head * cache.head_dim;
+      keys[position - range.begin] = key;
+      values[position - range.begin] = key + cache.block_size * stride;
+    }
+  }
+};
+
+template <class T>
+void read_queries(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionShape& shape,
+                  float* query) {
+  for (int64_t row = 0; row < shape.rows; row++) {
+    const int64_t token = task.first_token + row / shape.group;
+    const int64_t head = task.kv_head * shape.group + row % shape.group;
+    const T* source = static_cast<const T*>(attention.query) + token * attention.query_stride + head * shape.head_dim;
+    float* target = query + row * shape.padded_dim;
+    for_lanes(shape.head_dim, [&](int64_t index, int64_t count) {
+      store_some(target + index, load_some(source + index, count), count);
+    });
+  }
+}
+
+// scores[row, key] for rows [first_row, first_row + count) and keys [range.begin, range.end) of the span.
+template <class T, int count>
+inline void score_rows(const AttentionShape& shape, const float* query, const T* const* keys, Range range, float scale,
+                       float* scores) {
+  for (int64_t key = range.begin; key < range.end; key++) {
+    Lanes products[count];
+    for (Lanes& product : products) product = broadcast(0.0f);
+    for_lanes(shape.head_dim, [&](int64_t index, int64_t width) {
+      const Lanes lanes = load_some(keys[key] + index, width);
+      for (int row = 0; row < count; row++) {
+        products[row] = fma(load_some(query + row * shape.padded_dim + index, width), lanes, products[row]);
+      }
+    });
+    for (int row = 0; row < count; row++) scores[row * kKeySpan + key] = sum(products[row]) * scale;
+  }
+}
+
+// Turns a row's scores into weights, relative to the row's new maximum, and scales what was summed before.
+inline void weigh_row(float* scores, Range range, float& maximum, float& total, float* sums, int64_t width) {
+  float highest = maximum;
+  for (int64_t key = range.begin; key < range.end; key++) highest = larger(highest, scores[key]);
+  if (highest > maximum) { // maximum is -inf at first: then the factor is 0
+    float factors[Lanes::width];
+    store(factors, exp(broadcast(maximum - highest)));
+    for_lanes(width, [&](int64_t index, int64_t count) {
+      store_some(sums + index, load_some(sums + index, count) * broadcast(factors[0]), count);
+    });
+    total *= factors[0];
+    maximum = highest;
+  }
+  Lanes added = broadcast(0.0f);
+  const int64_t end = range.end;
+  for (int64_t key = range.begin; key < end; key += Lanes::width) {
+    const int64_t count = smaller<int64_t>(Lanes::width, end - key);
+    Lanes weights = exp(load_some(scores + key, count) - broadcast(maximum));
+    if (count < Lanes::width) { // lanes that hold no key
+      float padded[Lanes::width] = {};
+      store_partial(padded, weights, count);
+      weights = load(padded);
+    }
+    store_some(scores + key, weights, count);
+    added = added + weights;
+  }
+  total += sum(added);
+}
+
+// sums[row] += weights[row, key] * values[key], for `count` rows and kValueVectors vectors of each value.
+template <class T, int count>
+inline void add_values(const AttentionShape& shape, const float* weights, const T* const* values, Range range,
+                       int64_t index, float* sums) {
+  Lanes totals[count][kValueVectors];
+  for (int row = 0; row < count; row++)
+    for (int64_t vector = 0; vector < kValueVectors; vector++)
+      totals[row][vector] = load(sums + row * shape.padded_dim + index + vector * Lanes::width);
+  for (int64_t key = range.begin; key < range.end; key++) {
+    Lanes value[kValueVectors];
+    for (int64_t vector = 0; vector < kValueVectors; vector++)
+      value[vector] = load(values[key] + index + vector * Lanes::width);
+    for (int row = 0; row < count; row++) {
+      const Lanes weight = broadcast(weights[row * kKeySpan + key]);
+      for (int64_t vector = 0; vector < kValueVectors; vector++)
+        totals[row][vector] = fma(weight, value[vector], totals[row][vector]);
+    }
+  }
+  for (int row = 0; row < count; row++)
+    for (int64_t vector = 0; vector < kValueVectors; vector++)
+      store(sums + row * shape.padded_dim + index + vector * Lanes::width, totals[row][vector]);
+}
+
+template <class T, int count>
+inline void add_value_tail(const AttentionShape& shape, const float* weights, const T* const* values, Range range,
+                           int64_t index, float* sums) {
+  for_lanes(shape.head_dim - index, [&](int64_t step, int64_t width) {
+    for (int64_t key = range.begin; key < range.end; key++) {
+      const Lanes value = load_some(values[key] + index + step, width);
+      for (int row = 0; row < count; row++) {
+        float* target = sums + row * shape.padded_dim + index + step;
+        const Lanes weight = broadcast(weights[row * kKeySpan + key]);
+        store_some(target, fma(weight, value, load_some(target, width)), width);
+      }
+    }
+  });
+}
+
+// One span of keys for `count` rows of one or more tokens; `ranges` [count] are relative to the span.
+template <class T, int count>
+void attend_rows(const ShuteyeAttention& attention, const AttentionShape& shape, const AttentionScratch& scratch,
+                 const Span<T>& span, int64_t row, const Range* ranges) {
+  float* scores = scratch.scores + row * kKeySpan;
+  float* sums = scratch.sums + row * shape.padded_dim;
+  Range all = ranges[0];
+  for (int each = 1; each < count; each++) all = {smaller(all.begin, ranges[each].begin), larger(all.end, ranges[each].end)};
+  if (all.begin >= all.end) return;
+  score_rows<T, count>(shape, scratch.query + row * shape.padded_dim, span.keys, all,
+                       static_cast<float>(attention.scale), scores);
+  for (int each = 0; each < count; each++) {
+    float* own = scores + each * kKeySpan;
+    const Range range = ranges[each];
+    if (range.begin < range.end) {
+      weigh_row(own, range, scratch.maxima[row + each], scratch.totals[row + each], sums + each * shape.padded_dim,
+                shape.padded_dim);
+    }
+    for (int64_t key = all.begin; key < all.end; key++) // what others of the group see, but this row does not
+      if (key < range.begin || key >= range.end) own[key] = 0.0f;
+  }
+  constexpr int64_t step = kValueVectors * Lanes::width;
+  int64_t index = 0;
+  for (; index + step <= shape.head_dim; index += step)
+    add_values<T, count>(shape, scores, span.values, all, index, sums);
+  if (index < shape.head_dim) add_value_tail<T, count>(shape, scores, span.values, all, index, sums);
+}
+
+template <class T>
+void attend_span(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionShape& shape,
+                 const AttentionScratch& scratch, Range positions) {
+  const Span<T> span(attention, task, positions);
+  const auto range_of = [&](int64_t row) {
+    const Range seen = seen_by(attention, task, row / shape.group);
+    return Range{larger(seen.begin, positions.begin) - positions.begin, smaller(seen.end, positions.end) - positions.begin};
+  };
+  int64_t row = 0;
+  for (; row + kRowGroup <= shape.rows; row += kRowGroup) {
+    const Range ranges[] = {range_of(row), range_of(row + 1), range_of(row + 2), range_of(row + 3)};
+    attend_rows<T, kRowGroup>(attention, shape, scratch, span, row, ranges);
+  }
+  if (row + 3 == shape.rows) {
+    const Range ranges[] = {range_of(row), range_of(row + 1), range_of(row + 2)};
+    return attend_rows<T, 3>(attention, shape, scratch, span, row, ranges);
+  }
+  for (; row < shape.rows; row++) {
+    const Range range = range_of(row);
+    attend_rows<T, 1>(attention, shape, scratch, span, row, &range);
+  }
+}
+
+template <class T>
+inline void write_row(const ShuteyeAttention& attention, const AttentionShape& shape, const AttentionTask& task,
+                      int64_t row, const float* sums, float total) {
+  const int64_t token = task.first_token + row / shape.group;
+  const int64_t head = task.kv_head * shape.group + row % shape.group;
+  T* target = static_cast<T*>(attention.out) + (token * attention.num_heads + head) * shape.head_dim;
+  const Lanes factor = broadcast(1.0f / total);
+  for_lanes(shape.head_dim, [&](int64_t index, int64_t count) {
+    store_some(target + index, load_some(sums + index, count) * factor, count);
+  });
+}
+
+template <class T>
+void attend(const ShuteyeAttention& attention, const AttentionTask& task, void* memory) {
+  const AttentionShape shape(attention, task);
+  const AttentionScratch scratch(memory, shape);
+  read_queries<T>(attention, task, shape, scratch.query);
+  memset(scratch.sums, 0, shape.rows * shape.padded_dim * sizeof(float));
+  for (int64_t row = 0; row < shape.rows; row++) {
+    scratch.maxima[row] = -__builtin_inff();
+    scratch.totals[row] = 0.0f;
+  }
+  const int64_t begin = seen_by(attention, task, 0).begin;
+  const int64_t end = seen_by(attention, task, task.num_tokens - 1).end;
+  for (int64_t first = begin; first < end; first += kKeySpan) {
+    attend_span<T>(attention, task, shape, scratch, {first, smaller(first + kKeySpan, end)});
+  }
+  for (int64_t row = 0; row < shape.rows; row++) {
+    const float* sums = scratch.sums + row * shape.padded_dim;
+    if (!task.partial) {
+      write_row<T>(attention, shape, task, row, sums, scratch.totals[row]);
+      continue;
+    }
+    float* part = task.partial + row * (shape.head_dim + 2);
+    memcpy(part, sums, shape.head_dim * sizeof(float));
+    part[shape.head_dim] = scratch.maxima[row];
+    part[shape.head_dim + 1] = scratch.totals[row];
+  }
+}
+
+// Merges the `num_parts` partial results at task.partial, one after the other, and writes the result.
+template <class T>
+void merge(const ShuteyeAttention& attention, const AttentionTask& task, int64_t num_parts) {
+  const AttentionShape shape(attention, task);
+  const int64_t part_stride = shuteye::partial_floats(shape.rows, shape.head_dim);
+  for (int64_t row = 0; row < shape.rows; row++) {
+    float* first = task.partial + row * (shape.head_dim + 2);
+    float highest = first[shape.head_dim];
+    for (int64_t part = 1; part < num_parts; part++) highest = larger(highest, first[part * part_stride + shape.head_dim]);
+    float total = 0.0f;
+    for (int64_t part = 0; part < num_parts; part++) {
+      float* own = first + part * part_stride;
+      float factors[Lanes::width];
+      store(factors, exp(broadcast(own[shape.head_dim] - highest)));
+      total += own[shape.head_dim + 1] * factors[0];
+      for_lanes(shape.head_dim, [&](int64_t index, int64_t count) {
+        const Lanes scaled = load_some(own + index, count) * broadcast(factors[0]);
+        store_some(first + index, part ? load_some(first + index, count) + scaled : scaled, count);
+      });
+    }
+    write_row<T>(attention, shape, task, row, first, total);
+  }
+}
+
+} // namespace SHUTEYE_ISA

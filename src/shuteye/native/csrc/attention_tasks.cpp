@@ -1,0 +1,72 @@
+// See attention_tasks.h.
+#include "attention_tasks.h"
+
+namespace shuteye {
+namespace {
+
+template <class T>
+T smaller(T left, T right) {
+  return left < right ? left : right;
+}
+
+} // namespace
+
+void AttentionTasks::add_tile(const AttentionTask& tile, int64_t rows, int64_t head_dim) {
+  const int64_t context = tile.first_position + tile.num_tokens;
+  const int64_t num_parts = rows <= kMaxSplitRows ? (context + kPartKeys - 1) / kPartKeys : 1;
+  const int64_t first_task = size();
+  for (int64_t part = 0; part < num_parts; part++) {
+    AttentionTask task = tile;
+    task.key_begin = num_parts > 1 ? part * kPartKeys : 0;
+    task.key_end = num_parts > 1 ? smaller(context, (part + 1) * kPartKeys) : context;
+    tasks_.push_back(task);
+    parts_.push_back({first_task, num_parts, num_tiles_});
+  }
+  if (num_parts == 1) return;
+  num_tiles_++;
+  partials_.resize(partials_.size() + num_parts * partial_floats(rows, head_dim));
+}
+
+void AttentionTasks::plan(const ShuteyeSequences& sequences, const ShuteyeCache& cache, int64_t num_heads) {
+  tasks_.clear();
+  parts_.clear();
+  partials_.clear();
+  num_tiles_ = 0;
+  const int64_t group = num_heads / cache.num_kv_heads;
+  const int64_t tile_tokens = group < kMaxAttentionRows ? kMaxAttentionRows / group : 1;
+  for (int64_t sequence = 0; sequence < sequences.num_sequences; sequence++) {
+    const int64_t first = sequences.query_starts[sequence], end = sequences.query_starts[sequence + 1];
+    const int64_t start = sequences.context_lengths[sequence] - (end - first);
+    for (int64_t token = first; token < end; token += tile_tokens) {
+      const int64_t count = smaller(tile_tokens, end - token);
+      for (int64_t head = 0; head < cache.num_kv_heads; head++) {
+        add_tile({sequence, token, count, start + token - first, head, 0, 0, nullptr}, count * group, cache.head_dim);
+      }
+    }
+  }
+  float* partial = partials_.data(); // only now at rest
+  for (int64_t index = 0; index < size(); index++) {
+    if (parts_[index].num_parts == 1) continue;
+    tasks_[index].partial = partial;
+    partial += partial_floats(tasks_[index].num_tokens * group, cache.head_dim);
+  }
+  if (num_tiles_ > num_counters_) {
+    num_counters_ = 2 * num_tiles_;
+    finished_.reset(new std::atomic<int64_t>[num_counters_]());
+  }
+}
+
+void AttentionTasks::run(const KernelTable& table, const ShuteyeAttention& attention, void* scratch, int64_t first,
+                         int64_t end) {
+  for (int64_t index = first; index < end; index++) {
+    table.attend[attention.dtype](attention, tasks_[index], scratch);
+    const Part& part = parts_[index];
+    if (part.num_parts == 1) continue;
+    std::atomic<int64_t>& finished = finished_[part.tile];
+    if (finished.fetch_add(1, std::memory_order_acq_rel) + 1 < part.num_parts) continue;
+    finished.store(0, std::memory_order_relaxed); // published by the phase's own counter
+    table.merge[attention.dtype](attention, tasks_[part.first_task], part.num_parts);
+  }
+}
+
+} // namespace shuteye

@@ -1,0 +1,203 @@
+// See decoder.h. Phases of a layer: query, key and value heads with cache writes | attention | output projection |
+// gate and up | down. Each needs all of the one before, so a step has 5 * num_layers + 1 of them.
+#include "decoder.h"
+
+#include <cstring>
+
+namespace shuteye {
+namespace {
+
+constexpr int64_t kPhasesPerLayer = 5;
+
+int64_t units_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+
+int64_t larger(int64_t left, int64_t right) { return left > right ? left : right; }
+int64_t smaller(int64_t left, int64_t right) { return left < right ? left : right; }
+
+bool all_below(const int64_t* values, int64_t count, int64_t limit) {
+  for (int64_t index = 0; index < count; index++)
+    if (values[index] < 0 || values[index] >= limit) return false;
+  return true;
+}
+
+} // namespace
+
+const char* check_sequences(const ShuteyeSequences& sequences, const ShuteyeCache& cache, int64_t num_tokens) {
+  if (sequences.query_starts[0] != 0 || sequences.query_starts[sequences.num_sequences] != num_tokens)
+    return "query_starts do not cover the tokens";
+  for (int64_t index = 0; index < sequences.num_sequences; index++) {
+    const int64_t count = sequences.query_starts[index + 1] - sequences.query_starts[index];
+    const int64_t context = sequences.context_lengths[index];
+    if (count < 1 || context < count) return "a context is shorter than its sequence's tokens";
+    const int64_t num_blocks = (context + cache.block_size - 1) / cache.block_size;
+    if (!all_below(sequences.tables + sequences.table_starts[index], num_blocks, cache.num_blocks))
+      return "a block table names a block that the cache does not have";
+  }
+  return nullptr;
+}
+
+void Decoder::Buffer::resize(int64_t nbytes) {
+  bytes.resize(nbytes + 128);
+  data = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(bytes.data()), 64));
+}
+
+Decoder::Decoder(const ShuteyeModel& model)
+    : model_(model),
+      layers_(model.layers, model.layers + model.num_layers),
+      num_all_heads_(model.num_heads + 2 * model.cache.num_kv_heads),
+      itemsize_(model.dtype == SHUTEYE_BFLOAT16 ? 2 : 4),
+      num_phases_(kPhasesPerLayer * model.num_layers + 1) {
+  const int64_t rows = model.max_tokens * itemsize_, head_dim = model.cache.head_dim;
+  hidden_.resize(rows * model.hidden);
+  last_.resize(rows * model.hidden);
+  qkv_.resize(rows * num_all_heads_ * head_dim);
+  attended_.resize(rows * model.num_heads * head_dim);
+  activated_.resize(rows * model.intermediate);
+  phases_.reset(new Phase[num_phases_]);
+}
+
+const char* Decoder::check(const ShuteyeStep& step) const {
+  if (step.num_tokens < 1 || step.num_tokens > model_.max_tokens) return "more tokens than max_tokens, or none";
+  if (step.num_sampled > step.num_tokens) return "more wanted tokens than there are";
+  if (!all_below(step.token_ids, step.num_tokens, model_.vocab)) return "a token id is not in the vocabulary";
+  if (!all_below(step.slots, step.num_tokens, model_.cache.num_blocks * model_.cache.block_size))
+    return "a slot is not in the cache";
+  if (!all_below(step.wanted, step.num_sampled, step.num_tokens)) return "a wanted token is not in the step";
+  return check_sequences(step.sequences, model_.cache, step.num_tokens);
+}
+
+const char* Decoder::run(const ShuteyeStep& step) {
+  if (const char* wrong = check(step)) return wrong;
+  std::lock_guard<std::mutex> guard(one_step_);
+  table_ = &active_table();
+  num_threads_ = pool_num_threads();
+  step_ = &step;
+  const int64_t widest = larger(larger(model_.hidden, model_.intermediate), model_.num_heads * model_.cache.head_dim);
+  const int64_t nbytes = larger(linear_scratch_bytes(model_.max_tokens, widest),
+                                attention_scratch_bytes(model_.cache.head_dim));
+  for (int thread = 0; thread < num_threads_; thread++)
+    if (!scratch_[thread].data) scratch_[thread].resize(nbytes);
+  for (int64_t index = 0; index < num_phases_; index++) phases_[index].reset();
+  tasks_.plan(step.sequences, model_.cache, model_.num_heads);
+  embed(step);
+  pool_run([](void* self, int thread) { static_cast<Decoder*>(self)->work(thread); }, this);
+  return nullptr;
+}
+
+void Decoder::embed(const ShuteyeStep& step) {
+  const int64_t nbytes = model_.hidden * itemsize_;
+  for (int64_t token = 0; token < step.num_tokens; token++) {
+    memcpy(static_cast<char*>(hidden_.data) + token * nbytes,
+           static_cast<const char*>(model_.embedding) + step.token_ids[token] * nbytes, nbytes);
+  }
+}
+
+void Decoder::work(int thread) {
+  if (thread >= num_threads_) return; // the pool grew since this step began
+  table_->enter();
+  for (int64_t index = 0; index < model_.num_layers; index++) layer(index, thread);
+  if (step_->num_sampled > 0) logits(thread, phases_[num_phases_ - 1]);
+  table_->leave();
+}
+
+Linear Decoder::linear(int64_t in_features, const void* x, const void* weight, const void* bias, int64_t out_features,
+                       void* out) const {
+  Linear linear{};
+  linear.dtype = model_.dtype;
+  linear.num_tokens = step_->num_tokens;
+  linear.in_features = in_features;
+  linear.out_features = out_features;
+  linear.x = x;
+  linear.eps = static_cast<float>(model_.eps);
+  linear.weight = weight;
+  linear.bias = bias;
+  linear.out = out;
+  linear.out_stride = out_features;
+  linear.finish = Finish::store;
+  return linear;
+}
+
+void Decoder::product(const Linear& linear, int thread, Phase& phase) {
+  bool prepared = false;
+  void* scratch = scratch_[thread].data;
+  phase.run(units_of(linear.out_features), num_threads_, [&](int64_t first, int64_t end) {
+    if (!prepared) table_->prepare(linear, scratch);
+    prepared = true;
+    table_->linear_rows(linear, scratch, first * kTileRows, smaller(end * kTileRows, linear.out_features));
+  });
+}
+
+void Decoder::layer(int64_t index, int thread) {
+  const ShuteyeLayer& own = layers_[index];
+  const bool is_last = index == model_.num_layers - 1;
+  Phase* phases = &phases_[index * kPhasesPerLayer];
+  query_key_value(index, thread, phases[0]);
+  if (is_last && step_->num_sampled == 0) return; // keys and values are written; nothing else is wanted
+  attention(index, thread, phases[1]);
+
+  void* hidden = is_last ? last_.data : hidden_.data;
+  const int64_t num_tokens = is_last ? step_->num_sampled : step_->num_tokens;
+  Linear output = linear(model_.num_heads * model_.cache.head_dim, attended_.data, own.output_weight, own.output_bias,
+                         model_.hidden, hidden);
+  output.num_tokens = num_tokens;
+  output.rows = is_last ? step_->wanted : nullptr;
+  output.residual = hidden_.data;
+  output.finish = Finish::add;
+  product(output, thread, phases[2]);
+
+  Linear gate_up = linear(model_.hidden, hidden, own.gate_up_weight, own.gate_up_bias, model_.intermediate,
+                          activated_.data);
+  gate_up.num_tokens = num_tokens;
+  gate_up.norm = own.post_norm;
+  gate_up.finish = Finish::silu_mul;
+  product(gate_up, thread, phases[3]);
+
+  Linear down = linear(model_.intermediate, activated_.data, own.down_weight, own.down_bias, model_.hidden, hidden);
+  down.num_tokens = num_tokens;
+  down.residual = hidden;
+  down.finish = Finish::add;
+  product(down, thread, phases[4]);
+}
+
+void Decoder::query_key_value(int64_t index, int thread, Phase& phase) {
+  const ShuteyeLayer& own = layers_[index];
+  const int64_t head_dim = model_.cache.head_dim;
+  Linear heads = linear(model_.hidden, hidden_.data, own.qkv_weight, own.qkv_bias, num_all_heads_ * head_dim, qkv_.data);
+  heads.norm = own.input_norm;
+  const ShuteyeRope rope{model_.dtype,   step_->num_tokens, model_.num_heads, index,     model_.eps,   qkv_.data,
+                         own.query_norm, own.key_norm,      step_->cos,       step_->sin, step_->slots, model_.cache};
+  bool prepared = false;
+  void* scratch = scratch_[thread].data;
+  phase.run(num_all_heads_, num_threads_, [&](int64_t first, int64_t end) {
+    if (!prepared) table_->prepare(heads, scratch);
+    prepared = true;
+    table_->linear_rows(heads, scratch, first * head_dim, end * head_dim);
+    table_->rope_heads[model_.dtype](rope, first, end);
+  });
+}
+
+void Decoder::attention(int64_t index, int thread, Phase& phase) {
+  const ShuteyeAttention attention{model_.dtype,
+                                   model_.num_heads,
+                                   num_all_heads_ * model_.cache.head_dim,
+                                   index,
+                                   layers_[index].window,
+                                   model_.scale,
+                                   qkv_.data,
+                                   attended_.data,
+                                   model_.cache,
+                                   step_->sequences};
+  phase.run(tasks_.size(), num_threads_, [&](int64_t first, int64_t end) {
+    tasks_.run(*table_, attention, scratch_[thread].data, first, end);
+  });
+}
+
+void Decoder::logits(int thread, Phase& phase) {
+  Linear head = linear(model_.hidden, last_.data, model_.head_weight, model_.head_bias, model_.vocab, step_->logits);
+  head.num_tokens = step_->num_sampled;
+  head.norm = model_.final_norm;
+  head.finish = Finish::store_float;
+  product(head, thread, phase);
+}
+
+} // namespace shuteye

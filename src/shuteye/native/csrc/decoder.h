@@ -1,0 +1,54 @@
+// A whole decoder step as one job of the pool. Knows no instruction set; weights are pointers, never copied.
+#pragma once
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "attention_tasks.h"
+#include "pool.h"
+
+namespace shuteye {
+
+class Decoder {
+ public:
+  explicit Decoder(const ShuteyeModel& model);
+  const char* run(const ShuteyeStep& step); // null, or what is wrong with the step
+
+ private:
+  struct Buffer { // bytes, aligned to cache lines
+    std::vector<char> bytes;
+    void* data = nullptr;
+    void resize(int64_t nbytes);
+  };
+
+  const char* check(const ShuteyeStep& step) const;
+  void embed(const ShuteyeStep& step);
+  void work(int thread); // of every thread: all phases in order
+  void layer(int64_t index, int thread);
+  void query_key_value(int64_t index, int thread, Phase& phase);
+  void attention(int64_t index, int thread, Phase& phase);
+  void logits(int thread, Phase& phase);
+  void product(const Linear& linear, int thread, Phase& phase);
+  Linear linear(int64_t in_features, const void* x, const void* weight, const void* bias, int64_t out_features,
+                void* out) const;
+
+  ShuteyeModel model_;
+  std::vector<ShuteyeLayer> layers_;
+  int64_t num_all_heads_;
+  int64_t itemsize_;
+  Buffer hidden_;    // [max_tokens, hidden]
+  Buffer last_;      // likewise, the wanted tokens of the last layer
+  Buffer qkv_;       // [max_tokens, num_all_heads, head_dim]
+  Buffer attended_;  // [max_tokens, num_heads, head_dim]
+  Buffer activated_; // [max_tokens, intermediate]
+  Buffer scratch_[kMaxThreads];
+  std::unique_ptr<Phase[]> phases_;
+  int64_t num_phases_;
+  AttentionTasks tasks_;
+  std::mutex one_step_;
+  const ShuteyeStep* step_ = nullptr;       // while a step runs
+  const KernelTable* table_ = nullptr;      // likewise
+  int num_threads_ = 1;                     // likewise
+};
+
+} // namespace shuteye

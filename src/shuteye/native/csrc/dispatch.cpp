@@ -1,0 +1,96 @@
+// Which instruction sets can run here, and which is in use. Knows no kernel.
+#include <atomic>
+
+#include "kernel_table.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace shuteye {
+
+KernelTable portable_table();
+#if defined(__x86_64__)
+KernelTable avx2_table();
+KernelTable avx512_table();
+KernelTable amx_table();
+#endif
+
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bf16");
+}
+
+// Linux grants tile registers per process, on request (Documentation/arch/x86/xstate.rst).
+bool has_amx() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  const bool bf16 = edx & (1u << 22), tile = edx & (1u << 24);
+  return bf16 && tile && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool probe(int64_t level) {
+  switch (level) {
+    case kPortable: return true;
+    case kAvx2: return has_avx2();
+    case kAvx512: return has_avx2() && has_avx512();
+    case kAmx: return has_avx2() && has_avx512() && has_amx();
+    default: return false;
+  }
+}
+
+KernelTable make_table(int64_t level) {
+  switch (level) {
+    case kAvx2: return avx2_table();
+    case kAvx512: return avx512_table();
+    case kAmx: return amx_table();
+    default: return portable_table();
+  }
+}
+#else
+bool probe(int64_t level) { return level == kPortable; }
+KernelTable make_table(int64_t) { return portable_table(); }
+#endif
+
+struct Levels {
+  bool supported[kNumLevels];
+  KernelTable tables[kNumLevels];
+  std::atomic<int64_t> active{0};
+
+  Levels() {
+    for (int64_t level = 0; level < kNumLevels; level++) {
+      supported[level] = probe(level);
+      if (!supported[level]) continue;
+      tables[level] = make_table(level);
+      active = level;
+    }
+  }
+};
+
+Levels& levels() {
+  static Levels only;
+  return only;
+}
+
+} // namespace
+
+bool level_supported(int64_t level) { return level >= 0 && level < kNumLevels && levels().supported[level]; }
+int64_t active_level() { return levels().active.load(); }
+const KernelTable& active_table() { return levels().tables[active_level()]; }
+
+bool select_level(int64_t level) {
+  if (!level_supported(level)) return false;
+  levels().active.store(level);
+  return true;
+}
+
+} // namespace shuteye

@@ -1,0 +1,84 @@
+// The kernels of one instruction set as a table of functions. Knows no threads: callers split the work.
+#pragma once
+#include "types.h"
+
+namespace shuteye {
+
+constexpr int64_t kTileRows = 16; // weight rows that are computed together, and the unit of sharing a product
+constexpr int64_t kDepthStep = 32;
+
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+enum class Finish {
+  store,       // out = y
+  store_float, // out = y, rounded to the model's type, as float
+  add,         // out = residual + y
+  silu_mul,    // out = silu(y of row i) * (y of row i + out_features)
+};
+
+// y = x @ weight.T + bias, in four steps per thread: prepare x once, then compute any rows of weight.
+struct Linear {
+  int64_t dtype;
+  int64_t num_tokens;
+  int64_t in_features;
+  int64_t out_features; // of out; silu_mul reads twice as many rows of weight
+  const void* x;        // [*, in_features]
+  const int64_t* rows;  // [num_tokens], which rows of x and of residual are meant; null: the first ones
+  const void* norm;     // [in_features]: x is normalised first; null: it is not
+  float eps;
+  const void* weight; // [out_features, in_features]
+  const void* bias;   // or null
+  const void* residual;
+  void* out; // [num_tokens, out_stride]
+  int64_t out_stride;
+  Finish finish;
+};
+
+// A tile of queries of one sequence, for one KV head, over all or a part of their context.
+struct AttentionTask {
+  int64_t sequence;
+  int64_t first_token; // in the step
+  int64_t num_tokens;
+  int64_t first_position; // of first_token in its sequence
+  int64_t kv_head;
+  int64_t key_begin; // this task sees keys of [key_begin, key_end) only
+  int64_t key_end;
+  float* partial; // null: writes the result; else [rows, head_dim + 2] sums, maxima and totals to be merged
+};
+
+constexpr int64_t kMaxAttentionRows = 64; // (token, head) rows per task
+constexpr int64_t kKeySpan = 64;          // keys per round of the online softmax
+
+struct KernelTable {
+  const char* name;
+  void (*norm_rows[2])(const void* x, const void* weight, float eps, void* out, int64_t rows, int64_t width);
+  void (*silu_mul_rows[2])(const void* gate_up, void* out, int64_t rows, int64_t width);
+  void (*prepare)(const Linear& linear, void* scratch);
+  void (*linear_rows)(const Linear& linear, void* scratch, int64_t first_row, int64_t end_row);
+  void (*rope_heads[2])(const ShuteyeRope& rope, int64_t first_head, int64_t end_head);
+  void (*attend[2])(const ShuteyeAttention& attention, const AttentionTask& task, void* scratch);
+  void (*merge[2])(const ShuteyeAttention& attention, const AttentionTask& task, int64_t num_parts);
+  void (*enter)(); // per thread, around a job
+  void (*leave)();
+};
+
+// Enough for prepare and linear_rows of any table.
+inline int64_t linear_scratch_bytes(int64_t num_tokens, int64_t in_features) {
+  const int64_t tokens = round_up(num_tokens, 16);
+  return tokens * round_up(in_features, kDepthStep) * 4 + 2 * tokens * kTileRows * 4 + 8192;
+}
+
+inline int64_t attention_scratch_bytes(int64_t head_dim) {
+  return kMaxAttentionRows * (2 * round_up(head_dim, 16) + kKeySpan + 4) * 4 + 4096;
+}
+
+inline int64_t partial_floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
+
+enum Level : int64_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3, kNumLevels = 4 };
+
+bool level_supported(int64_t level);
+const KernelTable& active_table();
+int64_t active_level();
+bool select_level(int64_t level);
+
+} // namespace shuteye

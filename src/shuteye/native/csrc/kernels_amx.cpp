@@ -1,0 +1,35 @@
+// The kernels for AMX (tiles of bfloat16), with AVX-512 for the rest.
+#define SHUTEYE_ISA shuteye_amx
+#define SHUTEYE_LANES_AVX512
+#include "linear_amx.h"
+#include "table.h"
+
+namespace SHUTEYE_ISA {
+
+// Fewer tokens leave most of a tile empty: the vector unit is as fast.
+constexpr int64_t kMinTokens = 4;
+
+inline void prepare_any(const Linear& linear, void* memory) {
+  if (linear.dtype != SHUTEYE_BFLOAT16) return prepare_float(linear, memory);
+  linear.num_tokens < kMinTokens ? prepare_rows<PairDot>(linear, Scratch(linear, memory))
+                                 : prepare_tiles(linear, Scratch(linear, memory));
+}
+
+inline void linear_any(const Linear& linear, void* memory, int64_t first_row, int64_t end_row) {
+  if (linear.dtype != SHUTEYE_BFLOAT16) return linear_float(linear, memory, first_row, end_row);
+  each_tile<bf16>(linear, Scratch(linear, memory), first_row, end_row,
+                  linear.num_tokens < kMinTokens ? compute_tile<PairDot> : compute_with_tiles);
+}
+
+} // namespace SHUTEYE_ISA
+
+namespace shuteye {
+KernelTable amx_table() {
+  KernelTable table = SHUTEYE_ISA::common_table("amx");
+  table.prepare = SHUTEYE_ISA::prepare_any;
+  table.linear_rows = SHUTEYE_ISA::linear_any;
+  table.enter = SHUTEYE_ISA::configure_tiles;
+  table.leave = SHUTEYE_ISA::release_tiles;
+  return table;
+}
+} // namespace shuteye

@@ -1,0 +1,132 @@
+// Products of few tokens with row-major weights, near memory speed. Knows nothing of threads.
+//
+// Weights are read once, in order, 16 rows at a time, for all tokens: nothing is packed but x.
+#pragma once
+#include "dot.h"
+#include "elementwise.h"
+#include "kernel_table.h"
+
+namespace SHUTEYE_ISA {
+
+using shuteye::Finish;
+using shuteye::kTileRows;
+using shuteye::Linear;
+using shuteye::round_up;
+
+// Scratch: two tiles [num_tokens, 16] of float, then x [num_tokens, depth] in the form the dot product wants.
+struct Scratch {
+  float* tiles[2];
+  void* x;
+  int64_t depth; // in_features rounded up; the padding of x is zero
+
+  Scratch(const Linear& linear, void* memory) {
+    const int64_t tokens = round_up(linear.num_tokens, 16);
+    depth = round_up(linear.in_features, shuteye::kDepthStep);
+    tiles[0] = static_cast<float*>(memory);
+    tiles[1] = tiles[0] + tokens * kTileRows;
+    x = tiles[1] + tokens * kTileRows;
+  }
+};
+
+template <class T, class X>
+void copy_row(const Linear& linear, int64_t token, X* target, int64_t depth) {
+  const int64_t row = linear.rows ? linear.rows[token] : token;
+  const T* source = static_cast<const T*>(linear.x) + row * linear.in_features;
+  if (linear.norm) {
+    norm_row(source, static_cast<const T*>(linear.norm), linear.eps, target, linear.in_features);
+  } else {
+    for_lanes(linear.in_features, [&](int64_t index, int64_t count) {
+      store_some(target + index, load_some(source + index, count), count);
+    });
+  }
+  memset(target + linear.in_features, 0, (depth - linear.in_features) * sizeof(X));
+}
+
+template <class Dot>
+void prepare_rows(const Linear& linear, const Scratch& scratch) {
+  auto* x = static_cast<typename Dot::X*>(scratch.x);
+  for (int64_t token = 0; token < linear.num_tokens; token++) {
+    copy_row<typename Dot::Weight>(linear, token, x + token * scratch.depth, scratch.depth);
+  }
+}
+
+// tile[token, row] for up to 16 rows of weight.
+template <class Dot>
+void compute_tile(const Linear& linear, const Scratch& scratch, int64_t first_row, int64_t num_rows, float* tile) {
+  const auto* weight = static_cast<const typename Dot::Weight*>(linear.weight) + first_row * linear.in_features;
+  const auto* x = static_cast<const typename Dot::X*>(scratch.x);
+  const DotShape shape{linear.in_features, scratch.depth};
+  int64_t row = 0;
+  for (; row + 4 <= num_rows; row += 4) {
+    const auto* rows = weight + row * linear.in_features;
+    int64_t token = 0;
+    for (; token + 4 <= linear.num_tokens; token += 4) {
+      dot_block<Dot, 4, 4>(shape, rows, x + token * scratch.depth, tile + token * kTileRows + row);
+    }
+    for (; token < linear.num_tokens; token++) {
+      dot_block<Dot, 4, 1>(shape, rows, x + token * scratch.depth, tile + token * kTileRows + row);
+    }
+  }
+  for (; row < num_rows; row++) {
+    for (int64_t token = 0; token < linear.num_tokens; token++) {
+      tile[token * kTileRows + row] =
+          dot_one<Dot>(shape, weight + row * linear.in_features, x + token * scratch.depth);
+    }
+  }
+}
+
+// What is read of a tile: y = tile + bias, as T holds it.
+template <class T>
+struct TileReader {
+  const float* tile;
+  const T* bias; // of the tile's first row; or null
+
+  Lanes read(int64_t token, int64_t index, int64_t count) const {
+    const Lanes product = load_some(tile + token * kTileRows + index, count);
+    return rounded<T>(bias ? product + load_some(bias + index, count) : product);
+  }
+};
+
+template <class T>
+TileReader<T> tile_reader(const Linear& linear, const float* tile, int64_t first_row) {
+  return {tile, linear.bias ? static_cast<const T*>(linear.bias) + first_row : nullptr};
+}
+
+template <class T>
+void finish_tile(const Linear& linear, const Scratch& scratch, int64_t first_row, int64_t num_rows) {
+  const TileReader<T> tile = tile_reader<T>(linear, scratch.tiles[0], first_row);
+  const TileReader<T> upper = tile_reader<T>(linear, scratch.tiles[1], first_row + linear.out_features);
+  for (int64_t token = 0; token < linear.num_tokens; token++) {
+    const int64_t offset = token * linear.out_stride + first_row;
+    T* out = static_cast<T*>(linear.out) + offset;
+    for_lanes(num_rows, [&](int64_t index, int64_t count) {
+      Lanes y = tile.read(token, index, count);
+      if (linear.finish == Finish::store_float) {
+        return store_some(static_cast<float*>(linear.out) + offset + index, y, count);
+      }
+      if (linear.finish == Finish::add) {
+        const int64_t row = linear.rows ? linear.rows[token] : token;
+        const T* residual = static_cast<const T*>(linear.residual) + row * linear.out_stride + first_row;
+        y = load_some(residual + index, count) + y;
+      } else if (linear.finish == Finish::silu_mul) {
+        y = silu_mul<T>(y, upper.read(token, index, count));
+      }
+      store_some(out + index, y, count);
+    });
+  }
+}
+
+// Compute: (linear, scratch, first_row, num_rows, tile).
+template <class T, class Compute>
+void each_tile(const Linear& linear, const Scratch& scratch, int64_t first_row, int64_t end_row, const Compute& compute) {
+  for (int64_t row = first_row; row < end_row; row += kTileRows) {
+    const int64_t num_rows = smaller(kTileRows, end_row - row);
+    compute(linear, scratch, row, num_rows, scratch.tiles[0]);
+    if (linear.finish == Finish::silu_mul) {
+      compute(linear, scratch, row + linear.out_features, num_rows, scratch.tiles[1]);
+    }
+    finish_tile<T>(linear, scratch, row, num_rows);
+  }
+}
+
+} // namespace SHUTEYE_ISA

@@ -1,0 +1,103 @@
+// Plain data that crosses the C ABI. Knows no instruction set and no thread. library.py mirrors these structs.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+enum ShuteyeDtype : int64_t { SHUTEYE_FLOAT32 = 0, SHUTEYE_BFLOAT16 = 1 };
+
+// Weights of one layer, row-major [out, in]; a pointer that may be null says so.
+struct ShuteyeLayer {
+  const void* input_norm;     // [hidden]
+  const void* qkv_weight;     // [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
+  const void* qkv_bias;       // or null
+  const void* query_norm;     // [head_dim] or null
+  const void* key_norm;       // [head_dim] or null
+  const void* output_weight;  // [hidden, num_heads * head_dim]
+  const void* output_bias;    // or null
+  const void* post_norm;      // [hidden]
+  const void* gate_up_weight; // [2 * intermediate, hidden]
+  const void* gate_up_bias;   // or null
+  const void* down_weight;    // [hidden, intermediate]
+  const void* down_bias;      // or null
+  int64_t window;             // positions a query sees, itself included; 0: all
+};
+
+// [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]
+struct ShuteyeCache {
+  void* base;
+  int64_t num_blocks;
+  int64_t num_layers;
+  int64_t block_size;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+};
+
+struct ShuteyeModel {
+  int64_t dtype;
+  int64_t hidden;
+  int64_t num_layers;
+  int64_t num_heads;
+  int64_t intermediate;
+  int64_t vocab;
+  int64_t max_tokens;
+  double eps;
+  double scale;
+  const void* embedding;   // [vocab, hidden]
+  const void* final_norm;  // [hidden]
+  const void* head_weight; // [vocab, hidden]
+  const void* head_bias;   // or null
+  const ShuteyeLayer* layers;
+  ShuteyeCache cache;
+};
+
+// Sequence i owns tokens [query_starts[i], query_starts[i + 1]), the last of its context_lengths[i] tokens; its blocks
+// are tables[table_starts[i]], ... at least ceil(context_length / block_size) of them.
+struct ShuteyeSequences {
+  int64_t num_sequences;
+  const int64_t* query_starts;    // [num_sequences + 1]
+  const int64_t* context_lengths; // [num_sequences]
+  const int64_t* table_starts;    // [num_sequences]
+  const int64_t* tables;
+};
+
+struct ShuteyeStep {
+  int64_t num_tokens;
+  int64_t num_sampled;
+  const int64_t* token_ids; // [num_tokens]
+  const void* cos;          // [num_tokens, head_dim], the model's dtype
+  const void* sin;          // likewise, no sign applied
+  const int64_t* slots;     // [num_tokens]; block * block_size + offset
+  const int64_t* wanted;    // [num_sampled]; token indices
+  float* logits;            // [num_sampled, vocab]
+  ShuteyeSequences sequences;
+};
+
+struct ShuteyeRope {
+  int64_t dtype;
+  int64_t num_tokens;
+  int64_t num_heads;
+  int64_t layer;
+  double eps;
+  void* qkv;              // [num_tokens, num_heads + 2 * num_kv_heads, head_dim]; the query heads are rotated in place
+  const void* query_norm; // or null
+  const void* key_norm;   // or null
+  const void* cos;
+  const void* sin;
+  const int64_t* slots;
+  ShuteyeCache cache;
+};
+
+struct ShuteyeAttention {
+  int64_t dtype;
+  int64_t num_heads;
+  int64_t query_stride; // elements from one token's first query head to the next token's
+  int64_t layer;
+  int64_t window; // 0: none
+  double scale;
+  const void* query; // [num_tokens, num_heads, head_dim], with query_stride
+  void* out;         // [num_tokens, num_heads, head_dim], contiguous
+  ShuteyeCache cache;
+  ShuteyeSequences sequences;
+};
+}

@@ -1,0 +1,172 @@
+"""A whole decoder step in one foreign call, which releases the interpreter.
+
+Knows nothing of transformers: models/fused.py says what the weights are. Only pointers are kept; a step is valid while
+the memory of weights and cache is resident.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shuteye.native import structs
+from shuteye.native.kernels import DTYPES, PackedSequences, cache_struct, pointer
+from shuteye.native.library import load
+
+MAX_TOKENS = 64
+"""Larger steps are faster through oneDNN."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One layer's weights, [out, in] where they are matrices, all of the model's dtype and contiguous.
+
+    Attributes:
+        qkv_weight: rows of the query, key and value heads, in that order.
+        gate_up_weight: rows of gate, then of up.
+        window: positions a query sees, itself included; None: all.
+    """
+
+    input_norm: Tensor
+    qkv_weight: Tensor
+    qkv_bias: Tensor | None
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    output_weight: Tensor
+    output_bias: Tensor | None
+    post_norm: Tensor
+    gate_up_weight: Tensor
+    gate_up_bias: Tensor | None
+    down_weight: Tensor
+    down_bias: Tensor | None
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """A decoder: pre-norm layers, rotary positions, gated SiLU.
+
+    Attributes:
+        embedding, head_weight: [vocab, hidden]; may be the same tensor.
+        kv_cache: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], of the same dtype.
+        scale: of the attention logits.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    embedding: Tensor
+    final_norm: Tensor
+    head_weight: Tensor
+    head_bias: Tensor | None
+    num_heads: int
+    eps: float
+    scale: float
+    kv_cache: Tensor
+    max_tokens: int = MAX_TOKENS
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all tensors."""
+        return self.embedding.dtype
+
+
+class NativeDecoder:
+    """A bound decoder. Keeps the tensors of its spec alive, not their memory."""
+
+    def __init__(self, handle: int, spec: DecoderSpec) -> None:
+        self._handle = handle
+        self._spec = spec
+        self._run = load().shuteye_decoder_run
+        self._block_size: int = spec.kv_cache.shape[3]
+        self._vocab: int = spec.head_weight.shape[0]
+        self.max_tokens = spec.max_tokens
+        weakref.finalize(self, load().shuteye_decoder_destroy, handle)
+
+    @classmethod
+    def create(cls, spec: DecoderSpec) -> NativeDecoder:
+        """Bind a model.
+
+        Raises:
+            NativeUnavailable: the native library cannot be used here.
+            ValueError: the model is not one it computes; the message says why.
+        """
+        if wrong := unsupported(spec):
+            raise ValueError(f"The native decoder does not compute this model: {wrong}")
+        layers = (structs.Layer * len(spec.layers))(*(_layer(layer) for layer in spec.layers))
+        first = spec.layers[0]
+        model = structs.Model(
+            DTYPES[spec.dtype], spec.embedding.shape[1], len(layers), spec.num_heads, first.down_weight.shape[1],
+            spec.head_weight.shape[0], spec.max_tokens, spec.eps, spec.scale,
+            *(pointer(tensor) for tensor in (spec.embedding, spec.final_norm, spec.head_weight, spec.head_bias)),
+            layers, cache_struct(spec.kv_cache),
+        )  # fmt: skip
+        return cls(load().shuteye_decoder_create(ctypes.byref(model)), spec)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        query_starts: Sequence[int],
+        context_lengths: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        wanted: Tensor,
+    ) -> Tensor:
+        """Compute a step of at most `max_tokens` tokens; keys and values go to the cache.
+
+        Args:
+            token_ids, positions, slots: int64 [num_tokens]; positions are in cos and sin already.
+            cos, sin: [num_tokens, head_dim] in the model's dtype, as transformers' rotary embedding gives them.
+            query_starts, context_lengths, block_tables: as in `PackedBatch`.
+            wanted: int64 [num_sampled], the tokens whose logits are wanted.
+
+        Returns:
+            float32 logits [num_sampled, vocab], of the precision of the model's dtype.
+
+        Raises:
+            ValueError: the step is inconsistent, or points outside the cache; nothing was computed.
+        """
+        del positions
+        num_tokens, num_sampled = token_ids.numel(), wanted.numel()
+        assert cos.dtype == sin.dtype == self._spec.dtype, f"cos and sin must be {self._spec.dtype}, not {cos.dtype}"
+        assert cos.numel() == sin.numel() == num_tokens * self._spec.kv_cache.shape[5]
+        sequences = PackedSequences.pack(query_starts, context_lengths, block_tables, block_size=self._block_size)
+        logits = torch.empty((num_sampled, self._vocab), dtype=torch.float32)
+        step = structs.Step(
+            num_tokens, num_sampled,
+            *(pointer(tensor) for tensor in (token_ids, cos, sin, slots, wanted, logits)), sequences.struct,
+        )  # fmt: skip
+        if wrong := self._run(self._handle, ctypes.byref(step)):
+            raise ValueError(f"native decoder: {wrong.decode()}")
+        return logits
+
+
+def unsupported(spec: DecoderSpec) -> str | None:
+    """What about a model the kernels do not compute; None if they do."""
+    num_kv_heads, head_dim = spec.kv_cache.shape[4:]
+    if spec.dtype not in DTYPES:
+        return f"dtype {spec.dtype} (float32 and bfloat16 are)"
+    if head_dim % 2:
+        return f"heads of {head_dim}, an odd number"
+    if spec.num_heads % num_kv_heads or spec.num_heads // num_kv_heads > 64:
+        return f"{spec.num_heads} query heads on {num_kv_heads} KV heads"
+    others = {tensor.dtype for layer in spec.layers for tensor in _tensors(layer)} - {spec.dtype}
+    if others or spec.kv_cache.dtype != spec.dtype:
+        return f"tensors of several dtypes ({', '.join(map(str, {spec.dtype, spec.kv_cache.dtype} | others))})"
+    return None
+
+
+def _layer(layer: LayerSpec) -> structs.Layer:
+    pointers = {name: pointer(getattr(layer, name)) for name in LayerSpec.__slots__ if name != "window"}
+    return structs.Layer(**pointers, window=layer.window or 0)
+
+
+def _tensors(layer: LayerSpec) -> list[Tensor]:
+    values = (getattr(layer, name) for name in LayerSpec.__slots__)
+    return [value for value in values if isinstance(value, Tensor)]

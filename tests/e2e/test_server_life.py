@@ -1,0 +1,162 @@
+"""How a server ends: asked to, interrupted with work in hand, or with its engine killed under it."""
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+from asking import ask, asking, in_flight
+from served import is_running, shuteye, stop_all, wait_for
+
+LONG = 400
+AT_ONCE_S = 3.0
+"""A good deal more than it takes, and a good deal less than any timeout in the server."""
+
+
+@pytest.fixture(scope="module")
+def mortal_servers(launch):
+    """Servers that their tests end, started together."""
+    started = {
+        "killed": launch("--dev-mode"),
+        "interrupted": launch("--dev-mode", "--shutdown-grace-s", "10"),
+        "stuck": launch("--dev-mode", "--shutdown-grace-s", "1", policy="hold"),
+        "forced": launch("--dev-mode", "--shutdown-grace-s", "30", policy="hold"),
+    }
+    try:
+        yield {name: server.wait_until_ready() for name, server in started.items()}
+    finally:
+        stop_all(list(started.values()))
+
+
+def press_ctrl_c(server):
+    """As a terminal does it: every process of the group gets the signal."""
+    os.kill(server.engine_pid, signal.SIGINT)
+    server.tell(signal.SIGINT)
+
+
+def quickly(call):
+    """The result of `call`, which must not wait for any timeout."""
+    began = time.monotonic()
+    result = call()
+    assert time.monotonic() - began < AT_ONCE_S
+    return result
+
+
+def test_an_engine_that_is_killed_is_noticed_at_once(mortal_servers, right):
+    """Requests and probes that hang, or pretend that all is well, when the engine process has gone."""
+    server = mortal_servers["killed"]
+    assert server.complete("before") == right("before")
+
+    async def scenario():
+        async with asking(server) as client, in_flight(server, client, ["one", "two"], max_tokens=LONG) as ends:
+            whole = asyncio.create_task(ask(client, server.request("whole", max_tokens=LONG)))
+            sleep = asyncio.create_task(client.post("/sleep?mode=wait"))
+            await asyncio.to_thread(
+                wait_for, lambda: server.metric("shuteye_num_requests_running") == 3, "three running requests"
+            )
+            os.kill(server.engine_pid, signal.SIGKILL)
+            killed = time.monotonic()
+            results = await ends(), await whole, await sleep
+            assert time.monotonic() - killed < AT_ONCE_S
+            return results
+
+    streams, whole, sleep = asyncio.run(scenario())
+    for prompt, outcome in zip(["one", "two"], streams, strict=True):
+        assert outcome.error["type"] == "EngineDeadError"
+        assert (outcome.finish_reason, outcome.ended) == (None, True)
+        assert outcome.is_prefix_of(right(prompt, LONG))
+    assert (whole.status, whole.error["type"]) == (503, "EngineDeadError")
+    assert "SIGKILL" in whole.error["message"]
+    assert (sleep.status_code, sleep.json()["error"]["type"]) == (503, "EngineDeadError")
+
+    for path in ("/v1/completions", "/sleep", "/wake_up", "/resume", "/reload_weights"):
+        body = server.request("after") if path == "/v1/completions" else {}
+        status, kind, message = quickly(lambda path=path, body=body: server.refused(path, **body))
+        assert (status, kind) == (503, "EngineDeadError")
+        assert "SIGKILL" in message
+    health = quickly(lambda: server.get("/health"))
+    assert (health.status_code, health.json()["error"]["type"]) == (503, "EngineDeadError")
+    ready = quickly(lambda: server.get("/ready"))
+    assert (ready.status_code, ready.json()) == (503, {"ready": False, "reason": "dead"})
+    assert quickly(lambda: server.get("/state")).json()["status"] == "dead"
+    assert quickly(lambda: server.get("/metrics")).status_code == 200
+    assert quickly(lambda: server.get("/v1/models")).status_code == 200
+
+    server.tell(signal.SIGTERM)
+    assert quickly(server.ended) == 0
+
+
+def test_ctrl_c_lets_streams_finish(mortal_servers, right):
+    """Answers cut short although there was time, an exit status of failure, or an engine left behind."""
+    server = mortal_servers["interrupted"]
+
+    async def scenario():
+        async with asking(server) as client, in_flight(server, client, ["one", "two"], max_tokens=LONG) as ends:
+            press_ctrl_c(server)
+            return await ends()
+
+    for prompt, outcome in zip(["one", "two"], asyncio.run(scenario()), strict=True):
+        assert (outcome.error, outcome.finish_reason) == (None, "length")
+        assert outcome.text == right(prompt, LONG)
+    assert server.ended(within_s=10) == 0
+    assert not is_running(server.engine_pid)
+
+
+def test_ctrl_c_does_not_wait_for_ever(mortal_servers):
+    """A server that cannot be stopped because a stream sleeps and a request is held."""
+    server = mortal_servers["stuck"]
+
+    async def scenario():
+        async with asking(server) as client, in_flight(server, client, ["one"], max_tokens=LONG) as ends:
+            await client.post("/sleep?mode=keep")
+            held = asyncio.create_task(ask(client, server.request("held")))
+            await asyncio.sleep(0.2)
+            press_ctrl_c(server)
+            return await ends(), await held
+
+    began = time.monotonic()
+    (stream,), held = asyncio.run(scenario())
+    assert time.monotonic() - began < 6
+    assert (stream.error["type"], stream.finish_reason, stream.ended) == ("EngineDeadError", None, True)
+    assert (held.status, held.error["type"]) == (503, "EngineDeadError")
+    assert server.ended(within_s=8) == 0
+    assert not is_running(server.engine_pid)
+
+
+def test_a_second_ctrl_c_does_not_wait(mortal_servers):
+    """An engine, files or a traceback left behind, for whoever is impatient."""
+    server = mortal_servers["forced"]
+
+    async def scenario():
+        async with asking(server) as client, in_flight(server, client, ["one"], max_tokens=LONG) as ends:
+            await client.post("/sleep?mode=keep")
+            press_ctrl_c(server)
+            await asyncio.to_thread(wait_for, lambda: "SIGINT" in server.log, "the first signal")
+            press_ctrl_c(server)
+            return await ends()
+
+    (stream,) = asyncio.run(scenario())
+    assert (stream.error["type"], stream.finish_reason, stream.ended) == ("EngineDeadError", None, True)
+    assert server.ended(within_s=8) == 130
+    assert not is_running(server.engine_pid)
+
+
+def test_it_can_be_stopped_while_it_loads(launch):
+    """A server that must be killed because its model is not there yet."""
+    server = launch("--dev-mode")
+    try:
+        wait_for(lambda: "startup complete" in server.log, "listening")
+        server.tell(signal.SIGTERM)
+        assert server.ended(within_s=15) == 0
+    finally:
+        server.stop()
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_command(tmp_path):
+    """A server that stays up without a model, or a traceback where one line would do."""
+    (tmp_path / "config.json").write_text("{}")
+    ended = shuteye("serve", tmp_path, "--port", "0", "--cache-dir", tmp_path / "cache")
+    assert ended.returncode == 1
+    assert "failed to load" in ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr

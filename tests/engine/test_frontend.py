@@ -1,0 +1,182 @@
+"""The callers' side by itself: what would leave a caller waiting for ever, or give it another request's tokens."""
+
+import threading
+import time
+
+import pytest
+
+from shuteye.config import EngineConfig
+from shuteye.engine.frontend import Frontend
+from shuteye.engine.messages import AbortRequests, PlainReply, Ready, ResumeCall, Stepped
+from shuteye.errors import EngineDead, InvalidRequest, UnsupportedModel
+from shuteye.outputs import ModelInfo, RequestDelta, SchedulerStats
+from shuteye.request import SamplingParams
+from shuteye.testing import write_tiny_tokenizer
+
+GONE = EngineDead("gone")
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    """What an engine over a byte tokenizer says once it is loaded."""
+    path = tmp_path_factory.mktemp("frontend-tokenizer")
+    write_tiny_tokenizer(path)
+    return ready_with(path)
+
+
+def ready_with(tokenizer_dir):
+    info = ModelInfo(
+        model="tiny",
+        architecture="Tiny",
+        task="generate",
+        tokenizer_dir=str(tokenizer_dir),
+        image_dir="",
+        dtype="float32",
+        vocab_size=200,
+        max_model_len=64,
+        block_size=16,
+        num_blocks=4,
+        eos_token_ids=(2,),
+        weights_bytes=0,
+        kv_cache_bytes=0,
+        kv_bytes_per_token=0,
+    )
+    return Ready(info, EngineConfig())
+
+
+class Rig:
+    """A frontend whose engine is the test."""
+
+    def __init__(self, ready):
+        self.sent = []
+        self.delivered = []
+        self.frontend = Frontend(EngineConfig(), self.send)
+        self.frontend.on_message(ready)
+
+    def send(self, message):
+        self.sent.append(message)
+
+    def submit(self, request_id="r", deliver=None):
+        """The engine-side id of a new request."""
+        self.frontend.submit(
+            [5, 6],
+            SamplingParams(),
+            request_id=request_id,
+            output_kind="cumulative",
+            deliver=deliver or self.delivered.append,
+        )
+        return self.sent[-1].requests[0].request_id
+
+    def step(self, *deltas):
+        self.frontend.on_message(Stepped(deltas, SchedulerStats()))
+
+
+@pytest.fixture
+def rig(ready):
+    return Rig(ready)
+
+
+@pytest.mark.parametrize("ask", ["call", "submit"])
+def test_whoever_asks_while_the_engine_dies_is_told(rig, ask):
+    """Would catch a request registered after everyone who waits was told: nobody would ever answer it."""
+    outcome = []
+
+    def user():
+        try:
+            outcome.append(rig.frontend.call(ResumeCall()) if ask == "call" else rig.submit())
+        except EngineDead as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=user)
+    with rig.frontend._lock:
+        thread.start()
+        time.sleep(0.05)  # it has come as far as the lock
+        rig.frontend.fail(GONE, status="dead")
+    thread.join()
+    assert outcome == [GONE]
+
+
+def test_an_answer_that_comes_after_the_end_is_ignored(rig):
+    """Would catch a close() that blows up the engine's thread because of a call in flight."""
+    future = rig.frontend.call(ResumeCall())
+    rig.frontend.fail(GONE, status="closed")
+    rig.frontend.on_message(PlainReply(rig.sent[-1].call_id))
+    assert future.exception() is GONE
+
+
+def test_an_engine_closed_while_loading_does_not_become_ready(ready):
+    frontend = Frontend(EngineConfig(), lambda _message: None)
+    frontend.fail(GONE, status="closed")
+    frontend.on_message(ready)
+    assert frontend.status == "closed"
+
+
+def test_a_tokenizer_that_cannot_be_read_is_a_failure_to_load(tmp_path):
+    """Would catch a start() that waits for ever."""
+    frontend = Frontend(EngineConfig(), lambda _message: None)
+    frontend.on_message(ready_with(tmp_path))
+    assert frontend.status == "failed"
+    assert isinstance(frontend.ready.exception(timeout=0), UnsupportedModel)
+
+
+def test_a_reused_id_gets_nothing_of_the_request_that_had_it(rig):
+    """Would catch tokens, or the end, of an aborted request delivered to the next one of the same name."""
+    old = rig.submit()
+    rig.frontend.abort("r", deliver=rig.delivered.append)
+    new = rig.submit()
+    rig.step(RequestDelta(old, (7,)), RequestDelta(old, finish_reason="abort"), RequestDelta(new, (9,)))
+    assert [output.outputs[0].token_ids for output in rig.delivered] == [(9,)]
+    assert rig.delivered[0].request_id == "r"
+    assert not rig.delivered[0].finished
+
+
+def test_a_late_goodbye_does_not_end_the_next_request_of_that_name(rig):
+    """Would catch an iterator, closed after its last output, that aborts whoever reused its id."""
+    first, second = [], []
+    rig.step(RequestDelta(rig.submit(deliver=first.append), (7,), finish_reason="length"))
+    again = rig.submit(deliver=second.append)
+    rig.frontend.abort("r", deliver=first.append)
+    rig.step(RequestDelta(again, (9,), finish_reason="length"))
+    assert [output.outputs[0].token_ids for output in second] == [(9,)]
+
+
+def test_ending_a_request_tells_the_one_who_waits(rig):
+    """Would catch an abort by a third party that leaves the caller waiting for ever."""
+    engine_id = rig.submit()
+    rig.step(RequestDelta(engine_id, (7,)))
+    rig.frontend.end("r")
+    rig.frontend.end("unknown")
+    assert rig.sent[-1] == AbortRequests((engine_id,))
+    rig.step(RequestDelta(engine_id, finish_reason="abort"))
+    assert rig.delivered[-1].outputs[0].finish_reason == "abort"
+    assert rig.delivered[-1].outputs[0].token_ids == (7,)
+
+
+def test_what_could_not_be_sent_leaves_nothing_behind(rig, monkeypatch):
+    """Would catch an id that stays in use, or a call nobody will answer."""
+
+    def refuse(_message):
+        raise InvalidRequest("cannot travel")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.frontend, "_send", refuse)
+        with pytest.raises(InvalidRequest, match="travel"):
+            rig.submit()
+        with pytest.raises(InvalidRequest, match="travel"):
+            rig.frontend.call(ResumeCall())
+    assert not rig.frontend._calls
+    assert rig.submit()
+
+
+def test_a_bug_in_taking_a_message_leaves_nobody_waiting(rig, monkeypatch):
+    """Would catch requests that wait for ever because the listener ended in an error of ours."""
+
+    def broken(_deltas):
+        raise ZeroDivisionError("a bug")
+
+    engine_id = rig.submit()
+    monkeypatch.setattr(rig.frontend._model.outputs, "process", broken)
+    with pytest.raises(ZeroDivisionError):
+        rig.step(RequestDelta(engine_id, (7,)))
+    assert isinstance(rig.delivered[-1], EngineDead)
+    assert rig.frontend.status == "dead"

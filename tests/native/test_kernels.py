@@ -1,0 +1,139 @@
+"""Each kernel against torch in float64 or in the very operations of models/fused.py, on odd sizes."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from shuteye import native
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(found: Tensor, exact: Tensor, dtype: torch.dtype, *, scale: float = 1.0) -> None:
+    """Within 1e-5 of float32, within one rounding of bfloat16 (and the sum's own error) otherwise."""
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(found.double(), exact.double(), rtol=tolerance, atol=tolerance * scale * 0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 31, 64, 80, 577])
+def test_norm_rounds_as_torch_does(level, dtype, width):
+    x, weight = random(5, width, dtype=dtype), random(width, dtype=dtype, seed=1)
+    found = native.rms_norm(x, weight, 1e-5, torch.empty_like(x))
+    expected = functional.rms_norm(x, (width,), weight, 1e-5)
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-6)
+    else:
+        assert (found != expected).float().mean() < 0.02  # sums in another order, rounded at a tie
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 8, 15, 16, 17, 33, 48, 63, 64])
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 48), (33, 17), (80, 5), (576, 131), (95, 64)])
+def test_linear(level, dtype, num_tokens, in_features, out_features):
+    x = random(num_tokens, in_features, dtype=dtype)
+    weight = random(out_features, in_features, dtype=dtype, seed=1)
+    bias = random(out_features, dtype=dtype, seed=2) if num_tokens % 2 else None
+    found = native.linear(x, weight, bias, torch.full((num_tokens, out_features), torch.nan, dtype=dtype))
+    exact = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_near(found, exact, dtype, scale=in_features**0.5)
+
+
+def test_linear_reads_nothing_beyond_the_weight(level):
+    """NaN before and after the weight, and in the row past the last, must not reach the sums."""
+    around = torch.full((21 + 4, 33), torch.nan, dtype=torch.bfloat16)
+    weight = around[2:-2]
+    weight.copy_(random(21, 33, dtype=torch.bfloat16))
+    for num_tokens in (1, 7, 16):
+        x = random(num_tokens, 33, dtype=torch.bfloat16, seed=3)
+        found = native.linear(x, weight, None, x.new_empty(num_tokens, 21))
+        assert_near(found, functional.linear(x.double(), weight.double()), torch.bfloat16, scale=6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [5, 64, 131])
+def test_silu_mul(level, dtype, width):
+    gate_up = random(3, 2 * width, dtype=dtype) * 20  # far into both tails of exp
+    gate, up = gate_up.chunk(2, dim=-1)
+    expected = functional.silu(gate) * up
+    found = native.silu_mul(gate_up, torch.empty_like(up, memory_format=torch.contiguous_format))
+    tolerance = 2e-6 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "normed"), [(16, False), (64, True), (80, False), (128, True)])
+def test_rope_and_write(level, dtype, head_dim, normed):
+    """Queries rotated in place, keys and values at their slots, everything else of the cache untouched."""
+    num_heads, num_kv_heads, slots = 6, 2, torch.tensor([37, 3, 16])
+    qkv = random(3, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
+    angles = random(3, head_dim // 2, dtype=torch.float32, seed=1).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    norms = [random(head_dim, dtype=dtype, seed=seed) for seed in (2, 3)] if normed else [None, None]
+    cache = torch.full((6, 3, 2, 8, num_kv_heads, head_dim), 7.0, dtype=dtype)
+    query, key, value = (part.clone() for part in qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1))
+    native.rope_and_write(qkv, cos, sin, slots, cache, layer=1, query_norm=norms[0], key_norm=norms[1], eps=1e-6)
+
+    def rotated(x: Tensor, norm: Tensor | None) -> Tensor:
+        x = x if norm is None else functional.rms_norm(x, (head_dim,), norm, 1e-6)
+        signed = sin.clone()
+        signed[:, : head_dim // 2].neg_()
+        return torch.addcmul(x * cos[:, None], x.roll(head_dim // 2, dims=-1), signed[:, None])
+
+    close = {"rtol": 1e-6 if dtype == torch.float32 else 2**-7, "atol": 1e-6 if dtype == torch.float32 else 2**-7}
+    torch.testing.assert_close(qkv[:, :num_heads], rotated(query, norms[0]), **close)
+    rows = cache[slots // 8, 1, :, slots % 8]
+    torch.testing.assert_close(rows[:, 0], rotated(key, norms[1]), **close)
+    assert torch.equal(rows[:, 1], value)
+    assert (cache == 7.0).sum() == cache.numel() - 2 * 3 * num_kv_heads * head_dim
+
+
+def reference_attention(query, cache, starts, lengths, tables, layer, scale, window):
+    """One query at a time in float64, keys and values gathered."""
+    group, out = query.shape[1] // cache.shape[4], torch.empty_like(query, dtype=torch.float64)
+    for index, (length, table) in enumerate(zip(lengths, tables, strict=True)):
+        keys, values = (cache[list(table), layer, half].flatten(0, 1).double() for half in (0, 1))
+        for token in range(starts[index], starts[index + 1]):
+            position = length - (starts[index + 1] - token)
+            seen = slice(max(0, position + 1 - window) if window else 0, position + 1)
+            own_keys, own_values = (x[seen].repeat_interleave(group, dim=1) for x in (keys, values))
+            scores = torch.einsum("hd,khd->hk", query[token].double(), own_keys) * scale
+            out[token] = torch.einsum("hk,khd->hd", scores.softmax(-1), own_values)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 5, 40])
+@pytest.mark.parametrize(
+    ("head_dim", "num_kv_heads", "group", "block_size"),
+    [(16, 2, 2, 8), (64, 3, 3, 16), (80, 1, 9, 16), (128, 2, 1, 32), (64, 1, 4, 32), (12, 2, 5, 8)],
+)
+def test_paged_attention(level, dtype, head_dim, num_kv_heads, group, block_size, window):
+    """Decodes, chunks with an offset, whole prompts; contexts past the span and past a split; NaN past every end."""
+    lengths, counts = [1, 45, 300, 65, 560], [1, 1, 70, 65, 2]
+    starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    num_blocks = [-(-length // block_size) for length in lengths]
+    order = torch.randperm(sum(num_blocks) + 3, generator=torch.Generator().manual_seed(5)).tolist()
+    tables = [tuple(order.pop() for _ in range(count)) for count in num_blocks]
+    cache = torch.full((sum(num_blocks) + 3, 2, 2, block_size, num_kv_heads, head_dim), torch.nan, dtype=dtype)
+    for length, table in zip(lengths, tables, strict=True):
+        for position in range(length):
+            row = cache[table[position // block_size], 1, :, position % block_size]
+            row.copy_(random(*row.shape, dtype=dtype, seed=position))
+    wide = random(starts[-1], num_kv_heads * group + 3, head_dim, dtype=dtype, seed=9)
+    query = wide[:, : num_kv_heads * group]
+    found = native.paged_attention(query, cache, starts, lengths, tables, layer=1, scale=head_dim**-0.5, window=window)
+    exact = reference_attention(query, cache, starts, lengths, tables, 1, head_dim**-0.5, window)
+    assert_near(found, exact, dtype)
+
+
+def test_attention_refuses_blocks_outside_the_cache(level):
+    query, cache = torch.zeros(1, 1, 16), torch.zeros(2, 1, 2, 8, 1, 16)
+    with pytest.raises(ValueError, match="names a block that the cache does not have"):
+        native.paged_attention(query, cache, [0, 1], [9], [(0, 2)], layer=0, scale=1.0)
