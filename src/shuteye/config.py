@@ -15,6 +15,7 @@ from shuteye.request import DrainMode
 
 DType = Literal["auto", "bfloat16", "float32"]
 SleepingPolicy = Literal["reject", "hold", "wake"]
+Kernels = Literal["auto", "torch"]
 ExecutorBackend = Literal["inproc", "mp", "ray"]
 MemoryBackendName = Literal["auto", "linux", "fake", "cuda"]
 
@@ -43,6 +44,7 @@ class EngineConfig:
         verify_wake: how much of the weights is compared with checksums before the gate opens.
         canary: whether a short forward pass must reproduce its recorded logits before the gate opens.
         num_threads: compute threads; None takes all cores.
+        kernels: `auto` uses the native kernels where they can be used, `torch` never.
 
     Raises:
         InvalidRequest: a value is out of range; `param` names it.
@@ -67,6 +69,7 @@ class EngineConfig:
     canary: bool = True
     seed: int = 0
     num_threads: int | None = None
+    kernels: Kernels = "auto"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     distributed_executor_backend: ExecutorBackend = "inproc"

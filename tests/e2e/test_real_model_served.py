@@ -13,7 +13,7 @@ PROMPT = "The capital of France is"
 @pytest.mark.model
 def test_smollm2_knows_its_capitals_before_and_after_a_sleep(smollm2):
     """Anything between the command and the answer that is right for a random model only."""
-    flags = ("--enable-sleep-mode", "--kv-cache-memory", "64MiB", "--max-model-len", "512")
+    flags = ("--enable-sleep-mode", "--num-threads", "1", "--kv-cache-memory", "64MiB", "--max-model-len", "512")
     server = Served("smollm2-135m", *flags, cache_dir=None, SHUTEYE_SERVER_DEV_MODE="1")
     try:
         server.wait_until_ready()

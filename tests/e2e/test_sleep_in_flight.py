@@ -278,18 +278,81 @@ def test_requests_racing_twenty_sleeps(any_server, right, seed):
     began = time.monotonic()
     asyncio.run(scenario())
     assert time.monotonic() - began < 60
+    assert_fair(outcomes, right, may_refuse=policy == "reject")
+    reasons = {outcome.finish_reason for _, _, outcome in outcomes}
+    assert {"length", "abort"} <= reasons, "no race happened"
+    assert (None in reasons) == (policy == "reject")
+    assert_idle(any_server, right)
+
+
+CALLS = (
+    *["/sleep?level=1", "/sleep?level=2", "/sleep?level=0", "/sleep?tags=kv_cache", "/sleep?tags=weights", "/pause"],
+    *["/wake_up", "/wake_up", "/wake_up", "/wake_up?tags=weights", "/wake_up?tags=kv_cache", "/resume", "/resume"],
+    *["/reload_weights", "/reset_prefix_cache"],
+)
+
+
+def test_two_operators_at_odds_and_clients_that_leave(any_server, right):
+    """Any state from which one cannot come back, any blocks or requests lost on the way, any wrong text."""
+    chance = random.Random(1)
+    stop = asyncio.Event()
+    outcomes, answers = [], []
+
+    async def keep_asking(client, worker):
+        for turn in range(10_000):
+            if stop.is_set():
+                return
+            prompt, length = f"worker {worker} turn {turn % 5}", 5 + 7 * (turn % 4)
+            body = any_server.request(prompt, max_tokens=length, stream=(worker + turn) % 2 == 0)
+            task = asyncio.create_task(ask(client, body))
+            if chance.random() < 0.2:
+                await asyncio.wait([task], timeout=chance.uniform(0, 0.05))
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            else:
+                outcomes.append((prompt, length, await task))
+            await asyncio.sleep(0.003)
+
+    async def operate(client):
+        for _ in range(40):
+            path = chance.choice(CALLS)
+            if path.startswith(("/sleep", "/pause")):
+                path += f"{'&' if '?' in path else '?'}mode={chance.choice(['abort', 'wait', 'keep'])}&timeout=0.05"
+            answers.append((path, await call(client, path)))
+            await asyncio.sleep(chance.uniform(0, 0.02))
+
+    async def scenario():
+        async with asyncio.timeout(60), asking(any_server) as client, asyncio.TaskGroup() as group:
+            for worker in range(6):
+                group.create_task(keep_asking(client, worker))
+            await asyncio.gather(operate(client), operate(client))
+            stop.set()
+            for path in ("/sleep?level=2&mode=keep", "/wake_up", "/resume"):
+                await settled(client, path)
+
+    asyncio.run(scenario())
+    for path, answer in answers:
+        kind = (answer.json().get("error") or {}).get("type")
+        assert (answer.status_code, kind) in {(200, None), (409, "ConflictError"), (503, "DrainTimeoutError")}, path
+    assert_fair(outcomes, right, may_refuse=any_server.policy != "hold")
+    assert_idle(any_server, right)
+
+
+def assert_fair(outcomes, right, *, may_refuse):
+    """Every request was served with the right text, refused to the letter, or aborted in order."""
     for prompt, length, outcome in outcomes:
         if outcome.status == 503:
-            assert policy == "reject"
+            assert may_refuse
             assert is_refusal(outcome), outcome
         else:
             assert (outcome.status, outcome.error, outcome.ended) == (200, None, True), outcome
             assert outcome.finish_reason in ("length", "abort")
             whole = outcome.finish_reason == "length"
             assert outcome.text == right(prompt, length) if whole else outcome.is_prefix_of(right(prompt, length))
-    reasons = {outcome.finish_reason for _, _, outcome in outcomes}
-    assert {"length", "abort"} <= reasons, "no race happened"
-    assert (None in reasons) == (policy == "reject")
-    assert any_server.complete("afterwards") == right("afterwards")
-    assert any_server.metric("shuteye_num_requests_running") == any_server.metric("shuteye_num_requests_waiting") == 0
-    assert any_server.metric("shuteye_kv_cache_usage_ratio") == 0, "blocks are lost"
+
+
+def assert_idle(server, right):
+    """It serves, and has forgotten everything that was."""
+    assert server.complete("afterwards") == right("afterwards")
+    assert server.metric("shuteye_num_requests_running") == server.metric("shuteye_num_requests_waiting") == 0
+    assert server.metric("shuteye_kv_cache_usage_ratio") == 0, "blocks are lost"

@@ -23,7 +23,6 @@ from shuteye.errors import (
     ModelSleeping,
     PromptTooLong,
     QueueFull,
-    ShuteyeError,
     SleepFailed,
     SleepModeDisabled,
     TransitionConflict,
@@ -416,59 +415,6 @@ def test_no_room_to_save_aborts_nothing(rig, monkeypatch):
     assert rig.ended["a"] == "length"
 
 
-# --- trust --------------------------------------------------------------------------------------
-
-
-def test_a_corrupted_saved_extent_is_found_and_nothing_opens(rig):
-    rig.call(UpdateCall(named_tensors=negated_head(rig)))
-    rig.call(SleepCall(1))
-    corrupt_saved(rig)
-    with pytest.raises(VerificationFailed, match="checksum"):
-        rig.call(WakeCall())
-    assert residencies(rig) == {"weights": "offloaded", "kv_cache": "discarded"}
-    with pytest.raises(ModelSleeping):
-        rig.generate(PROMPT)
-    rig.call(SleepCall(2))
-    rig.call(WakeCall())
-    assert rig.core.state.gate == "open"
-
-
-def corrupt_saved(rig):
-    """Flip bits in what the disk backing holds, behind the engine's back."""
-    fd = rig.core._executor._worker._residency._backing._fd
-    size = os.fstat(fd).st_size
-    data = os.pread(fd, size, 0)
-    os.pwrite(fd, bytes(byte ^ 0xFF for byte in data), 0)
-
-
-def test_the_canary_notices_a_lost_buffer(rig):
-    """Rotary frequencies live outside the arena, where no checksum looks."""
-    rig.call(SleepCall(1))
-    frequencies = rig.worker._model.decoder.inverse_frequencies
-    frequencies.mul_(1.5)
-    with pytest.raises(VerificationFailed, match="canary"):
-        rig.call(WakeCall())
-    assert rig.core.state.is_sleeping
-    frequencies.div_(1.5)
-    rig.call(WakeCall())
-    assert rig.core.state.gate == "open"
-
-
-def test_addresses_never_change(rig):
-    pointers = [tensor.data_ptr() for tensor in rig.tensors().values()]
-    for level in (1, 2):
-        rig.call(SleepCall(level))
-        rig.call(WakeCall())
-    assert [tensor.data_ptr() for tensor in rig.tensors().values()] == pointers
-
-
-def test_collective_rpc_reaches_the_worker(rig):
-    assert rig.call(RpcCall("missing")) == [()]
-
-
-# --- found by review: what failed, and must not again --------------------------------------------
-
-
 def test_a_wake_that_outlasts_the_deadline_still_serves(make_rig, monkeypatch):
     """Would catch requests refused as asleep in the very step in which the model woke for them."""
     rig = make_rig(on_sleeping_request="wake", hold_timeout_s=0.05)
@@ -529,6 +475,56 @@ def test_a_deadline_is_a_number_of_seconds(rig, call, timeout_s):
     assert rig.core.state.gate == "open"
 
 
+# --- trust --------------------------------------------------------------------------------------
+
+
+def test_a_corrupted_saved_extent_is_found_and_nothing_opens(rig):
+    rig.call(UpdateCall(named_tensors=negated_head(rig)))
+    rig.call(SleepCall(1))
+    corrupt_saved(rig)
+    with pytest.raises(VerificationFailed, match="checksum"):
+        rig.call(WakeCall())
+    assert residencies(rig) == {"weights": "offloaded", "kv_cache": "discarded"}
+    with pytest.raises(ModelSleeping):
+        rig.generate(PROMPT)
+    rig.call(SleepCall(2))
+    rig.call(WakeCall())
+    assert rig.core.state.gate == "open"
+
+
+def corrupt_saved(rig):
+    """Flip bits in what the disk backing holds, behind the engine's back."""
+    fd = rig.core._executor._worker._residency._backing._fd
+    size = os.fstat(fd).st_size
+    data = os.pread(fd, size, 0)
+    os.pwrite(fd, bytes(byte ^ 0xFF for byte in data), 0)
+
+
+def test_the_canary_notices_a_lost_buffer(rig):
+    """Rotary frequencies live outside the arena, where no checksum looks."""
+    rig.call(SleepCall(1))
+    frequencies = rig.worker._model.decoder.inverse_frequencies
+    frequencies.mul_(1.5)
+    with pytest.raises(VerificationFailed, match="canary"):
+        rig.call(WakeCall())
+    assert rig.core.state.is_sleeping
+    frequencies.div_(1.5)
+    rig.call(WakeCall())
+    assert rig.core.state.gate == "open"
+
+
+def test_addresses_never_change(rig):
+    pointers = [tensor.data_ptr() for tensor in rig.tensors().values()]
+    for level in (1, 2):
+        rig.call(SleepCall(level))
+        rig.call(WakeCall())
+    assert [tensor.data_ptr() for tensor in rig.tensors().values()] == pointers
+
+
+def test_collective_rpc_reaches_the_worker(rig):
+    assert rig.call(RpcCall("missing")) == [()]
+
+
 @pytest.mark.parametrize("verify", ["off", "sample"])
 def test_distrust_outlasts_a_failed_wake(make_rig, monkeypatch, verify):
     """Would catch a retry that looks elsewhere, or nowhere, and opens the gate over memory known to be wrong."""
@@ -574,54 +570,3 @@ def test_versions_that_are_gone_leave_no_logits_behind(rig):
         rig.call(SleepCall(2))
         rig.call(WakeCall())
     assert len(rig.core._executor._worker._canary._recorded) == 1
-
-
-def test_a_reload_that_fails_can_be_mended_without_sleep_mode(make_rig):
-    """Would catch an engine whose weights are gone and whose every way back is refused."""
-    rig = make_rig(enable_sleep_mode=False)
-    expected = rig.generate(PROMPT)
-    rig.backend.fail_next("map_file")
-    with pytest.raises(ShuteyeError):
-        rig.call(ReloadCall())
-    assert rig.core.state.is_sleeping
-    assert rig.call(WakeCall()).changed
-    assert rig.generate(PROMPT) == expected
-
-
-def test_a_reload_that_cannot_even_be_undone_is_a_fault(rig):
-    """Would catch an error that says faulted while the state says that all is well."""
-    expected = rig.generate(PROMPT)
-    rig.backend.clear()
-    rig.call(ReloadCall())
-    at = rig.backend.steps.index("map_file")
-    rig.backend.clear()
-    rig.backend.fail_at(at)
-    rig.backend.fail_at(at + 1)  # the release that undoes it
-    with pytest.raises(EngineFaulted):
-        rig.call(ReloadCall())
-    assert rig.core.state.faulted
-    rig.call(WakeCall())
-    assert rig.generate(PROMPT) == expected
-
-
-def test_a_faulted_engine_does_not_doze(rig):
-    """Would catch level 0 answering as if there were a model to pause."""
-    rig.backend.fail_next("release")
-    with pytest.raises(EngineFaulted):
-        rig.call(SleepCall(1))
-    with pytest.raises(EngineFaulted):
-        rig.call(SleepCall(0))
-
-
-def test_a_state_nobody_can_tell_is_told_once(rig):
-    """Would catch a fault that wraps its own message in itself."""
-    rig.call(SleepCall(1))
-    rig.backend.clear()
-    rig.call(WakeCall())
-    at = len(rig.backend.steps) - 1 - rig.backend.steps[::-1].index("resident_bytes")
-    rig.call(SleepCall(1))
-    rig.backend.clear()
-    rig.backend.fail_at(at)
-    with pytest.raises(EngineFaulted) as caught:
-        rig.call(WakeCall())
-    assert caught.value.message.count("Nothing is served") == 1

@@ -181,3 +181,54 @@ def test_a_fault_while_recovering_is_still_a_fault_and_can_be_retried(rig):
     assert rig.core.state.gate == "closed"
     bring_awake(rig)
     assert rig.generate(PROMPT, PARAMS) == expected
+
+
+def test_a_reload_that_fails_can_be_mended_without_sleep_mode(make_rig):
+    """Would catch an engine whose weights are gone and whose every way back is refused."""
+    rig = make_rig(enable_sleep_mode=False)
+    expected = rig.generate(PROMPT)
+    rig.backend.fail_next("map_file")
+    with pytest.raises(ShuteyeError):
+        rig.call(ReloadCall())
+    assert rig.core.state.is_sleeping
+    assert rig.call(WakeCall()).changed
+    assert rig.generate(PROMPT) == expected
+
+
+def test_a_reload_that_cannot_even_be_undone_is_a_fault(rig):
+    """Would catch an error that says faulted while the state says that all is well."""
+    expected = rig.generate(PROMPT)
+    rig.backend.clear()
+    rig.call(ReloadCall())
+    at = rig.backend.steps.index("map_file")
+    rig.backend.clear()
+    rig.backend.fail_at(at)
+    rig.backend.fail_at(at + 1)  # the release that undoes it
+    with pytest.raises(EngineFaulted):
+        rig.call(ReloadCall())
+    assert rig.core.state.faulted
+    rig.call(WakeCall())
+    assert rig.generate(PROMPT) == expected
+
+
+def test_a_faulted_engine_does_not_doze(rig):
+    """Would catch level 0 answering as if there were a model to pause."""
+    rig.backend.fail_next("release")
+    with pytest.raises(EngineFaulted):
+        rig.call(SleepCall(1))
+    with pytest.raises(EngineFaulted):
+        rig.call(SleepCall(0))
+
+
+def test_a_state_nobody_can_tell_is_told_once(rig):
+    """Would catch a fault that wraps its own message in itself."""
+    rig.call(SleepCall(1))
+    rig.backend.clear()
+    rig.call(WakeCall())
+    at = len(rig.backend.steps) - 1 - rig.backend.steps[::-1].index("resident_bytes")
+    rig.call(SleepCall(1))
+    rig.backend.clear()
+    rig.backend.fail_at(at)
+    with pytest.raises(EngineFaulted) as caught:
+        rig.call(WakeCall())
+    assert caught.value.message.count("Nothing is served") == 1

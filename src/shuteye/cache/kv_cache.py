@@ -41,8 +41,8 @@ class KVCache:
         dtype: torch.dtype,
     ) -> None:
         shape = (num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)
-        self._blocks = arena.view(0, shape, dtype)
-        self._rows = self._blocks.view(-1, num_kv_heads, head_dim)
+        self.blocks = arena.view(0, shape, dtype)
+        self._rows = self.blocks.view(-1, num_kv_heads, head_dim)
         self.num_blocks = num_blocks
         self.num_layers = num_layers
         self.block_size = block_size
@@ -50,11 +50,11 @@ class KVCache:
     @property
     def bytes_per_block(self) -> int:
         """Bytes of one block in all layers: what `Arena.reserve` must be given per block."""
-        return self._blocks[0].nbytes
+        return self.blocks[0].nbytes
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, strided views [num_blocks, block_size, num_kv_heads, head_dim]."""
-        return self._blocks[:, index, 0], self._blocks[:, index, 1]
+        return self.blocks[:, index, 0], self.blocks[:, index, 1]
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         """Store one layer's new keys and values, both [num_tokens, num_kv_heads, head_dim], at `slots` [num_tokens]."""

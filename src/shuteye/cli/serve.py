@@ -63,6 +63,7 @@ ENGINE_FLAGS = {
     "enable_prefix_caching": Flag("Reuse the KV cache of prompts that begin alike."),
     "seed": Flag("For requests that bring no seed of their own."),
     "num_threads": Flag("Compute threads. By default all cores."),
+    "kernels": Flag("auto uses the native kernels where they can be used; torch never does."),
     "tensor_parallel_size": Flag("Ranks that each hold a slice of every layer."),
     "pipeline_parallel_size": Flag("Ranks that each hold a part of the layers."),
     "distributed_executor_backend": Flag(

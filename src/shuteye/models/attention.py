@@ -73,6 +73,11 @@ class PagedCache(Protocol):
 
     block_size: int
 
+    @property
+    def blocks(self) -> torch.Tensor:
+        """Everything: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]."""
+        ...
+
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [num_blocks, block_size, num_kv_heads, head_dim]."""
         ...

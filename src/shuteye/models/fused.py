@@ -16,6 +16,8 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 
 from shuteye.memory.layout import Slot
 from shuteye.models.attention import AttentionContext, ModelBatch, PagedCache, attend
+from shuteye.native import DecoderSpec, LayerSpec, NativeDecoder, available
+from shuteye.native.decoder import unsupported
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Types whose layer is exactly the one below: pre-norm, rotary positions, gated SiLU; nothing scaled or clipped."""
@@ -166,7 +168,12 @@ def wide_weights(
 
 
 class FusedDecoder:
-    """The whole model of a packed step."""
+    """The whole model of a packed step: small steps by native kernels where they are to be had, others by torch.
+
+    Args:
+        windows: per layer, how many positions back a token sees, itself included; None sees all.
+        native: whether to use the native kernels if they can be used here.
+    """
 
     def __init__(
         self,
@@ -174,18 +181,65 @@ class FusedDecoder:
         weights: FusedWeights,
         inverse_frequencies: Tensor,
         windows: Sequence[int | None],
+        *,
+        native: bool = True,
     ) -> None:
         self.inverse_frequencies = inverse_frequencies
         self._facts = facts
         self._weights = weights
         self._windows = windows
+        self._wants_native = native
+        self._native: tuple[PagedCache, NativeDecoder | None] | None = None
 
     def forward(self, batch: ModelBatch, kv_cache: PagedCache) -> Tensor:
-        """Compute a step: logits [num_sampled, vocab_size] in the model's dtype."""
+        """Compute a step: logits [num_sampled, vocab_size], in the model's dtype or in float32."""
+        native = self._native_over(kv_cache)
+        if native is not None and len(batch.input_ids) <= native.max_tokens:
+            return self._forward_natively(native, batch)
+        return self._forward_in_torch(batch, kv_cache)
+
+    def _native_over(self, kv_cache: PagedCache) -> NativeDecoder | None:
+        """The native decoder bound to this cache; made at the first step."""
+        if self._native is None or self._native[0] is not kv_cache:
+            self._native = (kv_cache, self._bind_native(kv_cache) if self._wants_native else None)
+        return self._native[1]
+
+    def _bind_native(self, kv_cache: PagedCache) -> NativeDecoder | None:
+        weights = self._weights
+        spec = DecoderSpec(
+            layers=tuple(map(_layer_spec, weights.layers, self._windows)),
+            embedding=weights.embedding,
+            final_norm=weights.norm,
+            head_weight=weights.head.weight,
+            head_bias=weights.head.bias,
+            num_heads=self._facts.num_heads,
+            eps=self._facts.norm_eps,
+            scale=self._facts.attention_scale,
+            kv_cache=kv_cache.blocks,
+        )
+        return NativeDecoder.create(spec) if available() and unsupported(spec) is None else None
+
+    def _forward_natively(self, native: NativeDecoder, batch: ModelBatch) -> Tensor:
+        cos, sin = self._rotation(batch.positions, self._weights.embedding.dtype)
+        return native.forward(
+            batch.input_ids,
+            batch.positions,
+            cos,
+            sin,
+            batch.slots,
+            batch.query_starts,
+            batch.context_lengths,
+            batch.block_tables,
+            batch.logits_indices,
+        )
+
+    def _forward_in_torch(self, batch: ModelBatch, kv_cache: PagedCache) -> Tensor:
         context = AttentionContext(batch, kv_cache, self._windows)
         weights = self._weights
         hidden = embedding(batch.input_ids, weights.embedding)  # [num_tokens, hidden_size]
-        rotation = self._rotation(batch.positions, hidden.dtype)
+        cos, sin = self._rotation(batch.positions, hidden.dtype)
+        sin[:, : sin.shape[1] // 2].neg_()
+        rotation = cos[:, None], sin[:, None]
         for index, layer in enumerate(weights.layers):
             hidden += self._attention(index, layer, self._norm(hidden, layer.input_norm), rotation, context)
             if index == len(weights.layers) - 1:
@@ -214,13 +268,35 @@ class FusedDecoder:
         return layer.output(found.reshape(len(x), -1))
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines, and sines with the sign that `_rotate` needs: both [num_tokens, 1, head_dim]."""
-        angles = torch.outer(positions.float(), self.inverse_frequencies)
-        cos, sin = angles.cos() * self._facts.rotary_scale, angles.sin() * self._facts.rotary_scale
-        return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype)
+        """Cosines and sines of the positions, both [num_tokens, head_dim]."""
+        angles = torch.outer(positions.float(), self.inverse_frequencies).repeat(1, 2)
+        scale = self._facts.rotary_scale
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions (arXiv:2104.09864): halves as real and imaginary parts, [num_tokens, heads, head_dim]."""
+    """Rotary positions (arXiv:2104.09864): halves as real and imaginary parts, [num_tokens, heads, head_dim].
+
+    Args:
+        rotation: cosines, and sines with their first half negated; both [num_tokens, 1, head_dim].
+    """
     cos, signed_sin = rotation
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
+
+
+def _layer_spec(layer: Layer, window: int | None) -> LayerSpec:
+    return LayerSpec(
+        input_norm=layer.input_norm,
+        qkv_weight=layer.qkv.weight,
+        qkv_bias=layer.qkv.bias,
+        query_norm=layer.query_norm,
+        key_norm=layer.key_norm,
+        output_weight=layer.output.weight,
+        output_bias=layer.output.bias,
+        post_norm=layer.post_norm,
+        gate_up_weight=layer.gate_up.weight,
+        gate_up_bias=layer.gate_up.bias,
+        down_weight=layer.down.weight,
+        down_bias=layer.down.bias,
+        window=window,
+    )

@@ -154,12 +154,13 @@ class LoadedModel:
         return self.decoder.forward(batch, kv_cache).float()
 
 
-def bind(image: WeightImage, arena: Arena, *, modules: bool = False) -> LoadedModel:
+def bind(image: WeightImage, arena: Arena, *, modules: bool = False, native: bool = True) -> LoadedModel:
     """Let every tensor of an image look into `arena`, which has the image's layout; touches no weight.
 
     Args:
         arena: need not be resident yet.
         modules: use transformers' modules even for a model that the flat loop can compute.
+        native: let the flat loop use the native kernels where they can be used.
 
     Raises:
         ImageFailure: image and module disagree; the message names the tensors.
@@ -167,7 +168,7 @@ def bind(image: WeightImage, arena: Arena, *, modules: bool = False) -> LoadedMo
     """
     facts = msgspec.convert(dict(image.metadata), ImageFacts)
     slot_names = {name: name for name in image.layout.slots} | dict(image.aliases)
-    decoder = None if modules else _bind_flat(image, arena, facts, slot_names)
+    decoder = None if modules else _bind_flat(image, arena, facts, slot_names, native=native)
     if decoder is not None:
         return LoadedModel(facts, decoder, slot_names)
     config = _read_config(image)
@@ -176,7 +177,9 @@ def bind(image: WeightImage, arena: Arena, *, modules: bool = False) -> LoadedMo
     return LoadedModel(facts, ModuleDecoder(module, facts.attention.windows), slot_names)
 
 
-def _bind_flat(image: WeightImage, arena: Arena, facts: ImageFacts, slot_names: dict[str, str]) -> FusedDecoder | None:
+def _bind_flat(
+    image: WeightImage, arena: Arena, facts: ImageFacts, slot_names: dict[str, str], *, native: bool
+) -> FusedDecoder | None:
     """The flat loop, which needs neither transformers nor the checkpoint's config; None if it is not for this model."""
     if facts.fused is None:
         return None
@@ -184,7 +187,8 @@ def _bind_flat(image: WeightImage, arena: Arena, facts: ImageFacts, slot_names: 
     weights = wide_weights(slots, arena.view, num_layers=facts.fused.num_layers)
     if weights is None:
         return None
-    return FusedDecoder(facts.fused, weights, image.read_buffers()[INVERSE_FREQUENCIES], facts.attention.windows)
+    frequencies = image.read_buffers()[INVERSE_FREQUENCIES]
+    return FusedDecoder(facts.fused, weights, frequencies, facts.attention.windows, native=native)
 
 
 def _bind_module(image: WeightImage, arena: Arena, facts: ImageFacts, slot_names: dict[str, str], config: Any) -> Any:

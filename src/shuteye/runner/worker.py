@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
+from shuteye import native
 from shuteye.cache.kv_cache import KVCache, kv_bytes_per_token
 from shuteye.config import EngineConfig
 from shuteye.errors import InternalError, InvalidRequest, ShuteyeError
@@ -73,7 +74,10 @@ class Worker:
 
     def __init__(self, config: EngineConfig, *, backend: MemoryBackend | None = None) -> None:
         self._config = config
-        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        num_threads = config.num_threads or len(os.sched_getaffinity(0))
+        torch.set_num_threads(num_threads)
+        if native.available():
+            native.set_num_threads(num_threads)
         self._backend = backend or open_backend(config.memory_backend)
         self._store = ImageStore(config.cache_dir)
         self._image = image = self._open_image(config.model)
@@ -84,7 +88,7 @@ class Worker:
             backend=self._backend, weights=self._weights, image=image, spill_dir=config.cache_dir / "spill"
         )
         self._residency.restore(WakePlan(weights="reload"))
-        self._model = model = bind(image, self._weights)
+        self._model = model = bind(image, self._weights, native=config.kernels == "auto")
         self._sampler = Sampler(vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids, seed=config.seed)
 
     # --- loading --------------------------------------------------------------------------------
