@@ -16,7 +16,7 @@ VENV ?= .venv
 SETUP_INPUTS := pyproject.toml requirements/torch.txt tools/setup.sh
 STAMP := $(VENV)/.set-up-$(shell { pwd; cat $(SETUP_INPUTS); } | sha256sum | cut -c1-16)
 
-.PHONY: help setup serve test test-slow test-gpu check bench docs clean
+.PHONY: help setup serve test test-slow test-gpu test-asan check bench docs clean
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -37,6 +37,15 @@ test-slow: setup ## Run the tests that take minutes.
 
 test-gpu: setup ## Run the tests that need a CUDA device.
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
+
+# Python itself leaks by design, so leaks are not looked for; torch must be loaded after the sanitizer's runtime.
+test-asan: setup ## Run the native kernels' tests under AddressSanitizer and UBSan.
+	mkdir -p build
+	$(VENV)/bin/python src/shuteye/native/build.py build/kernels-asan.so -g -O1 -fno-omit-frame-pointer \
+	  -fsanitize=address,undefined -fno-sanitize-recover=undefined
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 SHUTEYE_TEST_LIBRARY=$(CURDIR)/build/kernels-asan.so \
+	  $(VENV)/bin/python -m pytest tests/native --deselect tests/native/test_pool.py::test_idle_workers_cost_no_cpu $(ARGS)
 
 check: setup ## Lint, format, types, and the direction of imports.
 	$(VENV)/bin/ruff check .

@@ -210,7 +210,6 @@ class TestAsleep:
         assert server.metric("shuteye_sleep_residual_bytes") == report["residual_bytes"]
         assert server.metric("shuteye_num_requests_running") == 0
 
-    @pytest.mark.xfail(strict=True, reason="the engine measures tags only when it changes them")
     def test_metrics_of_a_kv_cache_that_fills(self, server):
         """A KV cache that holds memory and says that it does not."""
         server.complete("fills some blocks of the KV cache")

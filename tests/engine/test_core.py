@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from shuteye.engine.messages import (
 from shuteye.errors import (
     DrainTimeout,
     EngineFaulted,
+    ImageFailure,
     InvalidRequest,
     ModelSleeping,
     PromptTooLong,
@@ -30,6 +32,7 @@ from shuteye.errors import (
     WakeFailed,
 )
 from shuteye.memory import residency
+from shuteye.memory.backends.linux import LinuxBackend
 from shuteye.memory.backings.disk import DiskBacking
 from shuteye.request import GenerateRequest, SamplingParams
 
@@ -570,3 +573,69 @@ def test_versions_that_are_gone_leave_no_logits_behind(rig):
         rig.call(SleepCall(2))
         rig.call(WakeCall())
     assert len(rig.core._executor._worker._canary._recorded) == 1
+
+
+def damage(image_dir):
+    """Flip one bit in the middle of an image's weights, as a failing disk would."""
+    weights = next(image_dir.glob("weights*.bin"))
+    weights.chmod(0o644)
+    with weights.open("r+b") as file:
+        file.seek(weights.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_a_damaged_image_is_refused_at_the_start(make_rig, tmp_path):
+    """Would catch wrong tokens after a restart: the canary alone would record the damage as good."""
+    image_dir = Path(make_rig(cache_dir=tmp_path).core.info.image_dir)
+    damage(image_dir)
+    with pytest.raises(ImageFailure, match=f"shuteye images rm {image_dir.name}"):
+        make_rig(cache_dir=tmp_path)
+
+
+def test_a_damaged_image_is_not_reloaded(make_rig, tmp_path):
+    rig = make_rig(cache_dir=tmp_path)
+    damage(Path(rig.core.info.image_dir))
+    with pytest.raises(EngineFaulted, match="checksums"):
+        rig.call(ReloadCall())
+    with pytest.raises(EngineFaulted):
+        rig.generate(PROMPT)
+
+
+def test_a_fault_is_recovered_wholly_even_if_a_part_was_asked_for(rig):
+    """Would catch blank weights mapped in the course of a recovery."""
+    before = rig.generate(PROMPT)
+    rig.backend.fail_next("release", when="after")
+    with pytest.raises(EngineFaulted):
+        rig.call(SleepCall(2))
+    rig.call(WakeCall(("weights",)))
+    assert rig.core.state.gate == "open"
+    assert rig.generate(PROMPT) == before
+
+
+@pytest.mark.parametrize("mode", ["abort", "keep", "wait"])
+def test_a_sleep_that_cannot_save_costs_no_request(rig, mode):
+    expected = rig.generate(PROMPT, LONG)
+    rig.call(UpdateCall(named_tensors=list(tensors_of(rig).items())))
+    rig.add("a", PROMPT, LONG)
+    rig.step()
+    rig.backend.fail_next("write_file")
+    with pytest.raises(SleepFailed):
+        rig.call(SleepCall(1, None, mode))
+    rig.run()
+    assert rig.tokens["a"] == expected
+
+
+def test_the_report_and_the_state_agree_on_the_level(rig):
+    assert rig.call(SleepCall(2, ("kv_cache",))).level == rig.core.state.level == 1
+
+
+def test_the_state_counts_kv_memory_as_requests_touch_it(make_rig):
+    rig = make_rig(backend=LinuxBackend())  # the fake one touches everything to poison it
+    rig.call(SleepCall(1, ("kv_cache",)))
+    rig.call(WakeCall())
+    touched = [next(tag.resident_bytes for tag in rig.core.state.tags if tag.tag == "kv_cache")]
+    rig.generate(PROMPT)
+    touched.append(next(tag.resident_bytes for tag in rig.core.state.tags if tag.tag == "kv_cache"))
+    assert touched[0] < touched[1]

@@ -87,8 +87,8 @@ def one_cycle(rig, number, chooser):
 def test_a_hundred_cycles_under_requests(real):
     """Would catch a leak per cycle, a moved tensor, a wrong token after a wake, or a request in flight that is lost.
 
-    Fresh memory is poisoned: KV that was not recomputed, or weights that were not mapped, give other tokens. In float32,
-    because a held request is recomputed in one chunk, which bfloat16 rounds differently than token by token.
+    Fresh memory is poisoned: KV that was not recomputed, or weights that were not mapped, give other tokens. In
+    float32, because a held request is recomputed in one chunk, which bfloat16 rounds differently than token by token.
     """
     rig = real()
     chooser = random.Random(0)

@@ -94,6 +94,13 @@ class Machine(RuleBasedStateMachine):
         self.sleep(level, None, mode)
 
     @rule()
+    def wake_piecemeal_from_level_2(self):
+        if self.weights in ("resident", "discarded"):
+            self.sleep(2, None, "keep")
+            self.wake(("weights",))
+            self.wake(("kv_cache",))
+
+    @rule()
     def wake_wholly(self):
         self.wake(None)
 

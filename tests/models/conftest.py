@@ -41,12 +41,12 @@ class Sequence:
 class Driver:
     """A bound model and a poisoned KV cache; blocks are handed out scattered, never given back."""
 
-    def __init__(self, image: WeightImage, *, num_blocks: int = 256, modules: bool = False) -> None:
+    def __init__(self, image: WeightImage, *, num_blocks: int = 256, **binding: bool) -> None:
         backend = open_backend("linux")
         self.image = image
         self.weights = Arena.reserve(backend, tag="weights", nbytes=image.layout.nbytes)
         self.weights.map_file(0, image.layout.nbytes, fd=image.fd)
-        self.model: LoadedModel = bind(image, self.weights, modules=modules)
+        self.model: LoadedModel = bind(image, self.weights, **binding)
         shape: dict[str, Any] = {
             "num_layers": self.model.num_layers,
             "num_kv_heads": self.model.num_kv_heads,

@@ -5,6 +5,7 @@ Knows nothing of text, processes or sockets; `step` never blocks on anything but
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -57,6 +58,10 @@ Steps = Generator[None, None, Report]
 """A transition under way: each `next` is one look whether it can go on; the return value is its report."""
 
 
+REFRESH_EVERY_S = 1.0
+"""How old the state's account of resident memory may be while requests run."""
+
+
 @dataclass(slots=True)
 class Transition:
     """A control call on its way: waiting, under way (`steps`), or answered through `answer`."""
@@ -103,7 +108,8 @@ class EngineCore:
         self._sleep = SleepController(
             executor, verify=config.verify_wake, canary=config.canary and config.enable_sleep_mode
         )
-        self._sleep.check_after_update()  # the canary's first pass is recorded
+        self._sleep.check_loaded()
+        self._refreshed_at = time.monotonic()
         self._held = HeldRequests(limit=config.hold_queue_size)
         self._transitions: deque[Transition] = deque()
         self._closing_for_sleep = False
@@ -179,6 +185,15 @@ class EngineCore:
             self._deltas += self._scheduler.fail_step(plan, info_of(error))
         else:
             self._deltas += self._scheduler.update(plan, result)
+        self._account()
+
+    def _account(self) -> None:
+        """Requests touch KV memory: now and then, and whenever the batch runs empty, ask how much there is."""
+        now = time.monotonic()
+        if now - self._refreshed_at > REFRESH_EVERY_S or not self._scheduler.has_unfinished:
+            self._refreshed_at = now
+            with contextlib.suppress(EngineFaulted):  # if a rank cannot tell, the state says so, and nothing is served
+                self._sleep.refresh()
 
     def _admit(self, request: GenerateRequest) -> None:
         state = self._sleep.state
@@ -263,8 +278,9 @@ class EngineCore:
         self._sleep.check_room(plan)
         self._closing_for_sleep = True
         try:
-            ended, held = yield from self._drain(mode, call.timeout_s)
-            self._sleep.save(plan)
+            yield from self._drain(mode, call.timeout_s)
+            self._sleep.save(plan)  # before requests are ended: if it fails, they go on
+            ended, held = self._empty_batch(mode)
             if plan.kv_cache == "discard" or plan.weights != "keep":
                 self._scheduler.reset_prefix_cache()
             report = self._sleep.release(plan, level=level, begin=begin)
@@ -348,7 +364,7 @@ class EngineCore:
         finally:  # also after an update that broke off: what it had written is there
             self._sleep.refresh()
             if not self._sleep.state.faulted:
-                self._sleep.check_after_update()
+                self._sleep.check_after_update(reloaded=isinstance(call, ReloadCall))
         return reports[0]
 
     def _reset_prefix_cache_steps(self, _call: ResetPrefixCacheCall) -> Steps:
@@ -368,33 +384,38 @@ class EngineCore:
 
     def _closed_by_pause(self, mode: DrainMode, timeout_s: float | None) -> Generator[None, None, tuple[int, int]]:
         try:
-            return (yield from self._drain(mode, timeout_s))
+            yield from self._drain(mode, timeout_s)
+            return self._empty_batch(mode)
         finally:
             self._sleep.set_gate(draining=False)
 
-    def _drain(self, mode: DrainMode, timeout_s: float | None) -> Generator[None, None, tuple[int, int]]:
-        """Empty the batch as `mode` says; how many requests were aborted, and how many are held.
+    def _drain(self, mode: DrainMode, timeout_s: float | None) -> Generator[None, None, None]:
+        """Let requests in flight finish, if `mode` says so.
 
         While the gate is closed already, nothing runs: what is in the scheduler is held, not waited for.
         """
-        scheduler = self._scheduler
         patience_s = parse_timeout(timeout_s, self.config.drain_timeout_s)
         self._sleep.set_gate(draining=True)
+        if mode != "wait" or self._sleep.state.gate == "closed":
+            return
+        deadline = time.monotonic() + patience_s
+        while self._scheduler.has_unfinished:
+            if time.monotonic() > deadline:
+                unfinished = self._scheduler.num_running + self._scheduler.num_waiting
+                raise DrainTimeout(
+                    f"{unfinished} requests outlasted the deadline; nothing was put to sleep and they go on. "
+                    "Use mode=abort or mode=keep, or a longer timeout."
+                )
+            yield
+
+    def _empty_batch(self, mode: DrainMode) -> tuple[int, int]:
+        """Take every request out of the batch as `mode` says: how many were aborted, and how many are held."""
         if mode == "abort":
-            ended = scheduler.abort_all() + self._held.abort_all()
+            ended = self._scheduler.abort_all() + self._held.abort_all()
             self._deltas += ended
             return len(ended), 0
-        if mode == "wait" and self._sleep.state.gate != "closed":
-            deadline = time.monotonic() + patience_s
-            while scheduler.has_unfinished:
-                if time.monotonic() > deadline:
-                    raise DrainTimeout(
-                        f"{scheduler.num_running + scheduler.num_waiting} requests outlasted the deadline; nothing was "
-                        "put to sleep and they go on. Use mode=abort or mode=keep, or a longer timeout."
-                    )
-                yield
-        scheduler.preempt_all()
-        return 0, scheduler.num_waiting + len(self._held)
+        self._scheduler.preempt_all()
+        return 0, self._scheduler.num_waiting + len(self._held)
 
 
 def _model_info(config: EngineConfig, facts: ModelFacts, num_blocks: int) -> ModelInfo:

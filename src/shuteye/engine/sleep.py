@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from shuteye.errors import (
     EngineFaulted,
+    ImageFailure,
     InvalidRequest,
     ShuteyeError,
     SleepFailed,
@@ -273,7 +274,7 @@ class SleepController:
         reports = tuple(map(_sum_reports, zip(*ranks, strict=True)))
         return SleepReport(
             changed=True,
-            level=level,
+            level=self.state.level or level,
             tags=reports,
             freed_bytes=sum(report.freed_bytes for report in reports),
             residual_bytes=sum(self._executor.call("residual_bytes")),
@@ -291,6 +292,7 @@ class SleepController:
         begin = time.perf_counter()
         if self.state.faulted is not None:
             self._recover()
+            tags = TAGS  # a part of what is not trusted would leave the rest behind
         state = self.state
         if not state.is_sleeping:
             self.set_gate(dozing=False)
@@ -302,13 +304,31 @@ class SleepController:
         self.set_gate(dozing=False)
         return replace(report, seconds=time.perf_counter() - begin)
 
-    def check_after_update(self) -> None:
-        """Record, or compare, the canary of weights that were just loaded or written.
+    def check_loaded(self) -> None:
+        """Compare what was just loaded with its checksums, and record the canary's first pass.
 
         Raises:
-            EngineFaulted: the logits are not finite, or not those of the image that was reloaded.
+            ImageFailure: the image is damaged, or its weights make nonsense.
         """
         try:
+            self._check_bytes(WakePlan(weights="reload"), "off" if self._verify == "off" else "full")
+            self._check_canary()
+        except VerificationFailed as error:
+            key = self._executor.call("weights_source")[0]
+            raise ImageFailure(
+                f"The weight image {key} cannot be served: {error.message} "
+                f"Run `shuteye images rm {key}` and start again: it is then made anew from the checkpoint."
+            ) from error
+
+    def check_after_update(self, *, reloaded: bool) -> None:
+        """Record, or compare, the canary of weights that were just written; `reloaded` ones have checksums, too.
+
+        Raises:
+            EngineFaulted: the logits are not finite, or the image that was reloaded is not what it was.
+        """
+        try:
+            if reloaded:
+                self._check_bytes(WakePlan(weights="reload"), self._verify)
             self._check_canary()
         except ShuteyeError as error:
             raise self.fault(f"the new weights cannot be trusted: {error.message}") from error
@@ -348,8 +368,8 @@ class SleepController:
         if bad:
             self._distrusted = True
             raise VerificationFailed(
-                f"{bad} extents of the weights differ from their checksums, so the model stays asleep. "
-                "Run `shuteye images verify`; if the image is damaged, `reload_weights` or a restart rebuilds it."
+                f"{bad} extents of the weights differ from their checksums. `shuteye images verify` tells whether the "
+                "image is damaged; a restart refuses a damaged one and says how to have it made anew."
             )
         self._distrusted = self._distrusted and mode != "full"
         return sum(result.verified_bytes for result in results)
