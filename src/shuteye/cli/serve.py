@@ -48,7 +48,7 @@ SLEEP_FLAGS = {
     ),
     "drain_timeout_s": Flag("How long wait lets requests in flight finish before the sleep is given up, in seconds."),
     "verify_wake": Flag("How much of the weights is compared with checksums before a woken model serves."),
-    "canary": Flag("Before a woken model serves, a short forward pass must give exactly the logits it gave before."),
+    "canary": Flag("Before a woken model serves, a short forward pass must reproduce the logits it gave before."),
     "memory_backend": Flag("How memory is taken and given back. auto picks by platform; fake is for tests."),
 }
 ENGINE_FLAGS = {

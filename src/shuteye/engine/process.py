@@ -6,6 +6,7 @@ Knows nothing of HTTP. `python -m shuteye.engine.process ENDPOINT PARENT` reads 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -60,6 +61,8 @@ def main() -> None:
     _die_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides when we end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    logging.getLogger("shuteye").setLevel(logging.INFO)
     config: EngineConfig = Decoder[EngineConfig](EngineConfig).decode(sys.stdin.buffer.read())
     context: zmq.Context[Any] = zmq.Context()
     socket = connect_pair(context, sys.argv[1])

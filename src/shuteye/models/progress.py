@@ -1,11 +1,17 @@
 """How long-running steps tell a caller how far they are.
 
-Knows nothing of terminals: the command line draws it, tests record it, everyone else passes nothing.
+Knows nothing of terminals: the command line draws it, an engine logs it, tests record it.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Protocol
+
+LOG_EVERY_S = 5.0
+
+logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -35,3 +41,31 @@ class NoProgress:
 
     def finish(self) -> None:
         """Nothing."""
+
+
+class LoggedProgress:
+    """Tells the log: when a step begins, every few seconds how far it is, and when it is done."""
+
+    def __init__(self) -> None:
+        self._label = ""
+        self._total: int | None = None
+        self._done = 0
+        self._begin = self._last = time.monotonic()
+
+    def start(self, label: str, total: int | None) -> None:
+        """See `Progress`."""
+        self._label, self._total, self._done = label, total, 0
+        self._begin = self._last = time.monotonic()
+        logger.info("%s ...", label)
+
+    def advance(self, amount: int) -> None:
+        """See `Progress`."""
+        self._done += amount
+        now = time.monotonic()
+        if self._total and now - self._last >= LOG_EVERY_S:
+            self._last = now
+            logger.info("%s: %d%%", self._label, 100 * self._done // self._total)
+
+    def finish(self) -> None:
+        """See `Progress`."""
+        logger.info("%s: done in %.1f s", self._label, time.monotonic() - self._begin)

@@ -23,6 +23,7 @@ from shuteye.memory.image_store import ImageStore
 from shuteye.memory.residency import Residency
 from shuteye.models.loaded import TOKENIZER_DIR, bind
 from shuteye.models.loader import open_image
+from shuteye.models.progress import LoggedProgress
 from shuteye.models.sources import resolve_source
 from shuteye.outputs import TagReport, TagState, UpdateReport
 from shuteye.plans import (
@@ -112,14 +113,15 @@ class Worker:
         )
 
     def _open_image(self, model: str) -> WeightImage:
+        progress = LoggedProgress()
         source = resolve_source(
             model,
             revision=self._config.revision,
             cache_dir=self._config.cache_dir,
             offline=self._config.offline,
-            progress=None,
+            progress=progress,
         )
-        return open_image(source, dtype=self._config.dtype, store=self._store)
+        return open_image(source, dtype=self._config.dtype, store=self._store, progress=progress)
 
     @property
     def _kv_bytes_per_token(self) -> int:

@@ -1,0 +1,23 @@
+"""Progress in the log: what someone sees who starts a server for the first time."""
+
+import logging
+
+from shuteye.models import progress
+from shuteye.models.progress import LoggedProgress
+
+
+def test_steps_are_logged_with_how_far_they_are(caplog, monkeypatch):
+    """Would catch minutes of silence while a large checkpoint is converted."""
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
+    steps = LoggedProgress()
+    with caplog.at_level(logging.INFO):
+        steps.start("Reading", None)
+        steps.advance(5)
+        steps.finish()
+        steps.start("Writing", 200)
+        steps.advance(50)
+        steps.finish()
+    reading, read, writing, half, written = [record.getMessage() for record in caplog.records]
+    assert (reading, writing, half) == ("Reading ...", "Writing ...", "Writing: 25%")
+    assert read.startswith("Reading: done in ")
+    assert written.startswith("Writing: done in ")
