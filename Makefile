@@ -13,7 +13,8 @@ PYTHON ?=
 VENV ?= .venv
 
 # The set-up is repeated when what it depends on has changed, and otherwise costs nothing.
-SETUP_INPUTS := pyproject.toml requirements/torch.txt tools/setup.sh
+SETUP_INPUTS := pyproject.toml requirements/torch.txt tools/setup.sh hatch_build.py \
+	src/shuteye/native/build.py $(sort $(wildcard src/shuteye/native/csrc/*))
 STAMP := $(VENV)/.set-up-$(shell { pwd; cat $(SETUP_INPUTS); } | sha256sum | cut -c1-16)
 
 .PHONY: help setup serve test test-slow test-gpu test-asan check bench docs clean

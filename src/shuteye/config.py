@@ -55,7 +55,7 @@ class EngineConfig:
     dtype: DType = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 1024
+    max_num_batched_tokens: int = 512
     block_size: int = 16
     kv_cache_memory: int | None = None
     enable_prefix_caching: bool = True

@@ -16,8 +16,8 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 
 from shuteye.memory.layout import Slot
 from shuteye.models.attention import AttentionContext, ModelBatch, PagedCache, attend
-from shuteye.native import DecoderSpec, LayerSpec, NativeDecoder, available
-from shuteye.native.decoder import unsupported
+from shuteye.native import MAX_TOKENS, DecoderSpec, LayerSpec, NativeDecoder, available
+from shuteye.native.decoder import unsupported_shape
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Types whose layer is exactly the one below: pre-norm, rotary positions, gated SiLU; nothing scaled or clipped."""
@@ -188,8 +188,14 @@ class FusedDecoder:
         self._facts = facts
         self._weights = weights
         self._windows = windows
-        self._wants_native = native
+        heads = {"num_heads": facts.num_heads, "num_kv_heads": facts.num_kv_heads, "head_dim": facts.head_dim}
+        self._uses_native = native and available() and unsupported_shape(weights.embedding.dtype, **heads) is None
         self._native: tuple[PagedCache, NativeDecoder | None] | None = None
+
+    @property
+    def native_tokens(self) -> int:
+        """The largest step that the native kernels compute; 0 if they are not used."""
+        return MAX_TOKENS if self._uses_native else 0
 
     def forward(self, batch: ModelBatch, kv_cache: PagedCache) -> Tensor:
         """Compute a step: logits [num_sampled, vocab_size], in the model's dtype or in float32."""
@@ -201,10 +207,10 @@ class FusedDecoder:
     def _native_over(self, kv_cache: PagedCache) -> NativeDecoder | None:
         """The native decoder bound to this cache; made at the first step."""
         if self._native is None or self._native[0] is not kv_cache:
-            self._native = (kv_cache, self._bind_native(kv_cache) if self._wants_native else None)
+            self._native = (kv_cache, self._bind_native(kv_cache) if self._uses_native else None)
         return self._native[1]
 
-    def _bind_native(self, kv_cache: PagedCache) -> NativeDecoder | None:
+    def _bind_native(self, kv_cache: PagedCache) -> NativeDecoder:
         weights = self._weights
         spec = DecoderSpec(
             layers=tuple(map(_layer_spec, weights.layers, self._windows)),
@@ -217,7 +223,7 @@ class FusedDecoder:
             scale=self._facts.attention_scale,
             kv_cache=kv_cache.blocks,
         )
-        return NativeDecoder.create(spec) if available() and unsupported(spec) is None else None
+        return NativeDecoder.create(spec)
 
     def _forward_natively(self, native: NativeDecoder, batch: ModelBatch) -> Tensor:
         cos, sin = self._rotation(batch.positions, self._weights.embedding.dtype)

@@ -53,6 +53,11 @@ class ImageFacts:
 class Decoder(Protocol):
     """Whatever computes a packed step: a flat loop, or transformers' own modules."""
 
+    @property
+    def native_tokens(self) -> int:
+        """The largest step that the native kernels compute; 0 if none."""
+        ...
+
     def forward(self, batch: ModelBatch, kv_cache: PagedCache) -> torch.Tensor:
         """Logits [num_sampled, vocab_size] of the tokens in `batch.logits_indices`, in that order."""
         ...
@@ -60,6 +65,8 @@ class Decoder(Protocol):
 
 class ModuleDecoder:
     """A transformers module whose parameters are views of an arena and whose attention is paged."""
+
+    native_tokens = 0
 
     def __init__(self, module: Any, windows: Sequence[int | None]) -> None:
         self.module = module
@@ -139,6 +146,11 @@ class LoadedModel:
     def head_dim(self) -> int:
         """Size of one key, and of one value."""
         return self.facts.attention.head_dim
+
+    @property
+    def native_tokens(self) -> int:
+        """Steps of up to so many tokens are computed by the native kernels, with threads of their own; 0: none."""
+        return self.decoder.native_tokens
 
     def slot_of(self, checkpoint_name: str) -> str | None:
         """The arena slot that a tensor of the checkpoint is written to, tied names included; None if there is none."""

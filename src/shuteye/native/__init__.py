@@ -4,7 +4,7 @@ Knows nothing of models, schedulers or memory: callers pass tensors. Threads: on
 """
 
 from shuteye.native.decoder import MAX_TOKENS, DecoderSpec, LayerSpec, NativeDecoder
-from shuteye.native.kernels import linear, paged_attention, rms_norm, rope_and_write, silu_mul
+from shuteye.native.kernels import linear, paged_attention, read, rms_norm, rope_and_write, silu_mul
 from shuteye.native.library import (
     NativeUnavailable,
     available,
@@ -28,6 +28,7 @@ __all__ = [
     "linear",
     "num_threads",
     "paged_attention",
+    "read",
     "rms_norm",
     "rope_and_write",
     "set_level",

@@ -65,6 +65,11 @@ class PackedSequences:
         return cls(structs.Sequences(len(used), *(array.ctypes.data for array in arrays)), arrays)
 
 
+def read(memory: Tensor) -> None:
+    """Read a contiguous tensor and do nothing else: how fast the machine could be at best."""
+    load().shuteye_read(pointer(memory), memory.nbytes)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     """`x` and `out` [..., width], `weight` [width]; rounded once, as torch does. `out` may be `x`."""
     width = weight.numel()
@@ -73,7 +78,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """out = x @ weight.T + bias; `x` [num_tokens, in], `weight` [out, in], `out` [num_tokens, out]."""
+    """A product, out = x @ weight.T + bias: `x` [num_tokens, in], `weight` [out, in], `out` [num_tokens, out]."""
     (num_tokens, width), rows = x.shape, weight.shape[0]
     assert weight.shape[1] == width
     assert out.shape == (num_tokens, rows)
@@ -84,7 +89,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tenso
 
 
 def silu_mul(gate_up: Tensor, out: Tensor) -> Tensor:
-    """out = silu(gate) * up; `gate_up` [num_tokens, 2 * width], `out` [num_tokens, width]."""
+    """Gated SiLU, out = silu(gate) * up: `gate_up` [num_tokens, 2 * width], `out` [num_tokens, width]."""
     rows, width = out.shape
     load().shuteye_silu_mul(DTYPES[out.dtype], pointer(gate_up), pointer(out), rows, width)
     return out

@@ -102,6 +102,7 @@ PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "shuteye_decoder_create": (c_void_p, (POINTER(Model),)),
     "shuteye_decoder_destroy": (None, (c_void_p,)),
     "shuteye_decoder_run": (ctypes.c_char_p, (c_void_p, POINTER(Step))),
+    "shuteye_read": (c_int64, (c_void_p, c_int64)),
     "shuteye_rms_norm": (None, (c_int64, c_void_p, c_void_p, c_double, c_void_p, c_int64, c_int64)),
     "shuteye_silu_mul": (None, (c_int64, c_void_p, c_void_p, c_int64, c_int64)),
     "shuteye_linear": (None, (c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64)),

@@ -77,8 +77,6 @@ class Worker:
         self._config = config
         num_threads = config.num_threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(num_threads)
-        if native.available():
-            native.set_num_threads(num_threads)
         self._backend = backend or open_backend(config.memory_backend)
         self._store = ImageStore(config.cache_dir)
         self._image = image = self._open_image(config.model)
@@ -90,6 +88,10 @@ class Worker:
         )
         self._residency.restore(WakePlan(weights="reload"))
         self._model = model = bind(image, self._weights, native=config.kernels == "auto")
+        if model.native_tokens:
+            native.set_num_threads(num_threads)
+        if model.native_tokens >= config.max_num_batched_tokens:
+            torch.set_num_threads(1)  # its threads would spin on the cores that the kernels' own threads need
         self._sampler = Sampler(vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids, seed=config.seed)
 
     # --- loading --------------------------------------------------------------------------------

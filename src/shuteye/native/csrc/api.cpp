@@ -1,4 +1,5 @@
 // The C ABI that library.py calls. Knows no kernel; every call is safe from any thread, one job runs at a time.
+#include <atomic>
 #include <vector>
 
 #include "decoder.h"
@@ -57,6 +58,22 @@ void* shuteye_decoder_create(const ShuteyeModel* model) { return new Decoder(*mo
 void shuteye_decoder_destroy(void* decoder) { delete static_cast<Decoder*>(decoder); }
 const char* shuteye_decoder_run(void* decoder, const ShuteyeStep* step) {
   return static_cast<Decoder*>(decoder)->run(*step);
+}
+
+// Reads memory and does nothing else: the floor that benchmarks compare with.
+int64_t shuteye_read(const void* memory, int64_t nbytes) {
+  constexpr int64_t kChunkWords = 32768;
+  const auto* words = static_cast<const uint64_t*>(memory);
+  std::atomic<uint64_t> total{0};
+  share(nbytes / 8 / kChunkWords, 0, [&](const KernelTable&, void*, int64_t first, int64_t end) {
+    uint64_t sum[8] = {};
+    for (const uint64_t* word = words + first * kChunkWords; word < words + end * kChunkWords; word += 8) {
+      __builtin_prefetch(word + 512);
+      for (int lane = 0; lane < 8; lane++) sum[lane] ^= word[lane];
+    }
+    for (const uint64_t each : sum) total += each;
+  });
+  return static_cast<int64_t>(total.load());
 }
 
 void shuteye_rms_norm(int64_t dtype, const void* x, const void* weight, double eps, void* out, int64_t rows,

@@ -5,6 +5,7 @@
 // [first_seen(r), position(r)], cut to the task's range: only those are ever computed with, so that what lies in blocks
 // past a context's end, NaN included, is never touched.
 #pragma once
+#include "dot.h"
 #include "rope.h"
 
 namespace SHUTEYE_ISA {
@@ -25,20 +26,20 @@ struct AttentionShape {
     group = attention.num_heads / attention.cache.num_kv_heads;
     rows = task.num_tokens * group;
     head_dim = attention.cache.head_dim;
-    padded_dim = shuteye::round_up(head_dim, 16);
+    padded_dim = shuteye::round_up(head_dim, shuteye::kDepthStep);
   }
 };
 
 struct AttentionScratch {
-  float* query;  // [rows, padded_dim], padding zero
+  void* query;   // [rows, padded_dim] as the dot product wants them (float or bfloat16), padding zero
   float* sums;   // [rows, padded_dim], of values, weighted
   float* scores; // [rows, kKeySpan]
   float* maxima; // [rows]
   float* totals; // [rows], of weights
 
   AttentionScratch(void* memory, const AttentionShape& shape) {
-    query = static_cast<float*>(memory);
-    sums = query + shape.rows * shape.padded_dim;
+    query = memory;
+    sums = static_cast<float*>(memory) + shape.rows * shape.padded_dim;
     scores = sums + shape.rows * shape.padded_dim;
     maxima = scores + shape.rows * kKeySpan;
     totals = maxima + shape.rows;
@@ -57,60 +58,113 @@ inline Range seen_by(const ShuteyeAttention& attention, const AttentionTask& tas
   return {larger(first, task.key_begin), smaller(position + 1, task.key_end)};
 }
 
-// The rows of the cache that hold the keys (half 0) or values (half 1) of consecutive positions, for one KV head.
+// The rows of the cache that hold the keys and values of consecutive positions, for one KV head.
 template <class T>
 struct Span {
   const T* keys[kKeySpan];
   const T* values[kKeySpan];
+  Range positions;
 
-  Span(const ShuteyeAttention& attention, const AttentionTask& task, Range range) {
+  Span(const ShuteyeAttention& attention, const AttentionTask& task, Range range) : positions(range) {
     const ShuteyeCache& cache = attention.cache;
     const int64_t* table = attention.sequences.tables + attention.sequences.table_starts[task.sequence];
     const int64_t stride = cache.num_kv_heads * cache.head_dim;
-    for (int64_t position = range.begin; position < range.end; position++) {
-      const int64_t slot = table[position / cache.block_size] * cache.block_size + position % cache.block_size;
-      const T* key = cache_row<T>(cache, attention.layer, 0, slot) + task.kv_head * cache.head_dim;
-      keys[position - range.begin] = key;
-      values[position - range.begin] = key + cache.block_size * stride;
+    int64_t block = range.begin / cache.block_size, offset = range.begin % cache.block_size, count = 0;
+    while (count < range.end - range.begin) { // division is slow: once per block, not per key
+      const T* first = cache_row<T>(cache, attention.layer, 0, table[block] * cache.block_size);
+      const T* key = first + offset * stride + task.kv_head * cache.head_dim;
+      for (; offset < cache.block_size && count < range.end - range.begin; offset++, count++, key += stride) {
+        keys[count] = key;
+        values[count] = key + cache.block_size * stride;
+      }
+      offset = 0;
+      block++;
     }
   }
 };
 
+// Rows are short and scattered, which hardware does not foresee: the next span's are fetched while this one is used.
 template <class T>
+inline void prefetch_row(const T* row, int64_t head_dim) {
+  for (int64_t byte = 0; byte < head_dim * static_cast<int64_t>(sizeof(T)); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
+}
+
+template <class Dot>
 void read_queries(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionShape& shape,
-                  float* query) {
+                  typename Dot::X* query) {
+  using T = typename Dot::Weight;
   for (int64_t row = 0; row < shape.rows; row++) {
     const int64_t token = task.first_token + row / shape.group;
     const int64_t head = task.kv_head * shape.group + row % shape.group;
     const T* source = static_cast<const T*>(attention.query) + token * attention.query_stride + head * shape.head_dim;
-    float* target = query + row * shape.padded_dim;
+    auto* target = query + row * shape.padded_dim;
     for_lanes(shape.head_dim, [&](int64_t index, int64_t count) {
       store_some(target + index, load_some(source + index, count), count);
     });
+    memset(target + shape.head_dim, 0, (shape.padded_dim - shape.head_dim) * sizeof(*target));
   }
 }
 
-// scores[row, key] for rows [first_row, first_row + count) and keys [range.begin, range.end) of the span.
-template <class T, int count>
-inline void score_rows(const AttentionShape& shape, const float* query, const T* const* keys, Range range, float scale,
-                       float* scores) {
-  for (int64_t key = range.begin; key < range.end; key++) {
-    Lanes products[count];
-    for (Lanes& product : products) product = broadcast(0.0f);
-    for_lanes(shape.head_dim, [&](int64_t index, int64_t width) {
-      const Lanes lanes = load_some(keys[key] + index, width);
-      for (int row = 0; row < count; row++) {
-        products[row] = fma(load_some(query + row * shape.padded_dim + index, width), lanes, products[row]);
-      }
-    });
-    for (int row = 0; row < count; row++) scores[row * kKeySpan + key] = sum(products[row]) * scale;
+// Scores of 4 keys (or, at the end, of the last one four times) for `count` rows.
+template <class Dot, int count>
+inline void score_four(const AttentionShape& shape, const typename Dot::X* query, const typename Dot::Weight* const* keys,
+                       float* (&scores)[count]) {
+  Lanes products[count][4];
+  for (auto& row : products)
+    for (Lanes& product : row) product = broadcast(0.0f);
+  typename Dot::Vector lanes[4];
+  int64_t index = 0;
+  const auto accumulate = [&] {
+    for (int row = 0; row < count; row++) {
+      const typename Dot::Vector own = Dot::read_x(query + row * shape.padded_dim + index);
+      for (int key = 0; key < 4; key++) products[row][key] = Dot::multiply_add(lanes[key], own, products[row][key]);
+    }
+  };
+  for (; index + Dot::step <= shape.head_dim; index += Dot::step) {
+    for (int key = 0; key < 4; key++) lanes[key] = Dot::read(keys[key] + index);
+    accumulate();
   }
+  if (index < shape.head_dim) {
+    for (int key = 0; key < 4; key++) lanes[key] = Dot::read(keys[key] + index, shape.head_dim - index);
+    accumulate();
+  }
+  for (int row = 0; row < count; row++) sum_four(products[row], scores[row]);
+}
+
+// scores[row, key], not scaled yet, for `count` rows and keys [range.begin, range.end) of the span.
+template <class Dot, int count>
+inline void score_rows(const AttentionShape& shape, const typename Dot::X* query, const Span<typename Dot::Weight>& span,
+                       const Span<typename Dot::Weight>& next, Range range, float* scores) {
+  const int64_t num_next = next.positions.end - next.positions.begin;
+  for (int64_t key = range.begin; key < range.end; key += 4) {
+    const typename Dot::Weight* four[4];
+    for (int each = 0; each < 4; each++) {
+      four[each] = span.keys[smaller(key + each, range.end - 1)];
+      if (key + each < num_next) prefetch_row(next.keys[key + each], shape.head_dim);
+    }
+    const int64_t num_keys = smaller<int64_t>(4, range.end - key);
+    float few[count][4];
+    float* found[count];
+    for (int row = 0; row < count; row++) found[row] = num_keys == 4 ? scores + row * kKeySpan + key : few[row];
+    score_four<Dot, count>(shape, query, four, found);
+    if (num_keys == 4) continue;
+    for (int row = 0; row < count; row++) memcpy(scores + row * kKeySpan + key, few[row], num_keys * sizeof(float));
+  }
+}
+
+inline float largest_of(const float* values, int64_t count) {
+  Lanes highest = broadcast(values[0]);
+  int64_t index = 0;
+  for (; index + Lanes::width <= count; index += Lanes::width) highest = max(highest, load(values + index));
+  float result = largest(highest);
+  for (; index < count; index++) result = larger(result, values[index]);
+  return result;
 }
 
 // Turns a row's scores into weights, relative to the row's new maximum, and scales what was summed before.
-inline void weigh_row(float* scores, Range range, float& maximum, float& total, float* sums, int64_t width) {
-  float highest = maximum;
-  for (int64_t key = range.begin; key < range.end; key++) highest = larger(highest, scores[key]);
+inline void weigh_row(float* scores, Range range, float scale, float& maximum, float& total, float* sums, int64_t width) {
+  const float highest = larger(maximum, largest_of(scores + range.begin, range.end - range.begin) * scale);
   if (highest > maximum) { // maximum is -inf at first: then the factor is 0
     float factors[Lanes::width];
     store(factors, exp(broadcast(maximum - highest)));
@@ -124,7 +178,7 @@ inline void weigh_row(float* scores, Range range, float& maximum, float& total, 
   const int64_t end = range.end;
   for (int64_t key = range.begin; key < end; key += Lanes::width) {
     const int64_t count = smaller<int64_t>(Lanes::width, end - key);
-    Lanes weights = exp(load_some(scores + key, count) - broadcast(maximum));
+    Lanes weights = exp(load_some(scores + key, count) * broadcast(scale) - broadcast(maximum));
     if (count < Lanes::width) { // lanes that hold no key
       float padded[Lanes::width] = {};
       store_partial(padded, weights, count);
@@ -138,8 +192,9 @@ inline void weigh_row(float* scores, Range range, float& maximum, float& total, 
 
 // sums[row] += weights[row, key] * values[key], for `count` rows and kValueVectors vectors of each value.
 template <class T, int count>
-inline void add_values(const AttentionShape& shape, const float* weights, const T* const* values, Range range,
-                       int64_t index, float* sums) {
+inline void add_values(const AttentionShape& shape, const float* weights, const Span<T>& span, const Span<T>& next,
+                       Range range, int64_t index, float* sums) {
+  const int64_t num_next = next.positions.end - next.positions.begin;
   Lanes totals[count][kValueVectors];
   for (int row = 0; row < count; row++)
     for (int64_t vector = 0; vector < kValueVectors; vector++)
@@ -147,7 +202,8 @@ inline void add_values(const AttentionShape& shape, const float* weights, const 
   for (int64_t key = range.begin; key < range.end; key++) {
     Lanes value[kValueVectors];
     for (int64_t vector = 0; vector < kValueVectors; vector++)
-      value[vector] = load(values[key] + index + vector * Lanes::width);
+      value[vector] = load(span.values[key] + index + vector * Lanes::width);
+    if (index == 0 && key < num_next) prefetch_row(next.values[key], shape.head_dim);
     for (int row = 0; row < count; row++) {
       const Lanes weight = broadcast(weights[row * kKeySpan + key]);
       for (int64_t vector = 0; vector < kValueVectors; vector++)
@@ -175,21 +231,23 @@ inline void add_value_tail(const AttentionShape& shape, const float* weights, co
 }
 
 // One span of keys for `count` rows of one or more tokens; `ranges` [count] are relative to the span.
-template <class T, int count>
+template <class Dot, int count>
 void attend_rows(const ShuteyeAttention& attention, const AttentionShape& shape, const AttentionScratch& scratch,
-                 const Span<T>& span, int64_t row, const Range* ranges) {
+                 const Span<typename Dot::Weight>& span, const Span<typename Dot::Weight>& next, int64_t row,
+                 const Range* ranges) {
+  using T = typename Dot::Weight;
   float* scores = scratch.scores + row * kKeySpan;
   float* sums = scratch.sums + row * shape.padded_dim;
   Range all = ranges[0];
   for (int each = 1; each < count; each++) all = {smaller(all.begin, ranges[each].begin), larger(all.end, ranges[each].end)};
   if (all.begin >= all.end) return;
-  score_rows<T, count>(shape, scratch.query + row * shape.padded_dim, span.keys, all,
-                       static_cast<float>(attention.scale), scores);
+  const auto* query = static_cast<const typename Dot::X*>(scratch.query) + row * shape.padded_dim;
+  score_rows<Dot, count>(shape, query, span, next, all, scores);
   for (int each = 0; each < count; each++) {
     float* own = scores + each * kKeySpan;
     const Range range = ranges[each];
     if (range.begin < range.end) {
-      weigh_row(own, range, scratch.maxima[row + each], scratch.totals[row + each], sums + each * shape.padded_dim,
+      weigh_row(own, range, static_cast<float>(attention.scale), scratch.maxima[row + each], scratch.totals[row + each], sums + each * shape.padded_dim,
                 shape.padded_dim);
     }
     for (int64_t key = all.begin; key < all.end; key++) // what others of the group see, but this row does not
@@ -198,14 +256,15 @@ void attend_rows(const ShuteyeAttention& attention, const AttentionShape& shape,
   constexpr int64_t step = kValueVectors * Lanes::width;
   int64_t index = 0;
   for (; index + step <= shape.head_dim; index += step)
-    add_values<T, count>(shape, scores, span.values, all, index, sums);
+    add_values<T, count>(shape, scores, span, next, all, index, sums);
   if (index < shape.head_dim) add_value_tail<T, count>(shape, scores, span.values, all, index, sums);
 }
 
-template <class T>
+template <class Dot>
 void attend_span(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionShape& shape,
-                 const AttentionScratch& scratch, Range positions) {
-  const Span<T> span(attention, task, positions);
+                 const AttentionScratch& scratch, const Span<typename Dot::Weight>& span,
+                 const Span<typename Dot::Weight>& next) {
+  const Range positions = span.positions;
   const auto range_of = [&](int64_t row) {
     const Range seen = seen_by(attention, task, row / shape.group);
     return Range{larger(seen.begin, positions.begin) - positions.begin, smaller(seen.end, positions.end) - positions.begin};
@@ -213,15 +272,15 @@ void attend_span(const ShuteyeAttention& attention, const AttentionTask& task, c
   int64_t row = 0;
   for (; row + kRowGroup <= shape.rows; row += kRowGroup) {
     const Range ranges[] = {range_of(row), range_of(row + 1), range_of(row + 2), range_of(row + 3)};
-    attend_rows<T, kRowGroup>(attention, shape, scratch, span, row, ranges);
+    attend_rows<Dot, kRowGroup>(attention, shape, scratch, span, next, row, ranges);
   }
   if (row + 3 == shape.rows) {
     const Range ranges[] = {range_of(row), range_of(row + 1), range_of(row + 2)};
-    return attend_rows<T, 3>(attention, shape, scratch, span, row, ranges);
+    return attend_rows<Dot, 3>(attention, shape, scratch, span, next, row, ranges);
   }
   for (; row < shape.rows; row++) {
     const Range range = range_of(row);
-    attend_rows<T, 1>(attention, shape, scratch, span, row, &range);
+    attend_rows<Dot, 1>(attention, shape, scratch, span, next, row, &range);
   }
 }
 
@@ -237,11 +296,28 @@ inline void write_row(const ShuteyeAttention& attention, const AttentionShape& s
   });
 }
 
+// Writes the results, or what `merge` needs of them.
 template <class T>
+void finish_rows(const ShuteyeAttention& attention, const AttentionShape& shape, const AttentionTask& task,
+                 const float* sums, const float* maxima, const float* totals) {
+  for (int64_t row = 0; row < shape.rows; row++, sums += shape.padded_dim) {
+    if (!task.partial) {
+      write_row<T>(attention, shape, task, row, sums, totals[row]);
+      continue;
+    }
+    float* part = task.partial + row * (shape.head_dim + 2);
+    memcpy(part, sums, shape.head_dim * sizeof(float));
+    part[shape.head_dim] = maxima[row];
+    part[shape.head_dim + 1] = totals[row];
+  }
+}
+
+template <class Dot>
 void attend(const ShuteyeAttention& attention, const AttentionTask& task, void* memory) {
+  using T = typename Dot::Weight;
   const AttentionShape shape(attention, task);
   const AttentionScratch scratch(memory, shape);
-  read_queries<T>(attention, task, shape, scratch.query);
+  read_queries<Dot>(attention, task, shape, static_cast<typename Dot::X*>(scratch.query));
   memset(scratch.sums, 0, shape.rows * shape.padded_dim * sizeof(float));
   for (int64_t row = 0; row < shape.rows; row++) {
     scratch.maxima[row] = -__builtin_inff();
@@ -249,20 +325,14 @@ void attend(const ShuteyeAttention& attention, const AttentionTask& task, void* 
   }
   const int64_t begin = seen_by(attention, task, 0).begin;
   const int64_t end = seen_by(attention, task, task.num_tokens - 1).end;
+  const auto span_from = [&](int64_t first) { return Range{first, smaller(first + kKeySpan, end)}; };
+  Span<T> next(attention, task, span_from(begin));
   for (int64_t first = begin; first < end; first += kKeySpan) {
-    attend_span<T>(attention, task, shape, scratch, {first, smaller(first + kKeySpan, end)});
+    const Span<T> span = next;
+    if (first + kKeySpan < end) next = Span<T>(attention, task, span_from(first + kKeySpan));
+    attend_span<Dot>(attention, task, shape, scratch, span, next);
   }
-  for (int64_t row = 0; row < shape.rows; row++) {
-    const float* sums = scratch.sums + row * shape.padded_dim;
-    if (!task.partial) {
-      write_row<T>(attention, shape, task, row, sums, scratch.totals[row]);
-      continue;
-    }
-    float* part = task.partial + row * (shape.head_dim + 2);
-    memcpy(part, sums, shape.head_dim * sizeof(float));
-    part[shape.head_dim] = scratch.maxima[row];
-    part[shape.head_dim + 1] = scratch.totals[row];
-  }
+  finish_rows<T>(attention, shape, task, scratch.sums, scratch.maxima, scratch.totals);
 }
 
 // Merges the `num_parts` partial results at task.partial, one after the other, and writes the result.

@@ -69,7 +69,7 @@ inline int64_t linear_scratch_bytes(int64_t num_tokens, int64_t in_features) {
 }
 
 inline int64_t attention_scratch_bytes(int64_t head_dim) {
-  return kMaxAttentionRows * (2 * round_up(head_dim, 16) + kKeySpan + 4) * 4 + 4096;
+  return kMaxAttentionRows * (3 * round_up(head_dim, kDepthStep) + 2 * kKeySpan + 8) * 4 + 8192;
 }
 
 inline int64_t partial_floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }

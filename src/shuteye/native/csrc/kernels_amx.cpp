@@ -1,6 +1,7 @@
 // The kernels for AMX (tiles of bfloat16), with AVX-512 for the rest.
 #define SHUTEYE_ISA shuteye_amx
 #define SHUTEYE_LANES_AVX512
+#include "attention_amx.h"
 #include "linear_amx.h"
 #include "table.h"
 
@@ -28,6 +29,7 @@ KernelTable amx_table() {
   KernelTable table = SHUTEYE_ISA::common_table("amx");
   table.prepare = SHUTEYE_ISA::prepare_any;
   table.linear_rows = SHUTEYE_ISA::linear_any;
+  table.attend[SHUTEYE_BFLOAT16] = SHUTEYE_ISA::attend_any;
   table.enter = SHUTEYE_ISA::configure_tiles;
   table.leave = SHUTEYE_ISA::release_tiles;
   return table;

@@ -4,42 +4,19 @@
 // x is packed as [depth / 32][tokens / 16][16 pairs][16 tokens] of pairs of bfloat16: each 16 * 16 * 4 bytes one tile.
 #pragma once
 #include "linear.h"
+#include "tiles.h"
 
 namespace SHUTEYE_ISA {
 
 constexpr int64_t kTileTokens = 16;
-constexpr int64_t kTileElements = 512; // of bfloat16
-
-struct TileConfig {
-  uint8_t palette;
-  uint8_t start_row;
-  uint8_t reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-
-inline void configure_tiles() {
-  TileConfig config{};
-  config.palette = 1;
-  for (int tile = 0; tile < 8; tile++) {
-    config.row_bytes[tile] = 64;
-    config.rows[tile] = 16;
-  }
-  _tile_loadconfig(&config);
-}
-
-inline void release_tiles() { _tile_release(); }
-
-// GCC does not know that a tile load reads memory: without this it may move or drop the stores before it.
-inline void finish_stores() { asm volatile("" ::: "memory"); }
-
 // 16 tokens of 32 elements, `stride` elements apart, to one tile.
 inline void pack_tile(const bf16* x, int64_t stride, int64_t num_tokens, uint32_t* packed) {
+  __m512i rows[16];
   for (int64_t token = 0; token < kTileTokens; token++) {
-    uint32_t pairs[16] = {};
-    if (token < num_tokens) memcpy(pairs, x + token * stride, sizeof pairs);
-    for (int64_t pair = 0; pair < 16; pair++) packed[pair * kTileTokens + token] = pairs[pair];
+    rows[token] = token < num_tokens ? _mm512_loadu_si512(x + token * stride) : _mm512_setzero_si512();
   }
+  transpose(rows);
+  for (int64_t pair = 0; pair < 16; pair++) _mm512_storeu_si512(packed + pair * kTileTokens, rows[pair]);
 }
 
 // Rows are prepared in a small buffer of 16 tokens at the end of the scratch's own x, then packed.
@@ -56,7 +33,7 @@ inline void prepare_tiles(const Linear& linear, const Scratch& scratch) {
       pack_tile(rows + index, scratch.depth, count, packed + (index / 32 * blocks + block) * 256);
     }
   }
-  finish_stores();
+  finish_stores(packed);
 }
 
 // Up to 4 blocks of 16 tokens, in tiles 0 to 3; tile 4 holds weights, tile 5 tokens.
@@ -80,10 +57,10 @@ inline void accumulate_tiles(const bf16* weight, int64_t stride_bytes, const bf1
 }
 
 inline void transpose_sixteen(const float* source, float* target, int64_t num_tokens) {
-  for (int64_t token = 0; token < num_tokens; token++) {
-    const __m512i rows = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
-    store(target + token * kTileRows, Lanes{_mm512_i32gather_ps(rows, source + token, 4)});
-  }
+  __m512i rows[16];
+  for (int64_t row = 0; row < 16; row++) rows[row] = _mm512_loadu_si512(source + row * kTileTokens);
+  transpose(rows);
+  for (int64_t token = 0; token < num_tokens; token++) _mm512_storeu_si512(target + token * kTileRows, rows[token]);
 }
 
 // tile[token, 16 rows] for `num_blocks` blocks of tokens from `first_block` on.
@@ -109,7 +86,7 @@ void compute_blocks(const Linear& linear, const Scratch& scratch, const bf16* we
     for (int64_t row = 0; row < kTileRows; row++) {
       memcpy(rest + row * 32, weight + row * linear.in_features + index, (linear.in_features - index) * 2);
     }
-    finish_stores();
+    finish_stores(rest);
     accumulate_tiles<num_blocks>(rest, 64, x + index / 32 * stride);
   }
   alignas(64) float sums[kTileRows * kTileTokens];
@@ -137,7 +114,7 @@ inline void compute_few_rows(const Linear& linear, const Scratch& scratch, const
       for (int64_t row = 0; row < num_rows; row++) {
         memcpy(rest + row * 32, weight + row * linear.in_features + index, width * 2);
       }
-      finish_stores();
+      finish_stores(rest);
       accumulate_tiles<1>(rest, 64, x + (index / 32 * blocks + block) * kTileElements);
     }
     alignas(64) float sums[kTileRows * kTileTokens];

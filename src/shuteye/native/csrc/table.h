@@ -33,8 +33,8 @@ inline shuteye::KernelTable common_table(const char* name) {
   table.linear_rows = linear_float;
   table.rope_heads[SHUTEYE_FLOAT32] = rope_heads<float>;
   table.rope_heads[SHUTEYE_BFLOAT16] = rope_heads<bf16>;
-  table.attend[SHUTEYE_FLOAT32] = attend<float>;
-  table.attend[SHUTEYE_BFLOAT16] = attend<bf16>;
+  table.attend[SHUTEYE_FLOAT32] = attend<FloatDot<float>>;
+  table.attend[SHUTEYE_BFLOAT16] = attend<FloatDot<bf16>>;
   table.merge[SHUTEYE_FLOAT32] = merge<float>;
   table.merge[SHUTEYE_BFLOAT16] = merge<bf16>;
   table.enter = nothing;
