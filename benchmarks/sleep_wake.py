@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import httpx2
 import torch
 
 from shuteye import LLM, SamplingParams
@@ -185,15 +187,77 @@ print("first token", flush=True)
 
 
 def measure_restart(model: str, figures: Figures, rounds: int) -> None:
+    """A new process with `LLM` in it, against the wake of one."""
     program = RESTART.format(model=model, kv=KV_BYTES, prompt=PROMPT)
     for _ in range(rounds):
-        with figures.timed("full restart to first token"):
+        with figures.timed("restart of the process to first token"):
             process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
             assert process.stdout is not None
             assert process.stdout.readline() == b"first token\n"
         process.wait()
-    ratio = figures.median("full restart to first token") / figures.median("wake to first token, hot page cache")
-    figures.notes["restart ÷ wake"] = f"{ratio:.0f}× to the first token"
+    compare(figures, "restart of the process to first token", "wake to first token, hot page cache")
+
+
+def compare(figures: Figures, slow: str, fast: str) -> None:
+    ratio = figures.median(slow) / figures.median(fast)
+    figures.notes[f"{slow} ÷ {fast}"] = f"{ratio:.0f}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def ask_for_one_token(http: httpx2.Client) -> bool:
+    """True if the server gave a token; a prompt of its own each time, so that no prefix is cached."""
+    prompt = [1000 + time.perf_counter_ns() % 1000, *PROMPT[1:]]
+    answer = http.post(
+        "/v1/completions", json={"prompt": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
+    )
+    return answer.status_code == 200
+
+
+@contextmanager
+def server(model: str) -> Iterator[httpx2.Client]:
+    """`shuteye serve`, from the command line, until it has answered once."""
+    port = free_port()
+    flags = ["--port", str(port), "--kv-cache-memory", str(KV_BYTES), "--max-model-len", "2048", "--dtype", "bfloat16"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shuteye", "serve", model, "--enable-sleep-mode", "--offline", *flags],
+        env=os.environ | {"SHUTEYE_SERVER_DEV_MODE": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            while True:
+                try:
+                    if ask_for_one_token(http):
+                        break
+                except httpx2.TransportError:
+                    pass  # not listening yet
+                time.sleep(0.01)
+            yield http
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def measure_server(model: str, figures: Figures, rounds: int) -> None:
+    """The same over HTTP: what a user of `shuteye serve` waits for."""
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        with server(model) as http:
+            figures.add("restart of the server to first token", (time.perf_counter() - begin) * 1e3)
+            for _ in range(3):
+                with figures.timed("HTTP: awake, time to first token"):
+                    ask_for_one_token(http)
+                http.post("/sleep").raise_for_status()
+                with figures.timed("HTTP: wake to first token"):
+                    http.post("/wake_up").raise_for_status()
+                    ask_for_one_token(http)
+    compare(figures, "restart of the server to first token", "HTTP: wake to first token")
 
 
 def measure(
@@ -211,6 +275,7 @@ def measure(
         if tensors is not None:
             measure_written(llm, figures, min(rounds, 3), tensors)
     measure_restart(model, figures, min(rounds, 5))
+    measure_server(model, figures, min(rounds, 5))
     return figures
 
 
