@@ -136,6 +136,7 @@ def other_value(config, name):  # noqa: PLR0911
         "verify_wake": "full",
         "distributed_executor_backend": "mp",
         "memory_backend": "fake",
+        "kernels": "torch",
         "log_level": "error",
     }
     default = getattr(config(), name)
