@@ -56,12 +56,14 @@ class _Conversion:
 
     def write(self, writer: ImageWriter) -> None:
         """Build the image; what cannot be served is refused before anything large is read."""
+        self.progress.start(f"Reading the configuration and tokenizer of {self.source.name}", None)
         config = read_config(self.source)
         blueprint = _blueprint(config, self.dtype)
         facts = _facts(config, read_generation_config(self.source), self.dtype, fused=recognise(blueprint))
         save_tokenizer(self.source, writer.directory / TOKENIZER_DIR)
         _save_config(config, self.source, writer.directory / CONFIG_DIR)
-        self.progress.start(f"Reading {self.source.name}", None)
+        self.progress.finish()
+        self.progress.start(f"Reading the weights of {self.source.name}", None)
         with open_checkpoint(self.source, config, dtype=self.dtype, streaming=self.streaming) as tensors:
             self.progress.finish()
             order = layout_order(list(tensors.parameters))

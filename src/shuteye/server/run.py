@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 STOPPED, FAILED, FORCED = 0, 1, 130
 LAST_ANSWERS_S = 2.0
 """After the grace, how long clients have to take the errors that end their requests."""
+POLLED_PATHS = ("/health", "/ready", "/ping", "/metrics")
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
@@ -44,6 +45,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
 def serve_engine(engine: ServedEngine, config: ServerConfig) -> int:
     """Serve `engine`, which is started and closed here; returns the process's exit code."""
     logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
+    logging.getLogger("uvicorn.access").addFilter(_worth_logging)
     try:
         listener = _listen(config)
     except OSError as error:
@@ -55,6 +57,11 @@ def serve_engine(engine: ServedEngine, config: ServerConfig) -> int:
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(server.serve_until_stopped(listener))
         return server.exit_code
+
+
+def _worth_logging(record: logging.LogRecord) -> bool:
+    """False for the questions that probes and scrapers ask every second."""
+    return not any(f'"GET {path} ' in record.getMessage() for path in POLLED_PATHS)
 
 
 def _listen(config: ServerConfig) -> socket.socket:
