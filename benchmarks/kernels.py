@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
-from shuteye.models.fused import FusedDecoder, FusedFacts, FusedWeights, Layer, Projection
+from shuteye.models.fused import FusedDecoder, FusedFacts, FusedWeights, Layer, Projection, decoder_spec
 from shuteye.plans import Chunk, StepPlan
 from shuteye.runner.batch import PackedBatch
 
@@ -87,7 +87,7 @@ class Whole:
             head_dim=HEAD_DIM, dtype=torch.bfloat16,
         )  # fmt: skip
         self.fused = FusedDecoder(facts, weights, torch.ones(HEAD_DIM // 2), (None,) * shape["layers"], native=False)
-        self.native = native.NativeDecoder.create(_spec(facts, weights, arena.blocks))
+        self.native = native.NativeDecoder.create(decoder_spec(facts, weights, (None,) * shape["layers"], arena.blocks))
 
     def steps(self, num_sequences: int, num_new: int, context: int) -> list[Callable[[], Any]]:
         """The same step through torch and through the native decoder."""
@@ -105,29 +105,11 @@ class Whole:
 
         def by_native() -> Tensor:
             return self.native.forward(
-                batch.input_ids, batch.positions, angles, angles, batch.slots, batch.query_starts,
+                batch.input_ids, angles, angles, batch.slots, batch.query_starts,
                 batch.context_lengths, batch.block_tables, batch.logits_indices,
             )  # fmt: skip
 
         return [by_torch, by_native]
-
-
-def _spec(facts: FusedFacts, weights: FusedWeights, kv_cache: Tensor) -> native.DecoderSpec:
-    layers = tuple(
-        native.LayerSpec(
-            input_norm=layer.input_norm,
-            qkv_weight=layer.qkv.weight,
-            output_weight=layer.output.weight,
-            post_norm=layer.post_norm,
-            gate_up_weight=layer.gate_up.weight,
-            down_weight=layer.down.weight,
-        )
-        for layer in weights.layers
-    )
-    return native.DecoderSpec(
-        layers, weights.embedding, weights.norm, weights.head.weight, None, facts.num_heads, facts.norm_eps,
-        facts.attention_scale, kv_cache,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-POISON = 0xA5
-"""Fresh pages read as zero and hide bugs; this byte makes a small negative number of every float type."""
+from shuteye.memory.backends.fake import POISON
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -9,7 +9,7 @@ import torch
 
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
-from shuteye.models.fused import FusedDecoder, FusedFacts, FusedWeights, Layer, Projection
+from shuteye.models.fused import FusedDecoder, FusedFacts, FusedWeights, Layer, Projection, decoder_spec
 from shuteye.plans import Chunk, StepPlan
 from shuteye.runner.batch import PackedBatch
 
@@ -90,7 +90,7 @@ class Pair:
         self.dtype = dtype
         self.torch_arena, self.native_arena = _Arena(kind, dtype), _Arena(kind, dtype)
         self.fused = FusedDecoder(facts, weights, self.frequencies, kind.windows, native=False)
-        self.native = native.NativeDecoder.create(make_spec(facts, weights, kind.windows, self.native_arena.blocks))
+        self.native = native.NativeDecoder.create(decoder_spec(facts, weights, kind.windows, self.native_arena.blocks))
 
     def batch(self, *chunks: Chunk) -> PackedBatch:
         return PackedBatch.from_plan(StepPlan(chunks), block_size=BLOCK_SIZE)
@@ -98,40 +98,13 @@ class Pair:
     def by_native(self, batch: PackedBatch) -> torch.Tensor:
         angles = torch.outer(batch.positions.float(), self.frequencies).repeat(1, 2)
         return self.native.forward(
-            batch.input_ids, batch.positions, angles.cos().to(self.dtype), angles.sin().to(self.dtype), batch.slots,
+            batch.input_ids, angles.cos().to(self.dtype), angles.sin().to(self.dtype), batch.slots,
             batch.query_starts, batch.context_lengths, batch.block_tables, batch.logits_indices,
         )  # fmt: skip
 
     @torch.inference_mode()
     def by_torch(self, batch: PackedBatch) -> torch.Tensor:
         return self.fused.forward(batch, self.torch_arena.cache).float()
-
-
-def make_spec(
-    facts: FusedFacts, weights: FusedWeights, windows: tuple[int | None, ...], blocks: torch.Tensor
-) -> native.DecoderSpec:
-    layers = tuple(
-        native.LayerSpec(
-            input_norm=layer.input_norm,
-            qkv_weight=layer.qkv.weight,
-            qkv_bias=layer.qkv.bias,
-            query_norm=layer.query_norm,
-            key_norm=layer.key_norm,
-            output_weight=layer.output.weight,
-            output_bias=layer.output.bias,
-            post_norm=layer.post_norm,
-            gate_up_weight=layer.gate_up.weight,
-            gate_up_bias=layer.gate_up.bias,
-            down_weight=layer.down.weight,
-            down_bias=layer.down.bias,
-            window=window,
-        )
-        for layer, window in zip(weights.layers, windows, strict=True)
-    )
-    return native.DecoderSpec(
-        layers, weights.embedding, weights.norm, weights.head.weight, weights.head.bias, facts.num_heads,
-        facts.norm_eps, facts.attention_scale, blocks,
-    )  # fmt: skip
 
 
 def tokens(count: int, seed: int) -> tuple[int, ...]:
@@ -226,4 +199,4 @@ def test_refuses_other_dtypes():
     weights = make_weights(KINDS["llama"], torch.float16)
     facts = FusedFacts(NUM_LAYERS, 4, 2, 16, 1e-5, 0.25, 1.0)
     with pytest.raises(ValueError, match="float16"):
-        native.NativeDecoder.create(make_spec(facts, weights, (None,) * NUM_LAYERS, pair.native_arena.blocks.half()))
+        native.NativeDecoder.create(decoder_spec(facts, weights, (None,) * NUM_LAYERS, pair.native_arena.blocks.half()))

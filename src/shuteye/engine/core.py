@@ -283,7 +283,7 @@ class EngineCore:
             ended, held = self._empty_batch(mode)
             if plan.kv_cache == "discard" or plan.weights != "keep":
                 self._scheduler.reset_prefix_cache()
-            report = self._sleep.release(plan, level=level, begin=begin)
+            report = self._sleep.release(plan, begin=begin)
         finally:
             self._closing_for_sleep = False
             self._sleep.set_gate(draining=False)

@@ -260,7 +260,7 @@ class SleepController:
         except ShuteyeError as error:
             raise SleepFailed(f"Still awake, saving failed: {error.message}") from error
 
-    def release(self, plan: SleepPlan, *, level: int, begin: float) -> SleepReport:
+    def release(self, plan: SleepPlan, *, begin: float) -> SleepReport:
         """Give memory back on every rank, and measure.
 
         Raises:
@@ -272,9 +272,11 @@ class SleepController:
             raise self.fault(f"releasing failed: {error.message}") from error
         self.refresh()
         reports = tuple(map(_sum_reports, zip(*ranks, strict=True)))
+        level = self.state.level
+        assert level is not None, "released, and yet awake"
         return SleepReport(
             changed=True,
-            level=self.state.level or level,
+            level=level,
             tags=reports,
             freed_bytes=sum(report.freed_bytes for report in reports),
             residual_bytes=sum(self._executor.call("residual_bytes")),
@@ -311,7 +313,7 @@ class SleepController:
             ImageFailure: the image is damaged, or its weights make nonsense.
         """
         try:
-            self._check_bytes(WakePlan(weights="reload"), "off" if self._verify == "off" else "full")
+            self._check_bytes("off" if self._verify == "off" else "full")
             self._check_canary()
         except VerificationFailed as error:
             key = self._executor.call("weights_source")[0]
@@ -328,7 +330,7 @@ class SleepController:
         """
         try:
             if reloaded:
-                self._check_bytes(WakePlan(weights="reload"), self._verify)
+                self._check_bytes(self._verify)
             self._check_canary()
         except ShuteyeError as error:
             raise self.fault(f"the new weights cannot be trusted: {error.message}") from error
@@ -337,7 +339,7 @@ class SleepController:
         try:
             ranks = self._executor.call("restore", plan)
             self.refresh()
-            verified = self._check_bytes(plan, verify)
+            verified = self._check_bytes(verify) if plan.weights in ("restore", "reload") else 0
             canary = self._check_canary()
         except EngineFaulted as error:
             if self.state.faulted is not None:
@@ -360,8 +362,9 @@ class SleepController:
             missing=self.state.missing,
         )
 
-    def _check_bytes(self, plan: WakePlan, mode: VerifyMode) -> int:
-        if mode == "off" or plan.weights in ("keep", "blank"):
+    def _check_bytes(self, mode: VerifyMode) -> int:
+        """Compare loaded weights with their checksums; how many bytes were."""
+        if mode == "off":
             return 0
         results = self._executor.call("verify", mode)
         bad = sum(len(result.bad_extents) for result in results)

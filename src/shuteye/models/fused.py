@@ -190,7 +190,7 @@ class FusedDecoder:
         self._windows = windows
         heads = {"num_heads": facts.num_heads, "num_kv_heads": facts.num_kv_heads, "head_dim": facts.head_dim}
         self._uses_native = native and available() and unsupported_shape(weights.embedding.dtype, **heads) is None
-        self._native: tuple[PagedCache, NativeDecoder | None] | None = None
+        self._native: tuple[PagedCache, NativeDecoder] | None = None
 
     @property
     def native_tokens(self) -> int:
@@ -206,30 +206,17 @@ class FusedDecoder:
 
     def _native_over(self, kv_cache: PagedCache) -> NativeDecoder | None:
         """The native decoder bound to this cache; made at the first step."""
+        if not self._uses_native:
+            return None
         if self._native is None or self._native[0] is not kv_cache:
-            self._native = (kv_cache, self._bind_native(kv_cache) if self._uses_native else None)
+            spec = decoder_spec(self._facts, self._weights, self._windows, kv_cache.blocks)
+            self._native = (kv_cache, NativeDecoder.create(spec))
         return self._native[1]
-
-    def _bind_native(self, kv_cache: PagedCache) -> NativeDecoder:
-        weights = self._weights
-        spec = DecoderSpec(
-            layers=tuple(map(_layer_spec, weights.layers, self._windows)),
-            embedding=weights.embedding,
-            final_norm=weights.norm,
-            head_weight=weights.head.weight,
-            head_bias=weights.head.bias,
-            num_heads=self._facts.num_heads,
-            eps=self._facts.norm_eps,
-            scale=self._facts.attention_scale,
-            kv_cache=kv_cache.blocks,
-        )
-        return NativeDecoder.create(spec)
 
     def _forward_natively(self, native: NativeDecoder, batch: ModelBatch) -> Tensor:
         cos, sin = self._rotation(batch.positions, self._weights.embedding.dtype)
         return native.forward(
             batch.input_ids,
-            batch.positions,
             cos,
             sin,
             batch.slots,
@@ -288,6 +275,26 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """
     cos, signed_sin = rotation
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
+
+
+# --- the native twin ------------------------------------------------------------------------------
+
+
+def decoder_spec(
+    facts: FusedFacts, weights: FusedWeights, windows: Sequence[int | None], blocks: Tensor
+) -> DecoderSpec:
+    """The same model as the native kernels take it, over the KV cache `blocks` (see `KVCache.blocks`)."""
+    return DecoderSpec(
+        layers=tuple(map(_layer_spec, weights.layers, windows)),
+        embedding=weights.embedding,
+        final_norm=weights.norm,
+        head_weight=weights.head.weight,
+        head_bias=weights.head.bias,
+        num_heads=facts.num_heads,
+        eps=facts.norm_eps,
+        scale=facts.attention_scale,
+        kv_cache=blocks,
+    )
 
 
 def _layer_spec(layer: Layer, window: int | None) -> LayerSpec:

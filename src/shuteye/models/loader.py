@@ -33,6 +33,7 @@ from shuteye.models.checkpoint import (
 from shuteye.models.fused import INVERSE_FREQUENCIES, FusedFacts, recognise
 from shuteye.models.layout_order import group_of, layout_order
 from shuteye.models.loaded import CONFIG_DIR, TOKENIZER_DIR, ImageFacts, LoadedModel, bind
+from shuteye.models.probe import AttentionFacts
 from shuteye.models.progress import NoProgress, Progress
 from shuteye.models.sources import ModelSource
 
@@ -58,8 +59,10 @@ class _Conversion:
         """Build the image; what cannot be served is refused before anything large is read."""
         self.progress.start(f"Reading the configuration and tokenizer of {self.source.name}", None)
         config = read_config(self.source)
-        blueprint = _blueprint(config, self.dtype)
-        facts = _facts(config, read_generation_config(self.source), self.dtype, fused=recognise(blueprint))
+        attention = check(config)
+        with quiet():
+            blueprint = build_module(config, dtype=self.dtype, attention="eager")
+        facts = _facts(config, read_generation_config(self.source), self.dtype, attention, recognise(blueprint))
         save_tokenizer(self.source, writer.directory / TOKENIZER_DIR)
         _save_config(config, self.source, writer.directory / CONFIG_DIR)
         self.progress.finish()
@@ -113,14 +116,9 @@ def _specs(order: Iterable[str], tensors: CheckpointTensors) -> list[TensorSpec]
     return specs
 
 
-def _blueprint(config: Any, dtype: torch.dtype) -> Any:
-    """The module without weights, to see what it is made of; `check` has a better word for what cannot be built."""
-    check(config)
-    with quiet():
-        return build_module(config, dtype=dtype, attention="eager")
-
-
-def _facts(config: Any, generation: Mapping[str, Any], dtype: torch.dtype, *, fused: FusedFacts | None) -> ImageFacts:
+def _facts(
+    config: Any, generation: Mapping[str, Any], dtype: torch.dtype, attention: AttentionFacts, fused: FusedFacts | None
+) -> ImageFacts:
     from transformers import __version__
 
     return ImageFacts(
@@ -130,7 +128,7 @@ def _facts(config: Any, generation: Mapping[str, Any], dtype: torch.dtype, *, fu
         context_length=getattr(config, "max_position_embeddings", None) or _UNKNOWN_CONTEXT,
         eos_token_ids=_eos_token_ids(generation.get("eos_token_id"), config.eos_token_id),
         default_sampling={key: generation[key] for key in _SAMPLING_KEYS if generation.get(key) is not None},
-        attention=check(config),
+        attention=attention,
         fused=fused,
         dtype=dtype_name(dtype),
         transformers=__version__,

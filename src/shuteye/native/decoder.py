@@ -112,7 +112,6 @@ class NativeDecoder:
     def forward(  # noqa: PLR0917  (a packed step's fields, in their order)
         self,
         token_ids: Tensor,
-        positions: Tensor,
         cos: Tensor,
         sin: Tensor,
         slots: Tensor,
@@ -124,8 +123,8 @@ class NativeDecoder:
         """Compute a step of at most `max_tokens` tokens; keys and values go to the cache.
 
         Args:
-            token_ids, positions, slots: int64 [num_tokens]; positions are in cos and sin already.
-            cos, sin: [num_tokens, head_dim] in the model's dtype, as transformers' rotary embedding gives them.
+            token_ids, slots: int64 [num_tokens].
+            cos, sin: of the positions, [num_tokens, head_dim] in the model's dtype, as transformers gives them.
             query_starts, context_lengths, block_tables: as in `PackedBatch`.
             wanted: int64 [num_sampled], the tokens whose logits are wanted.
 
@@ -135,7 +134,6 @@ class NativeDecoder:
         Raises:
             ValueError: the step is inconsistent, or points outside the cache; nothing was computed.
         """
-        del positions
         num_tokens, num_sampled = token_ids.numel(), wanted.numel()
         assert cos.dtype == sin.dtype == self._spec.dtype, f"cos and sin must be {self._spec.dtype}, not {cos.dtype}"
         assert cos.numel() == sin.numel() == num_tokens * self._spec.kv_cache.shape[5]

@@ -16,7 +16,7 @@ from shuteye.memory.backends.base import MemoryBackend
 from shuteye.memory.backends.linux import LinuxBackend
 
 POISON = 0xA5
-"""Fresh pages read as zero, which hides reads of unwritten memory; this byte does not."""
+"""Fresh pages read as zero and hide bugs; this byte makes a small negative number of every float type."""
 
 When = Literal["before", "after"]
 
