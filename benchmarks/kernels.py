@@ -6,6 +6,8 @@ Random weights of SmolLM2-135M's shapes, or another's; knows nothing of engines.
 from __future__ import annotations
 
 import argparse
+import math
+import mmap
 import statistics
 import tempfile
 import time
@@ -30,6 +32,13 @@ SHAPES: dict[str, dict[str, int]] = {
     "llama-1.1b": {"hidden": 2048, "layers": 22, "heads": 32, "kv_heads": 4, "intermediate": 5632, "vocab": 32000},
 }
 HEAD_DIM = 64
+
+
+def huge_pages(numel: int) -> Tensor:
+    """Zeros of bfloat16 in huge pages, as the engine's KV cache is."""
+    memory = mmap.mmap(-1, numel * 2)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.bfloat16).zero_()
 
 
 class Memory:
@@ -81,7 +90,7 @@ class Whole:
         weights = FusedWeights(embedding, layers, take(hidden), Projection(embedding, None))
         facts = FusedFacts(shape["layers"], heads, kv_heads, HEAD_DIM, 1e-5, HEAD_DIM**-0.5, 1.0)
         blocks = (num_blocks, shape["layers"], 2, BLOCK_SIZE, kv_heads, HEAD_DIM)
-        arena = _Anonymous(torch.zeros(blocks, dtype=torch.bfloat16))
+        arena = _Anonymous(huge_pages(math.prod(blocks)).view(blocks))
         self.cache = KVCache(
             arena, num_blocks=num_blocks, num_layers=shape["layers"], block_size=BLOCK_SIZE, num_kv_heads=kv_heads,
             head_dim=HEAD_DIM, dtype=torch.bfloat16,

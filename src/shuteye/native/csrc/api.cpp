@@ -97,14 +97,27 @@ void shuteye_linear(int64_t dtype, const void* x, const void* weight, const void
                     int64_t in_features, int64_t out_features) {
   const Linear linear{dtype,  num_tokens, in_features, out_features, x,   nullptr,      nullptr,
                       0.0f,   weight,     bias,        nullptr,      out, out_features, Finish::store};
-  share((out_features + kTileRows - 1) / kTileRows, 64 + linear_scratch_bytes(num_tokens, in_features),
+  const int64_t units = (out_features + kTileRows - 1) / kTileRows;
+  const auto end_row = [&](int64_t end) { return end * kTileRows < out_features ? end * kTileRows : out_features; };
+  if (active_table().takes_many(linear)) {
+    std::vector<char> packed(packed_bytes(num_tokens, in_features) + 64);
+    void* tiles = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(packed.data()), 64));
+    const int64_t scratch_bytes = many_scratch_bytes(num_tokens, in_features);
+    share((num_tokens + 15) / 16, scratch_bytes, [&](const KernelTable& table, void* scratch, int64_t first, int64_t end) {
+      table.pack_tokens(linear, tiles, scratch, first, end);
+    });
+    share(units, scratch_bytes, [&](const KernelTable& table, void* scratch, int64_t first, int64_t end) {
+      table.many_rows(linear, tiles, scratch, first * kTileRows, end_row(end));
+    });
+    return;
+  }
+  share(units, 64 + linear_scratch_bytes(num_tokens, in_features),
         [&](const KernelTable& table, void* scratch, int64_t first, int64_t end) {
           bool& prepared = *static_cast<bool*>(scratch); // scratch begins as zeros; 64 bytes of it are the flag's
           void* rest = static_cast<char*>(scratch) + 64;
           if (!prepared) table.prepare(linear, rest);
           prepared = true;
-          const int64_t end_row = end * kTileRows < out_features ? end * kTileRows : out_features;
-          table.linear_rows(linear, rest, first * kTileRows, end_row);
+          table.linear_rows(linear, rest, first * kTileRows, end_row(end));
         });
 }
 

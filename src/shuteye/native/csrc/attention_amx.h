@@ -8,6 +8,8 @@
 namespace SHUTEYE_ISA {
 
 constexpr int64_t kMinTileRows = 13; // measured: with fewer, tiles are too empty to gain
+constexpr float kNothingSeen = -1e30f; // below any score
+constexpr float kLog2e = 1.44269504f;
 
 // Rows are padded to multiples of 16; what is there is never read as a result.
 struct TileScratch {
@@ -17,8 +19,8 @@ struct TileScratch {
   bf16* values;  // [kKeySpan / 32][depth / 16] tiles of [16 pairs of keys][16 dimensions]
   float* sums;   // [rows, depth]
   float* scores; // [rows, kKeySpan]
-  float* maxima;
-  float* totals;
+  float* maxima; // of scores times scale times log2(e)
+  float* totals; // [rows, 16], to be summed at last
   int64_t rows;
   int64_t depth;
 
@@ -27,7 +29,7 @@ struct TileScratch {
     scores = sums + rows * depth;
     maxima = scores + rows * kKeySpan;
     totals = maxima + rows;
-    query = reinterpret_cast<bf16*>(totals + rows);
+    query = reinterpret_cast<bf16*>(totals + rows * 16);
     weights = query + rows * depth;
     keys = weights + rows * kKeySpan;
     values = keys + kKeySpan * depth;
@@ -98,7 +100,7 @@ inline void score_tiles(const TileScratch& scratch, int64_t row, int64_t num_key
 }
 
 // One row's scores to weights; `seen` is relative to the span. What the row does not see weighs nothing.
-inline void weigh_tile_row(const TileScratch& scratch, int64_t row, Range seen, float scale) {
+inline void weigh_tile_row(const TileScratch& scratch, int64_t row, Range seen, Lanes scale) {
   const float* scores = scratch.scores + row * kKeySpan;
   bf16* weights = scratch.weights + row * kKeySpan;
   if (seen.begin >= seen.end) {
@@ -106,31 +108,28 @@ inline void weigh_tile_row(const TileScratch& scratch, int64_t row, Range seen, 
     return;
   }
   __mmask16 masks[4];
-  Lanes highest = broadcast(-__builtin_inff());
+  Lanes parts[4], highest = broadcast(kNothingSeen);
   for (int part = 0; part < 4; part++) {
     masks[part] = lanes_between(seen.begin - part * 16, seen.end - part * 16);
-    highest.v = _mm512_mask_max_ps(highest.v, masks[part], highest.v, _mm512_loadu_ps(scores + part * 16));
+    parts[part] = load(scores + part * 16) * scale;
+    highest.v = _mm512_mask_max_ps(highest.v, masks[part], highest.v, parts[part].v);
   }
-  const float before = scratch.maxima[row], maximum = larger(before, largest(highest) * scale);
-  Lanes added = broadcast(0.0f), parts[4];
+  const float before = scratch.maxima[row], maximum = larger(before, largest(highest));
+  Lanes total = load(scratch.totals + row * 16);
+  if (maximum > before) {
+    const Lanes factor = rough_exp2(broadcast(before - maximum));
+    total = total * factor;
+    float* sums = scratch.sums + row * scratch.depth;
+    for (int64_t index = 0; index < scratch.depth; index += 16) store(sums + index, load(sums + index) * factor);
+    scratch.maxima[row] = maximum;
+  }
   for (int part = 0; part < 4; part++) {
-    const Lanes exponent = load(scores + part * 16) * broadcast(scale) - broadcast(maximum);
-    parts[part].v = _mm512_maskz_mov_ps(masks[part], exp(exponent).v);
-    added = added + parts[part];
+    parts[part].v = _mm512_maskz_mov_ps(masks[part], rough_exp2(parts[part] - broadcast(maximum)).v);
+    total = total + parts[part];
   }
   for (int half = 0; half < 2; half++)
     _mm512_storeu_si512(weights + half * 32, (__m512i)_mm512_cvtne2ps_pbh(parts[half * 2 + 1].v, parts[half * 2].v));
-  float total = scratch.totals[row];
-  if (maximum > before) {
-    float factors[Lanes::width];
-    store(factors, exp(broadcast(before - maximum)));
-    total *= factors[0];
-    float* sums = scratch.sums + row * scratch.depth;
-    for (int64_t index = 0; index < scratch.depth; index += 16)
-      store(sums + index, load(sums + index) * broadcast(factors[0]));
-    scratch.maxima[row] = maximum;
-  }
-  scratch.totals[row] = total + sum(added);
+  store(scratch.totals + row * 16, total);
 }
 
 // sums of 16 rows and 32 dimensions, in tiles 0 and 1.
@@ -150,20 +149,26 @@ inline void sum_tiles(const TileScratch& scratch, int64_t row, int64_t index, in
   _tile_stored(1, sums + 16, scratch.depth * 4);
 }
 
+inline void weigh_rows(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionShape& shape,
+                       const TileScratch& scratch, Range positions) {
+  const Lanes scale = broadcast(static_cast<float>(attention.scale) * kLog2e);
+  for (int64_t row = 0; row < shape.rows; row++) {
+    const Range seen = seen_by(attention, task, row / shape.group);
+    const Range own{larger(seen.begin, positions.begin) - positions.begin, smaller(seen.end, positions.end) - positions.begin};
+    weigh_tile_row(scratch, row, own, scale);
+  }
+  finish_stores(scratch.weights);
+}
+
 inline void attend_tile_span(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionShape& shape,
                              const TileScratch& scratch, const Span<bf16>& span, const Span<bf16>& next) {
-  const int64_t begin = span.positions.begin, num_keys = span.positions.end - begin;
+  const int64_t num_keys = span.positions.end - span.positions.begin;
   pack_keys(span, next, num_keys, shape, scratch);
   pack_values(span, next, num_keys, shape, scratch);
   finish_stores(scratch.keys);
   for (int64_t row = 0; row < scratch.rows; row += 16) score_tiles(scratch, row, num_keys);
   finish_stores(scratch.scores);
-  for (int64_t row = 0; row < shape.rows; row++) {
-    const Range seen = seen_by(attention, task, row / shape.group);
-    const Range own{larger(seen.begin, begin) - begin, smaller(seen.end - begin, num_keys)};
-    weigh_tile_row(scratch, row, own, static_cast<float>(attention.scale));
-  }
-  finish_stores(scratch.weights);
+  weigh_rows(attention, task, shape, scratch, span.positions);
   for (int64_t row = 0; row < scratch.rows; row += 16)
     for (int64_t index = 0; index < scratch.depth; index += 32) sum_tiles(scratch, row, index, num_keys);
   finish_stores(scratch.sums);
@@ -176,11 +181,9 @@ inline void attend_any(const ShuteyeAttention& attention, const AttentionTask& t
   memset(scratch.query, 0, scratch.rows * scratch.depth * sizeof(bf16));
   memset(scratch.weights, 0, scratch.rows * kKeySpan * sizeof(bf16));
   memset(scratch.sums, 0, scratch.rows * scratch.depth * sizeof(float));
+  memset(scratch.totals, 0, scratch.rows * 16 * sizeof(float));
+  for (int64_t row = 0; row < scratch.rows; row++) scratch.maxima[row] = kNothingSeen;
   read_queries<PairDot>(attention, task, shape, scratch.query);
-  for (int64_t row = 0; row < scratch.rows; row++) {
-    scratch.maxima[row] = -__builtin_inff();
-    scratch.totals[row] = 0.0f;
-  }
   const int64_t begin = seen_by(attention, task, 0).begin;
   const int64_t end = seen_by(attention, task, task.num_tokens - 1).end;
   const auto span_from = [&](int64_t first) { return Range{first, smaller(first + kKeySpan, end)}; };
@@ -189,6 +192,10 @@ inline void attend_any(const ShuteyeAttention& attention, const AttentionTask& t
     const Span<bf16> span = next;
     if (first + kKeySpan < end) next = Span<bf16>(attention, task, span_from(first + kKeySpan));
     attend_tile_span(attention, task, shape, scratch, span, next);
+  }
+  for (int64_t row = 0; row < shape.rows; row++) { // as finish_rows and merge want them
+    scratch.maxima[row] /= kLog2e;
+    scratch.totals[row] = sum(load(scratch.totals + row * 16));
   }
   finish_rows<bf16>(attention, shape, task, scratch.sums, scratch.maxima, scratch.totals);
 }

@@ -1,13 +1,19 @@
 // See decoder.h. Phases of a layer: query, key and value heads with cache writes | attention | output projection |
-// gate and up | down. Each needs all of the one before, so a step has 5 * num_layers + 1 of them.
+// gate and up | down. Each needs all of the one before. In a step of many tokens, packing them for a product is a phase
+// of its own before it; else every thread packs the few tokens that there are for itself.
 #include "decoder.h"
 
+#include <sys/mman.h>
+
+#include <cstdlib>
 #include <cstring>
+#include <new>
 
 namespace shuteye {
 namespace {
 
-constexpr int64_t kPhasesPerLayer = 5;
+constexpr int64_t kPhasesPerLayer = 9; // two for each product, one for attention
+constexpr int64_t kLeastUnits = 8;      // of many tokens: fewer rows at a time would read the tokens too often
 
 int64_t units_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
@@ -36,9 +42,19 @@ const char* check_sequences(const ShuteyeSequences& sequences, const ShuteyeCach
   return nullptr;
 }
 
-void Decoder::Buffer::resize(int64_t nbytes) {
-  bytes.resize(nbytes + 128);
-  data = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(bytes.data()), 64));
+Decoder::Buffer::~Buffer() { free(data); }
+
+void Decoder::Buffer::reserve(int64_t nbytes) {
+  constexpr int64_t kHugePage = 2 << 20;
+  if (size >= nbytes) return;
+  free(data);
+  const int64_t alignment = nbytes >= kHugePage / 2 ? kHugePage : 64;
+  size = round_up(nbytes, alignment);
+  data = aligned_alloc(alignment, size);
+  if (!data) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (alignment == kHugePage) madvise(data, size, MADV_HUGEPAGE); // advice: without it the tiles are only slower to read
+#endif
 }
 
 Decoder::Decoder(const ShuteyeModel& model)
@@ -46,13 +62,13 @@ Decoder::Decoder(const ShuteyeModel& model)
       layers_(model.layers, model.layers + model.num_layers),
       num_all_heads_(model.num_heads + 2 * model.cache.num_kv_heads),
       itemsize_(model.dtype == SHUTEYE_BFLOAT16 ? 2 : 4),
-      num_phases_(kPhasesPerLayer * model.num_layers + 1) {
+      num_phases_(kPhasesPerLayer * model.num_layers + 2) {
   const int64_t rows = model.max_tokens * itemsize_, head_dim = model.cache.head_dim;
-  hidden_.resize(rows * model.hidden);
-  last_.resize(rows * model.hidden);
-  qkv_.resize(rows * num_all_heads_ * head_dim);
-  attended_.resize(rows * model.num_heads * head_dim);
-  activated_.resize(rows * model.intermediate);
+  hidden_.reserve(rows * model.hidden);
+  last_.reserve(rows * model.hidden);
+  qkv_.reserve(rows * num_all_heads_ * head_dim);
+  attended_.reserve(rows * model.num_heads * head_dim);
+  activated_.reserve(rows * model.intermediate);
   phases_.reset(new Phase[num_phases_]);
 }
 
@@ -72,16 +88,24 @@ const char* Decoder::run(const ShuteyeStep& step) {
   table_ = &active_table();
   num_threads_ = pool_num_threads();
   step_ = &step;
-  const int64_t widest = larger(larger(model_.hidden, model_.intermediate), model_.num_heads * model_.cache.head_dim);
-  const int64_t nbytes = larger(linear_scratch_bytes(model_.max_tokens, widest),
-                                attention_scratch_bytes(model_.cache.head_dim));
-  for (int thread = 0; thread < num_threads_; thread++)
-    if (!scratch_[thread].data) scratch_[thread].resize(nbytes);
+  reserve_scratch();
   for (int64_t index = 0; index < num_phases_; index++) phases_[index].reset();
   tasks_.plan(step.sequences, model_.cache, model_.num_heads);
   embed(step);
   pool_run([](void* self, int thread) { static_cast<Decoder*>(self)->work(thread); }, this);
   return nullptr;
+}
+
+// As much as this step needs; an engine that decodes a few sequences never holds the memory of a long prefill.
+void Decoder::reserve_scratch() {
+  const int64_t widest = larger(larger(model_.hidden, model_.intermediate), model_.num_heads * model_.cache.head_dim);
+  const bool many = table_->takes_many(linear(widest, nullptr, nullptr, nullptr, 0, nullptr));
+  const int64_t products = many ? many_scratch_bytes(step_->num_tokens, widest)
+                                : linear_scratch_bytes(step_->num_tokens, widest);
+  const int64_t few = linear_scratch_bytes(smaller(step_->num_sampled, many ? table_->many_tokens : step_->num_sampled), widest);
+  const int64_t nbytes = larger(larger(products, few), attention_scratch_bytes(model_.cache.head_dim));
+  for (int thread = 0; thread < num_threads_; thread++) scratch_[thread].reserve(nbytes);
+  if (many) packed_.reserve(packed_bytes(step_->num_tokens, widest));
 }
 
 void Decoder::embed(const ShuteyeStep& step) {
@@ -96,7 +120,7 @@ void Decoder::work(int thread) {
   if (thread >= num_threads_) return; // the pool grew since this step began
   table_->enter();
   for (int64_t index = 0; index < model_.num_layers; index++) layer(index, thread);
-  if (step_->num_sampled > 0) logits(thread, phases_[num_phases_ - 1]);
+  if (step_->num_sampled > 0) logits(thread, &phases_[num_phases_ - 2]);
   table_->leave();
 }
 
@@ -117,23 +141,43 @@ Linear Decoder::linear(int64_t in_features, const void* x, const void* weight, c
   return linear;
 }
 
-void Decoder::product(const Linear& linear, int thread, Phase& phase) {
-  bool prepared = false;
+void Decoder::product(const Linear& linear, int thread, Phase* phases) {
+  compute(linear, thread, phases, units_of(linear.out_features), kTileRows, [](int64_t, int64_t) {});
+}
+
+// phases[0] packs many tokens, phases[1] computes `num_units` units of rows; then(first, end) follows on each piece.
+template <class Then>
+void Decoder::compute(const Linear& linear, int thread, Phase* phases, int64_t num_units, int64_t unit_rows,
+                      const Then& then) {
   void* scratch = scratch_[thread].data;
-  phase.run(units_of(linear.out_features), num_threads_, [&](int64_t first, int64_t end) {
-    if (!prepared) table_->prepare(linear, scratch);
-    prepared = true;
-    table_->linear_rows(linear, scratch, first * kTileRows, smaller(end * kTileRows, linear.out_features));
-  });
+  const bool many = table_->takes_many(linear);
+  if (many) {
+    phases[0].run((linear.num_tokens + 15) / 16, num_threads_, [&](int64_t first, int64_t end) {
+      table_->pack_tokens(linear, packed_.data, scratch, first, end);
+    });
+  }
+  bool prepared = false;
+  const auto rows = [&](int64_t first, int64_t end) {
+    const int64_t end_row = smaller(end * unit_rows, linear.out_features);
+    if (many) {
+      table_->many_rows(linear, packed_.data, scratch, first * unit_rows, end_row);
+    } else {
+      if (!prepared) table_->prepare(linear, scratch);
+      prepared = true;
+      table_->linear_rows(linear, scratch, first * unit_rows, end_row);
+    }
+    then(first, end);
+  };
+  phases[1].run(num_units, num_threads_, rows, many ? larger(int64_t{1}, kLeastUnits * kTileRows / unit_rows) : 1);
 }
 
 void Decoder::layer(int64_t index, int thread) {
   const ShuteyeLayer& own = layers_[index];
   const bool is_last = index == model_.num_layers - 1;
   Phase* phases = &phases_[index * kPhasesPerLayer];
-  query_key_value(index, thread, phases[0]);
+  query_key_value(index, thread, phases);
   if (is_last && step_->num_sampled == 0) return; // keys and values are written; nothing else is wanted
-  attention(index, thread, phases[1]);
+  attention(index, thread, phases[2]);
 
   void* hidden = is_last ? last_.data : hidden_.data;
   const int64_t num_tokens = is_last ? step_->num_sampled : step_->num_tokens;
@@ -143,37 +187,31 @@ void Decoder::layer(int64_t index, int thread) {
   output.rows = is_last ? step_->wanted : nullptr;
   output.residual = hidden_.data;
   output.finish = Finish::add;
-  product(output, thread, phases[2]);
+  product(output, thread, phases + 3);
 
   Linear gate_up = linear(model_.hidden, hidden, own.gate_up_weight, own.gate_up_bias, model_.intermediate,
                           activated_.data);
   gate_up.num_tokens = num_tokens;
   gate_up.norm = own.post_norm;
   gate_up.finish = Finish::silu_mul;
-  product(gate_up, thread, phases[3]);
+  product(gate_up, thread, phases + 5);
 
   Linear down = linear(model_.intermediate, activated_.data, own.down_weight, own.down_bias, model_.hidden, hidden);
   down.num_tokens = num_tokens;
   down.residual = hidden;
   down.finish = Finish::add;
-  product(down, thread, phases[4]);
+  product(down, thread, phases + 7);
 }
 
-void Decoder::query_key_value(int64_t index, int thread, Phase& phase) {
+void Decoder::query_key_value(int64_t index, int thread, Phase* phases) {
   const ShuteyeLayer& own = layers_[index];
   const int64_t head_dim = model_.cache.head_dim;
   Linear heads = linear(model_.hidden, hidden_.data, own.qkv_weight, own.qkv_bias, num_all_heads_ * head_dim, qkv_.data);
   heads.norm = own.input_norm;
   const ShuteyeRope rope{model_.dtype,   step_->num_tokens, model_.num_heads, index,     model_.eps,   qkv_.data,
                          own.query_norm, own.key_norm,      step_->cos,       step_->sin, step_->slots, model_.cache};
-  bool prepared = false;
-  void* scratch = scratch_[thread].data;
-  phase.run(num_all_heads_, num_threads_, [&](int64_t first, int64_t end) {
-    if (!prepared) table_->prepare(heads, scratch);
-    prepared = true;
-    table_->linear_rows(heads, scratch, first * head_dim, end * head_dim);
-    table_->rope_heads[model_.dtype](rope, first, end);
-  });
+  compute(heads, thread, phases, num_all_heads_, head_dim,
+          [&](int64_t first, int64_t end) { table_->rope_heads[model_.dtype](rope, first, end); });
 }
 
 void Decoder::attention(int64_t index, int thread, Phase& phase) {
@@ -192,12 +230,12 @@ void Decoder::attention(int64_t index, int thread, Phase& phase) {
   });
 }
 
-void Decoder::logits(int thread, Phase& phase) {
+void Decoder::logits(int thread, Phase* phases) {
   Linear head = linear(model_.hidden, last_.data, model_.head_weight, model_.head_bias, model_.vocab, step_->logits);
   head.num_tokens = step_->num_sampled;
   head.norm = model_.final_norm;
   head.finish = Finish::store_float;
-  product(head, thread, phase);
+  product(head, thread, phases);
 }
 
 } // namespace shuteye

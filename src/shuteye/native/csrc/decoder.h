@@ -15,20 +15,26 @@ class Decoder {
   const char* run(const ShuteyeStep& step); // null, or what is wrong with the step
 
  private:
-  struct Buffer { // bytes, aligned to cache lines
-    std::vector<char> bytes;
+  struct Buffer { // bytes, in huge pages where they fill one
     void* data = nullptr;
-    void resize(int64_t nbytes);
+    int64_t size = 0;
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    ~Buffer();
+    void reserve(int64_t nbytes); // what is in it is not kept
   };
 
   const char* check(const ShuteyeStep& step) const;
   void embed(const ShuteyeStep& step);
   void work(int thread); // of every thread: all phases in order
   void layer(int64_t index, int thread);
-  void query_key_value(int64_t index, int thread, Phase& phase);
+  void query_key_value(int64_t index, int thread, Phase* phases);
   void attention(int64_t index, int thread, Phase& phase);
-  void logits(int thread, Phase& phase);
-  void product(const Linear& linear, int thread, Phase& phase);
+  void logits(int thread, Phase* phases);
+  void product(const Linear& linear, int thread, Phase* phases);
+  template <class Then>
+  void compute(const Linear& linear, int thread, Phase* phases, int64_t num_units, int64_t unit_rows, const Then& then);
+  void reserve_scratch();
   Linear linear(int64_t in_features, const void* x, const void* weight, const void* bias, int64_t out_features,
                 void* out) const;
 
@@ -41,6 +47,7 @@ class Decoder {
   Buffer qkv_;       // [max_tokens, num_all_heads, head_dim]
   Buffer attended_;  // [max_tokens, num_heads, head_dim]
   Buffer activated_; // [max_tokens, intermediate]
+  Buffer packed_;    // many tokens, as a product wants them
   Buffer scratch_[kMaxThreads];
   std::unique_ptr<Phase[]> phases_;
   int64_t num_phases_;

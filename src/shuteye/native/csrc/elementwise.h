@@ -51,7 +51,7 @@ inline void rotate_head(const T* x, const T* cos, const T* sin, T* out, int64_t 
 template <class T>
 inline Lanes silu_mul(Lanes gate, Lanes up) {
   const Lanes one = broadcast(1.0f);
-  const Lanes activated = rounded<T>(gate / (one + exp(broadcast(0.0f) - gate)));
+  const Lanes activated = rounded<T>(quotient(gate, one + exp(broadcast(0.0f) - gate), T{}));
   return activated * up;
 }
 

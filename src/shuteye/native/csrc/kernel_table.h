@@ -46,7 +46,7 @@ struct AttentionTask {
   float* partial; // null: writes the result; else [rows, head_dim + 2] sums, maxima and totals to be merged
 };
 
-constexpr int64_t kMaxAttentionRows = 64; // (token, head) rows per task
+constexpr int64_t kMaxAttentionRows = 128; // (token, head) rows per task
 constexpr int64_t kKeySpan = 64;          // keys per round of the online softmax
 
 struct KernelTable {
@@ -55,11 +55,18 @@ struct KernelTable {
   void (*silu_mul_rows[2])(const void* gate_up, void* out, int64_t rows, int64_t width);
   void (*prepare)(const Linear& linear, void* scratch);
   void (*linear_rows)(const Linear& linear, void* scratch, int64_t first_row, int64_t end_row);
+  int64_t many_tokens; // from so many on, products of bfloat16 are made by the next two instead; 0: never
+  void (*pack_tokens)(const Linear& linear, void* packed, void* scratch, int64_t first_tile, int64_t end_tile);
+  void (*many_rows)(const Linear& linear, const void* packed, void* scratch, int64_t first_row, int64_t end_row);
   void (*rope_heads[2])(const ShuteyeRope& rope, int64_t first_head, int64_t end_head);
   void (*attend[2])(const ShuteyeAttention& attention, const AttentionTask& task, void* scratch);
   void (*merge[2])(const ShuteyeAttention& attention, const AttentionTask& task, int64_t num_parts);
   void (*enter)(); // per thread, around a job
   void (*leave)();
+
+  bool takes_many(const Linear& linear) const {
+    return many_tokens && linear.num_tokens >= many_tokens && linear.dtype == SHUTEYE_BFLOAT16;
+  }
 };
 
 // Enough for prepare and linear_rows of any table.
@@ -68,8 +75,20 @@ inline int64_t linear_scratch_bytes(int64_t num_tokens, int64_t in_features) {
   return tokens * round_up(in_features, kDepthStep) * 4 + 2 * tokens * kTileRows * 4 + 8192;
 }
 
+// Of the tokens that pack_tokens packs, 16 to a tile.
+inline int64_t packed_bytes(int64_t num_tokens, int64_t in_features) {
+  return round_up(num_tokens, 16) * round_up(in_features, kDepthStep) * 2;
+}
+
+// Enough for pack_tokens and many_rows of any table.
+inline int64_t many_scratch_bytes(int64_t num_tokens, int64_t in_features) {
+  const int64_t weights = 16 * 18 * 1024, sums = round_up(num_tokens, 32) * 256 * 4;
+  const int64_t row = round_up(in_features, kDepthStep) * 2;
+  return (weights + sums > row ? weights + sums : row) + 8192;
+}
+
 inline int64_t attention_scratch_bytes(int64_t head_dim) {
-  return kMaxAttentionRows * (3 * round_up(head_dim, kDepthStep) + 2 * kKeySpan + 8) * 4 + 8192;
+  return kMaxAttentionRows * (3 * round_up(head_dim, kDepthStep) + 2 * kKeySpan + 24) * 4 + 8192;
 }
 
 inline int64_t partial_floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }

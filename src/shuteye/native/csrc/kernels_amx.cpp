@@ -3,12 +3,16 @@
 #define SHUTEYE_LANES_AVX512
 #include "attention_amx.h"
 #include "linear_amx.h"
+#include "linear_many.h"
 #include "table.h"
 
 namespace SHUTEYE_ISA {
 
 // Fewer tokens leave most of a tile empty: the vector unit is as fast.
 constexpr int64_t kMinTokens = 4;
+
+// Packing weights costs as much as multiplying them with so many tokens.
+constexpr int64_t kManyTokens = 64;
 
 inline void prepare_any(const Linear& linear, void* memory) {
   if (linear.dtype != SHUTEYE_BFLOAT16) return prepare_float(linear, memory);
@@ -29,6 +33,9 @@ KernelTable amx_table() {
   KernelTable table = SHUTEYE_ISA::common_table("amx");
   table.prepare = SHUTEYE_ISA::prepare_any;
   table.linear_rows = SHUTEYE_ISA::linear_any;
+  table.many_tokens = SHUTEYE_ISA::kManyTokens;
+  table.pack_tokens = SHUTEYE_ISA::pack_tokens;
+  table.many_rows = SHUTEYE_ISA::many_rows;
   table.attend[SHUTEYE_BFLOAT16] = SHUTEYE_ISA::attend_any;
   table.enter = SHUTEYE_ISA::configure_tiles;
   table.leave = SHUTEYE_ISA::release_tiles;

@@ -48,11 +48,19 @@ inline void store_some(T* target, Lanes lanes, int64_t count) {
 // The values as type T holds them.
 inline Lanes round_lanes(Lanes lanes, float) { return lanes; }
 
+#if !defined(SHUTEYE_LANES_AVX512)
 inline Lanes round_lanes(Lanes lanes, bf16) {
   bf16 places[Lanes::width];
   store(places, lanes);
   return load(places);
 }
+#endif
+
+// left / right, as exact as T can hold it.
+inline Lanes quotient(Lanes left, Lanes right, float) { return left / right; }
+#if !defined(SHUTEYE_LANES_AVX512)
+inline Lanes quotient(Lanes left, Lanes right, bf16) { return left / right; }
+#endif
 
 template <class T>
 inline Lanes rounded(Lanes lanes) {

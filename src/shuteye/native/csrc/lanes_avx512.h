@@ -25,6 +25,18 @@ inline void store(bf16* target, Lanes lanes) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), (__m256i)_mm512_cvtneps_pbh(lanes.v));
 }
 
+inline Lanes round_lanes(Lanes lanes, bf16) {
+  const auto halves = (__m256i)_mm512_cvtneps_pbh(lanes.v);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
+}
+
+// One step of Newton's after an estimate of 14 bits; `right` is finite and not denormal.
+inline Lanes quotient(Lanes left, Lanes right, bf16) {
+  const __m512 estimate = _mm512_rcp14_ps(right.v);
+  const __m512 inverse = _mm512_mul_ps(estimate, _mm512_fnmadd_ps(right.v, estimate, _mm512_set1_ps(2.0f)));
+  return {_mm512_mul_ps(left.v, inverse)};
+}
+
 inline Lanes operator+(Lanes left, Lanes right) { return {_mm512_add_ps(left.v, right.v)}; }
 inline Lanes operator-(Lanes left, Lanes right) { return {_mm512_sub_ps(left.v, right.v)}; }
 inline Lanes operator*(Lanes left, Lanes right) { return {_mm512_mul_ps(left.v, right.v)}; }
@@ -43,6 +55,17 @@ inline Lanes nearest_integer(Lanes lanes) {
 inline Lanes power_of_two(Lanes n) {
   const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
+}
+
+// 2^x with a relative error below 3e-6, for what is rounded to bfloat16 afterwards; underflows to 0, any finite x.
+// Minimax polynomial of degree 4 on [-1/2, 1/2].
+inline Lanes rough_exp2(Lanes x) {
+  const Lanes n = nearest_integer(x), r = x - n;
+  Lanes p = fma(broadcast(0.009570096619f), r, broadcast(0.055917859077f));
+  p = fma(p, r, broadcast(0.240247443318f));
+  p = fma(p, r, broadcast(0.693121790886f));
+  p = fma(p, r, broadcast(0.999999284744f));
+  return {_mm512_scalef_ps(p.v, n.v)};
 }
 
 // `value` where x >= threshold, else 0.

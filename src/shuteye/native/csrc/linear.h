@@ -75,44 +75,64 @@ void compute_tile(const Linear& linear, const Scratch& scratch, int64_t first_ro
   }
 }
 
-// What is read of a tile: y = tile + bias, as T holds it.
+// Of up to 16 rows: sums[token * stride + row].
+struct Sums {
+  const float* first;
+  int64_t stride;
+};
+
+struct TokenRange {
+  int64_t first;
+  int64_t count;
+};
+
+// What is read of a tile: y = sums + bias, as T holds it.
 template <class T>
 struct TileReader {
-  const float* tile;
+  Sums sums;
   const T* bias; // of the tile's first row; or null
 
   Lanes read(int64_t token, int64_t index, int64_t count) const {
-    const Lanes product = load_some(tile + token * kTileRows + index, count);
+    const Lanes product = load_some(sums.first + token * sums.stride + index, count);
     return rounded<T>(bias ? product + load_some(bias + index, count) : product);
   }
 };
 
 template <class T>
-TileReader<T> tile_reader(const Linear& linear, const float* tile, int64_t first_row) {
-  return {tile, linear.bias ? static_cast<const T*>(linear.bias) + first_row : nullptr};
+TileReader<T> tile_reader(const Linear& linear, Sums sums, int64_t first_row) {
+  return {sums, linear.bias ? static_cast<const T*>(linear.bias) + first_row : nullptr};
 }
 
-template <class T>
-void finish_tile(const Linear& linear, const Scratch& scratch, int64_t first_row, int64_t num_rows) {
-  const TileReader<T> tile = tile_reader<T>(linear, scratch.tiles[0], first_row);
-  const TileReader<T> upper = tile_reader<T>(linear, scratch.tiles[1], first_row + linear.out_features);
-  for (int64_t token = 0; token < linear.num_tokens; token++) {
-    const int64_t offset = token * linear.out_stride + first_row;
-    T* out = static_cast<T*>(linear.out) + offset;
-    for_lanes(num_rows, [&](int64_t index, int64_t count) {
-      Lanes y = tile.read(token, index, count);
-      if (linear.finish == Finish::store_float) {
-        return store_some(static_cast<float*>(linear.out) + offset + index, y, count);
+template <class T, Finish finish>
+inline void finish_as(const Linear& linear, Sums sums, Sums upper_sums, int64_t first_row, int64_t num_rows, TokenRange tokens) {
+  const TileReader<T> tile = tile_reader<T>(linear, sums, first_row);
+  const TileReader<T> upper = tile_reader<T>(linear, upper_sums, first_row + linear.out_features);
+  for (int64_t index = 0; index < tokens.count; index++) {
+    const int64_t token = tokens.first + index, offset = token * linear.out_stride + first_row;
+    for_lanes(num_rows, [&](int64_t lane, int64_t count) {
+      Lanes y = tile.read(index, lane, count);
+      if constexpr (finish == Finish::store_float) {
+        return store_some(static_cast<float*>(linear.out) + offset + lane, y, count);
       }
-      if (linear.finish == Finish::add) {
+      if constexpr (finish == Finish::add) {
         const int64_t row = linear.rows ? linear.rows[token] : token;
         const T* residual = static_cast<const T*>(linear.residual) + row * linear.out_stride + first_row;
-        y = load_some(residual + index, count) + y;
-      } else if (linear.finish == Finish::silu_mul) {
-        y = silu_mul<T>(y, upper.read(token, index, count));
+        y = load_some(residual + lane, count) + y;
       }
-      store_some(out + index, y, count);
+      if constexpr (finish == Finish::silu_mul) y = silu_mul<T>(y, upper.read(index, lane, count));
+      store_some(static_cast<T*>(linear.out) + offset + lane, y, count);
     });
+  }
+}
+
+// `upper` is used by silu_mul alone.
+template <class T>
+void finish_tile(const Linear& linear, Sums sums, Sums upper, int64_t first_row, int64_t num_rows, TokenRange tokens) {
+  switch (linear.finish) {
+    case Finish::store: return finish_as<T, Finish::store>(linear, sums, upper, first_row, num_rows, tokens);
+    case Finish::store_float: return finish_as<T, Finish::store_float>(linear, sums, upper, first_row, num_rows, tokens);
+    case Finish::add: return finish_as<T, Finish::add>(linear, sums, upper, first_row, num_rows, tokens);
+    case Finish::silu_mul: return finish_as<T, Finish::silu_mul>(linear, sums, upper, first_row, num_rows, tokens);
   }
 }
 
@@ -125,7 +145,8 @@ void each_tile(const Linear& linear, const Scratch& scratch, int64_t first_row, 
     if (linear.finish == Finish::silu_mul) {
       compute(linear, scratch, row + linear.out_features, num_rows, scratch.tiles[1]);
     }
-    finish_tile<T>(linear, scratch, row, num_rows);
+    finish_tile<T>(linear, {scratch.tiles[0], kTileRows}, {scratch.tiles[1], kTileRows}, row, num_rows,
+                   {0, linear.num_tokens});
   }
 }
 

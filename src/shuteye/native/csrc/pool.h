@@ -28,20 +28,21 @@ struct Phase {
     done.store(0, std::memory_order_relaxed);
   }
 
-  // Takes [first, end); large pieces first, single units at last.
-  bool take(int64_t num_units, int num_threads, int64_t& first, int64_t& end) {
+  // Takes [first, end); large pieces first, `least` units at last.
+  bool take(int64_t num_units, int num_threads, int64_t least, int64_t& first, int64_t& end) {
     first = next.load(std::memory_order_relaxed);
     do {
       if (first >= num_units) return false;
       const int64_t share = (num_units - first) / (2 * num_threads);
-      end = first + (share > 1 ? share : 1);
+      end = first + (share > least ? share : least);
+      if (end > num_units) end = num_units;
     } while (!next.compare_exchange_weak(first, end, std::memory_order_relaxed));
     return true;
   }
 
   template <class Body>
-  void run(int64_t num_units, int num_threads, const Body& body) {
-    for (int64_t first, end; take(num_units, num_threads, first, end);) {
+  void run(int64_t num_units, int num_threads, const Body& body, int64_t least = 1) {
+    for (int64_t first, end; take(num_units, num_threads, least, first, end);) {
       body(first, end);
       done.fetch_add(end - first, std::memory_order_release);
     }
