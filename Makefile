@@ -2,6 +2,7 @@
 #
 #   MODEL=    what to serve            ARGS=     more flags for serve, test, bench
 #   PYTHON=   which python3 to use     VENV=     where the set-up goes
+#   PEERS=    what bench-peers installs
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -11,13 +12,14 @@ MODEL ?= smollm2-135m
 ARGS ?=
 PYTHON ?=
 VENV ?= .venv
+PEERS ?=
 
 # The set-up is repeated when what it depends on has changed, and otherwise costs nothing.
 SETUP_INPUTS := pyproject.toml requirements/torch.txt tools/setup.sh hatch_build.py \
 	src/shuteye/native/build.py $(sort $(wildcard src/shuteye/native/csrc/*))
 STAMP := $(VENV)/.set-up-$(shell { pwd; cat $(SETUP_INPUTS); } | sha256sum | cut -c1-16)
 
-.PHONY: help setup serve test test-slow test-gpu test-asan check bench docs clean
+.PHONY: help setup serve test test-slow test-clients test-gpu test-asan check bench bench-peers bench-sleep docs clean
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -31,10 +33,14 @@ serve: setup ## Serve MODEL on 127.0.0.1:8000 with sleep mode, in development mo
 	SHUTEYE_SERVER_DEV_MODE=1 $(VENV)/bin/shuteye serve '$(MODEL)' --enable-sleep-mode $(ARGS)
 
 test: setup ## Run the tests that need neither minutes nor a GPU.
-	$(VENV)/bin/python -m pytest -m 'not slow and not gpu' $(ARGS)
+	$(VENV)/bin/python -m pytest -m 'not slow and not gpu and not clients' $(ARGS)
 
 test-slow: setup ## Run the tests that take minutes.
-	$(VENV)/bin/python -m pytest -m 'slow and not gpu' $(ARGS)
+	$(VENV)/bin/python -m pytest -m 'slow and not gpu and not clients' $(ARGS)
+
+test-clients: setup ## Run litellm and lm-eval against the server, in environments of their own.
+	tools/clients.sh '$(VENV)' "$${SHUTEYE_TEST_CLIENTS:-$$HOME/.cache/shuteye/clients}"
+	$(VENV)/bin/python -m pytest -m clients $(ARGS)
 
 test-gpu: setup ## Run the tests that need a CUDA device.
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
@@ -54,11 +60,18 @@ check: setup ## Lint, format, types, and the direction of imports.
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-bench: setup ## Measure sleeping and waking on this machine.
+bench: setup ## Measure shuteye beside other engines; ARGS=--help says how.
+	$(VENV)/bin/python benchmarks/serve.py $(ARGS)
+
+bench-peers: setup ## Install those engines, or only PEERS, under ~/.cache/shuteye/peers.
+	$(VENV)/bin/python benchmarks/install_peers.py $(PEERS)
+
+bench-sleep: setup ## Measure sleeping and waking on this machine.
 	$(VENV)/bin/python benchmarks/sleep_wake.py $(ARGS)
 
-docs: setup ## Write docs/reference/cli.md from the commands' own help.
+docs: setup ## Write docs/reference/ from the code: commands, routes, metrics, errors.
 	$(VENV)/bin/python tools/cli_reference.py
+	$(VENV)/bin/python tools/server_reference.py
 
 clean: ## Remove the set-up and what the tools leave behind; models and images stay in ~/.cache.
 	rm -rf '$(VENV)' build dist .mypy_cache .ruff_cache .hypothesis .import_linter_cache

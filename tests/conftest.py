@@ -1,10 +1,13 @@
 """Fixtures of the whole suite: a tiny checkpoint for most tests, the real one for those marked `model`."""
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 
+import shuteye
+from shuteye import LLM, AsyncEngine, EngineConfig
 from shuteye.config import default_cache_dir
 from shuteye.models.sources import ModelSource, resolve_source
 from shuteye.testing import tiny_model
@@ -28,3 +31,41 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smollm2() -> ModelSource:
     """The real SmolLM2-135M-Instruct, fetched once per user; a failure to get it fails the test, never skips it."""
     return resolve_source("smollm2-135m", cache_dir=default_cache_dir())
+
+
+@pytest.fixture
+def tiny_options(tiny_checkpoint, tmp_path_factory):
+    """Settings that make any model of the docs a tiny one."""
+    return {
+        "kv_cache_memory": 1 << 20,
+        "max_model_len": 256,
+        "num_threads": 1,
+        "cache_dir": tmp_path_factory.getbasetemp() / "rig-cache",
+    }
+
+
+@pytest.fixture
+def tiny_shuteye(tiny_options, tiny_checkpoint, monkeypatch):
+    """`from shuteye import …` gives engines that serve the tiny checkpoint, in this process, whatever is asked for."""
+
+    def tiny_config(_model, **others):
+        return EngineConfig(str(tiny_checkpoint), **(tiny_options | others))
+
+    def tiny_llm(_model, **others):
+        return LLM(str(tiny_checkpoint), **(tiny_options | others))
+
+    monkeypatch.setattr(shuteye, "EngineConfig", tiny_config, raising=False)
+    monkeypatch.setattr(shuteye, "LLM", tiny_llm, raising=False)
+    monkeypatch.setattr(shuteye, "AsyncEngine", functools.partial(AsyncEngine, in_process=True), raising=False)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> ModelSource:
+    """The real all-MiniLM-L6-v2, fetched once per user; a failure to get it fails the test, never skips it."""
+    return resolve_source("minilm-l6", cache_dir=default_cache_dir())
+
+
+@pytest.fixture(scope="session")
+def whisper():
+    """The real whisper-tiny.en, fetched and converted once per user; a failure to get it fails the test."""
+    return resolve_source("whisper-tiny.en", cache_dir=default_cache_dir())

@@ -13,7 +13,6 @@ import msgspec
 import pytest
 from starlette.testclient import TestClient
 
-import shuteye
 from shuteye import LLM, AsyncEngine, EngineConfig, errors
 from shuteye.errors import ModelSleeping, TransitionConflict
 from shuteye.models.blueprint import quiet
@@ -26,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "shuteye"
 README, SLEEP, STRUCTURES = ROOT / "README.md", ROOT / "docs" / "sleep.md", ROOT / "docs" / "structures.md"
 DECISIONS = sorted((ROOT / "docs" / "adr").glob("*.md"))
-PAGES = [SLEEP, STRUCTURES, *DECISIONS]
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+PAGES = [README, SLEEP, STRUCTURES, ROOT / "docs" / "concepts.md", ROOT / "docs" / "vllm.md", *GUIDES, *DECISIONS]
 
 _FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _CODE = re.compile(r"`([^`\n]+)`")
@@ -47,32 +47,6 @@ def needs_a_server(snippet):
 
 
 # --- Python -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def options(tiny_checkpoint, tmp_path_factory):
-    """Settings that make any model of the docs a tiny one."""
-    return {
-        "kv_cache_memory": 1 << 20,
-        "max_model_len": 256,
-        "num_threads": 1,
-        "cache_dir": tmp_path_factory.getbasetemp() / "rig-cache",
-    }
-
-
-@pytest.fixture
-def tiny_shuteye(options, tiny_checkpoint, monkeypatch):
-    """`from shuteye import …` gives engines that serve the tiny checkpoint, in this process, whatever is asked for."""
-
-    def tiny_config(_model, **others):
-        return EngineConfig(str(tiny_checkpoint), **(options | others))
-
-    def tiny_llm(_model, **others):
-        return LLM(str(tiny_checkpoint), **(options | others))
-
-    monkeypatch.setattr(shuteye, "EngineConfig", tiny_config, raising=False)
-    monkeypatch.setattr(shuteye, "LLM", tiny_llm, raising=False)
-    monkeypatch.setattr(shuteye, "AsyncEngine", functools.partial(AsyncEngine, in_process=True), raising=False)
 
 
 def load_with_transformers(checkpoint):
@@ -145,9 +119,9 @@ def curl_command(words):
 
 
 @pytest.mark.parametrize("page", [README, SLEEP], ids=lambda page: page.name)
-def test_curl_commands_are_answered(page, options, tiny_checkpoint):
+def test_curl_commands_are_answered(page, tiny_options, tiny_checkpoint):
     """A route, a parameter or an order of calls that the server refuses."""
-    config = EngineConfig(str(tiny_checkpoint), enable_sleep_mode=True, **options)
+    config = EngineConfig(str(tiny_checkpoint), enable_sleep_mode=True, **tiny_options)
     server = ServerConfig(dev_mode=True, served_model_name=("smollm2-135m",))
     commands = list(curl_commands(page))
     assert len(commands) >= 4
@@ -221,11 +195,11 @@ def bring_awake(llm):
     assert where(llm) == ("resident", "resident", None)
 
 
-def test_the_table_of_moves_is_the_engine_s(options, tiny_checkpoint):
+def test_the_table_of_moves_is_the_engine_s(tiny_options, tiny_checkpoint):
     """A guide that promises a move the engine refuses, or hides one that it makes."""
     rows = table_under(SLEEP, "state")
     assert [row["state"] for row in rows] == list(WAYS)
-    with LLM(str(tiny_checkpoint), enable_sleep_mode=True, **options) as llm:
+    with LLM(str(tiny_checkpoint), enable_sleep_mode=True, **tiny_options) as llm:
         names = {}
         for name, way in WAYS.items():
             for step in way:

@@ -118,7 +118,7 @@ class TestEncodeDecode:
     @given(text=st.text())
     @settings(deadline=None)
     def test_round_trip(self, tokenizer, text):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
     def test_lone_surrogate_is_the_callers_mistake(self, tokenizer):
         """JSON can carry one; it would be a 500."""
@@ -336,3 +336,39 @@ class TestAgainstTransformers:
         )
         ids = theirs.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)["input_ids"]
         assert ours.encode(prompt, add_special_tokens=False) == ids
+
+
+# --- pairs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair_tokenizer(tmp_path):
+    write_tiny_tokenizer(tmp_path, pairs=True)
+    return tmp_path
+
+
+def test_a_pair_s_texts_are_told_apart(pair_tokenizer):
+    """Would catch special tokens left out, or a second text taken for the first."""
+    tokenizer = Tokenizer.from_directory(pair_tokenizer)
+    one, _ = tokenizer.encode_pair("ab")
+    assert one == tokenizer.encode("ab")
+    token_ids, type_ids = tokenizer.encode_pair("ab", "c")
+    assert token_ids == [*one, *tokenizer.encode("c")[1:]]
+    assert type_ids == [0, 0, 0, 0, 1, 1]
+    assert tokenizer.encode_pair("ab", add_special_tokens=False)[0] == one[1:-1]
+
+
+@pytest.mark.parametrize("lengths", [(10, None), (20, 3), (3, 20), (20, 20), (5, 6), (0, 20)])
+@pytest.mark.parametrize("limit", [4, 5, 9, 12, 40])
+def test_cutting_is_what_transformers_calls_longest_first(pair_tokenizer, lengths, limit):
+    text, pair = ("a" * lengths[0], None if lengths[1] is None else "b" * lengths[1])
+    backend = Backend.from_file(str(pair_tokenizer / "tokenizer.json"))
+    backend.enable_truncation(limit, strategy="longest_first")
+    expected = backend.encode(text, pair)
+    found = Tokenizer.from_directory(pair_tokenizer).encode_pair(text, pair, max_length=limit)
+    assert found == (expected.ids, expected.type_ids)
+
+
+def test_nothing_is_cut_to_less_than_the_special_tokens(pair_tokenizer):
+    with pytest.raises(InvalidRequest, match="3 special tokens"):
+        Tokenizer.from_directory(pair_tokenizer).encode_pair("a", "b", max_length=3)

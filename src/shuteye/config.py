@@ -35,7 +35,7 @@ class EngineConfig:
 
     Attributes:
         model: local directory, `.gguf` file, hub id, or built-in alias.
-        kv_cache_memory: bytes of KV cache per rank; None sizes it from free memory.
+        kv_cache_memory: bytes of KV cache per rank; None sizes it from free memory, 0 is for models without one.
         max_model_len: longest prompt plus output in tokens; None takes the checkpoint's, if the KV cache can hold it.
         max_num_batched_tokens: the token budget of one step.
         on_sleeping_request: what becomes of requests that arrive while asleep.
@@ -85,7 +85,6 @@ class EngineConfig:
             "tensor_parallel_size": self.tensor_parallel_size,
             "pipeline_parallel_size": self.pipeline_parallel_size,
             "max_model_len": self.max_model_len,
-            "kv_cache_memory": self.kv_cache_memory,
             "num_threads": self.num_threads,
             "hold_queue_size": self.hold_queue_size,
             "hold_timeout_s": self.hold_timeout_s,
@@ -94,6 +93,10 @@ class EngineConfig:
         for name, value in positive.items():
             if value is not None and value <= 0:
                 raise InvalidRequest(f"{name} must be positive, got {value}.", param=name)
+        if self.kv_cache_memory is not None and self.kv_cache_memory < 0:
+            raise InvalidRequest(
+                f"kv_cache_memory must be 0 or more, got {self.kv_cache_memory}.", param="kv_cache_memory"
+            )
         if not self.model:
             raise InvalidRequest("model must name a directory, a .gguf file, a hub id or an alias.", param="model")
 
@@ -111,6 +114,9 @@ class EngineConfig:
                 f"max_model_len {wanted} exceeds the checkpoint's context of {facts.context_length} tokens.",
                 param="max_model_len",
             )
+        dtype: DType = "float32" if facts.dtype == "float32" else "bfloat16"
+        if facts.kv_bytes_per_token == 0:
+            return replace(self, dtype=dtype, max_model_len=wanted, kv_cache_memory=self._no_kv_cache(facts))
         block_bytes = facts.kv_bytes_per_token * self.block_size
         blocks_per_sequence = -(-wanted // self.block_size)
         if self.kv_cache_memory is None:
@@ -132,5 +138,18 @@ class EngineConfig:
                     param="max_model_len",
                 )
             wanted = num_usable * self.block_size
-        dtype: DType = "float32" if facts.dtype == "float32" else "bfloat16"
         return replace(self, dtype=dtype, max_model_len=wanted, kv_cache_memory=num_blocks * block_bytes)
+
+    def _no_kv_cache(self, facts: ModelFacts) -> int:
+        """0: the model computes without one.
+
+        Raises:
+            InvalidRequest: one of some size was asked for.
+        """
+        if self.kv_cache_memory:
+            raise InvalidRequest(
+                f"kv_cache_memory is {self.kv_cache_memory:,}, but {facts.architecture} (task '{facts.task}') has no "
+                "KV cache; leave it out.",
+                param="kv_cache_memory",
+            )
+        return 0

@@ -18,9 +18,11 @@ Knows nothing of HTTP libraries: `server/errors.py` turns these into OpenAI-shap
         ├── WakeFailed                  503  rolled back: still asleep, a retry may work
         │   └── VerificationFailed      503  the memory is not what it was
         ├── ModelSleeping               503  weights are needed and are not resident
+        ├── RequestAborted              503  ended before there was a result
         ├── DrainTimeout                503  requests outlasted the deadline of `mode=wait`
         ├── QueueFull                   503
         ├── EngineNotReady              503  still loading
+        ├── ServerStopping              503  told to stop: what runs is finished, nothing new is begun
         ├── EngineFaulted               503  a transition could not be rolled back
         ├── EngineDead                  503  the engine process is gone
         ├── MemoryExhausted             503  the system will not give the bytes
@@ -138,6 +140,13 @@ class ModelSleeping(ServerError):
         super().__init__(message, param=param)
 
 
+class RequestAborted(ServerError):
+    """The request was ended, as by a pause with `mode="abort"`, before there was a result."""
+
+    status_code = 503
+    error_type = "RequestAbortedError"
+
+
 class DrainTimeout(ServerError):
     """Requests in flight outlasted the deadline of `mode="wait"`; nothing was put to sleep."""
 
@@ -157,6 +166,13 @@ class EngineNotReady(ServerError):
 
     status_code = 503
     error_type = "EngineNotReadyError"
+
+
+class ServerStopping(ServerError):
+    """The server was told to stop: it finishes what runs, and begins nothing new."""
+
+    status_code = 503
+    error_type = "ServerStoppingError"
 
 
 class EngineFaulted(ServerError):

@@ -5,8 +5,11 @@ Knows nothing of how any of it was made; no torch.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 FinishReason = Literal["stop", "length", "abort"]
 Tag = Literal["weights", "kv_cache"]
@@ -48,16 +51,17 @@ class ErrorInfo:
     param: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RequestDelta:
-    """What one engine step did for one request.
+class RequestDelta(msgspec.Struct, frozen=True, tag=True):
+    """What one engine step did for one request, and how requests of every kind are aborted or fail.
 
-    `finish_reason` or `error` ends the request; `stop_token_id` is the token that did, if one did.
+    `finish_reason` or `error` ends the request; `stop_token_id` is the token that did, if one did. `prompt_logprobs`
+    are of the prompt's tokens from the second on, as many as became known.
     """
 
     request_id: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
@@ -67,6 +71,52 @@ class RequestDelta:
     def finished(self) -> bool:
         """True if nothing more will come for this request."""
         return self.finish_reason is not None or self.error is not None
+
+
+class PooledDelta(msgspec.Struct, frozen=True, tag=True):
+    """All that a `PoolRequest` asked for; it ends the request. `rows` are float32, one per input, in their order."""
+
+    request_id: str
+    rows: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SpokenTokens:
+    """A stretch of speech, as its tokens (text alone, no timestamps). Times are in seconds.
+
+    Attributes:
+        seek: start of the window it was found in, in hundredths of a second (Whisper's frames).
+        avg_logprob: mean log-probability of the window's tokens.
+        no_speech_prob: how likely the window holds no speech.
+    """
+
+    start: float
+    end: float
+    token_ids: tuple[int, ...]
+    seek: int
+    temperature: float
+    avg_logprob: float
+    no_speech_prob: float
+
+
+class TranscriptDelta(msgspec.Struct, frozen=True, tag=True):
+    """What is new of a transcription: final tokens of text as soon as they are, segments once their window has ended.
+
+    Attributes:
+        language: its English name, once known.
+        num_tokens: tokens sampled for the request so far, timestamps included.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    segments: tuple[SpokenTokens, ...] = ()
+    language: str | None = None
+    num_tokens: int = 0
+    finished: bool = False
+
+
+Delta = RequestDelta | PooledDelta | TranscriptDelta
+"""What a step may have done for a request, by the kind of request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +133,11 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """All completions of one prompt, so far or for good (vLLM's shape)."""
+    """All completions of one prompt, so far or for good (vLLM's shape).
+
+    `scheduled_at` is when it first got its place in the batch, in seconds of the system's monotonic clock.
+    `prompt_logprobs`, if asked for, are there as soon as the whole prompt is computed; the first token has none.
+    """
 
     request_id: str
     prompt: str | None
@@ -91,6 +145,104 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     finished: bool
     num_cached_tokens: int = 0
+    scheduled_at: float | None = None
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+
+
+# --- embeddings and scores ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PooledOutput:
+    """What came of one `PoolRequest`: a row of float32 per input, in order; `scheduled_at` as in RequestOutput."""
+
+    request_id: str
+    rows: tuple[bytes, ...]
+    finished: bool = True
+    scheduled_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """One embedding, as the bytes of its float32 numbers in this machine's order."""
+
+    data: bytes
+
+    @property
+    def embedding(self) -> list[float]:
+        """The numbers."""
+        return array("f", self.data).tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequestOutput:
+    """The embedding of one prompt (vLLM's shape)."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    outputs: EmbeddingOutput
+    finished: bool = True
+    scheduled_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringOutput:
+    """How well two texts go together."""
+
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringRequestOutput:
+    """The score of one pair (vLLM's shape). For an embedding model `prompt_token_ids` are both texts', in turn."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    outputs: ScoringOutput
+    finished: bool = True
+    scheduled_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TranscriptSegment:
+    """A stretch of speech (OpenAI's shape); times in seconds, `seek` in hundredths.
+
+    Attributes:
+        id: its number in the transcript.
+        compression_ratio: of its text by zlib; much above 2 means that the model repeats itself.
+        avg_logprob, no_speech_prob: of the whole window of audio that the model heard at once.
+    """
+
+    id: int
+    start: float
+    end: float
+    text: str
+    token_ids: tuple[int, ...]
+    seek: int
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Transcription:
+    """What was said in one recording, so far or for good.
+
+    Attributes:
+        language: its English name, given or found out.
+        duration: of the recording, in seconds.
+        segments: none where they were not asked for and the recording is short, but for one that is all of it.
+        num_tokens: tokens that the model sampled.
+    """
+
+    request_id: str
+    text: str
+    language: str | None
+    duration: float
+    segments: tuple[TranscriptSegment, ...]
+    num_tokens: int
+    finished: bool
 
 
 # --- sleep and wake -----------------------------------------------------------------------------
@@ -213,13 +365,29 @@ class EngineState:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolingInfo:
+    """What a model that embeds or scores makes of one input.
+
+    Attributes:
+        size: numbers per input: the length of an embedding, or 1 for a score.
+        normalized: whether embeddings have length 1 unless the caller asks otherwise.
+        dimensions: lengths that an embedding may be cut to; empty if none, None if any.
+    """
+
+    size: int
+    normalized: bool = False
+    dimensions: tuple[int, ...] | None = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What a frontend must know of the loaded model. Paths are strings so that it can travel.
 
     Attributes:
         tokenizer_dir: holds tokenizer.json, tokenizer_config.json and the chat template.
         image_dir: the weight image in use.
-        kv_bytes_per_token: KV cache bytes of one token on one rank, all layers.
+        kv_bytes_per_token: KV cache bytes of one token on one rank, all layers; 0 without a KV cache.
+        pooling: what a model that embeds or scores makes of an input; None for the others.
     """
 
     model: str
@@ -237,3 +405,4 @@ class ModelInfo:
     kv_cache_bytes: int
     kv_bytes_per_token: int
     default_sampling: dict[str, float] = field(default_factory=dict)
+    pooling: PoolingInfo | None = None

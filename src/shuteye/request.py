@@ -6,8 +6,10 @@ Knows nothing of engines, tensors or HTTP.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
 
 from shuteye.errors import InvalidRequest
 
@@ -18,11 +20,58 @@ OutputKind = Literal["cumulative", "delta", "final_only"]
 """Whether each yielded output repeats everything so far, only what is new, or comes once at the end."""
 
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 100.0
+JSON_WHITESPACE = r"\r?\n[ \t]{0,40}|[ \t]{0,2}"
+"""Between the parts of constrained JSON: what formatters write, but not the endless blanks of small models."""
 
 
 def _require(ok: bool, param: str, expected: str, seen: object) -> None:
     if not ok:
         raise InvalidRequest(f"{param} must be {expected}, got {seen!r}.", param=param)
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutputsParams:
+    """What the whole output must be; exactly one of the first five fields says it (vLLM's names).
+
+    Attributes:
+        json: a JSON schema, as text or as an object.
+        json_object: any JSON object.
+        regex: a regular expression in Rust's syntax, which the whole output matches.
+        choice: one of these texts.
+        grammar: a context-free grammar, in llguidance's Lark or in GBNF.
+        disable_any_whitespace: JSON without any whitespace between its parts.
+        whitespace_pattern: a regular expression for whitespace in JSON, in place of ours.
+        starts_after: the output is free up to and including this token id; None constrains it from its first token.
+        param: the caller's field, which errors name.
+
+    Raises:
+        InvalidRequest: none or several are given.
+    """
+
+    json: str | dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+    starts_after: int | None = None
+    param: str = "structured_outputs"
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("json", "json_object", "regex", "choice", "grammar") if self._asks_for(name)]
+        if len(given) != 1:
+            raise InvalidRequest(
+                f"{self.param} must have exactly one of json, json_object, regex, choice and grammar, got "
+                f"{' and '.join(given) or 'none'}.",
+                param=self.param,
+            )
+        if self.choice is not None and (not self.choice or not all(self.choice)):
+            raise InvalidRequest(f"{self.param} must have non-empty choices, got {self.choice!r}.", param=self.param)
+
+    def _asks_for(self, name: str) -> bool:
+        return bool(self.json_object) if name == "json_object" else getattr(self, name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +86,13 @@ class SamplingParams:
         repetition_penalty: > 1 discourages tokens in prompt or output (CTRL, arXiv:1909.05858).
         max_tokens: `None` means up to the context limit.
         logprobs: how many alternatives per token to report; `None` reports nothing.
+        prompt_logprobs: the same for the tokens of the prompt, which is then computed in full.
+        logit_bias: added to the logits of single tokens, between -100 and 100.
+        allowed_token_ids: all others are never chosen.
+        bad_words: texts that are never completed.
+        bad_token_ids: token sequences that are never completed; frontends make them of `bad_words`.
+        structured_outputs: what the whole output must be.
+        priority: requests with lower values leave the queue first.
 
     Raises:
         InvalidRequest: a value is out of range; `param` names it.
@@ -58,7 +114,14 @@ class SamplingParams:
     min_tokens: int = 0
     max_tokens: int | None = 16
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
+    bad_token_ids: Sequence[Sequence[int]] = ()
+    structured_outputs: StructuredOutputsParams | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         _require(1 <= self.n <= 128, "n", "between 1 and 128", self.n)
@@ -78,11 +141,35 @@ class SamplingParams:
             f"at most max_tokens ({self.max_tokens})",
             self.min_tokens,
         )
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            _require(count is None or 0 <= count <= MAX_LOGPROBS, name, f"between 0 and {MAX_LOGPROBS}", count)
+        self._check_token_rules()
+
+    def _check_token_rules(self) -> None:
+        biases = (self.logit_bias or {}).values()
         _require(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            f"between 0 and {MAX_LOGPROBS}",
-            self.logprobs,
+            all(-MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS for bias in biases),
+            "logit_bias",
+            f"made of numbers between -{MAX_LOGIT_BIAS:g} and {MAX_LOGIT_BIAS:g}",
+            self.logit_bias,
+        )
+        _require(
+            self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
+            "allowed_token_ids",
+            "a list of at least one id",
+            self.allowed_token_ids,
+        )
+        _require(
+            not isinstance(self.bad_words, str) and all(word.strip() for word in self.bad_words),
+            "bad_words",
+            "a list of texts that are not blank",
+            self.bad_words,
+        )
+        _require(
+            self.allowed_token_ids is None or self.structured_outputs is None,
+            "allowed_token_ids",
+            "left out where the output's structure is given",
+            self.allowed_token_ids,
         )
 
     @property
@@ -96,10 +183,89 @@ class SamplingParams:
         return self.temperature == 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class GenerateRequest:
+class GenerateRequest(msgspec.Struct, frozen=True, tag=True):
     """One sequence to generate, as the engine core sees it: ids, not text; `n` is already fanned out."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
-    params: SamplingParams = field(default_factory=SamplingParams)
+    params: SamplingParams = msgspec.field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingParams:
+    """What is made of an input that is embedded or scored; field meanings as in vLLM's PoolingParams.
+
+    Attributes:
+        dimensions: how many numbers of an embedding are wanted; None means all.
+        truncate_prompt_tokens: cut texts to so many tokens, -1 to the context; None refuses what is too long.
+        use_activation: whether embeddings are normalised and scores go through the checkpoint's activation; None means
+            what the checkpoint says.
+
+    Raises:
+        InvalidRequest: a value is out of range; `param` names it.
+    """
+
+    dimensions: int | None = None
+    truncate_prompt_tokens: int | None = None
+    use_activation: bool | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.dimensions is None or self.dimensions >= 1, "dimensions", "at least 1", self.dimensions)
+        limit = self.truncate_prompt_tokens
+        _require(limit is None or limit == -1 or limit >= 1, "truncate_prompt_tokens", "-1 or at least 1", limit)
+
+
+class PoolInput(msgspec.Struct, frozen=True):
+    """One text, or one pair of texts, as ids. `type_ids` tell the texts of a pair apart; empty means all zero."""
+
+    token_ids: tuple[int, ...]
+    type_ids: tuple[int, ...] = ()
+
+
+class PoolRequest(msgspec.Struct, frozen=True, tag=True):
+    """What one caller wants embedded or scored: one row of numbers per input, all of them at once."""
+
+    request_id: str
+    inputs: tuple[PoolInput, ...]
+    params: PoolingParams = msgspec.field(default_factory=PoolingParams)
+
+
+@dataclass(frozen=True, slots=True)
+class TranscribeParams:
+    """How speech is written down; field meanings as in OpenAI's transcription API.
+
+    Attributes:
+        language: ISO 639-1 code or English name of what is spoken; None has the model find out.
+        temperature: 0 is greedy.
+        timestamps: whether segments are told apart. Audio that does not fit the model's window at once always has them.
+
+    Raises:
+        InvalidRequest: a value is out of range; `param` names it.
+    """
+
+    language: str | None = None
+    temperature: float = 0.0
+    seed: int = 0
+    timestamps: bool = False
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.temperature <= 1.0, "temperature", "between 0 and 1", self.temperature)
+        _require(0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1", self.seed)
+
+
+class TranscribeRequest(msgspec.Struct, frozen=True, tag=True):
+    """One recording to transcribe.
+
+    Attributes:
+        pcm: mono samples, float32, little-endian, at `audio.SAMPLE_RATE`.
+        prompt_token_ids: what is to be taken for the text before it; only the last ones count.
+    """
+
+    request_id: str
+    pcm: bytes
+    prompt_token_ids: tuple[int, ...] = ()
+    params: TranscribeParams = msgspec.field(default_factory=TranscribeParams)
+
+
+Request = GenerateRequest | PoolRequest | TranscribeRequest
+"""What an engine may be asked for; which kind a model serves is decided by its task."""

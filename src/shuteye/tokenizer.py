@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import tokenizers
@@ -100,6 +101,39 @@ class Tokenizer:
             ) from error
         return ids
 
+    def encode_pair(
+        self, text: str, pair: str | None = None, *, max_length: int | None = None, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of a text or of a pair of texts, and for each id which text it belongs to (0 or 1).
+
+        Args:
+            max_length: cut the texts so that all ids, special ones included, are at most so many; of a pair the longer
+                text is cut first (what transformers calls "longest_first").
+
+        Raises:
+            InvalidRequest: as `encode`; or not even the special tokens fit.
+        """
+        texts = [text] if pair is None else [text, pair]
+        try:
+            encoded = [self._backend.encode(each, add_special_tokens=False) for each in texts]
+        except TypeError as error:
+            raise InvalidRequest(
+                f"The text cannot be tokenized, as it is not valid Unicode: {error}.", param="input"
+            ) from error
+        if max_length is not None:
+            num_special = self._backend.num_special_tokens_to_add(pair is not None) if add_special_tokens else 0
+            if max_length <= num_special:
+                raise InvalidRequest(
+                    f"Texts cannot be cut to {max_length} tokens: {num_special} special tokens are added to them.",
+                    param="truncate_prompt_tokens",
+                )
+            lengths = _longest_first([len(each.ids) for each in encoded], max_length - num_special)
+            for each, length in zip(encoded, lengths, strict=True):
+                each.truncate(length)
+        second = encoded[1] if pair is not None else None
+        whole = self._backend.post_process(encoded[0], second, add_special_tokens)
+        return whole.ids, whole.type_ids
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD, ids not in the vocabulary nothing.
 
@@ -129,6 +163,11 @@ class Tokenizer:
         """The vocabulary's own spelling of a token, or None if there is no such id."""
         token: str | None = self._backend.id_to_token(token_id)
         return token
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token in the vocabulary's own spelling, or None if there is no such token."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
 
     def is_special(self, token_id: int) -> bool:
         """True for tokens that `skip_special_tokens` skips."""
@@ -172,6 +211,15 @@ class Tokenizer:
         variables = {"tools": None, "documents": None, **self._special_tokens, **template_kwargs}
         return template.render(messages, {**variables, "add_generation_prompt": add_generation_prompt})
 
+    def template_source(self, *, with_tools: bool = False) -> str:
+        """The text of the template that would be used; empty if there is none."""
+        names = ("tool_use", "default") if with_tools else ("default",)
+        return next((self._chat_templates[name].source for name in names if name in self._chat_templates), "")
+
+    def template_reads(self, variable: str, *, with_tools: bool = False) -> bool:
+        """Whether the template that would be used looks at a variable at all."""
+        return self.has_chat_template and self._choose_template(with_tools=with_tools).reads(variable)
+
     def _choose_template(self, *, with_tools: bool) -> ChatTemplate:
         names = ("tool_use", "default") if with_tools else ("default",)
         for name in names:
@@ -182,6 +230,16 @@ class Tokenizer:
             f"This model has no default chat template (it has: {known}). Use the completions route with a prompt.",
             param="messages",
         )
+
+
+def _longest_first(lengths: Sequence[int], limit: int) -> list[int]:
+    """What one or two texts are cut to: the longer one first, then both alike."""
+    if sum(lengths) <= limit:
+        return list(lengths)
+    if len(lengths) == 1:
+        return [limit]
+    short = min(*lengths, limit // 2)
+    return [short, limit - short] if lengths[0] <= lengths[1] else [limit - short, short]
 
 
 class DecodeStream:
@@ -238,11 +296,22 @@ class ChatTemplate:
     """One Jinja template of a checkpoint, rendered with transformers' settings in a sandbox."""
 
     def __init__(self, source: str) -> None:
-        self._source = source
+        self.source = source
 
     @cached_property
     def _template(self) -> jinja2.Template:
-        return _environment().from_string(self._source)
+        return _environment().from_string(self.source)
+
+    @cached_property
+    def _variables(self) -> frozenset[str]:
+        try:
+            return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(self.source)))
+        except jinja2.TemplateError:  # `render` will say so
+            return frozenset()
+
+    def reads(self, variable: str) -> bool:
+        """Whether the template looks at a variable at all."""
+        return variable in self._variables
 
     def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """The prompt. Text parts are joined for a template that only knows plain text.

@@ -63,6 +63,29 @@ class TestServe:
                 changed = next(one for one in configs if isinstance(one, config))
                 assert getattr(changed, field.name) == value, field.name
 
+    def test_every_field_has_a_variable_and_a_key_in_the_file(self, served, monkeypatch, tmp_path):
+        """Catches a setting that only a flag can make, and a variable or key that sets another one."""
+        file = tmp_path / "shuteye.toml"
+        for config in (EngineConfig, ServerConfig):
+            for field in fields(config):
+                value, text = other_value(config, field.name)
+                said = str(value).lower() if text is None else text
+                with monkeypatch.context() as patched:
+                    variable = (
+                        "SHUTEYE_SERVER_DEV_MODE" if field.name == "dev_mode" else f"SHUTEYE_{field.name.upper()}"
+                    )
+                    patched.setenv(variable, said)
+                    changed = next(one for one in served() if isinstance(one, config))
+                assert getattr(changed, field.name) == value, variable
+                literal = f'["{text}"]' if isinstance(value, tuple) else json.dumps(text if text else value)
+                file.write_text(f"[serve]\n{field.name.replace('_', '-')} = {literal}\n")
+                changed = next(one for one in served("--config", str(file)) if isinstance(one, config))
+                assert getattr(changed, field.name) == value, f"{field.name} in the file"
+
+    def test_the_other_name_of_a_flag(self, served):
+        """Catches vLLM's name for the same thing being refused."""
+        assert served("--shutdown-timeout", "7")[1].shutdown_grace_s == 7
+
     def test_sizes(self, served):
         """Catches units mistaken for each other."""
         cases = {
@@ -105,7 +128,9 @@ class TestServe:
         file = tmp_path / "shuteye.toml"
         file.write_text(content)
         assert cli.run(["serve", "--config", str(file)]) == 2
-        assert one_line(capsys.readouterr().err)
+        said = capsys.readouterr().err
+        assert one_line(said)
+        assert "prot" not in content or "prot" in said
 
     def test_a_missing_file_is_refused(self, capsys, served):
         """Catches a mistyped path being ignored."""
@@ -138,6 +163,10 @@ def other_value(config, name):  # noqa: PLR0911
         "memory_backend": "fake",
         "kernels": "torch",
         "log_level": "error",
+        "log_format": "json",
+        "tool_call_parser": "mistral",
+        "reasoning_parser": "qwen3",
+        "otlp_traces_endpoint": "http://x",
     }
     default = getattr(config(), name)
     if name in special:

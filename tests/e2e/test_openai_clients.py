@@ -2,13 +2,12 @@
 
 import asyncio
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import openai
 import pytest
 
-from shuteye.client import AsyncWakingTransport, WakingTransport
+from shuteye.client import WakingTransport
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where does the river end?"}]
 PROMPT = "Once upon a time"
@@ -179,49 +178,3 @@ class TestAcrossASleep:
             with pytest.raises(openai.InternalServerError) as asleep:
                 client.completions.create(model=model, prompt="x", stream=stream)
             assert (asleep.value.status_code, asleep.value.type) == (503, "ModelSleepingError")
-
-    def test_thirty_tasks_wake_it_once(self, server, right):
-        """A wake per request, or a request that fails because another one woke the model."""
-        prompts = [f"task {index}" for index in range(30)]
-        server.done("/sleep")
-        before = wakes(server)
-
-        async def ask_all():
-            http = httpx2.AsyncClient(transport=AsyncWakingTransport(), timeout=30)
-            async with server.async_openai(http_client=http) as client:
-                return await asyncio.gather(*(one(client, index) for index in range(30)))
-
-        async def one(client, index):
-            asked = {"model": server.model, "prompt": prompts[index], "max_tokens": 15, **GREEDY}
-            if index % 2:
-                return (await client.completions.create(**asked)).choices[0].text
-            stream = await client.completions.create(stream=True, **asked)
-            return "".join([chunk.choices[0].text async for chunk in stream])
-
-        assert asyncio.run(ask_all()) == [right(prompt, 15) for prompt in prompts]
-        assert wakes(server) == (before[0] + 1, before[1])
-
-    def test_thirty_threads_wake_it_once(self, server, waking_client, right):
-        """As above, for clients that are shared by threads."""
-        prompts = [f"thread {index}" for index in range(30)]
-        server.done("/sleep?level=2")
-        before = wakes(server)
-        with ThreadPoolExecutor(30) as pool:
-            texts = list(
-                pool.map(
-                    lambda prompt: (
-                        waking_client.completions.create(model=server.model, prompt=prompt, max_tokens=15, **GREEDY)
-                        .choices[0]
-                        .text
-                    ),
-                    prompts,
-                )
-            )
-        assert texts == [right(prompt, 15) for prompt in prompts]
-        assert wakes(server) == (before[0] + 1, before[1])
-
-
-def wakes(server):
-    """How many wakes did something, and how many came in vain."""
-    name = "shuteye_transitions_total"
-    return tuple(server.metric(name, transition="wake_up", outcome=what) for what in ("changed", "unchanged"))

@@ -169,10 +169,10 @@ class TestModes:
                 stream.cancel()
                 await asyncio.gather(stream, return_exceptions=True)
 
-        gone = server.metric("shuteye_request_finished_total", finished_reason="disconnected")
+        gone = server.metric("shuteye_request_failure_total", reason="disconnected")
         asyncio.run(scenario())
         wait_for(
-            lambda: server.metric("shuteye_request_finished_total", finished_reason="disconnected") == gone + 1,
+            lambda: server.metric("shuteye_request_failure_total", reason="disconnected") == gone + 1,
             "the disconnect",
         )
         before = server.metric("shuteye_generation_tokens_total")
@@ -355,4 +355,4 @@ def assert_idle(server, right):
     """It serves, and has forgotten everything that was."""
     assert server.complete("afterwards") == right("afterwards")
     assert server.metric("shuteye_num_requests_running") == server.metric("shuteye_num_requests_waiting") == 0
-    assert server.metric("shuteye_kv_cache_usage_ratio") == 0, "blocks are lost"
+    assert server.metric("shuteye_kv_cache_usage_perc") == 0, "blocks are lost"

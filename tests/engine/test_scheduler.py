@@ -436,3 +436,15 @@ def test_decode_step_does_not_touch_the_tokens_before():
     for _ in range(20):
         plan, _ = step(scheduler)
         assert plan.num_tokens == 1
+
+
+def test_urgent_requests_leave_the_queue_first():
+    """`priority` ignored; or equals out of order."""
+    scheduler = make_scheduler(max_num_seqs=1)
+    for name, priority in (("a", 0), ("b", 5), ("c", 0), ("d", -1), ("e", 5)):
+        scheduler.add(request(name, (1, 2), max_tokens=1, priority=priority))
+    order = []
+    while scheduler.has_unfinished:
+        plan, _deltas = step(scheduler)
+        order += [chunk.request_id for chunk in plan.chunks]
+    assert order == ["d", "a", "c", "b", "e"]

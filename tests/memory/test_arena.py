@@ -93,3 +93,13 @@ def test_a_closed_arena_holds_no_memory_and_gives_no_views() -> None:
     with pytest.raises(AssertionError, match="closed"):
         arena.view(0, (1,), "uint8")
     del view
+
+
+def test_an_arena_of_no_bytes_asks_the_backend_for_nothing():
+    """The KV cache of a model that has none: a length of 0 is an error to the kernel."""
+    arena = Arena.reserve(LinuxBackend(), tag="kv_cache", nbytes=0)
+    arena.commit()
+    arena.populate()
+    assert (arena.nbytes, arena.resident_bytes()) == (0, 0)
+    arena.release()
+    arena.close()

@@ -4,7 +4,8 @@ import pytest
 from transformers import AutoConfig
 
 from shuteye.errors import UnsupportedModel
-from shuteye.models.capabilities import check, task_of
+from shuteye.models.capabilities import check
+from shuteye.models.tasks import task_of
 
 SMALL = {
     "vocab_size": 64,

@@ -210,8 +210,9 @@ def test_progress_covers_every_byte_and_nothing_is_printed(tiny_checkpoint, tmp_
 
 def test_another_transformers_version_has_the_model_examined_again(tiny_checkpoint, tmp_path):
     from shuteye.models import loaded
+    from shuteye.models.binding import read_image_config
 
     image = open_image(source_of(tiny_checkpoint, tmp_path), dtype="auto", store=ImageStore(tmp_path))
     made_with = msgspec.convert(dict(image.metadata), loaded.ImageFacts)
     stale = replace(made_with, transformers="4.0.0", attention=replace(made_with.attention, num_kv_heads=9))
-    assert loaded._current_facts(stale, loaded._read_config(image)) == made_with
+    assert loaded._current_facts(stale, read_image_config(image)) == made_with

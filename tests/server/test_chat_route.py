@@ -8,6 +8,10 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+BAD_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}
+PROPERTIES = "structured_outputs.disable_additional_properties"
 
 
 def events(response):
@@ -205,16 +209,45 @@ def test_stop_string_ends_the_answer(client):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format.type"),
+        ({"guided_json": {}, "guided_regex": "a"}, "guided_json"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"disable_additional_properties": True}}, PROPERTIES),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"bad_words": [" "]}, "bad_words"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"priority": 0.5}, "priority"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"truncation_side": "left"}, "truncation_side"),
+        ({"documents": [{"title": "a", "text": "b"}]}, "documents"),
+        ({"chat_template": "x"}, "chat_template"),
+        ({"cache_salt": "x"}, "cache_salt"),
+        ({"logprob_token_ids": [1]}, "logprob_token_ids"),
+        ({"repetition_detection": {}}, "repetition_detection"),
+        ({"thinking_token_budget": 5}, "thinking_token_budget"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"spaces_between_special_tokens": False, "skip_special_tokens": False}, "spaces_between_special_tokens"),
+        ({"best_of": 2}, "best_of"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"audio": {"voice": "x", "format": "wav"}}, "audio"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"web_search_options": {}}, "web_search_options"),
-        ({"guided_json": "{}"}, "guided_json"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"temprature": 0.5}, "temprature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": -1}, "temperature"),
@@ -238,7 +271,10 @@ def test_stop_string_ends_the_answer(client):
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0].function"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [BAD_CALL]}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "x", "function_call": {"name": "f"}}]}, "messages"),
     ],
 )
 def test_what_is_wrong_or_unsupported_is_refused_by_name(client, engine, fields, param):
@@ -255,6 +291,21 @@ def test_what_is_wrong_or_unsupported_is_refused_by_name(client, engine, fields,
     [
         {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": True},
         {"tools": [], "tool_choice": "auto", "functions": None, "response_format": {"type": "text"}, "logit_bias": {}},
+        {
+            "tool_choice": "none",
+            "reasoning_effort": "none",
+            "documents": [],
+            "bad_words": [],
+            "priority": 0,
+            "echo": False,
+        },
+        {"request_id": "r", "session_id": "s", "include_reasoning": True, "return_token_ids": False},
+        {
+            "watermarking": False,
+            "stream_interval": 1,
+            "thinking_token_budget": -1,
+            "spaces_between_special_tokens": False,
+        },
         {"logit_bias": None, "stop": None, "seed": None, "n": None, "temperature": None, "stream": False},
         {"prompt_cache_key": "k", "safety_identifier": "s", "verbosity": "medium", "modalities": ["text"]},
     ],

@@ -6,6 +6,9 @@ import pytest
 from openai.types import Completion
 from test_chat_route import error, events
 
+from shuteye.outputs import Logprob
+from shuteye.request import StructuredOutputsParams
+
 
 def post(client, **fields):
     response = client.post("/v1/completions", json=fields)
@@ -128,11 +131,15 @@ def test_stop_token_and_minimum_reach_the_engine(client, engine):
         ({"prompt": [99999]}, "prompt"),
         ({"prompt": ["a"] * 2049}, "prompt"),
         ({"suffix": "x"}, "suffix"),
-        ({"best_of": 3}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"best_of": 3, "stream": True}, "best_of"),
+        ({"best_of": 0}, "best_of"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"tools": [{"type": "function"}]}, "tools"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"logit_bias": {"1": 1}}, "logit_bias"),
+        ({"logit_bias": {"one": 1}}, "logit_bias"),
         ({"messages": []}, "messages"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
         ({"use_beam_search": True}, "use_beam_search"),
@@ -177,3 +184,137 @@ def test_a_long_prompt_is_encoded_off_the_event_loop(make_engine, client_of, mon
     post(client, prompt="x" * 50_000, max_tokens=1)
     on_loop, off_loop = threads
     assert on_loop != off_loop
+
+
+def test_echoed_prompts_bring_their_log_probabilities(client, engine):
+    """What those read who score texts: shifted by one, without the prompt, or with offsets that start anew."""
+    ask = {"prompt": ["abc", "de"], "max_tokens": 2, "echo": True, "logprobs": 1}
+    first, second = post(client, **ask)["choices"]
+    assert first["text"] == "abcab"
+    assert first["logprobs"]["tokens"] == list("abcab")
+    assert first["logprobs"]["token_logprobs"] == [None, -1.0, -2.0, -1.0, -1.0]
+    assert first["logprobs"]["top_logprobs"][:2] == [None, {"b": -1.0, "!": -0.1}]
+    assert first["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
+    assert second["logprobs"]["tokens"] == list("dede")
+    assert engine.seen[0][1].prompt_logprobs == 1
+
+
+def test_streamed_echo_says_the_same(client):
+    """Log-probabilities of the prompt missing from a stream, or told once per chunk."""
+    ask = {"prompt": "abc", "max_tokens": 2, "echo": True, "logprobs": 1, "n": 2}
+    whole = post(client, **ask)["choices"]
+    chunks = events(client.post("/v1/completions", json=ask | {"stream": True}))
+    for index, choice in enumerate(whole):
+        mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert "".join(chunk["text"] for chunk in mine) == choice["text"]
+        for name, values in choice["logprobs"].items():
+            assert [value for chunk in mine for value in (chunk["logprobs"] or {}).get(name, [])] == values
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_alone_generates_nothing_that_is_seen(client, stream):
+    """`max_tokens=0` refused, or a token shown that nobody asked for."""
+    ask = {"prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 0}
+    if stream:
+        chunks = events(client.post("/v1/completions", json=ask | {"stream": True}))
+        choices = [chunk["choices"][0] for chunk in chunks]
+        assert [choice["text"] for choice in choices] == ["abc", ""]
+        assert choices[-1]["finish_reason"] == "length"
+        assert choices[0]["logprobs"]["tokens"] == list("abc")
+    else:
+        body = post(client, **ask)
+        assert (body["choices"][0]["text"], body["choices"][0]["finish_reason"]) == ("abc", "length")
+        assert body["choices"][0]["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
+        assert body["usage"]["completion_tokens"] == 0
+
+
+def test_the_best_of_several_are_the_likeliest(client, engine, monkeypatch):
+    """Any completions returned instead of the best, or log-probabilities that were not asked for."""
+    from fake_engine import _Choice
+
+    monkeypatch.setattr(_Choice, "_logprobs", lambda self, token, _num: {token: Logprob(-abs(2 - self._index), 1)})
+    body = post(client, prompt="abcd", n=2, best_of=4, max_tokens=1)
+    assert [choice["text"] for choice in body["choices"]] == ["c", "b"]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    assert all(choice["logprobs"] is None for choice in body["choices"])
+    assert body["usage"]["completion_tokens"] == 4
+    assert engine.seen[-1][1].n == 4
+
+
+def test_token_ids_are_shown_if_asked_for(client, engine):
+    """`return_token_ids` and `return_tokens_as_token_ids` ignored."""
+    ids = engine.tokenizer_.encode("aé")
+    ask = {"prompt": "aé", "max_tokens": 3, "return_token_ids": True, "logprobs": 0, "return_tokens_as_token_ids": True}
+    choice = post(client, **ask)["choices"][0]
+    assert (choice["prompt_token_ids"], choice["token_ids"]) == (ids, ids)
+    assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in ids]
+    chunks = [c["choices"][0] for c in events(client.post("/v1/completions", json=ask | {"stream": True}))]
+    assert [chunk["prompt_token_ids"] for chunk in chunks if "prompt_token_ids" in chunk] == [ids]
+    assert [token for chunk in chunks for token in chunk["token_ids"]] == ids
+
+
+def test_prompt_logprobs_have_vllms_shape(client):
+    choice = post(client, prompt="ab", prompt_logprobs=1, max_tokens=1)["choices"][0]
+    first, second = choice["prompt_logprobs"]
+    assert first is None
+    assert {"logprob": -1.0, "rank": 2, "decoded_token": None} in second.values()
+    assert len(second) == 2
+
+
+def test_usage_can_come_with_every_chunk(client):
+    """`continuous_usage_stats` refused or ignored."""
+    options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    chunks = events(client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 3} | options))
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 3]
+    assert chunks[-1]["choices"] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({"truncate_prompt_tokens": 2}, "de"),
+        ({"truncate_prompt_tokens": 2, "truncation_side": "right"}, "ab"),
+        ({"truncate_prompt_tokens": 9}, "abcde"),
+        ({"truncate_prompt_tokens": -1}, "abcde"),
+    ],
+)
+def test_prompts_are_cut_where_asked(client, fields, kept):
+    """The wrong end of a prompt cut off."""
+    assert post(client, prompt="abcde", echo=True, max_tokens=1, **fields)["choices"][0]["text"][:-1] == kept
+
+
+def test_a_prompt_that_is_too_long_can_be_cut_to_fit(client, engine):
+    body = post(client, prompt="x" * 2000, truncate_prompt_tokens=-1, max_tokens=5)
+    assert body["usage"]["prompt_tokens"] == engine.max_model_len - 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"guided_regex": "a+"}, {"regex": "a+", "param": "guided_regex"}),
+        ({"guided_choice": ["a", "b"]}, {"choice": ["a", "b"], "param": "guided_choice"}),
+        ({"guided_json": {"type": "object"}}, {"json": {"type": "object"}, "param": "guided_json"}),
+        ({"guided_grammar": "start: x"}, {"grammar": "start: x", "param": "guided_grammar"}),
+        ({"structured_outputs": {"regex": "a"}}, {"regex": "a"}),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True, "param": "response_format"}),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "null"}}}},
+            {"json": {"type": "null"}, "param": "response_format"},
+        ),
+        ({"response_format": {"type": "text"}}, None),
+    ],
+)
+def test_structure_reaches_the_engine(client, engine, fields, wanted):
+    """A demand on the output dropped on the way; or an error that will name another field than the caller's."""
+    post(client, prompt="abc", **fields)
+    expected = None if wanted is None else StructuredOutputsParams(**wanted)
+    assert engine.seen[-1][1].structured_outputs == expected
+
+
+def test_rules_of_tokens_reach_the_engine(client, engine):
+    """`logit_bias` with its ids as text, or any other rule, dropped on the way."""
+    post(client, prompt="a", logit_bias={"5": -1.5}, bad_words=["x"], priority=-3)
+    params = engine.seen[-1][1]
+    assert (params.logit_bias, params.bad_words, params.priority) == ({5: -1.5}, ["x"], -3)
+    post(client, prompt="a", allowed_token_ids=[3, 4])
+    assert engine.seen[-1][1].allowed_token_ids == [3, 4]

@@ -17,6 +17,7 @@ INFERENCE = [
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/embeddings"),
+    ("POST", "/invocations"),
     ("GET", "/v1/models"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
@@ -30,7 +31,10 @@ CONTROL = [
     ("POST", "/sleep"),
     ("POST", "/pause"),
     ("POST", "/resume"),
+    ("POST", "/update_weights"),
     ("POST", "/reload_weights"),
+    ("POST", "/collective_rpc"),
+    ("POST", "/restart_engine"),
     ("POST", "/reset_prefix_cache"),
 ]
 

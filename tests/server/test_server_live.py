@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -26,7 +27,7 @@ from shuteye.server.run import serve_engine
 
 options = {options}
 engine = FakeEngine(EngineConfig(model="tiny", enable_sleep_mode=True, max_model_len=100000), **options)
-code = serve_engine(engine, ServerConfig(port={port}, shutdown_grace_s={grace}))
+code = serve_engine(engine, ServerConfig(port={port}, shutdown_grace_s={grace}, log_format="{log_format}"))
 print("closed" if engine.status == "closed" else engine.status, flush=True)
 sys.exit(code)
 """
@@ -114,7 +115,8 @@ def test_leaving_a_stream_aborts_it(make_engine, live):
         assert len(engine.running) == 2
     wait_for(lambda: not engine.running, "the abort of a stream")
     assert len(engine.aborted) == 2
-    assert 'shuteye_request_finished_total{finished_reason="disconnected"' in httpx2.get(f"{server.url}/metrics").text
+    metrics = httpx2.get(f"{server.url}/metrics").text
+    assert 'shuteye_request_failure_total{model_name="tiny",reason="disconnected"}' in metrics
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -171,10 +173,16 @@ def test_abort_mode_finishes_streams_with_abort(make_engine, live):
 class Process:
     """`serve_engine` in a process of its own."""
 
-    def __init__(self, options="{}", *, port=0, grace=10):
+    def __init__(self, options="{}", *, port=0, grace=10, log_format="text"):
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", SERVE.format(options=options, port=port, grace=grace)],
+            [
+                sys.executable,
+                "-W",
+                "error",
+                "-c",
+                SERVE.format(options=options, port=port, grace=grace, log_format=log_format),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -191,7 +199,7 @@ class Process:
     def url(self):
         wait_for(lambda: "Listening on http" in self.log or self.process.poll() is not None, "listening")
         assert "Listening on " in self.log, self.log
-        return self.log.partition("Listening on ")[2].partition(";")[0]
+        return self.log.partition("Listening on ")[2].partition(";")[0].strip()
 
     def url_when_ready(self):
         url = self.url()
@@ -251,6 +259,47 @@ def test_a_signal_drains_and_exits_with_0(serve, number):
     assert results[-2:] == ["data: [DONE]", ""]
     assert server.log.rstrip().endswith("closed")
     assert "Traceback" not in server.log
+
+
+def test_while_it_drains_it_says_so_and_takes_nothing_new(serve):
+    """Probes and clients that find nobody, work that is taken and then cut, a stop that waits longer than it must."""
+    server = serve("{'token_delay_s': 0.01}", grace=60)
+    url = server.url_when_ready()
+    results: list = []
+    thread = streaming(url, results, max_tokens=150)
+    wait_for(lambda: results, "the first token")
+    with httpx2.Client(base_url=url) as kept_alive:
+        assert kept_alive.get("/ready").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: "SIGTERM" in server.log, "the signal")
+        for client in (kept_alive, httpx2):
+            where = "" if client is kept_alive else url
+            assert client.get(f"{where}/ready").json() == {"ready": False, "reason": "stopping"}
+            assert client.get(f"{where}/health").status_code == 200
+            for stream in (False, True):
+                refused = client.post(f"{where}/v1/completions", json={"prompt": "abc", "stream": stream})
+                assert (refused.status_code, refused.json()["error"]["type"]) == (503, "ServerStoppingError")
+                assert int(refused.headers["retry-after"]) > 0
+    assert server.end() == 0, server.log
+    thread.join()
+    assert sum('"text"' in str(line) for line in results) == 150
+    assert "Traceback" not in server.log
+
+
+def test_json_logs(serve):
+    """One line that is no JSON object, and a collector that gives up; the engine's and uvicorn's lines among them."""
+    server = serve("{}", log_format="json")
+    url = server.url_when_ready()
+    ask = {"prompt": "a secret", "max_tokens": 2}
+    httpx2.post(f"{url}/v1/completions", json=ask, headers={"X-Request-Id": "caller-1"}).raise_for_status()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    *lines, last = server.log.splitlines()
+    assert last == "closed"
+    found = [json.loads(line) for line in lines]
+    access = [one for one in found if one["logger"] == "uvicorn.access" and "/v1/completions" in one["message"]]
+    assert [one["request_id"] for one in access] == ["caller-1"]
+    assert "secret" not in server.log
 
 
 def test_the_grace_period_ends(serve):

@@ -28,7 +28,7 @@ def test_requests_are_counted_by_how_they_finished(client):
     """Requests lost from, or counted twice in, the dashboards."""
     client.post("/v1/completions", json=COMPLETION | {"n": 2})
     client.post("/v1/completions", json=COMPLETION | {"prompt": ["ab", "cd"], "stop": "b", "stream": True})
-    finished = scrape(client)["shuteye_request_finished_total"]
+    finished = scrape(client)["shuteye_request_success_total"]
     assert finished == {("length",): 3, ("stop",): 1}
 
 
@@ -46,7 +46,9 @@ def test_errors_are_counted(make_engine, client_of):
     """An engine that fails every request, and looks idle."""
     client = client_of(make_engine(breakage=EngineDead("gone")))
     client.post("/v1/completions", json=COMPLETION)
-    assert scrape(client)["shuteye_request_finished_total"] == {("error",): 1}
+    found = scrape(client)
+    assert found["shuteye_request_failure_total"] == {("error",): 1}
+    assert "shuteye_request_success_total" not in found
 
 
 def test_the_engines_snapshot_is_shown(client, engine):
@@ -65,7 +67,7 @@ def test_the_engines_snapshot_is_shown(client, engine):
     found = scrape(client)
     assert found["shuteye_num_requests_running"] == {(): 2}
     assert found["shuteye_num_requests_waiting"] == {(): 3}
-    assert found["shuteye_kv_cache_usage_ratio"] == {(): 0.6}
+    assert found["shuteye_kv_cache_usage_perc"] == {(): 0.6}
     assert found["shuteye_prompt_tokens_total"] == {(): 50}
     assert found["shuteye_generation_tokens_total"] == {(): 60}
     assert found["shuteye_prefix_cache_queries_total"] == {(): 70}
@@ -89,10 +91,10 @@ def test_sleep_is_shown_per_tag_and_transitions_by_outcome(client):
     found = scrape(client)
     assert found["shuteye_is_sleeping"] == {(): 0}
     assert found["shuteye_transitions_total"] == {
-        ("changed", "sleep"): 1,
-        ("unchanged", "sleep"): 1,
-        ("changed", "wake_up"): 1,
-        ("InvalidRequest", "sleep"): 1,
+        ("call", "changed", "sleep"): 1,
+        ("call", "unchanged", "sleep"): 1,
+        ("call", "changed", "wake_up"): 1,
+        ("call", "InvalidRequest", "sleep"): 1,
     }
     assert found["shuteye_transition_seconds_count"] == {("sleep",): 2, ("wake_up",): 1}
 
@@ -101,5 +103,56 @@ def test_apps_do_not_share_metrics(make_engine, client_of):
     """A global registry: two apps in a process collide."""
     first, second = client_of(make_engine()), client_of(make_engine())
     first.post("/v1/completions", json=COMPLETION)
-    assert "shuteye_request_finished_total" in scrape(first)
-    assert "shuteye_request_finished_total" not in scrape(second)
+    assert "shuteye_request_success_total" in scrape(first)
+    assert "shuteye_request_success_total" not in scrape(second)
+
+
+def test_phases_and_sizes_of_requests(client):
+    """A slow answer of which nobody can tell whether it waited, read or wrote."""
+    client.post("/v1/completions", json=COMPLETION)
+    found = scrape(client)
+    for phase in ("queue", "prefill", "decode"):
+        assert found[f"shuteye_request_{phase}_time_seconds_count"] == {(): 1}
+    assert found["shuteye_request_prompt_tokens_sum"] == {(): 3}
+    assert found["shuteye_request_generation_tokens_sum"] == {(): 4}
+
+
+def test_wakes_by_policy_are_transitions_too(make_engine, client_of):
+    """A model that is woken all day, and never according to its metrics."""
+    client = client_of(make_engine(on_sleeping_request="wake"))
+    client.post("/sleep")
+    assert client.get("/state").json()["waking"]["expected_s"] is None
+    client.post("/v1/completions", json=COMPLETION)
+    found = scrape(client)
+    assert found["shuteye_transitions_total"] == {
+        ("call", "changed", "sleep"): 1,
+        ("request", "changed", "wake_up"): 1,
+    }
+    assert found["shuteye_transition_seconds_sum"][("wake_up",)] == 0.02
+    assert found["shuteye_wake_restored_bytes_total"] == {(): 1500}
+    client.post("/sleep?tags=weights")
+    waking = client.get("/state").json()["waking"]
+    assert (waking["restore_bytes"], waking["last_wake_s"]) == (1000, 0.02)
+    assert waking["expected_s"] == pytest.approx(0.02 * 1000 / 1500)
+
+
+def test_the_sleep_state_is_vllms_too(client):
+    """A dashboard made for vLLM that shows nothing."""
+    states = []
+    for path in ("/sleep?level=1", "/sleep?level=2", "/wake_up"):
+        client.post(path)
+        states += [name for (name,), value in scrape(client)["shuteye_engine_sleep_state"].items() if value]
+    assert states == ["weights_offloaded", "discard_all", "awake"]
+
+
+def test_answers_are_counted_by_route_and_status(make_engine, client_of):
+    """Refusals while asleep that no figure shows; a series for every path that a scanner tries."""
+    client = client_of(make_engine())
+    client.post("/sleep")
+    client.post("/v1/completions", json=COMPLETION)
+    for path in ("/a", "/b", "/v1/models/x", "/v1/models/y"):
+        client.get(path)
+    found = scrape(client)["shuteye_http_requests_total"]
+    assert found[("POST", "/v1/completions", "503")] == 1
+    assert found[("", "other", "404")] == 2
+    assert found[("GET", "/v1/models/{name:path}", "404")] == 2

@@ -27,12 +27,14 @@ class Flag:
         size: accept 512MiB, 2GiB, 1e9 or bytes.
         env: environment variables, the first one wins; by default `SHUTEYE_` and the field's name.
         positional: may be given without its name.
+        alias: another name of the flag.
     """
 
     help: str
     size: bool = False
     env: tuple[str, ...] = field(default=())
     positional: bool = False
+    alias: str | None = None
 
 
 def flags_of(config: type[Any], flags: Mapping[str, Flag], group: Group) -> list[inspect.Parameter]:
@@ -49,6 +51,7 @@ def _parameter(one: Field[Any], hint: Any, flag: Flag, group: Group) -> inspect.
     default = one.default_factory() if one.default_factory is not MISSING else one.default
     details = Parameter(
         help=flag.help,
+        alias=flag.alias,
         group=group,
         env_var=flag.env or f"{ENV_PREFIX}{one.name.upper()}",
         converter=_size_converter if flag.size else None,

@@ -1,31 +1,104 @@
-"""`shuteye ps`: what a server is doing, where its memory is, and what waking it would take.
+"""`shuteye ps`: what servers are doing, where their memory is, and what waking them would take.
 
-Knows nothing of how the server found out.
+Knows nothing of how a server found out.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from shuteye.cli.remote import AsJson, Remote
 from shuteye.cli.sizes import format_seconds, format_size
 from shuteye.cli.terminal import show, show_json, table
 from shuteye.client import ServerState
+from shuteye.errors import ShuteyeError
 from shuteye.outputs import TagState
 
+UNREACHABLE = 1
 
-def ps(*, as_json: AsJson = False, remote: Remote | None = None) -> None:
-    """Show a server's state: awake or asleep, what is resident, where the rest is, and what a wake would bring back."""
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What one server said, or why it did not."""
+
+    url: str
+    version: str = ""
+    server: ServerState | None = None
+    error: ShuteyeError | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        if self.server is None:
+            return {"url": self.url, "error": self.error.message if self.error else None}
+        return {"url": self.url, "version": self.version, **asdict(self.server)}
+
+
+def ps(
+    urls: Annotated[
+        tuple[str, ...], Parameter(help="Addresses of servers, instead of --url; one line each.", negative="")
+    ] = (),
+    /,
+    *,
+    as_json: AsJson = False,
+    remote: Remote | None = None,
+) -> int:
+    """Show servers' states: awake or asleep, what is resident, where the rest is, and what a wake would bring back.
+
+    With several addresses the exit status is 1 if one of them does not answer.
+    """
     remote = remote or Remote()
-    with remote.connect() as client:
-        version, server = client.version(), client.state()
+    if len(urls) <= 1:
+        return _ps_one(replace(remote, url=urls[0]) if urls else remote, as_json=as_json)
+    seen = [_ask(replace(remote, url=url)) for url in urls]
     if as_json:
-        show_json({"url": remote.url, "version": version, **asdict(server)})
-        return
-    show(f"{remote.url}  shuteye {version}  {', '.join(server.models)}  {_status(server)}")
+        show_json([one.as_json() for one in seen])
+    else:
+        show(table(("URL", "MODEL", "STATUS", "RESIDENT ", "AWAY ", "WAKE "), map(_line, seen)))
+    return UNREACHABLE if any(one.server is None for one in seen) else 0
+
+
+def _ask(remote: Remote) -> _Seen:
+    try:
+        with remote.connect() as client:
+            return _Seen(remote.url, client.version(), client.state())
+    except ShuteyeError as error:
+        return _Seen(remote.url, error=error)
+
+
+def _ps_one(remote: Remote, *, as_json: bool) -> int:
+    seen = _ask(remote)
+    server = seen.server
+    if server is None:
+        assert seen.error is not None
+        raise seen.error
+    if as_json:
+        show_json(seen.as_json())
+        return 0
+    show(f"{seen.url}  shuteye {seen.version}  {', '.join(server.models)}  {_status(server)}")
     if server.state.tags:
         show(table(("TAG", "IS", "RESIDENT ", "SIZE ", "OTHERWISE IN"), map(_row, server.state.tags)))
         show(_wake_cost(server))
+    return 0
+
+
+def _line(seen: _Seen) -> tuple[str, ...]:
+    """One server among several."""
+    server = seen.server
+    if server is None:
+        return (seen.url, "–", type(seen.error).__name__, "–", "–", "–")
+    resident = sum(tag.resident_bytes for tag in server.state.tags)
+    asleep = server.state.is_sleeping
+    away, expected = server.waking.restore_bytes, server.waking.expected_s
+    return (
+        seen.url,
+        ", ".join(server.models),
+        _status(server),
+        format_size(resident),
+        format_size(away) if asleep else "–",
+        "–" if not asleep else "not measured" if expected is None else f"~{format_seconds(expected)}",
+    )
 
 
 def _row(tag: TagState) -> tuple[str, ...]:
@@ -55,12 +128,13 @@ def _activity(server: ServerState) -> str:
 
 
 def _wake_cost(server: ServerState) -> str:
-    """What a full wake would have to bring back, and how long the last one took; no guess at how long the next will."""
+    """What a full wake would have to bring back, and how long it should take if one was measured; no other guess."""
     if not server.state.is_sleeping:
         return "Nothing to wake."
     parts = "; ".join(_tag_cost(tag) for tag in server.state.tags if tag.residency != "resident")
-    last = server.waking.last_wake_s
-    return f"Waking: {parts}." + ("" if last is None else f" The last wake took {format_seconds(last)}.")
+    last, expected = server.waking.last_wake_s, server.waking.expected_s
+    pace = f" Expected: {format_seconds(expected)}." if expected is not None else ""
+    return f"Waking: {parts}." + ("" if last is None else f" The last wake took {format_seconds(last)}.") + pace
 
 
 def _tag_cost(tag: TagState) -> str:

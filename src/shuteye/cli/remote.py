@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from shuteye.client import DEFAULT_TIMEOUT_S, DEFAULT_URL, Client
+from shuteye.client import DEFAULT_TIMEOUT_S, DEFAULT_URL, AsyncClient, Client
 
 TagName = Literal["weights", "kv_cache"]
 
@@ -27,8 +27,14 @@ class Remote:
         str | None,
         Parameter(help="As given to `shuteye serve --admin-api-key`.", env_var="SHUTEYE_ADMIN_API_KEY"),
     ] = None
-    timeout_s: Annotated[float, Parameter(help="How long to wait for the answer, in seconds.")] = DEFAULT_TIMEOUT_S
+    timeout_s: Annotated[
+        float, Parameter(help="How long to wait for the answer, in seconds.", env_var="SHUTEYE_TIMEOUT_S")
+    ] = DEFAULT_TIMEOUT_S
 
     def connect(self) -> Client:
         """A client for it; close it after use."""
         return Client(self.url, admin_api_key=self.admin_api_key, timeout_s=self.timeout_s)
+
+    def connect_async(self) -> AsyncClient:
+        """The same for asyncio."""
+        return AsyncClient(self.url, admin_api_key=self.admin_api_key, timeout_s=self.timeout_s)

@@ -83,10 +83,34 @@ SERVER_FLAGS = {
         "Control routes without a key. For development: anyone who can reach the port can put the model to sleep.",
         env=("SHUTEYE_SERVER_DEV_MODE", "SHUTEYE_DEV_MODE", "VLLM_SERVER_DEV_MODE"),
     ),
+    "tool_call_parser": Flag("How the model writes tool calls. auto asks its chat template; Hermes' format if unsure."),
+    "reasoning_parser": Flag(
+        "How the model writes reasoning, which answers then carry apart from their content: deepseek_r1 takes all up "
+        "to </think>, qwen3 only what <think> opens."
+    ),
     "served_model_name": Flag("Names that requests may use for the model. By default the model as given."),
-    "max_body_bytes": Flag("Larger request bodies are answered with 413.", size=True),
-    "shutdown_grace_s": Flag("How long running requests may go on after the first Ctrl-C or SIGTERM, in seconds."),
-    "log_level": Flag("What the server logs."),
+    "allowed_origins": Flag("Web pages of these origins may call the server, * for every origin. By default of none."),
+    "allowed_methods": Flag("HTTP methods that those pages may use."),
+    "allowed_headers": Flag("Request headers that those pages may send."),
+    "allow_credentials": Flag("Let those pages send cookies."),
+    "max_body_bytes": Flag(
+        "Larger request bodies are answered with 413; weights for /update_weights may be as large as the model.",
+        size=True,
+    ),
+    "max_audio_s": Flag("Longer recordings, in seconds, are answered with 400."),
+    "max_header_count": Flag("More request headers are answered with 431."),
+    "max_header_bytes": Flag("Larger request headers, all of them together, are answered with 431.", size=True),
+    "shutdown_grace_s": Flag(
+        "After the first Ctrl-C or SIGTERM, how long running requests may go on, in seconds; new ones get 503.",
+        alias="--shutdown-timeout",
+    ),
+    "log_level": Flag("What server and engine log."),
+    "log_format": Flag("Log lines for people, or one JSON object a line."),
+    "log_requests": Flag("Log a line for every request that was served: its id, token counts and times, not its text."),
+    "otlp_traces_endpoint": Flag(
+        "Send OpenTelemetry spans to this address, such as http://127.0.0.1:4318/v1/traces (OTLP over HTTP); "
+        "needs the extra shuteye[otel]."
+    ),
 }
 
 _GROUPS = ((MODEL, MODEL_FLAGS), (SLEEP, SLEEP_FLAGS), (ENGINE, ENGINE_FLAGS), (FILES, FILE_FLAGS))

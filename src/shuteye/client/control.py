@@ -5,11 +5,11 @@ Knows nothing of engines, nor of requests to the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import httpx2
 import msgspec
@@ -24,15 +24,21 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 300.0
 """Long, because `mode="wait"` drains requests and a first wake may read the weights from disk."""
 
+UPLOAD = "application/octet-stream"
+
 
 @dataclass(frozen=True, slots=True)
 class WakingCost:
-    """What a full wake would bring back, in bytes by tag, and how long the last one took, if there was one."""
+    """What a full wake would bring back, in bytes by tag, and how long the last one took, if there was one.
+
+    `expected_s` is how long this one should take, at the last one's pace.
+    """
 
     restore_bytes: int = 0
     tags: dict[str, int] = field(default_factory=dict)
     backings: dict[str, str | None] = field(default_factory=dict)
     last_wake_s: float | None = None
+    expected_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,15 @@ class _Call(Generic[T]):
     parse: Callable[[int, bytes], T]
     params: tuple[tuple[str, str], ...] = ()
     body: Mapping[str, object] | None = None
+    content: Any = None  # bytes, or what yields them; instead of a body
     accept: frozenset[int] = frozenset()
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """What httpx2 is to send."""
+        if self.content is None:
+            return {"params": self.params, "json": self.body}
+        return {"params": self.params, "content": self.content, "headers": {"Content-Type": UPLOAD}}
 
     def result(self, base_url: str, response: httpx2.Response) -> T:
         status, body = response.status_code, response.content
@@ -142,12 +156,26 @@ def _reload_weights(path: str | None) -> _Call[UpdateReport]:
     return _Call("POST", "/reload_weights", _as(UpdateReport), body={"path": path})
 
 
+def _update_weights(path: str) -> _Call[UpdateReport]:
+    return _Call("POST", "/update_weights", _as(UpdateReport), body={"path": path})
+
+
+def _upload_weights(content: object) -> _Call[UpdateReport]:
+    return _Call("POST", "/update_weights", _as(UpdateReport), content=content)
+
+
+def _collective_rpc(method: str, args: Sequence[object]) -> _Call[list[Any]]:
+    body = {"method": method, "args": list(args)}
+    return _Call("POST", "/collective_rpc", _field("results", list[Any]), body=body)
+
+
 def _listed(tags: Sequence[str] | None) -> list[str] | None:
     """`tags` as a list; an empty one becomes an empty value, which the server refuses as it refuses `tags=[]`."""
     return None if tags is None else [*tags] or [""]
 
 
 _RESUME = _Call("POST", "/resume", _nothing)
+_RESTART_ENGINE = _Call("POST", "/restart_engine", _field("seconds", float))
 _RESET_PREFIX_CACHE = _Call("POST", "/reset_prefix_cache", _nothing)
 _IS_SLEEPING = _Call("GET", "/is_sleeping", _field("is_sleeping", bool))
 _IS_PAUSED = _Call("GET", "/is_paused", _field("is_paused", bool))
@@ -188,7 +216,7 @@ class Client:
 
     def _run(self, call: _Call[T]) -> T:
         with _translated(self._base_url):
-            response = self._http.request(call.method, self._base_url + call.path, params=call.params, json=call.body)
+            response = self._http.request(call.method, self._base_url + call.path, **call.payload)
         return call.result(self._base_url, response)
 
     def sleep(
@@ -229,6 +257,14 @@ class Client:
         """True while a pause is in force."""
         return self._run(_IS_PAUSED)
 
+    def update_weights(self, path: str) -> UpdateReport:
+        """Write the tensors of a `.safetensors` file, or of a directory of them, at `path` on the server."""
+        return self._run(_update_weights(path))
+
+    def upload_weights(self, content: bytes | Iterable[bytes]) -> UpdateReport:
+        """Write the tensors of a safetensors file that is sent: its bytes, an open file, or what yields them."""
+        return self._run(_upload_weights(content))
+
     def reload_weights(self, path: str | None = None) -> UpdateReport:
         """Write every weight again, from the image or from a checkpoint at `path` on the server."""
         return self._run(_reload_weights(path))
@@ -236,6 +272,14 @@ class Client:
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes."""
         self._run(_RESET_PREFIX_CACHE)
+
+    def collective_rpc(self, method: str, args: Sequence[object] = ()) -> list[Any]:
+        """Call a verb that changes nothing on every rank; one result a rank, as plain data."""
+        return self._run(_collective_rpc(method, args))
+
+    def restart_engine(self) -> float:
+        """Start an engine that died anew, and wait until it is loaded; how many seconds that took."""
+        return self._run(_RESTART_ENGINE)
 
     def state(self) -> ServerState:
         """All that the server knows of its engine, and what waking it would take."""
@@ -282,9 +326,7 @@ class AsyncClient:
 
     async def _run(self, call: _Call[T]) -> T:
         with _translated(self._base_url):
-            response = await self._http.request(
-                call.method, self._base_url + call.path, params=call.params, json=call.body
-            )
+            response = await self._http.request(call.method, self._base_url + call.path, **call.payload)
         return call.result(self._base_url, response)
 
     async def sleep(
@@ -318,6 +360,14 @@ class AsyncClient:
         """As `Client.is_paused`."""
         return await self._run(_IS_PAUSED)
 
+    async def update_weights(self, path: str) -> UpdateReport:
+        """As `Client.update_weights`."""
+        return await self._run(_update_weights(path))
+
+    async def upload_weights(self, content: bytes | AsyncIterable[bytes]) -> UpdateReport:
+        """As `Client.upload_weights`."""
+        return await self._run(_upload_weights(content))
+
     async def reload_weights(self, path: str | None = None) -> UpdateReport:
         """As `Client.reload_weights`."""
         return await self._run(_reload_weights(path))
@@ -325,6 +375,14 @@ class AsyncClient:
     async def reset_prefix_cache(self) -> None:
         """As `Client.reset_prefix_cache`."""
         await self._run(_RESET_PREFIX_CACHE)
+
+    async def collective_rpc(self, method: str, args: Sequence[object] = ()) -> list[Any]:
+        """As `Client.collective_rpc`."""
+        return await self._run(_collective_rpc(method, args))
+
+    async def restart_engine(self) -> float:
+        """As `Client.restart_engine`."""
+        return await self._run(_RESTART_ENGINE)
 
     async def state(self) -> ServerState:
         """As `Client.state`."""

@@ -9,11 +9,15 @@ import asyncio
 import contextlib
 import os
 import tempfile
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import msgspec
 
 from shuteye.config import EngineConfig
+from shuteye.engine.following import outputs_of
 from shuteye.engine.frontend import Frontend, Status
 from shuteye.engine.messages import (
     ControlCall,
@@ -22,30 +26,41 @@ from shuteye.engine.messages import (
     ReloadCall,
     ResetPrefixCacheCall,
     ResumeCall,
+    RpcCall,
     SleepCall,
     ToEngine,
     UpdateCall,
     WakeCall,
     tag_names,
 )
+from shuteye.engine.pooling import PoolInputs, Prompt, Texts, as_list, embeddings_of, score_job
 from shuteye.engine.process_link import ProcessLink
 from shuteye.errors import EngineDead, InvalidRequest, ShuteyeError
 from shuteye.outputs import (
+    EmbeddingRequestOutput,
     EngineState,
     ModelInfo,
+    PooledOutput,
     RequestOutput,
     SchedulerStats,
+    ScoringRequestOutput,
     SleepReport,
+    Transcription,
     UpdateReport,
     WakeReport,
 )
-from shuteye.request import OutputKind, SamplingParams
+from shuteye.request import OutputKind, PoolingParams, PoolInput, SamplingParams, TranscribeParams
 from shuteye.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from shuteye.engine.thread_link import ThreadLink
+
+T = TypeVar("T")
+
+LONG_TEXT = 8192
+"""Characters beyond which encoding (about 1 µs each) leaves the event loop."""
 
 
 class AsyncEngine:
@@ -61,7 +76,8 @@ class AsyncEngine:
         self._in_process = in_process
         self._link: ProcessLink | ThreadLink | None = None
         self._restarting = asyncio.Lock()
-        self._frontend = Frontend(config, self._post)
+        self._wake_listener: Callable[[WakeReport | ShuteyeError], None] | None = None
+        self._frontend = self._new_frontend()
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -121,7 +137,7 @@ class AsyncEngine:
             if self._frontend.failure is None:
                 raise InvalidRequest("The engine is alive; only a dead one can be restarted.")
             await self.close()
-            self._frontend = Frontend(self._given_config, self._post)
+            self._frontend = self._new_frontend()
             await self.start()
 
     async def __aenter__(self) -> Self:
@@ -136,6 +152,17 @@ class AsyncEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+    def _new_frontend(self) -> Frontend:
+        return Frontend(self._given_config, self._post, on_own_wake=self._on_own_wake)
+
+    def _on_own_wake(self, outcome: WakeReport | ShuteyeError) -> None:
+        if self._wake_listener is not None:
+            self._wake_listener(outcome)
+
+    def listen_to_own_wakes(self, listener: Callable[[WakeReport | ShuteyeError], None]) -> None:
+        """Tell `listener` how each wake ends that policy `wake` begins: nobody else gets its report."""
+        self._wake_listener = listener
 
     def _post(self, message: ToEngine) -> None:
         if self._link is None:
@@ -212,19 +239,92 @@ class AsyncEngine:
         Raises:
             ShuteyeError: refused or failed; before the first output if it never ran.
         """
-        queue: asyncio.Queue[RequestOutput | ShuteyeError] = asyncio.Queue()
+        frontend = self._frontend
+        submit = partial(frontend.submit, prompt, params, request_id=request_id, output_kind=output_kind)
+        async with contextlib.aclosing(outputs_of(frontend, submit)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def transcribe(
+        self,
+        pcm: bytes,
+        params: TranscribeParams | None = None,
+        *,
+        prompt: str | None = None,
+        request_id: str | None = None,
+        output_kind: OutputKind = "cumulative",
+    ) -> AsyncGenerator[Transcription, None]:
+        """Transcribe; the first output comes once the request was admitted. Closing the iterator aborts it.
+
+        Args:
+            pcm: samples as `shuteye.audio.decode` gives them.
+            prompt: what is to be taken for the text before the recording.
+
+        Raises:
+            ModelSleeping: asleep, or put to sleep before it was finished.
+            ShuteyeError: refused or failed otherwise.
+        """
+        frontend = self._frontend
+        submit = partial(
+            frontend.submit_transcription,
+            pcm,
+            params or TranscribeParams(),
+            prompt=prompt,
+            request_id=request_id,
+            output_kind=output_kind,
+        )
+        async with contextlib.aclosing(outputs_of(frontend, submit)) as outputs:
+            async for output in outputs:
+                yield output
+
+    # --- embeddings and scores ------------------------------------------------------------------
+
+    async def embed(
+        self,
+        prompts: str | Sequence[Prompt],
+        params: PoolingParams | None = None,
+        *,
+        request_id: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """The embedding of every prompt, in their order, computed in batches. Cancelling it aborts it.
+
+        Raises:
+            InvalidRequest: the model is for another task, or a prompt does not fit.
+            ModelSleeping: asleep, or put to sleep before all of them were computed.
+            ShuteyeError: failed otherwise.
+        """
+        params = params or PoolingParams()
+        prompt_list: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
+        maker = PoolInputs(self.tokenizer, self.info, params, add_special_tokens=add_special_tokens)
+        inputs = await _encoded(prompt_list, lambda: maker.inputs(prompt_list))
+        return embeddings_of(inputs, await self._pool(inputs, params, request_id))
+
+    async def score(
+        self, queries: Texts, documents: Texts, params: PoolingParams | None = None, *, request_id: str | None = None
+    ) -> list[ScoringRequestOutput]:
+        """How well each document goes with its query; one query is compared with every document.
+
+        Raises:
+            InvalidRequest: the model is for another task, the numbers do not match, or a pair does not fit.
+            ModelSleeping: asleep, or put to sleep before all of them were computed.
+            ShuteyeError: failed otherwise.
+        """
+        maker = PoolInputs(self.tokenizer, self.info, params or PoolingParams())
+        job = await _encoded([*as_list(queries), *as_list(documents)], lambda: score_job(maker, queries, documents))
+        return job.scores(await self._pool(job.inputs, job.params, request_id))
+
+    async def _pool(self, inputs: Sequence[PoolInput], params: PoolingParams, request_id: str | None) -> PooledOutput:
+        queue: asyncio.Queue[PooledOutput | ShuteyeError] = asyncio.Queue()
         frontend, deliver = self._frontend, queue.put_nowait  # after a restart there is another frontend
-        request_id = frontend.submit(prompt, params, request_id=request_id, output_kind=output_kind, deliver=deliver)
+        request_id = frontend.submit_pooling(inputs, params, request_id=request_id, deliver=deliver)
         try:
-            while True:
-                item = await queue.get()
-                if isinstance(item, ShuteyeError):
-                    raise item
-                yield item
-                if item.finished:
-                    return
+            item = await queue.get()
         finally:
             frontend.abort(request_id, deliver=deliver)
+        if isinstance(item, ShuteyeError):
+            raise item
+        return item
 
     async def abort(self, request_id: str) -> None:
         """End a request; its iterator ends with finish reason "abort". Unknown ids are ignored: they have finished."""
@@ -285,6 +385,16 @@ class AsyncEngine:
             report = await self._call(UpdateCall(path=path))
             return report
 
+    async def update_weights_from_file(self, path: str) -> UpdateReport:
+        """`update_weights` with every tensor of a safetensors file, or of all such files in a directory.
+
+        Raises:
+            InvalidRequest: it is none that the engine can read, or as `update_weights`.
+            TransitionConflict: the weights are not mapped.
+        """
+        report: UpdateReport = await self._call(UpdateCall(path=path))
+        return report
+
     async def reload_weights(self, path: str | None = None) -> UpdateReport:
         """Load every weight again from the image, or from another checkpoint with the same layout."""
         report: UpdateReport = await self._call(ReloadCall(path))
@@ -294,8 +404,24 @@ class AsyncEngine:
         """Forget all cached prefixes."""
         await self._call(ResetPrefixCacheCall())
 
+    async def collective_rpc(self, method: str, args: Sequence[Any] = ()) -> list[Any]:
+        """Call a worker verb that changes nothing (see `engine.rpc.RPC_VERBS`) on every rank; plain data, one a rank.
+
+        Raises:
+            InvalidRequest: another verb, or other arguments than it takes.
+        """
+        results: list[Any] = msgspec.to_builtins(await self._call(RpcCall(method, tuple(args))))
+        return results
+
     async def _call(self, call: ControlCall) -> Any:
         return await asyncio.wrap_future(self._frontend.call(call))
+
+
+async def _encoded(texts: Sequence[Prompt], encode: Callable[[], T]) -> T:
+    """What `encode` makes of `texts`, off the event loop if they are long; tokenizers releases the GIL."""
+    if sum(len(text) for text in texts) > LONG_TEXT:
+        return await asyncio.to_thread(encode)
+    return encode()
 
 
 @contextlib.contextmanager

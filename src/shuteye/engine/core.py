@@ -25,12 +25,13 @@ from shuteye.engine.messages import (
     UpdateCall,
     WakeCall,
 )
-from shuteye.engine.scheduler import Scheduler
+from shuteye.engine.model_info import model_info
+from shuteye.engine.rpc import check_rpc
 from shuteye.engine.sleep import SleepController, parse_level, parse_mode, parse_tags, parse_timeout
+from shuteye.engine.task_scheduler import open_scheduler, require_kind, starts_of
 from shuteye.errors import (
     DrainTimeout,
     EngineFaulted,
-    InvalidRequest,
     ModelSleeping,
     ShuteyeError,
     SleepModeDisabled,
@@ -38,9 +39,9 @@ from shuteye.errors import (
 )
 from shuteye.executors.base import Executor
 from shuteye.outputs import (
+    Delta,
     EngineState,
     ErrorInfo,
-    ModelInfo,
     RequestDelta,
     SchedulerStats,
     SleepReport,
@@ -48,10 +49,7 @@ from shuteye.outputs import (
     WakeReport,
 )
 from shuteye.plans import ModelFacts, SleepPlan
-from shuteye.request import DrainMode, GenerateRequest
-
-RPC_VERBS = ("facts", "missing", "residual_bytes", "states", "verify", "weights_source")
-"""What `collective_rpc` may call: verbs that change nothing, or they would go behind the sleep controller's back."""
+from shuteye.request import DrainMode, Request
 
 Report = SleepReport | WakeReport | UpdateReport | list[Any] | None
 Steps = Generator[None, None, Report]
@@ -93,18 +91,12 @@ class EngineCore:
         self.config = config = config.resolve(facts)
         assert config.kv_cache_memory is not None
         assert config.max_model_len is not None
-        num_blocks = config.kv_cache_memory // (facts.kv_bytes_per_token * config.block_size)
+        block_bytes = facts.kv_bytes_per_token * config.block_size
+        num_blocks = config.kv_cache_memory // block_bytes if block_bytes else 0
         executor.call("allocate_kv_cache", num_blocks)
-        self.info = _model_info(config, facts, num_blocks)
-        self._scheduler = Scheduler(
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=config.max_model_len,
-            eos_token_ids=facts.eos_token_ids,
-            enable_prefix_caching=config.enable_prefix_caching,
-        )
+        self.info = model_info(config, facts, num_blocks)
+        self._deltas: list[Delta] = []
+        self._scheduler = open_scheduler(config, facts, num_blocks=num_blocks, report=self._report)
         self._sleep = SleepController(
             executor, verify=config.verify_wake, canary=config.canary and config.enable_sleep_mode
         )
@@ -114,7 +106,9 @@ class EngineCore:
         self._transitions: deque[Transition] = deque()
         self._closing_for_sleep = False
         self._waking_for_requests = False
-        self._deltas: list[RequestDelta] = []
+        self._own_wakes: list[WakeReport | ShuteyeError] = []
+        self._started: list[tuple[str, float]] = []
+        self._give_up_at: float | None = None
 
     # --- what callers see -----------------------------------------------------------------------
 
@@ -138,12 +132,24 @@ class EngineCore:
 
     @property
     def next_deadline(self) -> float | None:
-        """When (monotonic seconds) the next held request expires."""
-        return self._held.next_deadline
+        """When (monotonic seconds) the next request that waits for the gate is given up."""
+        deadlines = (self._held.next_deadline, self._give_up_at)
+        return min((one for one in deadlines if one is not None), default=None)
 
-    def add(self, request: GenerateRequest) -> None:
+    def take_own_wakes(self) -> list[WakeReport | ShuteyeError]:
+        """How the wakes ended that nobody asked for but the policy, since the last call of this."""
+        taken, self._own_wakes = self._own_wakes, []
+        return taken
+
+    def take_started(self) -> tuple[tuple[str, float], ...]:
+        """Sequences that got their place in the batch since the last call of this, and when (monotonic seconds)."""
+        taken, self._started = tuple(self._started), []
+        return taken
+
+    def add(self, request: Request) -> None:
         """Run, hold or refuse a request, as the gate and the policy say; the next `step` reports a refusal."""
         try:
+            require_kind(self.info.task, request)
             self._scheduler.check(request)
             self._admit(request)
         except ShuteyeError as error:
@@ -159,13 +165,14 @@ class EngineCore:
         """Queue a control call; `answer` is called exactly once, during some later `step`."""
         self._transitions.append(Transition(call, answer))
 
-    def step(self) -> list[RequestDelta]:
+    def step(self) -> list[Delta]:
         """Advance the oldest control call as far as it goes, then run one step of the model if the gate lets it."""
         self._advance_transitions()
         self._release_held()
         self._deltas += self._held.expire(time.monotonic())
         if self._sleep.state.gate != "closed":
             self._run_model()
+        self._give_up_after_fault()
         deltas, self._deltas = self._deltas, []
         return deltas
 
@@ -175,10 +182,17 @@ class EngineCore:
 
     # --- requests -------------------------------------------------------------------------------
 
+    def _report(self, refusal: RequestDelta) -> None:
+        """The scheduler found a request wrong that it had let in."""
+        self._deltas.append(refusal)
+
     def _run_model(self) -> None:
         plan = self._scheduler.schedule()
         if plan is None:
             return
+        if starts := starts_of(plan):
+            now = time.monotonic()
+            self._started += [(request_id, now) for request_id in starts]
         try:
             result = self._executor.execute(plan)
         except ShuteyeError as error:
@@ -195,7 +209,7 @@ class EngineCore:
             with contextlib.suppress(EngineFaulted):  # if a rank cannot tell, the state says so, and nothing is served
                 self._sleep.refresh()
 
-    def _admit(self, request: GenerateRequest) -> None:
+    def _admit(self, request: Request) -> None:
         state = self._sleep.state
         self._sleep.refuse_if_faulted()
         if state.gate == "open":
@@ -217,12 +231,29 @@ class EngineCore:
 
         def answer(outcome: Report | ShuteyeError) -> None:
             self._waking_for_requests = False
+            assert isinstance(outcome, WakeReport | ShuteyeError), "a wake is answered with its report or an error"
+            self._own_wakes.append(outcome)
             if isinstance(outcome, TransitionConflict):
                 outcome = ModelSleeping()
             if isinstance(outcome, ShuteyeError):
                 self._deltas += self._held.fail(info_of(outcome))
 
         self.submit(WakeCall(), answer)
+
+    def _give_up_after_fault(self) -> None:
+        """Requests in flight outlive a fault in hope of a recovery, but only for `hold_timeout_s`; then they fail."""
+        reason = self._sleep.state.faulted
+        if reason is None or not (self._scheduler.has_unfinished or self._held):
+            self._give_up_at = None
+            return
+        now = time.monotonic()
+        if self._give_up_at is None:
+            self._give_up_at = now + self.config.hold_timeout_s
+        elif now >= self._give_up_at:
+            error = info_of(EngineFaulted(f"The engine is faulted ({reason}), and was not recovered in time."))
+            self._deltas += [RequestDelta(one.request_id, error=error) for one in self._scheduler.abort_all()]
+            self._deltas += self._held.fail(error)
+            self._give_up_at = None
 
     def _release_held(self) -> None:
         if self._sleep.state.gate == "open":
@@ -374,10 +405,7 @@ class EngineCore:
 
     def _rpc_steps(self, call: RpcCall) -> Steps:
         yield from ()
-        if call.verb not in RPC_VERBS:
-            raise InvalidRequest(
-                f"collective_rpc cannot call {call.verb!r}; it can call {', '.join(RPC_VERBS)}.", param="method"
-            )
+        check_rpc(call.verb, call.args)
         return self._executor.call(call.verb, *call.args)
 
     # --- draining -------------------------------------------------------------------------------
@@ -416,25 +444,3 @@ class EngineCore:
             return len(ended), 0
         self._scheduler.preempt_all()
         return 0, self._scheduler.num_waiting + len(self._held)
-
-
-def _model_info(config: EngineConfig, facts: ModelFacts, num_blocks: int) -> ModelInfo:
-    assert config.kv_cache_memory is not None
-    assert config.max_model_len is not None
-    return ModelInfo(
-        model=config.model,
-        architecture=facts.architecture,
-        task=facts.task,
-        tokenizer_dir=facts.tokenizer_dir,
-        image_dir=facts.image_dir,
-        dtype=facts.dtype,
-        vocab_size=facts.vocab_size,
-        max_model_len=config.max_model_len,
-        block_size=config.block_size,
-        num_blocks=num_blocks,
-        eos_token_ids=facts.eos_token_ids,
-        weights_bytes=facts.weights_bytes,
-        kv_cache_bytes=config.kv_cache_memory,
-        kv_bytes_per_token=facts.kv_bytes_per_token,
-        default_sampling=facts.default_sampling,
-    )

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from uuid import uuid4
 
 from shuteye.config import EngineConfig
 from shuteye.engine.messages import (
+    UNASKED,
     AbortRequests,
     AddRequests,
     Control,
@@ -31,14 +32,46 @@ from shuteye.engine.messages import (
     UpdateReply,
     WakeReply,
 )
-from shuteye.engine.output_processor import OutputProcessor
-from shuteye.errors import EngineDead, EngineNotReady, InvalidRequest, ShuteyeError, rebuild
-from shuteye.outputs import EngineState, ErrorInfo, ModelInfo, RequestOutput, SchedulerStats
-from shuteye.request import OutputKind, SamplingParams
+from shuteye.engine.output_processor import OutputProcessor, Processed
+from shuteye.engine.pool_outputs import PoolOutputs
+from shuteye.engine.token_params import settled
+from shuteye.engine.transcript_outputs import TranscriptOutputs
+from shuteye.errors import (
+    EngineDead,
+    EngineNotReady,
+    InvalidRequest,
+    ModelSleeping,
+    RequestAborted,
+    ShuteyeError,
+    rebuild,
+)
+from shuteye.outputs import EngineState, ErrorInfo, ModelInfo, SchedulerStats, WakeReport
+from shuteye.request import OutputKind, PoolingParams, PoolInput, Request, SamplingParams, TranscribeParams
 from shuteye.tokenizer import Tokenizer
 
 Status = Literal["starting", "ready", "failed", "dead", "closed"]
-Deliver = Callable[[RequestOutput | ShuteyeError], None]
+Deliver = Callable[[Any], None]
+"""Takes the outputs of one request, of whatever its kind yields, and at last a finished one or a ShuteyeError."""
+
+
+class Outputs(Protocol):
+    """Turns what the engine did into the outputs of requests of one kind."""
+
+    def process(self, deltas: Iterable[Any]) -> Processed:
+        """Take what the engine did; deltas of requests that are not followed (any more) are ignored."""
+        ...
+
+    def abort(self, request_id: str) -> list[str]:
+        """Stop following a request, if it is known; the engine-side ids to abort."""
+        ...
+
+    def engine_ids(self, request_id: str) -> tuple[str, ...]:
+        """The engine-side ids of a request that are unfinished; none if it is not known."""
+        ...
+
+    def note_started(self, started: Iterable[tuple[str, float]]) -> None:
+        """When requests, by their engine-side ids, began to be computed (monotonic seconds)."""
+        ...
 
 
 def _rebuilt(info: ErrorInfo) -> ShuteyeError:
@@ -58,7 +91,7 @@ class _Loaded:
 
     info: ModelInfo
     tokenizer: Tokenizer
-    outputs: OutputProcessor
+    outputs: Outputs
 
 
 class Frontend:
@@ -66,15 +99,23 @@ class Frontend:
 
     Args:
         send: delivers a message to the engine, in order, without blocking.
+        on_own_wake: told how each wake ended that the policy began.
     """
 
-    def __init__(self, config: EngineConfig, send: Callable[[ToEngine], None]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        send: Callable[[ToEngine], None],
+        *,
+        on_own_wake: Callable[[WakeReport | ShuteyeError], None] = lambda _outcome: None,
+    ) -> None:
         self.config = config
         self.status: Status = "starting"
         self.failure: ShuteyeError | None = None
         self.state = EngineState()
         self.stats = SchedulerStats()
         self.ready: Future[None] = _promise()
+        self.on_own_wake = on_own_wake
         self._send = send
         self._lock = threading.RLock()
         self._model: _Loaded | None = None
@@ -117,20 +158,73 @@ class Frontend:
     ) -> str:
         """Send a request; `deliver` gets its outputs, and last a finished one or an error. Returns its id."""
         self._refuse_if_gone()
-        request_id = request_id or uuid4().hex
         text, token_ids = self._tokens_of(prompt)
-        with self._lock:
-            self._refuse_if_gone()  # once registered, `fail` tells the caller; before, only this does
-            if request_id in self._deliver:
-                raise InvalidRequest(f"A request with id {request_id!r} is running already.", param="request_id")
-            requests = self._loaded.outputs.add(
+        outputs = self._outputs_for("generate")
+        assert isinstance(outputs, OutputProcessor)
+        params = settled(params, self.tokenizer, vocab_size=self.info.vocab_size)
+
+        def follow(request_id: str, engine_id: str) -> Sequence[Request]:
+            return outputs.add(
                 request_id,
                 prompt=text,
                 prompt_token_ids=token_ids,
                 params=params,
                 output_kind=output_kind,
-                engine_id=f"{request_id}#{next(self._numbers)}",
+                engine_id=engine_id,
             )
+
+        return self._begin(request_id, deliver, follow)
+
+    def submit_pooling(
+        self, inputs: Sequence[PoolInput], params: PoolingParams, *, request_id: str | None, deliver: Deliver
+    ) -> str:
+        """Send inputs to embed or score; `deliver` gets one `PooledOutput`, or an error. Returns the request's id."""
+        self._refuse_if_gone()
+        outputs = self._outputs_for("embed", "score")
+        assert isinstance(outputs, PoolOutputs)
+
+        def follow(request_id: str, engine_id: str) -> Sequence[Request]:
+            return [outputs.add(request_id, inputs=inputs, params=params, engine_id=engine_id)]
+
+        return self._begin(request_id, deliver, follow)
+
+    def submit_transcription(
+        self,
+        pcm: bytes,
+        params: TranscribeParams,
+        *,
+        prompt: str | None,
+        request_id: str | None,
+        output_kind: OutputKind,
+        deliver: Deliver,
+    ) -> str:
+        """Send a recording; `deliver` gets `Transcription`s, the last one finished, or an error. Returns its id."""
+        self._refuse_if_gone()
+        outputs = self._outputs_for("transcribe")
+        assert isinstance(outputs, TranscriptOutputs)
+        before = self.tokenizer.encode(f" {prompt.strip()}", add_special_tokens=False) if prompt else ()
+
+        def follow(request_id: str, engine_id: str) -> Sequence[Request]:
+            request = outputs.add(
+                request_id,
+                pcm=pcm,
+                prompt_token_ids=tuple(before),
+                params=params,
+                output_kind=output_kind,
+                engine_id=engine_id,
+            )
+            return [request]
+
+        return self._begin(request_id, deliver, follow)
+
+    def _begin(self, request_id: str | None, deliver: Deliver, follow: Callable[[str, str], Sequence[Request]]) -> str:
+        """Register a request and send what `follow(request_id, engine_id)` makes of it."""
+        request_id = request_id or uuid4().hex
+        with self._lock:
+            self._refuse_if_gone()  # once registered, `fail` tells the caller; before, only this does
+            if request_id in self._deliver:
+                raise InvalidRequest(f"A request with id {request_id!r} is running already.", param="request_id")
+            requests = follow(request_id, f"{request_id}#{next(self._numbers)}")
             self._deliver[request_id] = deliver
         try:
             self._send(AddRequests(tuple(requests)))
@@ -138,6 +232,20 @@ class Frontend:
             self._forget(request_id, deliver)
             raise
         return request_id
+
+    def _outputs_for(self, *tasks: str) -> Outputs:
+        """What follows requests, if the model is for one of `tasks`.
+
+        Raises:
+            InvalidRequest: it is for another.
+        """
+        loaded = self._loaded
+        if loaded.info.task not in tasks:
+            wanted = " or ".join(f"'{task}'" for task in tasks)
+            raise InvalidRequest(
+                f"This needs a model for the task {wanted}; {loaded.info.model!r} is one for '{loaded.info.task}'."
+            )
+        return loaded.outputs
 
     def abort(self, request_id: str, *, deliver: Deliver) -> None:
         """Forget the request that `deliver` waits for and free what it holds; nothing more is delivered for it."""
@@ -201,8 +309,11 @@ class Frontend:
 
     def _take(self, message: FromEngine) -> None:
         match message:
-            case Stepped(deltas, stats):
+            case Stepped(deltas, stats, started):
                 self.stats = stats
+                if started and self._model is not None:
+                    with self._lock:
+                        self._model.outputs.note_started(started)
                 self._on_deltas(deltas)
             case StateChanged(state):
                 self.state = state
@@ -210,6 +321,10 @@ class Frontend:
                 self._on_ready(info, config)
             case Failed(error):
                 self.fail(_rebuilt(error), status="failed")
+            case WakeReply(call_id, report) if call_id == UNASKED:
+                self.on_own_wake(report)
+            case ErrorReply(call_id, error) if call_id == UNASKED:
+                self.on_own_wake(_rebuilt(error))
             case ErrorReply(call_id, error):
                 if (refused := self._calls.pop(call_id, None)) is not None:
                     refused.set_exception(_rebuilt(error))
@@ -231,16 +346,29 @@ class Frontend:
         with self._lock:
             if self.failure is not None:  # closed while loading
                 return
-            self._model = _Loaded(info, tokenizer, OutputProcessor(tokenizer))
+            self._model = _Loaded(info, tokenizer, self._new_outputs(info, tokenizer))
             self.config, self.status = config, "ready"
         self.ready.set_result(None)
+
+    def _new_outputs(self, info: ModelInfo, tokenizer: Tokenizer) -> Outputs:
+        if info.task in ("embed", "score"):
+            return PoolOutputs(why_aborted=self._why_aborted)
+        if info.task == "transcribe":
+            return TranscriptOutputs(tokenizer, why_aborted=self._why_aborted)
+        return OutputProcessor(tokenizer)
+
+    def _why_aborted(self) -> ErrorInfo:
+        """What to tell who waits for a result that no longer comes; the state was pushed before the abort."""
+        if self.state.is_sleeping:
+            return ErrorInfo(ModelSleeping.__name__, ModelSleeping.MESSAGE)
+        return ErrorInfo(RequestAborted.__name__, "The request was ended before there was a result; send it again.")
 
     def _on_deltas(self, deltas: Sequence[Any]) -> None:
         with self._lock:
             if self.failure is not None:
                 return
             processed = self._loaded.outputs.process(deltas)
-            deliveries: list[tuple[Deliver, RequestOutput | ShuteyeError]] = []
+            deliveries: list[tuple[Deliver, object]] = []
             for output in processed.outputs:
                 deliver = self._deliver.pop if output.finished else self._deliver.get
                 waiting = deliver(output.request_id, None)

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 from shuteye.errors import InvalidRequest, ModelSleeping, QueueFull
 from shuteye.outputs import ErrorInfo, RequestDelta
-from shuteye.request import GenerateRequest
+from shuteye.request import Request
 
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    request: GenerateRequest
+    request: Request
     deadline: float | None  # monotonic seconds; None waits for ever
 
 
@@ -34,7 +34,7 @@ class HeldRequests:
         """The earliest deadline, in monotonic seconds."""
         return min((held.deadline for held in self._held.values() if held.deadline is not None), default=None)
 
-    def add(self, request: GenerateRequest, *, deadline: float | None) -> None:
+    def add(self, request: Request, *, deadline: float | None) -> None:
         """Hold a request.
 
         Raises:
@@ -50,7 +50,7 @@ class HeldRequests:
             raise QueueFull(f"{self._limit} requests are held already; try again once the model is awake.")
         self._held[request.request_id] = _Held(request, deadline)
 
-    def take(self) -> list[GenerateRequest]:
+    def take(self) -> list[Request]:
         """All held requests, oldest first; the queue is empty afterwards."""
         held, self._held = self._held, {}
         return [entry.request for entry in held.values()]

@@ -6,11 +6,13 @@ Knows nothing of asyncio or HTTP. The engine runs in a thread of this process, s
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from shuteye.audio import Audio, samples_from
 from shuteye.config import DEFAULT_MODEL, EngineConfig
 from shuteye.engine.frontend import Frontend
 from shuteye.engine.messages import (
@@ -26,16 +28,28 @@ from shuteye.engine.messages import (
     WakeCall,
     tag_names,
 )
+from shuteye.engine.pooling import PoolInputs, Prompt, Texts, embeddings_of, score_job
 from shuteye.engine.thread_link import ThreadLink
 from shuteye.errors import EngineDead, InvalidRequest, ShuteyeError
-from shuteye.outputs import EngineState, ModelInfo, RequestOutput, SchedulerStats, SleepReport, UpdateReport, WakeReport
-from shuteye.request import SamplingParams
+from shuteye.outputs import (
+    EmbeddingRequestOutput,
+    EngineState,
+    ModelInfo,
+    PooledOutput,
+    RequestOutput,
+    SchedulerStats,
+    ScoringRequestOutput,
+    SleepReport,
+    Transcription,
+    UpdateReport,
+    WakeReport,
+)
+from shuteye.request import PoolingParams, PoolInput, SamplingParams, TranscribeParams
 from shuteye.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
 
@@ -140,15 +154,39 @@ class LLM:
             raise InvalidRequest(
                 f"{len(params)} sampling_params for {len(prompt_list)} prompts.", param="sampling_params"
             )
-        arrived: queue.SimpleQueue[RequestOutput | ShuteyeError] = queue.SimpleQueue()
+        submit = partial(self._frontend.submit, request_id=None, output_kind="final_only")
+        return self._collect([partial(submit, prompt, one) for prompt, one in zip(prompt_list, params, strict=True)])
+
+    def transcribe(
+        self, audio: Audio | Sequence[Audio], params: TranscribeParams | None = None, *, prompt: str | None = None
+    ) -> list[Transcription]:
+        """Write down what is said in every recording; transcripts in the order of the recordings.
+
+        Args:
+            audio: paths, files as bytes, or arrays of samples at 16 kHz (no lists of numbers).
+            prompt: what is to be taken for the text before each recording.
+
+        Raises:
+            ShuteyeError: the first recording that was refused or failed; the others are aborted.
+        """
+        recordings = audio if isinstance(audio, list | tuple) else [audio]
+        submit = partial(
+            self._frontend.submit_transcription,
+            params=params or TranscribeParams(),
+            prompt=prompt,
+            request_id=None,
+            output_kind="final_only",
+        )
+        return self._collect([partial(submit, samples_from(each)) for each in recordings])
+
+    def _collect(self, submits: Sequence[Callable[..., str]]) -> list[Any]:
+        """The last output of each request that `submits` send, given `deliver`."""
+        arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         waiting: dict[str, int] = {}
-        outputs: dict[int, RequestOutput] = {}
+        outputs: dict[int, Any] = {}
         try:
-            for index, (prompt, one) in enumerate(zip(prompt_list, params, strict=True)):
-                request_id = self._frontend.submit(
-                    prompt, one, request_id=None, output_kind="final_only", deliver=arrived.put
-                )
-                waiting[request_id] = index
+            for index, submit in enumerate(submits):
+                waiting[submit(deliver=arrived.put)] = index
             while waiting:
                 item = arrived.get()
                 if isinstance(item, ShuteyeError):
@@ -157,7 +195,7 @@ class LLM:
         finally:
             for request_id in waiting:
                 self._frontend.abort(request_id, deliver=arrived.put)
-        return [outputs[index] for index in range(len(prompt_list))]
+        return [outputs[index] for index in range(len(submits))]
 
     def chat(
         self,
@@ -174,6 +212,45 @@ class LLM:
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params)
+
+    def embed(
+        self, prompts: str | Sequence[Prompt], pooling_params: PoolingParams | None = None
+    ) -> list[EmbeddingRequestOutput]:
+        """The embedding of every prompt, in their order; `.outputs.embedding` has the numbers.
+
+        Raises:
+            ShuteyeError: the request was refused or failed.
+        """
+        params = pooling_params or PoolingParams()
+        inputs = self._pool_inputs(params).inputs([prompts] if isinstance(prompts, str) else prompts)
+        return embeddings_of(inputs, self._pool(inputs, params))
+
+    def score(
+        self, queries: Texts, documents: Texts, pooling_params: PoolingParams | None = None
+    ) -> list[ScoringRequestOutput]:
+        """How well each document goes with its query; one query is compared with every document.
+
+        A cross-encoder reads both texts at once; for an embedding model it is the cosine of their embeddings.
+
+        Raises:
+            ShuteyeError: the request was refused or failed.
+        """
+        job = score_job(self._pool_inputs(pooling_params or PoolingParams()), queries, documents)
+        return job.scores(self._pool(job.inputs, job.params))
+
+    def _pool_inputs(self, params: PoolingParams) -> PoolInputs:
+        return PoolInputs(self.get_tokenizer(), self.info, params)
+
+    def _pool(self, inputs: Sequence[PoolInput], params: PoolingParams) -> PooledOutput:
+        arrived: queue.SimpleQueue[PooledOutput | ShuteyeError] = queue.SimpleQueue()
+        request_id = self._frontend.submit_pooling(inputs, params, request_id=None, deliver=arrived.put)
+        try:
+            item = arrived.get()
+        finally:
+            self._frontend.abort(request_id, deliver=arrived.put)
+        if isinstance(item, ShuteyeError):
+            raise item
+        return item
 
     # --- control: see AsyncEngine for what each raises ------------------------------------------
 
@@ -217,7 +294,7 @@ class LLM:
         self._call(ResetPrefixCacheCall()).result()
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
-        """Call a worker verb that changes nothing (see `engine.core.RPC_VERBS`) on every rank."""
+        """Call a worker verb that changes nothing (see `engine.rpc.RPC_VERBS`) on every rank."""
         results: list[Any] = self._call(RpcCall(method, args)).result()
         return results
 

@@ -12,6 +12,7 @@ from typing import Protocol
 from shuteye.config import EngineConfig
 from shuteye.engine.core import EngineCore, Report, info_of
 from shuteye.engine.messages import (
+    UNASKED,
     AbortRequests,
     AddRequests,
     Control,
@@ -27,7 +28,7 @@ from shuteye.engine.messages import (
 )
 from shuteye.errors import ShuteyeError
 from shuteye.executors import open_executor
-from shuteye.outputs import EngineState, RequestDelta, SchedulerStats
+from shuteye.outputs import Delta, EngineState, SchedulerStats
 
 
 class Channel(Protocol):
@@ -74,6 +75,8 @@ class _Loop:
             if not self._running:
                 return
             deltas = self._core.step()
+            for outcome in self._core.take_own_wakes():
+                self._answer(UNASKED)(outcome)
             self.push_state()
             self._tell(deltas)
 
@@ -106,12 +109,12 @@ class _Loop:
 
         return answer
 
-    def _tell(self, deltas: Sequence[RequestDelta]) -> None:
+    def _tell(self, deltas: Sequence[Delta]) -> None:
         """Send what a step did, if it did anything that can be seen."""
         stats = self._core.stats
         if deltas or stats != self._told:
             self._told = stats
-            self._channel.send(Stepped(tuple(deltas), stats))
+            self._channel.send(Stepped(tuple(deltas), stats, self._core.take_started()))
 
     def push_state(self) -> None:
         """Send the sleep state if it is not what was sent last."""

@@ -13,16 +13,16 @@ import msgspec
 from shuteye.config import EngineConfig
 from shuteye.errors import InvalidRequest
 from shuteye.outputs import (
+    Delta,
     EngineState,
     ErrorInfo,
     ModelInfo,
-    RequestDelta,
     SchedulerStats,
     SleepReport,
     UpdateReport,
     WakeReport,
 )
-from shuteye.request import GenerateRequest
+from shuteye.request import Request
 
 # --- control calls ------------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ class ResetPrefixCacheCall(msgspec.Struct, frozen=True, tag=True):
 
 
 class RpcCall(msgspec.Struct, frozen=True, tag=True):
-    """`collective_rpc(verb, args)`: a worker verb on every rank, in-process only."""
+    """`collective_rpc(verb, args)`: a worker verb on every rank; see `engine.rpc`."""
 
     verb: str
     args: tuple[Any, ...] = ()
@@ -90,9 +90,9 @@ ControlCall = SleepCall | WakeCall | PauseCall | ResumeCall | UpdateCall | Reloa
 
 
 class AddRequests(msgspec.Struct, frozen=True, tag=True):
-    """Sequences to generate."""
+    """Sequences to generate, or whatever else the model's task is."""
 
-    requests: tuple[GenerateRequest, ...]
+    requests: tuple[Request, ...]
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag=True):
@@ -131,16 +131,21 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stepped(msgspec.Struct, frozen=True, tag=True):
-    """What a step did."""
+    """What a step did. `started` are the sequences that got their place in the batch, and when (monotonic seconds)."""
 
-    deltas: tuple[RequestDelta, ...]
+    deltas: tuple[Delta, ...]
     stats: SchedulerStats
+    started: tuple[tuple[str, float], ...] = ()
 
 
 class StateChanged(msgspec.Struct, frozen=True, tag=True):
     """The sleep state, pushed whenever it changes."""
 
     state: EngineState
+
+
+UNASKED = 0
+"""The `call_id` of a reply to what nobody called: a wake by policy."""
 
 
 class SleepReply(msgspec.Struct, frozen=True, tag=True):

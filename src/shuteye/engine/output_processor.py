@@ -15,9 +15,11 @@ from shuteye.outputs import (
     ErrorInfo,
     FinishReason,
     Logprob,
+    PooledOutput,
     RequestDelta,
     RequestOutput,
     TokenLogprobs,
+    Transcription,
 )
 from shuteye.request import GenerateRequest, OutputKind, SamplingParams
 from shuteye.tokenizer import Tokenizer
@@ -33,7 +35,7 @@ class Processed:
         errors: requests that failed; nothing more comes for them.
     """
 
-    outputs: tuple[RequestOutput, ...] = ()
+    outputs: tuple[RequestOutput | PooledOutput | Transcription, ...] = ()
     aborts: tuple[str, ...] = ()
     errors: tuple[tuple[str, ErrorInfo], ...] = ()
 
@@ -69,11 +71,19 @@ class _Request:
     params: SamplingParams
     output_kind: OutputKind
     completions: list[_Completion] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     num_cached_tokens: int = 0
+    scheduled_at: float | None = None
 
     @property
     def finished(self) -> bool:
         return all(completion.finished for completion in self.completions)
+
+    @property
+    def known_prompt_logprobs(self) -> tuple[dict[int, Logprob] | None, ...] | None:
+        if self.params.prompt_logprobs is None or len(self.prompt_logprobs) < len(self.prompt_token_ids):
+            return None
+        return tuple(self.prompt_logprobs)
 
     @property
     def unfinished_ids(self) -> tuple[str, ...]:
@@ -140,6 +150,9 @@ class OutputProcessor:
                 aborts += [engine_id for engine_id in self.abort(request.request_id) if engine_id != delta.request_id]
                 errors.append((request.request_id, delta.error))
                 continue
+            if delta.prompt_logprobs:
+                request.prompt_logprobs += map(self._logprobs, delta.prompt_logprobs)
+                continue
             touched[request.request_id] = request
             self._apply(request, completion, delta)
             if completion.finished:
@@ -148,6 +161,13 @@ class OutputProcessor:
                     aborts.append(completion.engine_id)
         outputs = [output for request in touched.values() if (output := self._output(request)) is not None]
         return Processed(outputs=tuple(outputs), aborts=tuple(aborts), errors=tuple(errors))
+
+    def note_started(self, started: Iterable[tuple[str, float]]) -> None:
+        """Sequences got their place in the batch, each at its monotonic second; a request's is that of its first."""
+        for engine_id, at in started:
+            request, _ = self._completions.get(engine_id, (None, None))
+            if request is not None and request.scheduled_at is None:
+                request.scheduled_at = at
 
     def abort(self, request_id: str) -> list[str]:
         """Stop following a request, if it is known; the engine-side ids to abort."""
@@ -231,6 +251,8 @@ class OutputProcessor:
             outputs=_new_outputs(request) if request.output_kind == "delta" else _all_outputs(request),
             finished=finished,
             num_cached_tokens=request.num_cached_tokens,
+            scheduled_at=request.scheduled_at,
+            prompt_logprobs=request.known_prompt_logprobs,
         )
 
 
@@ -242,7 +264,12 @@ def _fan_out(request: _Request) -> list[GenerateRequest]:
         GenerateRequest(
             request_id=f"{request.engine_id}/{index}",
             prompt_token_ids=request.prompt_token_ids,
-            params=replace(params, n=1, seed=None if params.seed is None else params.seed + index),
+            params=replace(
+                params,
+                n=1,
+                seed=None if params.seed is None else params.seed + index,
+                prompt_logprobs=params.prompt_logprobs if index == 0 else None,  # once is enough
+            ),
         )
         for index in range(params.n)
     ]

@@ -1,20 +1,21 @@
 """The engine in a process of its own: what that process runs.
 
-Knows nothing of HTTP. `python -m shuteye.engine.process ENDPOINT PARENT` reads its config, one frame, from stdin.
+Knows nothing of HTTP. `python -m shuteye.engine.process ENDPOINT PARENT LOG_FORMAT LOG_LEVEL` reads its config, one
+frame, from stdin.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import zmq
 
+from shuteye import logs
 from shuteye.config import EngineConfig
 from shuteye.engine.loop import run_engine
 from shuteye.engine.messages import FromEngine, ToEngine
@@ -61,8 +62,7 @@ def main() -> None:
     _die_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides when we end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    logging.getLogger("shuteye").setLevel(logging.INFO)
+    logs.configure(logs.LogSettings(cast(logs.LogFormat, sys.argv[3]), cast(logs.LogLevel, sys.argv[4])))
     config: EngineConfig = Decoder[EngineConfig](EngineConfig).decode(sys.stdin.buffer.read())
     context: zmq.Context[Any] = zmq.Context()
     socket = connect_pair(context, sys.argv[1])

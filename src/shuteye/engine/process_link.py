@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import zmq.asyncio
 
+from shuteye import logs
 from shuteye.config import EngineConfig
 from shuteye.engine.messages import FromEngine, Shutdown, ToEngine
 from shuteye.errors import EngineDead, InvalidRequest, ShuteyeError
@@ -61,7 +62,9 @@ class ProcessLink:
         endpoint = f"ipc://{self._directory}/engine"
         self._context = zmq.asyncio.Context()
         self._socket = bind_pair(self._context, endpoint)
-        command = (sys.executable, "-m", "shuteye.engine.process", endpoint, str(os.getpid()))
+        logged = logs.settings()
+        arguments = (endpoint, str(os.getpid()), logged.format, logged.level)
+        command = (sys.executable, "-m", "shuteye.engine.process", *arguments)
         try:
             process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
             if self._closing:

@@ -11,56 +11,18 @@ computes some of the rest, within one token budget over all sequences. When it c
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from shuteye.cache.block_pool import BlockPool
 from shuteye.cache.prefix import HashChain, PrefixCache
+from shuteye.engine.sequence import MAX_SCORED_CHUNK, ActiveSequence
 from shuteye.errors import InvalidRequest, PromptTooLong
 from shuteye.outputs import ErrorInfo, FinishReason, RequestDelta, SchedulerStats, TokenLogprobs
 from shuteye.plans import RESERVED_BLOCKS, Admission, Chunk, SampledToken, StepPlan, StepResult
 from shuteye.request import GenerateRequest
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """A request on its way: waiting if it has no place in the batch, running otherwise.
-
-    Attributes:
-        token_ids: prompt, then output; it only grows, also across preemptions.
-        max_length: prompt plus output at which it finishes with "length".
-        block_ids: the block table, covering at least [0, num_computed); empty while waiting.
-        num_cached: prompt tokens found in the prefix cache when first scheduled; None before that.
-        stale: its K/V is not of the current weights, so that its blocks must not be shared.
-    """
-
-    request: GenerateRequest
-    token_ids: list[int]
-    hashes: HashChain
-    stop_token_ids: frozenset[int]
-    max_length: int
-    block_ids: tuple[int, ...] = ()
-    num_computed: int = 0
-    num_cached: int | None = None
-    running: bool = False
-    stale: bool = False
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
-
-    @property
-    def num_output(self) -> int:
-        return len(self.token_ids) - self.num_prompt
-
-    @property
-    def num_missing(self) -> int:
-        return len(self.token_ids) - self.num_computed
 
 
 @dataclass(slots=True)
@@ -84,7 +46,7 @@ class _Totals:
 class Scheduler:
     """Continuous batching over one token budget, with chunked prefill, prefix sharing and preemption by recompute.
 
-    Requests in the batch come first, in the order they were admitted; then waiting ones in order of arrival. When
+    Requests in the batch come first, in the order they were admitted; then waiting ones by priority, then arrival. When
     blocks run out, the most recently admitted request loses its blocks and returns to the head of the queue: its
     tokens stay and are computed again. The oldest request can thus always take a step, so that all of them finish.
 
@@ -130,9 +92,9 @@ class Scheduler:
         # The last token of a sequence is never computed, so it needs no place in the cache.
         self._max_length = min(max_model_len, self._pool.num_usable * block_size + 1)
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._sequences: dict[str, _Sequence] = {}
-        self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []
+        self._sequences: dict[str, ActiveSequence] = {}
+        self._waiting: deque[ActiveSequence] = deque()
+        self._running: list[ActiveSequence] = []
         self._forget: list[str] = []
         self._in_flight: StepPlan | None = None
         self._totals = _Totals()
@@ -149,15 +111,25 @@ class Scheduler:
         self.check(request)
         params, num_prompt = request.params, len(request.prompt_token_ids)
         limit = self._max_length if params.max_tokens is None else num_prompt + params.max_tokens
-        sequence = _Sequence(
+        sequence = ActiveSequence(
             request=request,
             token_ids=list(request.prompt_token_ids),
             hashes=HashChain(self._block_size),
             stop_token_ids=frozenset(params.stop_token_ids),
             max_length=min(limit, self._max_length),
+            scored=params.prompt_logprobs is not None,
+            max_chunk=sys.maxsize if params.prompt_logprobs is None else MAX_SCORED_CHUNK,
         )
         self._sequences[request.request_id] = sequence
-        self._waiting.append(sequence)
+        self._waiting.insert(self._place_in_queue(params.priority), sequence)
+
+    def _place_in_queue(self, priority: int) -> int:
+        """Behind everything that is as urgent, and behind what was preempted: that has begun."""
+        for place in range(len(self._waiting), 0, -1):
+            before = self._waiting[place - 1]
+            if before.request.params.priority <= priority or before.num_cached is not None:
+                return place
+        return 0
 
     def check(self, request: GenerateRequest) -> None:
         """Refuse what can never run; raises as `add` does, and changes nothing."""
@@ -230,7 +202,7 @@ class Scheduler:
         index = 0
         while index < len(self._running) and batch.budget > 0:
             sequence = self._running[index]
-            end = sequence.num_computed + min(sequence.num_missing, batch.budget)
+            end = sequence.num_computed + min(sequence.num_missing, sequence.max_chunk, batch.budget)
             while sequence.running and self._num_blocks_to_add(sequence, end) > self._pool.num_free:
                 self._preempt(self._running.pop())
             if sequence.running:
@@ -241,14 +213,15 @@ class Scheduler:
     def _schedule_waiting(self, batch: _Batch) -> None:
         while self._waiting and batch.budget > 0 and len(self._running) < self._max_num_seqs:
             sequence = self._waiting[0]
-            matched = self._prefix.match(sequence.hashes, sequence.token_ids)
+            # what the cache holds has no logits any more
+            matched = () if sequence.to_be_scored else self._prefix.match(sequence.hashes, sequence.token_ids)
             if not self._has_room(sequence, matched):
                 return
             self._admit(self._waiting.popleft(), matched, batch)
-            end = sequence.num_computed + min(sequence.num_missing, batch.budget)
+            end = sequence.num_computed + min(sequence.num_missing, sequence.max_chunk, batch.budget)
             self._append_chunk(batch, sequence, end)
 
-    def _has_room(self, sequence: _Sequence, matched: tuple[int, ...]) -> bool:
+    def _has_room(self, sequence: ActiveSequence, matched: tuple[int, ...]) -> bool:
         """Whether all known tokens fit, leaving a block to grow into for each running request.
 
         Asking for more than the first chunk avoids admitting what would be preempted soon. An idle engine has room for
@@ -258,7 +231,7 @@ class Scheduler:
         num_new = self._num_blocks(len(sequence.token_ids)) - len(matched)
         return num_revived + num_new + len(self._running) <= self._pool.num_free
 
-    def _admit(self, sequence: _Sequence, matched: tuple[int, ...], batch: _Batch) -> None:
+    def _admit(self, sequence: ActiveSequence, matched: tuple[int, ...], batch: _Batch) -> None:
         for block_id in matched:
             self._pool.share(block_id)
         sequence.block_ids = matched
@@ -274,7 +247,7 @@ class Scheduler:
             self._totals.prefix_queries += sequence.num_prompt
             self._totals.prefix_hits += sequence.num_cached
 
-    def _append_chunk(self, batch: _Batch, sequence: _Sequence, end: int) -> None:
+    def _append_chunk(self, batch: _Batch, sequence: ActiveSequence, end: int) -> None:
         """Plan tokens [num_computed, end): allocate their blocks and register those that the step will fill."""
         start = sequence.num_computed
         num_new = self._num_blocks_to_add(sequence, end)
@@ -290,6 +263,7 @@ class Scheduler:
             start=start,
             block_ids=sequence.block_ids,
             sample=end == len(sequence.token_ids),
+            scoring=sequence.scoring(start, end) if sequence.scored else None,
         )
         batch.chunks.append(chunk)
         batch.budget -= end - start
@@ -297,7 +271,7 @@ class Scheduler:
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def _num_blocks_to_add(self, sequence: _Sequence, end: int) -> int:
+    def _num_blocks_to_add(self, sequence: ActiveSequence, end: int) -> int:
         return self._num_blocks(end) - len(sequence.block_ids)
 
     # --- its outcome -----------------------------------------------------------------------------
@@ -305,15 +279,19 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestDelta]:
         """Take the step's tokens; one delta per request that got one, in the order of the plan."""
         self._land(plan)
-        sampled = iter(result.sampled)
+        sampled, scored = iter(result.sampled), iter(result.scored)
         deltas = []
         for chunk in plan.chunks:
+            scores = next(scored) if chunk.scoring is not None else ()
             token = next(sampled) if chunk.sample else None
             assert token is None or token.request_id == chunk.request_id, "results are not in the order of the plan"
             sequence = self._sequences.get(chunk.request_id)
             if sequence is None or not sequence.running:  # aborted or preempted while the step ran
                 continue
             sequence.num_computed = chunk.start + len(chunk.token_ids)
+            if scores:
+                sequence.num_scored += len(scores)
+                deltas.append(RequestDelta(chunk.request_id, prompt_logprobs=scores))
             if token is not None:
                 deltas.append(self._advance(sequence, token))
         return deltas
@@ -331,7 +309,7 @@ class Scheduler:
         assert plan is self._in_flight, "the outcome of a plan that is not in flight"
         self._in_flight = None
 
-    def _advance(self, sequence: _Sequence, token: SampledToken) -> RequestDelta:
+    def _advance(self, sequence: ActiveSequence, token: SampledToken) -> RequestDelta:
         is_first = sequence.num_output == 0
         sequence.token_ids.append(token.token_id)
         self._totals.generation_tokens += 1
@@ -349,31 +327,32 @@ class Scheduler:
             num_cached_tokens=(sequence.num_cached or 0) if is_first else 0,
         )
 
-    def _is_eos(self, sequence: _Sequence, token_id: int) -> bool:
-        return token_id in self._eos_token_ids and not sequence.request.params.ignore_eos
+    def _is_eos(self, sequence: ActiveSequence, token_id: int) -> bool:
+        return token_id in self._eos_token_ids and (not sequence.request.params.ignore_eos or sequence.has_grammar)
 
-    def _finish_reason(self, sequence: _Sequence, token_id: int) -> FinishReason | None:
-        stops = self._is_eos(sequence, token_id) or token_id in sequence.stop_token_ids
-        if stops and sequence.num_output >= sequence.request.params.min_tokens:
+    def _finish_reason(self, sequence: ActiveSequence, token_id: int) -> FinishReason | None:
+        is_eos = self._is_eos(sequence, token_id)
+        is_enough = sequence.num_output >= sequence.request.params.min_tokens
+        if (is_eos or token_id in sequence.stop_token_ids) and (is_enough or (is_eos and sequence.has_grammar)):
             return "stop"
         return "length" if len(sequence.token_ids) >= sequence.max_length else None
 
     # --- leaving the batch -----------------------------------------------------------------------
 
-    def _preempt(self, sequence: _Sequence) -> None:
+    def _preempt(self, sequence: ActiveSequence) -> None:
         """Return a sequence, already taken out of `_running`, to the head of the queue without its blocks."""
         self._free(sequence)
         self._waiting.appendleft(sequence)
         self._totals.preemptions += 1
 
-    def _free(self, sequence: _Sequence) -> None:
+    def _free(self, sequence: ActiveSequence) -> None:
         self._pool.release(sequence.block_ids)
         sequence.block_ids = ()
         sequence.num_computed = 0
         sequence.running = False
         sequence.stale = False
 
-    def _remove(self, sequence: _Sequence) -> None:
+    def _remove(self, sequence: ActiveSequence) -> None:
         if sequence.running:
             self._running.remove(sequence)
             self._free(sequence)
@@ -384,7 +363,7 @@ class Scheduler:
         del self._sequences[sequence.request_id]
 
     def _finish(
-        self, sequence: _Sequence, *, reason: FinishReason | None = None, error: ErrorInfo | None = None
+        self, sequence: ActiveSequence, *, reason: FinishReason | None = None, error: ErrorInfo | None = None
     ) -> RequestDelta:
         self._remove(sequence)
         return RequestDelta(request_id=sequence.request_id, finish_reason=reason, error=error)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from shuteye.plans import StepPlan, StepResult
+from shuteye.plans import Plan, Result
 
 
 class Executor(Protocol):
     """One or more ranks that act as one."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step on every rank and return what was sampled.
+    def execute(self, plan: Plan) -> Result:
+        """Run one step on every rank and return what came of it: the result that goes with the plan's type.
 
         Raises:
             ShuteyeError: the step failed; no rank advanced its requests.

@@ -12,7 +12,7 @@ from typing import Any
 from shuteye.config import EngineConfig
 from shuteye.errors import InternalError, ShuteyeError
 from shuteye.memory.backends.base import MemoryBackend
-from shuteye.plans import StepPlan, StepResult
+from shuteye.plans import Plan, Result
 from shuteye.runner.worker import VERBS, Worker
 
 
@@ -33,7 +33,7 @@ class InprocExecutor:
     def __init__(self, config: EngineConfig, *, backend: MemoryBackend | None = None) -> None:
         self._worker = Worker(config, backend=backend)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: Plan) -> Result:
         """Run one step; see `Executor.execute`."""
         with _translated("execute"):
             return self._worker.execute(plan)

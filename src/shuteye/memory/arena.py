@@ -51,16 +51,21 @@ class Arena:
         self.closed = False
         self._backend = backend
         self._bytes = _bytes_at(address, nbytes)  # every view keeps this object alive
-        weakref.finalize(self._bytes, backend.unreserve, address, nbytes).atexit = False
+        if nbytes:
+            weakref.finalize(self._bytes, backend.unreserve, address, nbytes).atexit = False
 
     @classmethod
     def reserve(cls, backend: MemoryBackend, *, tag: Tag, nbytes: int) -> Arena:
         """Addresses for `nbytes`, rounded up to whole pages, and no memory yet.
 
+        An arena of no bytes is the KV cache of a model that has none: a tag that sleeps and wakes as others do.
+
         Raises:
             MemoryExhausted: the address space has no such gap.
         """
-        assert nbytes > 0, f"an arena needs at least one byte, got {nbytes}"
+        assert nbytes >= 0, f"an arena cannot have {nbytes} bytes"
+        if nbytes == 0:
+            return cls(backend, tag=tag, address=0, nbytes=0)
         nbytes = round_up(nbytes, backend.page_bytes)
         return cls(backend, tag=tag, address=backend.reserve(nbytes), nbytes=nbytes)
 
@@ -96,7 +101,8 @@ class Arena:
             MemoryExhausted: the system does not have it.
             BackendFailure: the kernel refused.
         """
-        self._backend.commit(self.address, self.nbytes)
+        if self.nbytes:
+            self._backend.commit(self.address, self.nbytes)
 
     def map_file(self, offset: int, nbytes: int, *, fd: int) -> None:
         """Bytes [offset, offset + nbytes) of a file, privately, at the same offset of the arena.
@@ -113,7 +119,8 @@ class Arena:
         Raises:
             BackendFailure: reading the mapped file failed.
         """
-        self._backend.populate(self.address, self.nbytes)
+        if self.nbytes:
+            self._backend.populate(self.address, self.nbytes)
 
     def write_file(self, offset: int, nbytes: int, *, fd: int) -> None:
         """Write bytes [offset, offset + nbytes) to the same offset of a file.
@@ -139,7 +146,8 @@ class Arena:
         Raises:
             BackendFailure: the kernel refused.
         """
-        self._backend.release(self.address, self.nbytes)
+        if self.nbytes:
+            self._backend.release(self.address, self.nbytes)
 
     def resident_bytes(self) -> int:
         """Physical memory under the arena, by the kernel's account.
@@ -147,7 +155,7 @@ class Arena:
         Raises:
             BackendFailure: the kernel would not say.
         """
-        return self._backend.resident_bytes(self.address, self.nbytes)
+        return self._backend.resident_bytes(self.address, self.nbytes) if self.nbytes else 0
 
     def close(self) -> None:
         """Release for good. Idempotent.

@@ -14,27 +14,12 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from shuteye.errors import UnsupportedModel
+from shuteye.models.tasks import model_class, model_options
 
 
-def model_class(config: Any) -> type[Any]:
-    """The causal language model class of transformers for `config`.
-
-    Raises:
-        UnsupportedModel: there is none.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if found is None:
-        raise UnsupportedModel(
-            f"Model type {config.model_type!r} has no causal language model in transformers "
-            f"(the checkpoint names {', '.join(config.architectures or ['nothing'])})."
-        )
-    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
-
-
-def build_module(config: Any, *, dtype: torch.dtype, attention: str, buffers_on_meta: bool = False) -> Any:
+def build_module(
+    config: Any, *, dtype: torch.dtype, attention: str, buffers_on_meta: bool = False, task: str = "generate"
+) -> Any:
     """A module in eval mode whose parameters are on meta and need no gradients.
 
     Buffers are computed for real, as the model's constructor does (`inv_freq` is in no checkpoint), unless
@@ -43,10 +28,13 @@ def build_module(config: Any, *, dtype: torch.dtype, attention: str, buffers_on_
     from transformers import initialization
 
     config = copy.deepcopy(config)
-    config.pad_token_id = None  # nothing is padded; some models look for it in every input
+    if task == "generate":
+        config.pad_token_id = None  # nothing is padded; some models look for it in every input
+    found = model_class(config, task)
+    options = model_options(found, task)
     device = torch.device("meta" if buffers_on_meta else "cpu")
     with _parameters_on_meta(), initialization.no_init_weights(), device:
-        module = model_class(config)._from_config(config, dtype=dtype, attn_implementation=attention)
+        module = found._from_config(config, dtype=dtype, attn_implementation=attention, **options)
     return module.eval()
 
 

@@ -1,4 +1,4 @@
-"""Can this model be served correctly? If not, why not.
+"""Can this model generate correctly here? If not, why not.
 
 Knows nothing of weights: a config is enough, because the model's own code is asked (see probe.py).
 """
@@ -9,35 +9,12 @@ import inspect
 from typing import Any
 
 from shuteye.errors import UnsupportedModel
-from shuteye.models.blueprint import model_class
 from shuteye.models.probe import AttentionFacts, probe_attention
-
-_TASKS_BY_HEAD = {
-    "ForCausalLM": "generate",
-    "LMHeadModel": "generate",
-    "ForSequenceClassification": "score",
-    "ForTokenClassification": "classify",
-    "ForSpeechSeq2Seq": "transcribe",
-    "ForMaskedLM": "embed",
-    "Model": "embed",
-}
-
-
-def task_of(config: Any) -> str:
-    """What the checkpoint was made for, by the head that its config names; "generate" if it names none.
-
-    Raises:
-        UnsupportedModel: a task that is not served yet; the message names it.
-    """
-    architecture = (config.architectures or ["ForCausalLM"])[0]
-    task = next((task for head, task in _TASKS_BY_HEAD.items() if architecture.endswith(head)), "another task")
-    if task != "generate":
-        raise UnsupportedModel(f"{architecture} is a model for {task!r}; only text generation is served so far.")
-    return task
+from shuteye.models.tasks import model_class, task_of
 
 
 def check(config: Any) -> AttentionFacts:
-    """What attention and KV cache must be made for, if the model of `config` can be served correctly.
+    """What attention and KV cache must be made for, if the model of `config` can generate correctly.
 
     Raises:
         UnsupportedModel: it cannot; the message says why.
@@ -46,14 +23,25 @@ def check(config: Any) -> AttentionFacts:
         raise UnsupportedModel(f"Model type {config.model_type!r} is an encoder-decoder; only decoders are served.")
     if config.get_text_config(decoder=True) is not config:
         raise UnsupportedModel(f"Model type {config.model_type!r} is multimodal; only text models are served.")
+    refuse_quantized(config)
+    task = task_of(config)
+    if task != "generate":
+        raise UnsupportedModel(f"{config.architectures[0]} is a model for {task!r}, not one that generates.")
+    _check_class(model_class(config))
+    return probe_attention(config)
+
+
+def refuse_quantized(config: Any) -> None:
+    """Refuse checkpoints with packed weights.
+
+    Raises:
+        UnsupportedModel: names the method.
+    """
     if getattr(config, "quantization_config", None) is not None:
         method = _quantization_method(config.quantization_config)
         raise UnsupportedModel(
             f"The checkpoint is quantized ({method}), which is not read; use the unquantized one or a .gguf file."
         )
-    task_of(config)
-    _check_class(model_class(config))
-    return probe_attention(config)
 
 
 def _check_class(found: Any) -> None:

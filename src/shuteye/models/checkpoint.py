@@ -16,8 +16,9 @@ import torch
 
 from shuteye.config import DType
 from shuteye.errors import UnsupportedModel
-from shuteye.models.blueprint import build_module, model_class, quiet, tied_names
+from shuteye.models.blueprint import build_module, quiet, tied_names
 from shuteye.models.sources import ModelSource
+from shuteye.models.tasks import model_class, model_options
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -56,10 +57,11 @@ def resolve_dtype(source: ModelSource, wanted: DType) -> torch.dtype:
 
 
 def _stored_dtype(directory: Path) -> str:
-    """The dtype of the first tensor of the first safetensors file, as its header spells it."""
+    """The dtype of the first tensor of numbers of the first safetensors file, as its header spells it."""
     with min(directory.glob("*.safetensors")).open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return next((entry["dtype"] for name, entry in header.items() if name != "__metadata__"), "BF16")
+    dtypes = (entry["dtype"] for name, entry in header.items() if name != "__metadata__")
+    return next((dtype for dtype in dtypes if "F" in dtype), "BF16")
 
 
 def read_config(source: ModelSource) -> Any:
@@ -93,6 +95,38 @@ def save_tokenizer(source: ModelSource, directory: Path) -> None:
     Raises:
         UnsupportedModel: there is none, or it is not a fast one (tokenizer.json).
     """
+    tokenizer = _read_tokenizer(source)
+    with quiet():
+        tokenizer.save_pretrained(directory)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """What a checkpoint's tokenizer does beside tokenizing.
+
+    Attributes:
+        outputs: the model's arguments that it gives: `input_ids`, perhaps `token_type_ids`, …
+        max_length: longest text in tokens that it was made for; astronomical if it does not say.
+    """
+
+    outputs: tuple[str, ...]
+    max_length: int
+    has_chat_template: bool
+
+
+def read_tokenizer_facts(source: ModelSource) -> TokenizerFacts:
+    """Load the checkpoint's tokenizer and ask it.
+
+    Raises:
+        UnsupportedModel: as `save_tokenizer`.
+    """
+    tokenizer = _read_tokenizer(source)
+    return TokenizerFacts(
+        tuple(tokenizer.model_input_names), int(tokenizer.model_max_length), bool(tokenizer.chat_template)
+    )
+
+
+def _read_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     where, extra = _location(source)
@@ -101,26 +135,27 @@ def save_tokenizer(source: ModelSource, directory: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=True, **extra)
         except (ValueError, OSError, ImportError) as error:
             raise UnsupportedModel(f"{source.name}: its tokenizer cannot be read: {error}") from error
-        if not tokenizer.is_fast:
-            raise UnsupportedModel(
-                f"{source.name}: {type(tokenizer).__name__} is not a fast tokenizer; only those with a tokenizer.json "
-                "are read, because the server decodes without transformers."
-            )
-        tokenizer.save_pretrained(directory)
+    if not tokenizer.is_fast:
+        raise UnsupportedModel(
+            f"{source.name}: {type(tokenizer).__name__} is not a fast tokenizer; only those with a tokenizer.json "
+            "are read, because the server decodes without transformers."
+        )
+    return tokenizer
 
 
 @contextmanager
 def open_checkpoint(
-    source: ModelSource, config: Any, *, dtype: torch.dtype, streaming: bool = True
+    source: ModelSource, config: Any, *, dtype: torch.dtype, streaming: bool = True, task: str = "generate"
 ) -> Iterator[CheckpointTensors]:
-    """The tensors of a checkpoint; `streaming=False` always goes through transformers.
+    """The tensors of a checkpoint for `task`; `streaming=False` always goes through transformers.
 
     Raises:
         UnsupportedModel: a tensor that the model needs is missing or has another shape.
     """
     with ExitStack() as stack:
-        tensors = _stream(source, config, dtype, stack) if streaming and source.kind == "directory" else None
-        yield tensors or _load_whole(source, config, dtype)
+        streams = streaming and source.kind == "directory"
+        tensors = _stream(source, config, dtype, stack, task=task) if streams else None
+        yield tensors or _load_whole(source, config, dtype, task=task)
 
 
 def _location(source: ModelSource) -> tuple[str, dict[str, Any]]:
@@ -132,9 +167,11 @@ def _location(source: ModelSource) -> tuple[str, dict[str, Any]]:
 # --- tensor by tensor -----------------------------------------------------------------------------
 
 
-def _stream(source: ModelSource, config: Any, dtype: torch.dtype, stack: ExitStack) -> CheckpointTensors | None:
+def _stream(
+    source: ModelSource, config: Any, dtype: torch.dtype, stack: ExitStack, *, task: str
+) -> CheckpointTensors | None:
     """One tensor in memory at a time; None if the checkpoint needs more than casting."""
-    module = build_module(config, dtype=dtype, attention="eager")
+    module = build_module(config, dtype=dtype, attention="eager", task=task)
     ties = tied_names(module)
     wanted = {
         name: tuple(parameter.shape)
@@ -193,7 +230,7 @@ def _is_converted(module: Any, names: Iterable[str]) -> bool:
 # --- through transformers -------------------------------------------------------------------------
 
 
-def _load_whole(source: ModelSource, config: Any, dtype: torch.dtype) -> CheckpointTensors:
+def _load_whole(source: ModelSource, config: Any, dtype: torch.dtype, *, task: str) -> CheckpointTensors:
     """The whole model in memory: for packed formats, and where transformers renames or converts."""
     from transformers import GgufConfig
 
@@ -201,8 +238,10 @@ def _load_whole(source: ModelSource, config: Any, dtype: torch.dtype) -> Checkpo
     if source.kind == "gguf":
         # Without this transformers keeps the weights packed.
         extra["quantization_config"] = GgufConfig(dequantize=True)
+    found = model_class(config, task)
+    extra |= model_options(found, task)
     with quiet():
-        model, report = model_class(config).from_pretrained(
+        model, report = found.from_pretrained(
             where, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **extra
         )
     _check_report(source, report)

@@ -29,7 +29,7 @@ def fingerprint_files(root: Path, files: Iterable[Path]) -> str:
 
 
 def fingerprint_path(path: Path) -> str:
-    """The fingerprint of one file, or of the relevant files directly inside a directory."""
+    """The fingerprint of one file, or of the relevant files of a directory."""
     if path.is_file():
         return fingerprint_files(path.parent, [path])
     return fingerprint_files(path, relevant_files(path))
@@ -37,7 +37,9 @@ def fingerprint_path(path: Path) -> str:
 
 def relevant_files(directory: Path) -> list[Path]:
     """The files of a checkpoint directory that can change what is served."""
-    return [file for file in directory.iterdir() if file.is_file() and file.suffix in RELEVANT_SUFFIXES]
+    modules = directory.glob("[0-9]*_*/*")  # of sentence-transformers, such as 1_Pooling/config.json
+    files = [*directory.iterdir(), *modules]
+    return [file for file in files if file.is_file() and file.suffix in RELEVANT_SUFFIXES]
 
 
 def _samples(file: Path, size: int) -> Iterable[bytes]:

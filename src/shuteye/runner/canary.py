@@ -1,36 +1,41 @@
-"""A short fixed forward pass whose logits were recorded when the weights were last known good.
+"""A short fixed forward pass whose numbers were recorded when the weights were last known good.
 
-Knows nothing of when it is due; it notices what checksums cannot: a wrong address, a lost buffer, a stale view.
+Knows nothing of when it is due, or of what the model computes; it notices what checksums cannot: a wrong address, a
+lost buffer, a stale view.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
-from shuteye.cache.kv_cache import KVCache
-from shuteye.models.loader import LoadedModel
-from shuteye.plans import SCRATCH_BLOCK, Chunk, StepPlan
-from shuteye.runner.batch import PackedBatch
+import torch
 
 NUM_TOKENS = 8
 
 TOLERANCE_ULPS = 4
-"""Allowed difference in units of the dtype's eps, relative to the largest logit.
+"""Allowed difference in units of the dtype's eps, relative to the largest number.
 
 Reduction order may change with the number of threads that the system grants; corrupt memory is far outside of this.
 """
 
 
-class Canary:
-    """Records logits per version of the weights and compares later passes with them."""
+def fixed_tokens(vocab_size: int, *, limit: int = NUM_TOKENS) -> tuple[int, ...]:
+    """Up to `limit` token ids, spread over the vocabulary."""
+    stride = max(1, vocab_size // (NUM_TOKENS + 1))
+    return tuple(stride * (i + 1) % vocab_size for i in range(min(NUM_TOKENS, limit)))
 
-    def __init__(self, model: LoadedModel, kv_cache: KVCache, *, block_size: int) -> None:
-        self._model = model
-        self._kv_cache = kv_cache
-        stride = max(1, model.vocab_size // (NUM_TOKENS + 1))
-        token_ids = tuple(stride * (i + 1) % model.vocab_size for i in range(min(NUM_TOKENS, block_size)))
-        chunk = Chunk(request_id="canary", token_ids=token_ids, start=0, block_ids=(SCRATCH_BLOCK,), sample=True)
-        self._batch = PackedBatch.from_plan(StepPlan(chunks=(chunk,)), block_size=block_size)
+
+class Canary:
+    """Records the numbers of a pass per version of the weights and compares later passes with them.
+
+    Args:
+        run: the pass; its result must depend on nothing but weights and buffers.
+        dtype: the weights', which says how exact the numbers can be.
+    """
+
+    def __init__(self, run: Callable[[], torch.Tensor], *, dtype: torch.dtype) -> None:
+        self._run = run
+        self._dtype = dtype
         self._recorded: dict[str, torch.Tensor] = {}
 
     def forget(self, version: str) -> None:
@@ -38,13 +43,13 @@ class Canary:
         self._recorded.pop(version, None)
 
     def agrees(self, version: str) -> bool:
-        """Run the pass; True if its logits match those of this version, or are the first seen of it.
+        """Run the pass; True if its numbers match those of this version, or are the first seen of it.
 
-        The first pass of a version is recorded only if all of its logits are finite.
+        The first pass of a version is recorded only if all of its numbers are finite.
         """
-        logits = self._model.forward(self._batch, self._kv_cache)  # [1, vocab]
-        if not bool(torch.isfinite(logits).all()):
+        found = self._run()
+        if not bool(torch.isfinite(found).all()):
             return False
-        recorded = self._recorded.setdefault(version, logits.clone())
-        limit = TOLERANCE_ULPS * torch.finfo(self._model.dtype).eps * float(recorded.abs().max())
-        return float((logits - recorded).abs().max()) <= limit
+        recorded = self._recorded.setdefault(version, found.clone())
+        limit = TOLERANCE_ULPS * torch.finfo(self._dtype).eps * float(recorded.abs().max())
+        return float((found - recorded).abs().max()) <= limit

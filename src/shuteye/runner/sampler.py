@@ -13,9 +13,11 @@ from enum import IntEnum
 import torch
 
 from shuteye.outputs import TokenLogprobs
-from shuteye.plans import Admission, SampledToken
+from shuteye.plans import Admission, SampledToken, TokenMask
 from shuteye.request import SamplingParams
+from shuteye.runner.logprobs import token_logprobs
 from shuteye.runner.token_counts import PenaltyRows, TokenCounts
+from shuteye.runner.token_rules import TokenRules, apply_mask, leave_some_token
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would overflow float32."""
@@ -41,6 +43,7 @@ class _Sampled:
 
     params: SamplingParams
     slot: int | None  # in TokenCounts, if the request has penalties
+    rules: TokenRules | None
     num_output_tokens: int = 0
 
     @property
@@ -93,6 +96,7 @@ class _Batch:
     sampled: tuple[_Sampled, ...]
     groups: tuple[_Group, ...]
     penalties: PenaltyRows | None
+    rules: tuple[tuple[int, TokenRules], ...]
     min_tokens_rows: tuple[int, ...]
     logprob_rows: tuple[int, ...]
 
@@ -125,7 +129,8 @@ class Sampler:
         for admission in admissions:
             assert admission.request_id not in self._requests, f"{admission.request_id} was admitted twice"
             slot = self._counts.add(admission.prompt_token_ids) if _has_penalties(admission.params) else None
-            self._requests[admission.request_id] = _Sampled(admission.params, slot)
+            rules = TokenRules.of(admission.params, device=self._device)
+            self._requests[admission.request_id] = _Sampled(admission.params, slot, rules)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop the state of requests; unknown ids are ignored, since a request may end before its first step."""
@@ -136,21 +141,26 @@ class Sampler:
             if self._batch is not None and request_id in self._batch.request_ids:
                 self._batch = None
 
-    def sample(self, logits: torch.Tensor, request_ids: Sequence[str]) -> tuple[SampledToken, ...]:
+    def sample(
+        self, logits: torch.Tensor, request_ids: Sequence[str], masks: Sequence[TokenMask] = ()
+    ) -> tuple[SampledToken, ...]:
         """Choose one token per row and record it in the request's history.
 
         Args:
             logits: [num_sampled, vocab_size] float32; left as they are.
             request_ids: the admitted request of each row, all different.
+            masks: what grammars allow, for those of the requests that have one.
         """
         batch = self._prepare(tuple(request_ids))
-        token_ids = self._draw(self._adjust(logits, batch), batch)
+        token_ids = self._draw(self._adjust(logits, batch, masks), batch)
         if batch.penalties is not None:
             self._counts.record(batch.penalties, token_ids)
         for sampled in batch.sampled:
             sampled.num_output_tokens += 1
         logprobs = _logprobs(logits, token_ids, batch)
         chosen = token_ids.tolist()
+        for row, rules in batch.rules:
+            rules.record(chosen[row])
         return tuple(
             SampledToken(request_id, token_id, logprobs.get(row))
             for row, (request_id, token_id) in enumerate(zip(batch.request_ids, chosen, strict=True))
@@ -170,6 +180,7 @@ class Sampler:
             sampled=sampled,
             groups=tuple(self._group(route, routes, sampled) for route in sorted(set(routes))),
             penalties=self._counts.rows(*zip(*penalized, strict=True)) if penalized else None,
+            rules=tuple((row, one.rules) for row, one in enumerate(sampled) if one.rules is not None),
             min_tokens_rows=tuple(row for row, one in enumerate(sampled) if one.must_go_on),
             logprob_rows=tuple(row for row, one in enumerate(sampled) if one.params.logprobs is not None),
         )
@@ -194,17 +205,21 @@ class Sampler:
     def _column(self, values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device).unsqueeze(1)
 
-    def _adjust(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
-        """Mask what `min_tokens` forbids, then apply penalties; a copy unless there is nothing to do."""
+    def _adjust(self, logits: torch.Tensor, batch: _Batch, masks: Sequence[TokenMask]) -> torch.Tensor:
+        """Apply rules of single tokens, what `min_tokens` forbids, penalties and masks; a copy if there is any."""
         pending = [row for row in batch.min_tokens_rows if batch.sampled[row].must_go_on]
-        if not pending and batch.penalties is None:
+        if not (pending or batch.rules or masks) and batch.penalties is None:
             return logits
-        logits = logits.clone()
+        raw, logits = logits, logits.clone()
+        for row, rules in batch.rules:
+            rules.apply(logits[row])
         for row in pending:
             stop_token_ids = (*self._eos_token_ids, *batch.sampled[row].params.stop_token_ids)
             logits[row, [token for token in stop_token_ids if 0 <= token < self._vocab_size]] = -math.inf
         if batch.penalties is not None:
             self._counts.penalize(logits, batch.penalties)
+        if batch.rules or masks:
+            _restrict(logits, raw, batch, masks)
         return logits
 
     def _draw(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
@@ -218,7 +233,7 @@ class Sampler:
 
     def _draw_group(self, logits: torch.Tensor, group: _Group) -> torch.Tensor:
         if group.route is _Route.GREEDY:
-            return logits.argmax(dim=-1)
+            return largest(logits)
         scores = mask_min_p(logits / group.temperature, group.filters)
         if group.route is _Route.FULL:
             return self._pick(Candidates(scores, None), group.sampled)
@@ -246,7 +261,7 @@ class Sampler:
     def _pick(self, candidates: Candidates, sampled: Sequence[_Sampled]) -> torch.Tensor:
         """Gumbel-max: the argmax of `score - log(Exp(1))` is a draw from softmax(score)."""
         noise = self._noise(candidates.scores, sampled)
-        index = (candidates.scores - noise.log_()).argmax(dim=-1, keepdim=True)
+        index = largest(candidates.scores - noise.log_()).unsqueeze(1)
         if candidates.token_ids is not None:
             index = candidates.token_ids.gather(1, index)
         return index.squeeze(1)
@@ -265,6 +280,26 @@ class Sampler:
                 self._seeded.manual_seed(_mix(one.params.seed, one.num_output_tokens))
                 noise[row].exponential_(generator=self._seeded)
         return noise.clamp_(min=torch.finfo(noise.dtype).tiny)  # log(0) would let a filtered token win
+
+
+def _restrict(logits: torch.Tensor, raw: torch.Tensor, batch: _Batch, masks: Sequence[TokenMask]) -> None:
+    """Apply grammar masks in place, and see that every row with rules or a mask has a token left."""
+    rows = {request_id: row for row, request_id in enumerate(batch.request_ids)}
+    rules, mask_of = dict(batch.rules), {rows[mask.request_id]: mask for mask in masks}
+    for row, mask in mask_of.items():
+        apply_mask(logits[row], mask)
+    for row in rules.keys() | mask_of.keys():
+        leave_some_token(logits[row], raw[row], rules=rules.get(row), mask=mask_of.get(row))
+
+
+def largest(scores: torch.Tensor) -> torch.Tensor:
+    """Where each row of `scores` [num_rows, width] is largest, first of equals: [num_rows] int64.
+
+    On the CPU by numpy, whose argmax is vectorized: 16 rows of 49,152 take 0.1 ms, torch's 1.4 ms.
+    """
+    if scores.device.type != "cpu":
+        return scores.argmax(dim=-1)
+    return torch.from_numpy(scores.numpy().argmax(axis=-1))
 
 
 def mask_min_p(scores: torch.Tensor, filters: Filters) -> torch.Tensor:
@@ -337,19 +372,5 @@ def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, batch: _Batch) -> d
     if not batch.logprob_rows:
         return {}
     rows = list(batch.logprob_rows)
-    raw = logits[rows].log_softmax(dim=-1)  # [num_rows, vocab_size]
-    chosen = token_ids[rows].unsqueeze(1)
-    value = raw.gather(1, chosen)
-    rank = (raw > value).sum(dim=-1, keepdim=True) + 1
     wanted = [batch.sampled[row].params.logprobs or 0 for row in rows]
-    best = raw.topk(min(max(wanted), raw.shape[-1]), dim=-1)
-    ids = torch.cat([chosen, best.indices], dim=1).tolist()
-    values = torch.cat([value, best.values], dim=1).tolist()
-    return {
-        row: TokenLogprobs(
-            token_ids=tuple(ids[index][: count + 1]),
-            logprobs=tuple(values[index][: count + 1]),
-            ranks=(int(rank[index]), *range(1, len(ids[index][: count + 1]))),
-        )
-        for index, (row, count) in enumerate(zip(rows, wanted, strict=True))
-    }
+    return dict(zip(rows, token_logprobs(logits[rows], token_ids[rows], wanted), strict=True))

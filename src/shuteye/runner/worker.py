@@ -1,4 +1,4 @@
-"""One rank: a model, its arenas, and every verb that may be asked of it.
+"""One rank: a model's runner, its arenas, and every verb that may be asked of it.
 
 Knows nothing of scheduling, or of when to sleep; it does what plans say and reports what it measured.
 """
@@ -11,8 +11,6 @@ from collections.abc import Iterable
 
 import torch
 
-from shuteye import native
-from shuteye.cache.kv_cache import KVCache, kv_bytes_per_token
 from shuteye.config import EngineConfig
 from shuteye.errors import InternalError, InvalidRequest, ShuteyeError
 from shuteye.memory.arena import Arena
@@ -21,24 +19,24 @@ from shuteye.memory.backends.base import MemoryBackend
 from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.memory.residency import Residency
-from shuteye.models.loaded import TOKENIZER_DIR, bind
+from shuteye.models.binding import TOKENIZER_DIR
 from shuteye.models.loader import open_image
 from shuteye.models.progress import LoggedProgress
 from shuteye.models.sources import resolve_source
+from shuteye.models.tensor_files import open_tensors
 from shuteye.outputs import TagReport, TagState, UpdateReport
 from shuteye.plans import (
     ModelFacts,
+    Plan,
+    Result,
     SleepEstimate,
     SleepPlan,
-    StepPlan,
-    StepResult,
     VerifyMode,
     VerifyResult,
     WakePlan,
 )
-from shuteye.runner.batch import PackedBatch
+from shuteye.runner.base import open_runner
 from shuteye.runner.canary import Canary
-from shuteye.runner.sampler import Sampler
 
 VERBS = frozenset(
     {
@@ -70,8 +68,7 @@ class Worker:
         ModelNotFound, UnsupportedModel, ImageFailure, MemoryExhausted: as their names say.
     """
 
-    _kv_cache: KVCache  # from `allocate_kv_cache` on
-    _canary: Canary
+    _canary: Canary  # from `allocate_kv_cache` on
 
     def __init__(self, config: EngineConfig, *, backend: MemoryBackend | None = None) -> None:
         self._config = config
@@ -87,12 +84,8 @@ class Worker:
             backend=self._backend, weights=self._weights, image=image, spill_dir=config.cache_dir / "spill"
         )
         self._residency.restore(WakePlan(weights="reload"))
-        self._model = model = bind(image, self._weights, native=config.kernels == "auto")
-        if model.native_tokens:
-            native.set_num_threads(num_threads)
-        if model.native_tokens >= config.max_num_batched_tokens:
-            torch.set_num_threads(1)  # its threads would spin on the cores that the kernels' own threads need
-        self._sampler = Sampler(vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids, seed=config.seed)
+        self._runner = open_runner(image, self._weights, config, num_threads=num_threads)
+        self._model = self._runner.model
 
     # --- loading --------------------------------------------------------------------------------
 
@@ -107,11 +100,13 @@ class Worker:
             context_length=model.context_length,
             eos_token_ids=model.eos_token_ids,
             weights_bytes=self._weights.nbytes,
-            kv_bytes_per_token=self._kv_bytes_per_token,
+            kv_bytes_per_token=self._runner.kv_bytes_per_token,
             available_bytes=self._backend.available_bytes(),
             image_dir=str(self._image.path),
             tokenizer_dir=str(self._image.path / TOKENIZER_DIR),
             default_sampling=model.default_sampling,
+            pooling=model.pooling,
+            speech=model.speech,
         )
 
     def _open_image(self, model: str) -> WeightImage:
@@ -125,47 +120,27 @@ class Worker:
         )
         return open_image(source, dtype=self._config.dtype, store=self._store, progress=progress)
 
-    @property
-    def _kv_bytes_per_token(self) -> int:
-        model = self._model
-        return kv_bytes_per_token(
-            num_layers=model.num_layers, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=model.dtype
-        )
-
     def allocate_kv_cache(self, num_blocks: int) -> None:
-        """Reserve and commit the KV arena; its pages cost memory only once they are used."""
-        model, block_size = self._model, self._config.block_size
-        arena = Arena.reserve(self._backend, tag="kv_cache", nbytes=num_blocks * block_size * self._kv_bytes_per_token)
+        """Reserve and commit the KV arena; its pages cost memory only once they are used. 0 blocks: it has no bytes."""
+        nbytes = num_blocks * self._config.block_size * self._runner.kv_bytes_per_token
+        arena = Arena.reserve(self._backend, tag="kv_cache", nbytes=nbytes)
         self._residency.attach_kv_cache(arena)
         self._residency.restore(WakePlan(kv_cache="commit"))
-        self._kv_cache = KVCache(
-            arena,
-            num_blocks=num_blocks,
-            num_layers=model.num_layers,
-            block_size=block_size,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            dtype=model.dtype,
-        )
-        self._canary = Canary(model, self._kv_cache, block_size=block_size)
+        self._runner.attach_kv_cache(arena, num_blocks=num_blocks)
+        self._canary = Canary(self._runner.canary_pass, dtype=self._model.dtype)
 
     # --- a step ---------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run the packed batch and sample.
+    def execute(self, plan: Plan) -> Result:
+        """Run one step of the model; the result goes with the plan's type.
 
         Raises:
             InternalError: a tag is not resident; nothing was computed.
         """
         if not self._residency.all_resident:
             raise InternalError("A step was planned while memory is not resident; the gate should have been closed.")
-        self._sampler.forget(plan.forget)
-        self._sampler.admit(plan.admissions)
-        batch = PackedBatch.from_plan(plan, block_size=self._config.block_size)
-        logits = self._model.forward(batch, self._kv_cache)
-        sampling = [chunk.request_id for chunk in plan.chunks if chunk.sample]
-        return StepResult(sampled=self._sampler.sample(logits, sampling) if sampling else ())
+        return self._runner.execute(plan)
 
     # --- sleep and wake -------------------------------------------------------------------------
 
@@ -179,6 +154,7 @@ class Worker:
 
     def release(self, plan: SleepPlan) -> tuple[TagReport, ...]:
         """Give the memory back; on error the rank's state is unknown until `reset`."""
+        self._runner.drop_computed()
         return self._residency.release(plan)
 
     def restore(self, plan: WakePlan) -> tuple[TagReport, ...]:
@@ -251,11 +227,9 @@ class Worker:
         return UpdateReport(updated, updated_bytes, self._residency.missing, time.perf_counter() - begin)
 
     def update_weights_from_file(self, path: str) -> UpdateReport:
-        """`update_weights` with every tensor of a safetensors file."""
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            return self.update_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (not a dict)
+        """`update_weights` with every tensor of a safetensors file, or of all of a directory."""
+        with open_tensors(path) as named_tensors:
+            return self.update_weights(named_tensors)
 
     def reload_weights(self, path: str | None) -> UpdateReport:
         """Replace every weight by those of the image, or of another checkpoint with the same layout.

@@ -1,14 +1,16 @@
-"""Refuses work for the model as early as possible: while loading, asleep, faulted or dead.
+"""Refuses work for the model as early as possible: while loading, asleep, faulted, dead or stopping.
 
 Knows nothing of bodies or tokens; the engine core decides again, and for good, when a request reaches it.
 """
 
 from __future__ import annotations
 
-from fastapi import Request, Response
+from typing import Any
+
+from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 
-from shuteye.errors import EngineDead, EngineFaulted, EngineNotReady, InvalidRequest, ModelSleeping
+from shuteye.errors import EngineDead, EngineFaulted, EngineNotReady, InvalidRequest, ModelSleeping, ServerStopping
 from shuteye.server.auth import Handler, behind_inference_key
 from shuteye.server.context import ServerContext, context_of
 from shuteye.server.engine_protocol import ServedEngine
@@ -22,10 +24,22 @@ class ModelRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def admitted(request: Request) -> Response:
-            refuse_unless_serving(context_of(request).engine)
+            context = context_of(request)
+            refuse_if_stopping(context)
+            refuse_unless_serving(context.engine)
             return await handle(request)
 
         return behind_inference_key(admitted)
+
+
+def refuse_if_stopping(context: ServerContext) -> None:
+    """Begin nothing that a stop would have to wait for.
+
+    Raises:
+        ServerStopping: the server was told to stop.
+    """
+    if context.stopping.begun:
+        raise ServerStopping("This server is stopping; it finishes what runs and takes no new requests.")
 
 
 def refuse_unless_alive(engine: ServedEngine) -> None:
@@ -63,14 +77,28 @@ def refuse_unless_serving(engine: ServedEngine) -> None:
         raise ModelSleeping
 
 
-def require_task(context: ServerContext, task: str, path: str) -> None:
+def require_task(context: ServerContext, tasks: str | tuple[str, ...], path: str) -> None:
     """Refuse a route that the model's task does not serve.
+
+    Args:
+        tasks: the one, or any of those, that do.
 
     Raises:
         InvalidRequest: names both tasks.
     """
     served = context.engine.info.task
-    if served != task:
+    accepted = (tasks,) if isinstance(tasks, str) else tasks
+    if served not in accepted:
+        wanted = " or ".join(f"'{task}'" for task in accepted)
         raise InvalidRequest(
-            f"{path} needs a model for the task '{task}'; {context.model_names[0]!r} is one for '{served}'."
+            f"{path} needs a model for the task {wanted}; {context.model_names[0]!r} is one for '{served}'."
         )
+
+
+def needs_task(*tasks: str) -> Any:
+    """A dependency of a route that only models for these tasks serve: it refuses before the body is looked at."""
+
+    def check(request: Request) -> None:
+        require_task(context_of(request), tasks, request.url.path)
+
+    return Depends(check)

@@ -12,38 +12,104 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from shuteye import __version__
-from shuteye.errors import ShuteyeError
+from shuteye.errors import InvalidRequest, ShuteyeError
 from shuteye.server.auth import control_routes_exist
 from shuteye.server.body_limit import BodyLimit
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
 from shuteye.server.engine_protocol import ServedEngine
 from shuteye.server.errors import install_error_handlers
+from shuteye.server.header_limit import HeaderLimit
 from shuteye.server.metrics import Metrics
-from shuteye.server.routes import chat, completions, health, metrics, models, other_tasks, sleep, tokenize
+from shuteye.server.openapi import install_openapi
+from shuteye.server.request_ids import RequestIds
+from shuteye.server.routes import (
+    chat,
+    completions,
+    embeddings,
+    health,
+    invocations,
+    metrics,
+    models,
+    responses,
+    scores,
+    sleep,
+    tokenize,
+    transcriptions,
+    weights,
+)
+from shuteye.server.routes import engine as engine_routes
+from shuteye.server.spans import Tracer
 
 logger = logging.getLogger(__name__)
 
 
-def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
+def create_app(engine: ServedEngine, config: ServerConfig, *, tracer: Tracer | None = None) -> FastAPI:
     """An application that starts `engine` in the background when it starts, and closes it when it ends.
 
     Control routes exist only if the engine has sleep mode on and there is an admin key or development mode.
+
+    Args:
+        tracer: what makes spans, in place of the one that the config asks for.
+
+    Raises:
+        InvalidRequest: the config asks for spans, and OpenTelemetry is not installed.
     """
     app = FastAPI(title="shuteye", version=__version__, lifespan=_lifespan, redirect_slashes=False)
     model_name = (config.served_model_name or (engine.config.model,))[0]
-    app.state.context = ServerContext(engine, config, Metrics(engine, model_name))
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    tracer = tracer or _configured_tracer(config, model_name)
+    measured = Metrics(engine, model_name, tracer=tracer, log_requests=config.log_requests)
+    engine.listen_to_own_wakes(measured.on_own_wake)
+    app.state.context = ServerContext(engine, config, measured, tracer)
+    _add_middleware(app, app.state.context)
     install_error_handlers(app)
-    for module in (chat, completions, models, tokenize, health, metrics, other_tasks):
+    install_openapi(app)
+    for module in (chat, completions, responses, embeddings, scores, transcriptions, invocations):
+        app.include_router(module.router)
+    for module in (models, tokenize, health, metrics):
         app.include_router(module.router)
     app.include_router(health.keyed)
     if control_routes_exist(config, enable_sleep_mode=engine.config.enable_sleep_mode):
-        app.include_router(sleep.router)
+        for module in (sleep, weights, engine_routes):
+            app.include_router(module.router)
         _warn_of_open_control_routes(config)
     return app
+
+
+def _configured_tracer(config: ServerConfig, model_name: str) -> Tracer | None:
+    if config.otlp_traces_endpoint is None:
+        return None
+    try:
+        from shuteye.server.tracing import otlp_tracer
+
+        return otlp_tracer(config.otlp_traces_endpoint, model_name)
+    except ImportError as error:
+        raise InvalidRequest(
+            f"otlp_traces_endpoint needs OpenTelemetry ({error}); install shuteye with its extra: shuteye[otel].",
+            param="otlp_traces_endpoint",
+        ) from error
+
+
+def _add_middleware(app: FastAPI, context: ServerContext) -> None:
+    """The last one added is the first that a request meets."""
+    config = context.config
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, except_paths=frozenset({weights.PATH}))
+    if context.tracer is not None:
+        app.add_middleware(context.tracer.around)
+    app.add_middleware(HeaderLimit, max_count=config.max_header_count, max_bytes=config.max_header_bytes)
+    app.add_middleware(RequestIds, on_answer=context.metrics.count_answer)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=config.allowed_methods,
+            allow_headers=config.allowed_headers,
+            allow_credentials=config.allow_credentials,
+            expose_headers=("X-Request-Id", "Retry-After"),
+        )
 
 
 def _warn_of_open_control_routes(config: ServerConfig) -> None:
@@ -70,6 +136,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await context.engine.close()
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
+        if context.tracer is not None:
+            await asyncio.to_thread(context.tracer.close)
 
 
 async def _start(context: ServerContext) -> None:

@@ -5,6 +5,7 @@ Knows nothing of routes; plain ASGI, so that streams pass through untouched.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
@@ -14,34 +15,44 @@ if TYPE_CHECKING:
 
 
 class BodyLimit:
-    """ASGI middleware: a body of more than `max_bytes` raises HTTP 413 where the route reads it."""
+    """ASGI middleware: a body of more than `max_bytes` raises HTTP 413 where the route reads it.
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    Args:
+        except_paths: routes that bound what they read by themselves.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, except_paths: frozenset[str] = frozenset()) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.except_paths = except_paths
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Pass the request on, counting what is received."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        declared = _declared_length(scope)
-        seen = 0
+        if scope["type"] == "http" and scope["path"] not in self.except_paths:
+            receive = limited(scope, receive, max_bytes=self.max_bytes)
+        return self.app(scope, receive, send)
 
-        async def limited() -> Message:
-            nonlocal seen
-            if declared > self.max_bytes:
-                raise self._too_large()
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.max_bytes:
-                raise self._too_large()
-            return message
 
-        await self.app(scope, limited, send)
+def limited(scope: Scope, receive: Receive, *, max_bytes: int) -> Receive:
+    """`receive`, which raises HTTP 413 once the body is, or says that it will be, larger."""
+    declared = _declared_length(scope)
+    seen = 0
 
-    def _too_large(self) -> HTTPException:
-        return HTTPException(413, f"The request body is over the limit of {self.max_bytes:,} bytes.")
+    async def counted() -> Message:
+        nonlocal seen
+        if declared > max_bytes:
+            raise _too_large(max_bytes)
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > max_bytes:
+            raise _too_large(max_bytes)
+        return message
+
+    return counted
+
+
+def _too_large(max_bytes: int) -> HTTPException:
+    return HTTPException(413, f"The request body is over the limit of {max_bytes:,} bytes.")
 
 
 def _declared_length(scope: Scope) -> int:

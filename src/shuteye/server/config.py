@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shuteye.errors import InvalidRequest
+from shuteye.logs import LogFormat, LogLevel
+from shuteye.server.reading.reasoning import ReasoningParserName
+from shuteye.server.reading.tool_formats import ToolFormat
 
-LogLevel = Literal["debug", "info", "warning", "error"]
+ToolCallParser = Literal["auto"] | ToolFormat
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
@@ -25,8 +28,17 @@ class ServerConfig:
         admin_api_key: required on control routes when set; it opens inference routes too.
         dev_mode: control routes exist without an admin key.
         served_model_name: names that requests may use; empty means the model string as given.
+        allowed_origins: web pages of these origins may call; empty: of none but the server's own. `*` is every origin.
+        allowed_methods, allowed_headers: what those pages may use.
+        allow_credentials: whether those pages may send cookies and the like.
         max_body_bytes: larger request bodies are answered with 413.
+        max_audio_s: longer recordings are answered with 400.
+        max_header_count, max_header_bytes: more or larger request headers are answered with 431.
         shutdown_grace_s: how long running requests may go on after the first signal.
+        log_requests: a line for every request that was served, without its text.
+        tool_call_parser: how the model writes tool calls; `auto` asks its chat template.
+        reasoning_parser: how the model writes reasoning, if it does.
+        otlp_traces_endpoint: where spans go, as OTLP over HTTP; None makes none.
 
     Raises:
         InvalidRequest: a value is out of range; `param` names it.
@@ -38,9 +50,21 @@ class ServerConfig:
     admin_api_key: str | None = None
     dev_mode: bool = False
     served_model_name: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
     max_body_bytes: int = 32 * 1024 * 1024
+    max_audio_s: float = 3600.0
+    max_header_count: int = 128
+    max_header_bytes: int = 64 * 1024
     shutdown_grace_s: float = 30.0
     log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
+    log_requests: bool = False
+    otlp_traces_endpoint: str | None = None
+    tool_call_parser: ToolCallParser = "auto"
+    reasoning_parser: ReasoningParserName = "none"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -53,14 +77,29 @@ class ServerConfig:
                 "admin_api_key equals api_key, but an inference key must never open a control route: choose another.",
                 param="admin_api_key",
             )
-        if self.max_body_bytes <= 0:
-            raise InvalidRequest(f"max_body_bytes must be positive, got {self.max_body_bytes}.", param="max_body_bytes")
+        for name in ("max_body_bytes", "max_audio_s", "max_header_count", "max_header_bytes"):
+            if getattr(self, name) <= 0:
+                raise InvalidRequest(f"{name} must be positive, got {getattr(self, name)}.", param=name)
         if self.shutdown_grace_s < 0:
             raise InvalidRequest(
                 f"shutdown_grace_s must not be negative, got {self.shutdown_grace_s}.", param="shutdown_grace_s"
             )
         if not all(self.served_model_name):
             raise InvalidRequest("served_model_name must not hold an empty name.", param="served_model_name")
+        self._check_strangers()
+
+    def _check_strangers(self) -> None:
+        if self.allow_credentials and "*" in self.allowed_origins:
+            raise InvalidRequest(
+                "allow_credentials with allowed_origins '*' would let any page act as its visitor: name the origins.",
+                param="allow_credentials",
+            )
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise InvalidRequest(
+                f"otlp_traces_endpoint must be an http:// or https:// address, got {endpoint!r}.",
+                param="otlp_traces_endpoint",
+            )
 
     @property
     def is_loopback(self) -> bool:

@@ -16,6 +16,7 @@ from shuteye.errors import ModelNotFound
 from shuteye.server.config import ServerConfig
 from shuteye.server.engine_protocol import ServedEngine
 from shuteye.server.metrics import Metrics
+from shuteye.server.spans import Tracer
 
 
 @dataclass(slots=True)
@@ -25,6 +26,13 @@ class Loading:
     failed: bool = False
 
 
+@dataclass(slots=True)
+class Stopping:
+    """Whether the server was told to stop; from then on it begins nothing new."""
+
+    begun: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class ServerContext:
     """One app's share of the world; made by `create_app`, kept in `app.state.context`."""
@@ -32,7 +40,9 @@ class ServerContext:
     engine: ServedEngine
     config: ServerConfig
     metrics: Metrics
+    tracer: Tracer | None = None
     loading: Loading = field(default_factory=Loading)
+    stopping: Stopping = field(default_factory=Stopping)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

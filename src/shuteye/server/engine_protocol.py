@@ -7,21 +7,24 @@ Knows nothing of processes or tensors; tests serve a fake through the same seam.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Literal, Protocol
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Literal, Protocol
 
 from shuteye.config import EngineConfig
 from shuteye.errors import ShuteyeError
 from shuteye.outputs import (
+    EmbeddingRequestOutput,
     EngineState,
     ModelInfo,
     RequestOutput,
     SchedulerStats,
+    ScoringRequestOutput,
     SleepReport,
+    Transcription,
     UpdateReport,
     WakeReport,
 )
-from shuteye.request import OutputKind, SamplingParams
+from shuteye.request import OutputKind, PoolingParams, SamplingParams, TranscribeParams
 from shuteye.tokenizer import Tokenizer
 
 EngineStatus = Literal["starting", "ready", "failed", "dead", "closed"]
@@ -51,6 +54,8 @@ class ServedEngine(Protocol):
 
     async def start(self) -> None: ...
     async def close(self) -> None: ...
+    async def restart(self) -> None: ...
+    def listen_to_own_wakes(self, listener: Callable[[WakeReport | ShuteyeError], None]) -> None: ...
 
     def generate(
         self,
@@ -60,6 +65,33 @@ class ServedEngine(Protocol):
         request_id: str | None = None,
         output_kind: OutputKind = "cumulative",
     ) -> AsyncIterator[RequestOutput]: ...
+
+    def transcribe(
+        self,
+        pcm: bytes,
+        params: TranscribeParams | None = None,
+        *,
+        prompt: str | None = None,
+        request_id: str | None = None,
+        output_kind: OutputKind = "cumulative",
+    ) -> AsyncIterator[Transcription]: ...
+
+    async def embed(
+        self,
+        prompts: str | Sequence[str | Sequence[int]],
+        params: PoolingParams | None = None,
+        *,
+        request_id: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> list[EmbeddingRequestOutput]: ...
+    async def score(
+        self,
+        queries: str | Sequence[str],
+        documents: str | Sequence[str],
+        params: PoolingParams | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> list[ScoringRequestOutput]: ...
 
     async def sleep(
         self,
@@ -72,5 +104,7 @@ class ServedEngine(Protocol):
     async def wake_up(self, tags: Sequence[str] | None = None) -> WakeReport: ...
     async def pause(self, mode: str | None = None, *, timeout_s: float | None = None) -> None: ...
     async def resume(self) -> None: ...
+    async def update_weights_from_file(self, path: str) -> UpdateReport: ...
     async def reload_weights(self, path: str | None = None) -> UpdateReport: ...
+    async def collective_rpc(self, method: str, args: Sequence[Any] = ()) -> list[Any]: ...
     async def reset_prefix_cache(self) -> None: ...

@@ -21,9 +21,11 @@ from shuteye.errors import (
     MemoryExhausted,
     ModelSleeping,
     QueueFull,
+    ServerStopping,
     ShuteyeError,
     WakeFailed,
 )
+from shuteye.logs import REQUEST_ID
 
 RETRY_AFTER_S: Mapping[type[ShuteyeError], int] = {
     ModelSleeping: 1,
@@ -31,10 +33,16 @@ RETRY_AFTER_S: Mapping[type[ShuteyeError], int] = {
     WakeFailed: 2,
     MemoryExhausted: 5,
     EngineNotReady: 5,
+    ServerStopping: 5,
 }
 """Errors worth a retry, and after how many seconds; subclasses inherit."""
 
-_HTTP_ERROR_TYPES = {404: "NotFoundError", 405: "MethodNotAllowedError", 413: "RequestTooLargeError"}
+_HTTP_ERROR_TYPES = {
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    413: "RequestTooLargeError",
+    431: "HeadersTooLargeError",
+}
 
 
 class ClientDisconnected(Exception):
@@ -135,9 +143,13 @@ async def _on_validation_error(_request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    code = error.status_code
+    return http_error(error.status_code, _http_message(request, error), error.headers)
+
+
+def http_error(code: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An error of HTTP itself, which no class of ours stands for, in OpenAI's shape."""
     kind = _HTTP_ERROR_TYPES.get(code, "BadRequestError" if code < 500 else "InternalServerError")
-    return _json_response(code, _body(_http_message(request, error), kind, None, code), error.headers)
+    return _json_response(code, _body(message, kind, None, code), headers)
 
 
 def _http_message(request: Request, error: HTTPException) -> str:
@@ -154,8 +166,10 @@ async def _on_disconnect(_request: Request, _error: Exception) -> Response:
 
 
 async def _on_unexpected(_request: Request, _error: Exception) -> Response:
-    # starlette raises the error again after this answer, and uvicorn logs its traceback
-    return error_response(InternalError("Internal server error: a bug of ours; the server's log has the traceback."))
+    # starlette raises the error again after this answer, and uvicorn logs its traceback; no middleware sees the answer
+    answer = error_response(InternalError("Internal server error: a bug of ours; the server's log has the traceback."))
+    answer.headers["X-Request-Id"] = REQUEST_ID.get() or "unknown"
+    return answer
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -6,15 +6,20 @@ Knows nothing of OpenAI's shapes, nor of how a client is answered.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Self, cast
+from dataclasses import dataclass, field
+from typing import Generic, Self, TypeVar, cast
 
 from shuteye.errors import PromptTooLong
 from shuteye.outputs import RequestOutput
 from shuteye.request import SamplingParams
 from shuteye.server.context import ServerContext
+
+_RUNS = itertools.count(1)
+
+T = TypeVar("T")
 
 Step = tuple[int, RequestOutput]
 """Which prompt, and what is new for it."""
@@ -30,11 +35,21 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All that one HTTP request asks of the engine; prompt i runs under the id `{request_id}-{i}`."""
+    """All that one HTTP request asks of the engine; prompt i runs under the id `{request_id}-{i}-{run}`.
+
+    `run` tells two HTTP requests apart that carry the same X-Request-Id.
+
+    Attributes:
+        best: how many of each prompt's `params.n` completions are wanted, the likeliest; None means all.
+        echoes_only: what is generated, a single token, is not wanted.
+    """
 
     request_id: str
     prompts: tuple[Prompt, ...]
     params: SamplingParams
+    best: int | None = None
+    echoes_only: bool = False
+    run: str = field(default_factory=lambda: f"{next(_RUNS):x}")
 
 
 def require_room(num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> None:
@@ -69,7 +84,10 @@ async def _run_one(context: ServerContext, job: Job, index: int) -> AsyncGenerat
     outputs = cast(  # the engine promises an iterator that can be closed, which aborts
         "AsyncGenerator[RequestOutput, None]",
         context.engine.generate(
-            job.prompts[index].token_ids, job.params, request_id=f"{job.request_id}-{index}", output_kind="delta"
+            job.prompts[index].token_ids,
+            job.params,
+            request_id=f"{job.request_id}-{index}-{job.run}",
+            output_kind="delta",
         ),
     )
     with context.metrics.request() as timer:
@@ -106,17 +124,17 @@ async def _pump(index: int, source: AsyncGenerator[Step, None], queue: asyncio.Q
         queue.put_nowait(index)
 
 
-class StartedSteps:
+class StartedSteps(Generic[T]):
     """Steps whose first has come already; unlike a generator, closing it before its first use closes the source."""
 
-    def __init__(self, first: Step, rest: AsyncGenerator[Step, None]) -> None:
-        self._first: Step | None = first
+    def __init__(self, first: T, rest: AsyncGenerator[T, None]) -> None:
+        self._first: T | None = first
         self._rest = rest
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Step:
+    async def __anext__(self) -> T:
         first, self._first = self._first, None
         return first if first is not None else await anext(self._rest)
 
@@ -125,7 +143,7 @@ class StartedSteps:
         await self._rest.aclose()
 
 
-async def started(steps: AsyncGenerator[Step, None]) -> StartedSteps:
+async def started(steps: AsyncGenerator[T, None]) -> StartedSteps[T]:
     """The same steps, once the first has come: errors of admission are raised here, before any byte is sent."""
     try:
         first = await anext(steps)

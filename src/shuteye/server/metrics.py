@@ -1,98 +1,134 @@
-"""Prometheus metrics of one app: its requests as timed here, and the engine's last pushed snapshot.
+"""Prometheus metrics of one app: what is counted and timed here, beside the engine's last pushed snapshot.
 
 Knows nothing of routes. Names are vLLM's with the prefix `shuteye_`; the colon of `vllm:` belongs to recording rules.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
 
-from shuteye.errors import ClientError
-from shuteye.outputs import EngineState, Residency, SchedulerStats, SleepReport, WakeReport
+from shuteye.errors import ClientError, ShuteyeError
+from shuteye.outputs import SleepReport, UpdateReport, WakeReport
+from shuteye.server.request_timer import RequestTimer
+from shuteye.server.snapshots import SnapshotCollector, Snapshots
+from shuteye.server.spans import ServedPrompt, Tracer
 
 if TYPE_CHECKING:
-    from prometheus_client.core import Metric
+    from starlette.types import Scope
 
-    from shuteye.outputs import RequestOutput
+logger = logging.getLogger("shuteye.requests")
 
 LATENCY_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
 REQUEST_BUCKETS_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0)
 TRANSITION_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+TOKEN_BUCKETS = tuple(float(2**power) for power in range(18))
+
+CALL, REQUEST = "call", "request"
+"""What caused a transition: somebody's call, or a request that found the model asleep (policy `wake`)."""
 
 Report = TypeVar("Report")
 
 
-class Snapshots(Protocol):
-    """The part of an engine that metrics read: what it pushed last."""
-
-    @property
-    def state(self) -> EngineState:
-        """Where every tag is."""
-        ...
-
-    @property
-    def stats(self) -> SchedulerStats:
-        """Counters and gauges of the scheduler."""
-        ...
-
-
 class Metrics:
-    """All metrics of one app, in a registry of its own."""
+    """All metrics of one app, in a registry of its own.
 
-    def __init__(self, engine: Snapshots, model_name: str) -> None:
+    Args:
+        tracer: told of prompts and transitions, too.
+        log_requests: log a line for every prompt that was served.
+    """
+
+    def __init__(
+        self, engine: Snapshots, model_name: str, *, tracer: Tracer | None = None, log_requests: bool = False
+    ) -> None:
         self.registry = CollectorRegistry()
         self._model = model_name
-        labels = ("model_name",)
-        self._finished = Counter(
-            "shuteye_request_finished",
-            "Requests finished, by reason: stop, length, abort, disconnected, refused or error.",
-            (*labels, "finished_reason"),
-            registry=self.registry,
+        self._tracer = tracer
+        self._log_requests = log_requests
+        self._last_wake: WakeReport | None = None
+        self._define_requests()
+        self._define_transitions()
+        self.registry.register(SnapshotCollector(engine, model_name))
+
+    def _define_requests(self) -> None:
+        self._answers = self._counter(
+            "shuteye_http_requests", "HTTP requests answered, by route and status.", "method", "path", "status"
+        )
+        self._success = self._counter(
+            "shuteye_request_success", "Choices that ended in order: stop, length or abort.", "finished_reason"
+        )
+        self._failure = self._counter(
+            "shuteye_request_failure",
+            "Prompts that were lost: disconnected (the client went), refused (a bad value) or error.",
+            "reason",
         )
         self._first_token = self._latency("shuteye_time_to_first_token_seconds", "Arrival to first token.")
         self._inter_token = self._latency("shuteye_inter_token_latency_seconds", "Time between tokens of a choice.")
-        self._whole = self._latency(
-            "shuteye_e2e_request_latency_seconds", "Arrival to last token.", buckets=REQUEST_BUCKETS_S
-        )
-        self._transitions = Counter(
+        self._whole = self._whole_request("shuteye_e2e_request_latency_seconds", "Arrival to last token.")
+        self._phases = {
+            "queue": self._whole_request("shuteye_request_queue_time_seconds", "Arrival to a place in the batch."),
+            "prefill": self._whole_request("shuteye_request_prefill_time_seconds", "That place to the first token."),
+            "decode": self._whole_request("shuteye_request_decode_time_seconds", "First to last token."),
+        }
+        self._num_prompt_tokens = self._histogram(
+            "shuteye_request_prompt_tokens", "Tokens of a prompt.", buckets=TOKEN_BUCKETS
+        ).labels(self._model)
+        self._num_output_tokens = self._histogram(
+            "shuteye_request_generation_tokens", "Tokens generated for a prompt.", buckets=TOKEN_BUCKETS
+        ).labels(self._model)
+
+    def _define_transitions(self) -> None:
+        self._transitions = self._counter(
             "shuteye_transitions",
-            "Transitions asked for over HTTP, by kind and outcome: changed, unchanged, or the error's class.",
-            (*labels, "transition", "outcome"),
-            registry=self.registry,
+            "Transitions by kind, by outcome (changed, unchanged, or the error's class), and by what caused them "
+            "(call, or request: policy wake).",
+            "transition",
+            "outcome",
+            "cause",
         )
-        self._transition_time = Histogram(
+        self._transition_time = self._histogram(
             "shuteye_transition_seconds",
             "Duration of transitions that succeeded.",
-            (*labels, "transition"),
+            "transition",
             buckets=TRANSITION_BUCKETS_S,
-            registry=self.registry,
         )
-        self._freed = Counter(
-            "shuteye_sleep_freed_bytes", "Bytes given back by sleeping, as measured.", labels, registry=self.registry
-        )
+        self._freed = self._counter("shuteye_sleep_freed_bytes", "Bytes given back by sleeping, as measured.")
+        self._restored = self._counter("shuteye_wake_restored_bytes", "Bytes mapped again by waking, as measured.")
+        self._updated = self._counter("shuteye_weights_updated_bytes", "Bytes written by weight updates and reloads.")
         self._residual = Gauge(
             "shuteye_sleep_residual_bytes",
             "Bytes that stayed in the process at the last sleep.",
-            labels,
+            ("model_name",),
             registry=self.registry,
         )
-        self.registry.register(_SnapshotCollector(engine, model_name))
-        self.last_wake_s: float | None = None
 
-    def _latency(self, name: str, text: str, *, buckets: tuple[float, ...] = LATENCY_BUCKETS_S) -> Histogram:
-        return Histogram(name, text, ("model_name",), buckets=buckets, registry=self.registry)
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, ("model_name", *labels), registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, ("model_name", *labels), buckets=buckets, registry=self.registry)
+
+    def _latency(self, name: str, text: str) -> Histogram:
+        return self._histogram(name, text, buckets=LATENCY_BUCKETS_S).labels(self._model)
+
+    def _whole_request(self, name: str, text: str) -> Histogram:
+        return self._histogram(name, text, buckets=REQUEST_BUCKETS_S).labels(self._model)
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def count_answer(self, scope: Scope, status: int) -> None:
+        """An HTTP request is being answered; paths that no route has are counted together."""
+        path = getattr(scope.get("route"), "path", "other")
+        self._answers.labels(self._model, scope["method"] if path != "other" else "", path, str(status)).inc()
 
     @contextmanager
     def request(self) -> Iterator[RequestTimer]:
@@ -101,18 +137,55 @@ class Metrics:
         try:
             yield timer
         except GeneratorExit:
-            self.count_finished("disconnected")
+            timer.lost("disconnected")
             raise
         except ClientError:
-            self.count_finished("refused")
+            timer.lost("refused")
             raise
         except BaseException as error:
-            self.count_finished("disconnected" if _is_cancellation(error) else "error")
+            timer.lost("error" if isinstance(error, Exception) else "disconnected")
             raise
 
-    def count_finished(self, reason: str) -> None:
-        """One more request that ended for `reason`."""
-        self._finished.labels(self._model, reason).inc()
+    def observe_inter_token(self, seconds: float, count: int) -> None:
+        """See `TimedPrompts`."""
+        for _ in range(count):
+            self._inter_token.observe(seconds)
+
+    def observe_prompt(self, served: ServedPrompt, *, failure: str | None) -> None:
+        """See `TimedPrompts`."""
+        if failure is None:
+            self._count_served(served)
+        else:
+            self._failure.labels(self._model, failure).inc()
+        if self._tracer is not None:
+            self._tracer.prompt(served)
+        if self._log_requests:
+            _log(served)
+
+    def _count_served(self, served: ServedPrompt) -> None:
+        for reason in served.outcome:
+            self._success.labels(self._model, reason).inc()
+        self._whole.observe(served.ended - served.arrived)
+        if served.first_token is not None:
+            self._first_token.observe(served.first_token - served.arrived)
+        for name, (begin, end) in served.phases.items():
+            self._phases[name].observe(end - begin)
+        self._num_prompt_tokens.observe(served.num_prompt_tokens)
+        self._num_output_tokens.observe(served.num_output_tokens)
+
+    # --- transitions ----------------------------------------------------------------------------
+
+    @property
+    def last_wake_s(self) -> float | None:
+        """How long the last wake took that changed anything, whatever caused it."""
+        return self._last_wake.seconds if self._last_wake else None
+
+    def expected_wake_s(self, restore_bytes: int) -> float | None:
+        """How long bringing `restore_bytes` of weights back should take, at the last wake's pace; None before one."""
+        last = self._last_wake
+        if last is None:
+            return None
+        return last.seconds * (restore_bytes / last.restored_bytes) if last.restored_bytes > 0 else last.seconds
 
     async def transition(self, kind: str, work: Awaitable[Report]) -> Report:
         """The result of `work`, timed and counted as a transition of this kind."""
@@ -120,116 +193,59 @@ class Metrics:
         try:
             report = await work
         except BaseException as error:
-            self._transitions.labels(self._model, kind, type(error).__name__).inc()
+            self._count_transition(kind, error, time.perf_counter() - started, cause=CALL)
             raise
-        seconds = time.perf_counter() - started
-        outcome = "changed" if getattr(report, "changed", True) else "unchanged"
-        self._transitions.labels(self._model, kind, outcome).inc()
-        self._transition_time.labels(self._model, kind).observe(seconds)
-        self._keep_figures(report)
+        self._count_transition(kind, report, time.perf_counter() - started, cause=CALL)
         return report
+
+    def on_own_wake(self, outcome: WakeReport | ShuteyeError) -> None:
+        """A wake has ended that a request caused (policy `wake`)."""
+        self._count_transition("wake_up", outcome, getattr(outcome, "seconds", 0.0), cause=REQUEST)
+
+    def _count_transition(self, kind: str, outcome: object, seconds: float, *, cause: str) -> None:
+        failed = isinstance(outcome, BaseException)
+        how = type(outcome).__name__ if failed else "changed" if getattr(outcome, "changed", True) else "unchanged"
+        self._transitions.labels(self._model, kind, how, cause).inc()
+        if not failed:
+            self._transition_time.labels(self._model, kind).observe(seconds)
+            self._keep_figures(outcome)
+        if self._tracer is not None:
+            self._tracer.transition(kind, seconds, {"outcome": how, "cause": cause} | _figures_of(outcome))
 
     def _keep_figures(self, report: object) -> None:
         if isinstance(report, SleepReport) and report.changed:
             self._freed.labels(self._model).inc(report.freed_bytes)
             self._residual.labels(self._model).set(report.residual_bytes)
         if isinstance(report, WakeReport) and report.changed:
-            self.last_wake_s = report.seconds
-
-    def observe_first_token(self, seconds: float) -> None:
-        """A request's first token came."""
-        self._first_token.labels(self._model).observe(seconds)
-
-    def observe_inter_token(self, seconds: float) -> None:
-        """A choice's next token came."""
-        self._inter_token.labels(self._model).observe(seconds)
-
-    def observe_whole(self, seconds: float) -> None:
-        """A request's last token came."""
-        self._whole.labels(self._model).observe(seconds)
+            self._restored.labels(self._model).inc(report.restored_bytes)
+            self._last_wake = report
+        if isinstance(report, UpdateReport):
+            self._updated.labels(self._model).inc(report.updated_bytes)
 
 
-def _is_cancellation(error: BaseException) -> bool:
-    return not isinstance(error, Exception)
+def _figures_of(report: object) -> dict[str, Any]:
+    """What a span says of a transition's report."""
+    names = ("level", "freed_bytes", "residual_bytes", "restored_bytes", "verified", "updated_bytes")
+    return {name: getattr(report, name) for name in names if hasattr(report, name)}
 
 
-class RequestTimer:
-    """Turns the outputs of one prompt into latencies; tokens that come together share their interval."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._started = time.perf_counter()
-        self._last: dict[int, float] = {}
-
-    def observe(self, output: RequestOutput) -> None:
-        """Account for one delta output."""
-        now = time.perf_counter()
-        for completion in output.outputs:
-            if completion.token_ids:
-                self._observe_tokens(completion.index, len(completion.token_ids), now)
-            if completion.finish_reason is not None:
-                self._metrics.count_finished(completion.finish_reason)
-        if output.finished:
-            self._metrics.observe_whole(now - self._started)
-
-    def _observe_tokens(self, index: int, count: int, now: float) -> None:
-        if not self._last:
-            self._metrics.observe_first_token(now - self._started)
-        previous = self._last.get(index)
-        if previous is not None:
-            for _ in range(count):
-                self._metrics.observe_inter_token((now - previous) / count)
-        self._last[index] = now
-
-
-@dataclass(frozen=True, slots=True, eq=False)  # registries hash collectors by identity
-class _SnapshotCollector(Collector):
-    """Reads the engine's last snapshot when scraped; no round trip, so it works while asleep or busy."""
-
-    engine: Snapshots
-    model_name: str
-
-    def collect(self) -> Iterable[Metric]:
-        yield from self._of_scheduler(self.engine.stats)
-        yield from self._of_sleep(self.engine.state)
-
-    def _of_scheduler(self, stats: SchedulerStats) -> Iterable[Metric]:
-        used = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
-        yield self._gauge("shuteye_num_requests_running", "Requests in the running batch.", stats.num_running)
-        yield self._gauge("shuteye_num_requests_waiting", "Requests waiting to run.", stats.num_waiting)
-        yield self._gauge("shuteye_kv_cache_usage_ratio", "Share of KV blocks in use, 0 to 1.", used)
-        yield self._counter("shuteye_prompt_tokens", "Prompt tokens computed.", stats.num_prompt_tokens_total)
-        yield self._counter("shuteye_generation_tokens", "Tokens generated.", stats.num_generation_tokens_total)
-        yield self._counter(
-            "shuteye_prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.num_prefix_queries_total
-        )
-        yield self._counter(
-            "shuteye_prefix_cache_hits", "Tokens found in the prefix cache.", stats.num_prefix_hits_total
-        )
-        yield self._counter("shuteye_num_preemptions", "Requests preempted.", stats.num_preemptions_total)
-
-    def _of_sleep(self, state: EngineState) -> Iterable[Metric]:
-        yield self._gauge("shuteye_is_sleeping", "1 until every tag is resident and loaded.", float(state.is_sleeping))
-        yield self._gauge("shuteye_is_paused", "1 while a pause is in force.", float(state.paused))
-        residency = GaugeMetricFamily(
-            "shuteye_tag_residency", "1 for where a tag's bytes are.", labels=("model_name", "tag", "residency")
-        )
-        resident = GaugeMetricFamily(
-            "shuteye_tag_resident_bytes", "Physical memory a tag holds.", labels=("model_name", "tag")
-        )
-        for tag in state.tags:
-            resident.add_metric((self.model_name, tag.tag), tag.resident_bytes)
-            for place in get_args(Residency):
-                residency.add_metric((self.model_name, tag.tag, place), float(tag.residency == place))
-        yield residency
-        yield resident
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, text, labels=("model_name",))
-        family.add_metric((self.model_name,), value)
-        return family
-
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(name, text, labels=("model_name",))
-        family.add_metric((self.model_name,), value)
-        return family
+def _log(served: ServedPrompt) -> None:
+    """One line for one prompt, without its text."""
+    seconds = served.ended - served.arrived
+    phases = {f"{name}_s": round(end - begin, 6) for name, (begin, end) in served.phases.items()}
+    logger.info(
+        "%s: %d tokens in (%d cached), %d out, %.3f s",
+        " ".join(served.outcome),
+        served.num_prompt_tokens,
+        served.num_cached_tokens,
+        served.num_output_tokens,
+        seconds,
+        extra={
+            "outcome": served.outcome,
+            "num_prompt_tokens": served.num_prompt_tokens,
+            "num_cached_tokens": served.num_cached_tokens,
+            "num_output_tokens": served.num_output_tokens,
+            "seconds": round(seconds, 6),
+            **phases,
+        },
+    )

@@ -12,6 +12,7 @@ import math
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import cast
@@ -20,6 +21,7 @@ import uvicorn
 from uvicorn.lifespan.on import LifespanOn
 from uvicorn.server import HANDLED_SIGNALS
 
+from shuteye import logs
 from shuteye.config import EngineConfig
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
@@ -32,7 +34,6 @@ STOPPED, FAILED, FORCED = 0, 1, 130
 LAST_ANSWERS_S = 2.0
 """After the grace, how long clients have to take the errors that end their requests."""
 POLLED_PATHS = ("/health", "/ready", "/ping", "/metrics")
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
@@ -44,7 +45,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
 
 def serve_engine(engine: ServedEngine, config: ServerConfig) -> int:
     """Serve `engine`, which is started and closed here; returns the process's exit code."""
-    logging.basicConfig(level=config.log_level.upper(), format=LOG_FORMAT)
+    logs.configure(logs.LogSettings(config.log_format, config.log_level))
     logging.getLogger("uvicorn.access").addFilter(_worth_logging)
     try:
         listener = _listen(config)
@@ -86,7 +87,11 @@ def _log_address(listener: socket.socket, config: ServerConfig) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which also stops when the model cannot be loaded, and leaves exit codes to us."""
+    """uvicorn's server, which also stops when the model cannot be loaded, and leaves exit codes to us.
+
+    After the first signal it goes on listening, so that probes and clients are told that it stops instead of finding
+    nobody; it ends once nothing is being answered any more, or when the grace is over.
+    """
 
     def __init__(self, engine: ServedEngine, config: ServerConfig) -> None:
         app = create_app(engine, config)
@@ -98,6 +103,7 @@ class _Server(uvicorn.Server):
                 lifespan="on",
                 log_config=None,
                 server_header=False,
+                h11_max_incomplete_event_size=2 * config.max_header_bytes,  # the app refuses earlier, and says why
                 timeout_graceful_shutdown=math.ceil(config.shutdown_grace_s + LAST_ANSWERS_S),
             )
         )
@@ -105,6 +111,7 @@ class _Server(uvicorn.Server):
         self._context: ServerContext = app.state.context
         self._load_failed = False
         self._grace_s = config.shutdown_grace_s
+        self._grace_ends: float | None = None  # monotonic seconds; from the first signal on
         self._waited_enough = asyncio.Event()
 
     @property
@@ -124,7 +131,12 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""
         self._load_failed = self._context.loading.failed
-        return self._load_failed or await super().on_tick(counter)
+        drained = self._grace_ends is not None and (not self.server_state.tasks or self._grace_left_s <= 0)
+        return self._load_failed or drained or await super().on_tick(counter)
+
+    @property
+    def _grace_left_s(self) -> float:
+        return self._grace_s if self._grace_ends is None else max(0.0, self._grace_ends - time.monotonic())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's, except that whoever outlasts the grace is answered, and that a forced end is in order too."""
@@ -138,22 +150,23 @@ class _Server(uvicorn.Server):
     async def _close_engine_when_grace_ends(self) -> None:
         """An engine that closes answers its requests with an error; uvicorn would cut their connections."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._waited_enough.wait(), self._grace_s)
+            await asyncio.wait_for(self._waited_enough.wait(), self._grace_left_s)
         await self._engine.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, a second one of either kind does not wait."""
-        if self.should_exit:
+        if self._grace_ends is not None:
             logger.warning("Second signal: stopping without waiting for running requests.")
-            self.force_exit = True
+            self.should_exit = self.force_exit = True
             self._waited_enough.set()
             return
         logger.info(
-            "%s: no new connections; running requests have %g seconds. Another signal stops at once.",
+            "%s: no new requests are taken; running ones have %g seconds. Another signal stops at once.",
             signal.Signals(sig).name,
             self._grace_s,
         )
-        self.should_exit = True
+        self._context.stopping.begun = True
+        self._grace_ends = time.monotonic() + self._grace_s
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

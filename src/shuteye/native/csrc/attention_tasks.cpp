@@ -13,12 +13,12 @@ T smaller(T left, T right) {
 
 void AttentionTasks::add_tile(const AttentionTask& tile, int64_t rows, int64_t head_dim) {
   const int64_t context = tile.first_position + tile.num_tokens;
-  const int64_t num_parts = rows <= kMaxSplitRows ? (context + kPartKeys - 1) / kPartKeys : 1;
+  const int64_t num_parts = rows <= kMaxSplitRows ? (context + part_keys_ - 1) / part_keys_ : 1;
   const int64_t first_task = size();
   for (int64_t part = 0; part < num_parts; part++) {
     AttentionTask task = tile;
-    task.key_begin = num_parts > 1 ? part * kPartKeys : 0;
-    task.key_end = num_parts > 1 ? smaller(context, (part + 1) * kPartKeys) : context;
+    task.key_begin = num_parts > 1 ? part * part_keys_ : 0;
+    task.key_end = num_parts > 1 ? smaller(context, (part + 1) * part_keys_) : context;
     tasks_.push_back(task);
     parts_.push_back({first_task, num_parts, num_tiles_});
   }
@@ -32,6 +32,7 @@ void AttentionTasks::plan(const ShuteyeSequences& sequences, const ShuteyeCache&
   parts_.clear();
   partials_.clear();
   num_tiles_ = 0;
+  part_keys_ = sequences.num_sequences * cache.num_kv_heads < kEnoughTiles ? kPartKeys : kLongPartKeys;
   const int64_t group = num_heads / cache.num_kv_heads;
   const int64_t tile_tokens = group < kMaxAttentionRows ? kMaxAttentionRows / group : 1;
   for (int64_t sequence = 0; sequence < sequences.num_sequences; sequence++) {

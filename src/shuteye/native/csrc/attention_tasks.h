@@ -10,8 +10,11 @@
 
 namespace shuteye {
 
-// Contexts of few rows are cut into parts of this many keys, merged by whoever finishes the last of them.
+// Contexts of few rows are cut into parts of this many keys, merged by whoever finishes the last of them; into longer
+// ones where there are enough tiles without.
 constexpr int64_t kPartKeys = 256;
+constexpr int64_t kLongPartKeys = 2048;
+constexpr int64_t kEnoughTiles = 24;
 constexpr int64_t kMaxSplitRows = 16;
 
 class AttentionTasks {
@@ -35,6 +38,7 @@ class AttentionTasks {
   std::vector<Part> parts_; // one per task
   std::vector<float> partials_;
   std::unique_ptr<std::atomic<int64_t>[]> finished_; // per split tile, back at 0 after each merge
+  int64_t part_keys_ = kPartKeys;
   int64_t num_tiles_ = 0;
   int64_t num_counters_ = 0;
 };

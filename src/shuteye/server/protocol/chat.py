@@ -1,23 +1,20 @@
-"""`/v1/chat/completions`: OpenAI's request, answer and chunks.
+"""`/v1/chat/completions`: OpenAI's request.
 
-Knows nothing of engines or sockets.
+Knows nothing of engines or sockets, nor of how answers are written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from shuteye.errors import InvalidRequest
-from shuteye.outputs import CompletionOutput, Logprob
-from shuteye.server.protocol.fields import GenerationBody
-from shuteye.server.protocol.logprobs import chat_logprobs
+from shuteye.server.protocol.fields import GenerationBody, one_message
 from shuteye.server.protocol.messages import Message
-from shuteye.server.protocol.transcript import Transcript
-from shuteye.tokenizer import Tokenizer
+from shuteye.server.protocol.tools import NamedToolChoice, Tool
+
+CHOICES = "'none', 'auto', 'required' or a function's name in an object"
 
 
 class ChatBody(GenerationBody):
@@ -27,13 +24,33 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    reasoning_effort: str | None = None
+    documents: list[dict[str, str]] | None = None
+    echo: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
+    _choice_message = field_validator("tool_choice", mode="wrap")(one_message(CHOICES))
+
     @model_validator(mode="after")
-    def _top_logprobs_need_logprobs(self) -> ChatBody:
+    def _check_chat_fields_that_go_together(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs is only allowed when logprobs is true.", param="top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt cannot both be true.", param="continue_final_message"
+            )
+        if self.tools and self.tool_choice != "none" and self.structure is not None:
+            raise InvalidRequest(
+                "The output's structure cannot be given together with tools that may be called; "
+                "send tool_choice 'none', or no tools.",
+                param="tools",
+            )
         return self
 
     @property
@@ -56,48 +73,3 @@ class ChatBody(GenerationBody):
     def num_logprobs(self) -> int | None:
         """Alternatives per token to report; None reports nothing."""
         return (self.top_logprobs or 0) if self.logprobs else None
-
-
-@dataclass(frozen=True, slots=True)
-class ChatShape:
-    """Writes choices of a chat; `num_top` is None if no log-probabilities were asked for."""
-
-    tokenizer: Tokenizer
-    num_top: int | None
-
-    whole_object: ClassVar[str] = "chat.completion"
-    chunk_object: ClassVar[str] = "chat.completion.chunk"
-
-    def whole(self, index: int, transcript: Transcript) -> dict[str, Any]:
-        """A finished choice."""
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": transcript.text, "refusal": None},
-            "logprobs": self._logprobs(transcript.token_ids, transcript.logprobs),
-            "finish_reason": transcript.finish_reason,
-            "stop_reason": transcript.stop_reason,
-        }
-
-    def opening(self, index: int) -> dict[str, Any]:
-        """The chunk that says whose words follow."""
-        return {
-            "index": index,
-            "delta": {"role": "assistant", "content": ""},
-            "logprobs": None,
-            "finish_reason": None,
-        }
-
-    def delta(self, index: int, delta: CompletionOutput) -> dict[str, Any]:
-        """What is new of a choice; the chunk that ends it may have no text."""
-        choice = {
-            "index": index,
-            "delta": {"content": delta.text} if delta.text or delta.token_ids else {},
-            "logprobs": self._logprobs(delta.token_ids, delta.logprobs or ()),
-            "finish_reason": delta.finish_reason,
-        }
-        return choice if delta.finish_reason is None else choice | {"stop_reason": delta.stop_reason}
-
-    def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]]) -> dict[str, Any] | None:
-        if self.num_top is None:
-            return None
-        return chat_logprobs(self.tokenizer, token_ids, logprobs, num_top=self.num_top)

@@ -5,19 +5,19 @@ Knows nothing of engines or sockets.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
 from shuteye.errors import InvalidRequest
-from shuteye.outputs import CompletionOutput
+from shuteye.outputs import CompletionOutput, Logprob
 from shuteye.request import MAX_LOGPROBS
 from shuteye.server.generation import Prompt
 from shuteye.server.protocol.fields import GenerationBody, one_message
-from shuteye.server.protocol.logprobs import CompletionLogprobs
+from shuteye.server.protocol.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs_json
 from shuteye.server.protocol.transcript import Transcript
-from shuteye.tokenizer import Tokenizer
 
 MAX_PROMPTS = 2048
 DEFAULT_MAX_TOKENS = 16
@@ -30,20 +30,28 @@ class CompletionBody(GenerationBody):
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    best_of: int | None = None
+    best_of: int | None = Field(default=None, ge=1, le=128)
 
     _prompt_message = field_validator("prompt", mode="wrap")(one_message(PROMPT_FORMS))
 
     @model_validator(mode="after")
-    def _refuse_what_is_not_done(self) -> CompletionBody:
-        if self.best_of not in {None, self.n or 1}:
-            raise InvalidRequest(f"best_of other than n is not supported, got {self.best_of}.", param="best_of")
-        if self.echo and self.logprobs is not None:
+    def _check_completion_fields_that_go_together(self) -> CompletionBody:
+        n = self.n or 1
+        if self.best_of is not None and self.best_of < n:
+            raise InvalidRequest(f"best_of ({self.best_of}) must be at least n ({n}).", param="best_of")
+        if self.stream and self.best_of not in {None, n}:
             raise InvalidRequest(
-                "echo together with logprobs is not supported: the prompt's log-probabilities are not computed.",
-                param="echo",
+                f"best_of ({self.best_of}) other than n ({n}) cannot be streamed: the best are known only at the end.",
+                param="best_of",
             )
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens must be at least 1 unless echo is true, got 0.", param="max_tokens")
         return self
+
+    @property
+    def echoes_only(self) -> bool:
+        """Whether nothing but the prompt is wanted, as those do who score texts."""
+        return self.max_tokens == 0
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -69,51 +77,97 @@ def _listed(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str |
 
 @dataclass(slots=True)
 class CompletionShape:
-    """Writes choices of a completion; `echoed` is what each prompt's choices begin with."""
+    """Writes choices of a completion.
 
-    tokenizer: Tokenizer
-    wants_logprobs: bool
+    Attributes:
+        names: how tokens are shown.
+        num_choices: choices per prompt.
+        echoes: every choice begins with its prompt.
+        echoes_only: and ends there.
+        shows_prompt_logprobs: the caller asked for them by name.
+        shows_token_ids: token ids of prompt and output are part of every choice.
+    """
+
+    names: TokenNames
+    prompts: tuple[Prompt, ...]
     num_choices: int
-    echoed: tuple[Prompt, ...] | None
+    wants_logprobs: bool = False
+    echoes: bool = False
+    echoes_only: bool = False
+    shows_prompt_logprobs: bool = False
+    shows_token_ids: bool = False
     _logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict)
+    _prompt_logprobs: dict[int, Sequence[Mapping[int, Logprob] | None]] = field(default_factory=dict)
 
     whole_object: ClassVar[str] = "text_completion"
     chunk_object: ClassVar[str] = "text_completion"
 
+    def prompt_scored(self, prompt_index: int, logprobs: Sequence[Mapping[int, Logprob] | None]) -> None:
+        """A prompt's log-probabilities are known."""
+        self._prompt_logprobs[prompt_index] = logprobs
+
+    def extra(self) -> dict[str, Any]:
+        """Nothing: all there is to say is said of single choices."""
+        return {}
+
     def whole(self, index: int, transcript: Transcript) -> dict[str, Any]:
         """A finished choice."""
-        return {
+        made = Transcript(finish_reason="length") if self.echoes_only else transcript
+        choice = {
             "index": index,
-            "text": self._prompt_text(index) + transcript.text,
-            "logprobs": self._take_logprobs(index, transcript),
-            "finish_reason": transcript.finish_reason,
-            "stop_reason": transcript.stop_reason,
-        }
+            "text": self._echo(index) + made.text,
+            "logprobs": self._take_logprobs(index, made),
+            "finish_reason": made.finish_reason,
+            "stop_reason": made.stop_reason,
+        } | self._token_ids(made.token_ids)
+        if self.shows_prompt_logprobs:
+            choice["prompt_logprobs"] = prompt_logprobs_json(self._prompt_logprobs[index // self.num_choices])
+        return choice | self._prompt_token_ids(index)
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The echoed prompt, if it is to be."""
-        if self.echoed is None:
+        """The echoed prompt, if it is to be, or its token ids."""
+        if not self.echoes and not self.shows_token_ids:
             return None
-        return {"index": index, "text": self._prompt_text(index), "logprobs": None, "finish_reason": None}
+        choice = {
+            "index": index,
+            "text": self._echo(index),
+            "logprobs": self._take_logprobs(index, Transcript()) if self.echoes else None,
+            "finish_reason": None,
+        }
+        return choice | self._token_ids([]) | self._prompt_token_ids(index)
 
-    def delta(self, index: int, delta: CompletionOutput) -> dict[str, Any]:
+    def delta(self, index: int, delta: CompletionOutput) -> dict[str, Any] | None:
         """What is new of a choice."""
+        if self.echoes_only:
+            return {"index": index, "text": "", "logprobs": None, "finish_reason": "length", "stop_reason": None}
         choice = {
             "index": index,
             "text": delta.text,
             "logprobs": self._take_logprobs(index, delta),
             "finish_reason": delta.finish_reason,
         }
+        if self.shows_token_ids:
+            choice["token_ids"] = list(delta.token_ids)
         return choice if delta.finish_reason is None else choice | {"stop_reason": delta.stop_reason}
 
-    def _prompt_text(self, index: int) -> str:
-        if self.echoed is None:
-            return ""
-        return self.echoed[index // self.num_choices].text or ""
+    def _echo(self, index: int) -> str:
+        return (self.prompts[index // self.num_choices].text or "") if self.echoes else ""
+
+    def _token_ids(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        return {"token_ids": list(token_ids)} if self.shows_token_ids else {}
+
+    def _prompt_token_ids(self, index: int) -> dict[str, Any]:
+        if not self.shows_token_ids:
+            return {}
+        return {"prompt_token_ids": list(self.prompts[index // self.num_choices].token_ids)}
 
     def _take_logprobs(self, index: int, source: Transcript | CompletionOutput) -> dict[str, Any] | None:
         if not self.wants_logprobs:
             return None
-        logprobs = self._logprobs.setdefault(index, CompletionLogprobs(self.tokenizer))
-        logprobs.add(source.token_ids, source.logprobs or ())
-        return logprobs.take()
+        if index not in self._logprobs:
+            self._logprobs[index] = CompletionLogprobs(self.names)
+            if self.echoes:
+                prompt_index = index // self.num_choices
+                self._logprobs[index].add(self.prompts[prompt_index].token_ids, self._prompt_logprobs[prompt_index])
+        self._logprobs[index].add(source.token_ids, source.logprobs or ())
+        return self._logprobs[index].take()

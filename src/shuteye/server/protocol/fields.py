@@ -13,29 +13,28 @@ from pydantic_core import PydanticCustomError, ValidationError
 
 from shuteye.errors import InvalidRequest
 from shuteye.request import SamplingParams
+from shuteye.server.protocol.structure import StructureFields
 
 HARMLESS = frozenset(
     {
-        "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "request_id",
-        "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "include_reasoning",
+        "user", "metadata", "store", "service_tier", "safety_identifier", "request_id", "session_id",
+        "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
     }
 )  # fmt: skip
 """Fields that change nothing in what is generated."""
 
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     # OpenAI's
-    "audio": (), "function_call": ("none", "auto"), "functions": ([],), "logit_bias": ({},),
-    "modalities": (["text"],), "moderation": (), "prediction": (), "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},), "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],),
-    "verbosity": ("medium",), "web_search_options": (),
+    "audio": (), "function_call": ("none", "auto"), "functions": ([],), "modalities": (["text"],), "moderation": (),
+    "prediction": (), "reasoning_effort": ("none",), "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],),
+    "parallel_tool_calls": (True,), "verbosity": ("medium",), "web_search_options": (), "include_reasoning": (True,),
     # vLLM's
-    "allowed_token_ids": (), "bad_words": ([],), "cache_salt": (), "chat_template": (),
-    "continue_final_message": (False,), "documents": ([],), "guided_choice": (), "guided_grammar": (),
-    "guided_json": (), "guided_regex": (), "kv_transfer_params": (), "length_penalty": (1.0,),
-    "logits_processors": ([],), "mm_processor_kwargs": ({},), "priority": (0,), "prompt_embeds": (),
-    "prompt_logprobs": (), "return_token_ids": (False,), "return_tokens_as_token_ids": (False,),
-    "spaces_between_special_tokens": (True,), "structured_outputs": (), "truncate_prompt_tokens": (),
-    "use_beam_search": (False,), "vllm_xargs": ({},),
+    "cache_salt": (), "chat_template": (), "documents": ([],), "ec_transfer_params": (),
+    "guided_decoding_backend": (), "kv_transfer_params": (), "length_penalty": (1.0,), "logits_processors": ([],),
+    "logprob_token_ids": (), "media_io_kwargs": ({},), "mm_processor_kwargs": ({},), "prompt_embeds": (),
+    "repetition_detection": (), "return_mm_kwargs": (True,), "return_prompt_text": (False,),
+    "return_token_offsets": (False,), "routed_experts_prompt_start": (0,), "stream_interval": (1,),
+    "thinking_token_budget": (-1,), "use_beam_search": (False,), "vllm_xargs": ({},), "watermarking": (False,),
 }  # fmt: skip
 """Fields that would change what is generated, each with the values that ask for nothing; null is always one."""
 
@@ -80,10 +79,10 @@ class StreamOptions(BaseModel):
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(BaseModel):
+class GenerationBody(StructureFields):
     """Fields of both `/v1/chat/completions` and `/v1/completions`; None means that the caller did not say."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -107,7 +106,17 @@ class GenerationBody(BaseModel):
     min_tokens: int | None = None
     max_tokens: int | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    priority: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+    truncation_side: Literal["left", "right"] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -117,15 +126,26 @@ class GenerationBody(BaseModel):
     _stop_message = field_validator("stop", mode="wrap")(one_message("a string or a list of strings"))
 
     @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> GenerationBody:
+    def _check_fields_that_go_together(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed when stream is true.", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("prompt_logprobs is only allowed when stream is false.", param="prompt_logprobs")
+        if self.spaces_between_special_tokens is False and self.skip_special_tokens is False:
+            raise InvalidRequest(
+                "spaces_between_special_tokens=false is not supported together with skip_special_tokens=false: special "
+                "tokens are shown as the tokenizer decodes them.",
+                param="spaces_between_special_tokens",
+            )
         return self
 
     @property
-    def include_usage(self) -> bool:
-        """True if a stream is to end with a chunk of usage."""
-        return self.stream_options is not None and self.stream_options.include_usage is True
+    def usage_in(self) -> Literal["no chunk", "last chunk", "every chunk"]:
+        """Where a stream is to tell how many tokens it took."""
+        options = self.stream_options
+        if options is None or not options.include_usage:
+            return "no chunk"
+        return "every chunk" if options.continuous_usage_stats else "last chunk"
 
     def sampling_params(
         self, defaults: Mapping[str, float], *, max_tokens: int | None, logprobs: int | None
@@ -137,7 +157,23 @@ class GenerationBody(BaseModel):
         """
         said = {name: getattr(self, name) for name in _PASSED_ON if getattr(self, name) is not None}
         advised = {name: _DEFAULTED[name](value) for name, value in defaults.items() if name in _DEFAULTED}
-        return SamplingParams(**(advised | said), max_tokens=max_tokens, logprobs=logprobs)
+        return SamplingParams(
+            **(advised | said),
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            logit_bias=_by_token_id(self.logit_bias),
+            structured_outputs=self.structure,
+        )
+
+
+def _by_token_id(logit_bias: Mapping[str, float] | None) -> dict[int, float] | None:
+    try:
+        return {int(token_id): bias for token_id, bias in logit_bias.items()} if logit_bias else None
+    except ValueError:
+        raise InvalidRequest(
+            f"logit_bias must map token ids to numbers, got {', '.join(map(repr, logit_bias or ()))} as ids.",
+            param="logit_bias",
+        ) from None
 
 
 _DEFAULTED: Mapping[str, type[int] | type[float]] = {
@@ -150,5 +186,6 @@ _DEFAULTED: Mapping[str, type[int] | type[float]] = {
 
 _PASSED_ON = (
     *_DEFAULTED, "n", "presence_penalty", "frequency_penalty", "seed", "stop", "stop_token_ids", "ignore_eos",
-    "include_stop_str_in_output", "min_tokens", "skip_special_tokens",
+    "include_stop_str_in_output", "min_tokens", "skip_special_tokens", "allowed_token_ids", "bad_words",
+    "prompt_logprobs", "priority",
 )  # fmt: skip

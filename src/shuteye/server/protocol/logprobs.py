@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two shapes: one for chat, one for completions.
+"""Log-probabilities in OpenAI's two shapes, one for chat, one for completions, and in vLLM's for prompts.
 
 Knows nothing of requests or streams.
 """
@@ -17,49 +17,81 @@ SMALLEST = -9999.0
 """Stands for minus infinity, which JSON cannot say (as in OpenAI's answers)."""
 
 
+@dataclass(frozen=True, slots=True)
+class TokenNames:
+    """How tokens are shown: by their text, or, `as_ids`, as `token_id:5` (vLLM's `return_tokens_as_token_ids`)."""
+
+    tokenizer: Tokenizer
+    as_ids: bool = False
+
+    def name_and_bytes(self, token_id: int) -> tuple[str, bytes]:
+        """What stands for a token, and the bytes it really is."""
+        text, raw = token_text_and_bytes(self.tokenizer, token_id)
+        return (f"token_id:{token_id}" if self.as_ids else text), raw
+
+
 def chat_logprobs(
-    tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]], *, num_top: int
+    names: TokenNames, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]], *, num_top: int
 ) -> dict[str, Any]:
     """`choices[].logprobs` of a chat answer; `logprobs[i]` belongs to `token_ids[i]`."""
     content = []
     for token_id, position in zip(token_ids, logprobs, strict=True):
-        entry = _entry(tokenizer, token_id, position[token_id])
+        entry = _entry(names, token_id, position[token_id])
         top = sorted(position.items(), key=lambda item: item[1].rank)
-        entry["top_logprobs"] = [_entry(tokenizer, other, found) for other, found in top[:num_top]]
+        entry["top_logprobs"] = [_entry(names, other, found) for other, found in top[:num_top]]
         content.append(entry)
     return {"content": content, "refusal": None}
 
 
-def _entry(tokenizer: Tokenizer, token_id: int, found: Logprob) -> dict[str, Any]:
-    text, raw = token_text_and_bytes(tokenizer, token_id)
-    return {"token": text, "logprob": max(found.logprob, SMALLEST), "bytes": list(raw)}
+def _entry(names: TokenNames, token_id: int, found: Logprob) -> dict[str, Any]:
+    name, raw = names.name_and_bytes(token_id)
+    return {"token": name, "logprob": max(found.logprob, SMALLEST), "bytes": list(raw)}
+
+
+def prompt_logprobs_json(logprobs: Sequence[Mapping[int, Logprob] | None]) -> list[dict[str, Any] | None]:
+    """`prompt_logprobs`: per token of the prompt, what is known of it and of likelier ones; null for the first."""
+    return [
+        None
+        if position is None
+        else {
+            str(token_id): {
+                "logprob": max(found.logprob, SMALLEST),
+                "rank": found.rank,
+                "decoded_token": found.decoded_token,
+            }
+            for token_id, found in position.items()
+        }
+        for position in logprobs
+    ]
 
 
 @dataclass(slots=True)
 class CompletionLogprobs:
     """`choices[].logprobs` of a completion, built piece by piece; `offset` is where its next token's text begins."""
 
-    tokenizer: Tokenizer
+    names: TokenNames
     offset: int = 0
     tokens: list[str] = field(default_factory=list)
-    token_logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[dict[str, float]] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
     text_offset: list[int] = field(default_factory=list)
 
-    def add(self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]]) -> None:
-        """Append positions; `logprobs[i]` belongs to `token_ids[i]`."""
+    def add(self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob] | None]) -> None:
+        """Append positions; `logprobs[i]` belongs to `token_ids[i]`, and is None for the first token of a prompt."""
         for token_id, position in zip(token_ids, logprobs, strict=True):
-            text = self._text(token_id)
-            self.tokens.append(text)
-            self.token_logprobs.append(max(position[token_id].logprob, SMALLEST))
+            name, _ = self.names.name_and_bytes(token_id)
+            self.tokens.append(name)
+            self.token_logprobs.append(None if position is None else max(position[token_id].logprob, SMALLEST))
             self.top_logprobs.append(
-                {self._text(other): max(found.logprob, SMALLEST) for other, found in position.items()}
+                None
+                if position is None
+                else {
+                    self.names.name_and_bytes(other)[0]: max(found.logprob, SMALLEST)
+                    for other, found in position.items()
+                }
             )
             self.text_offset.append(self.offset)
-            self.offset += len(text)
-
-    def _text(self, token_id: int) -> str:
-        return token_text_and_bytes(self.tokenizer, token_id)[0]
+            self.offset += len(token_text_and_bytes(self.names.tokenizer, token_id)[0])
 
     def take(self) -> dict[str, Any]:
         """What was added since the last `take`, in OpenAI's shape."""

@@ -30,6 +30,12 @@ class Transcript:
         self.stop_reason = delta.stop_reason
 
     @property
+    def mean_logprob(self) -> float:
+        """How likely the tokens were, by their log-probabilities, which must have been asked for."""
+        found = [position[token_id].logprob for token_id, position in zip(self.token_ids, self.logprobs, strict=True)]
+        return sum(found) / max(1, len(found))
+
+    @property
     def text(self) -> str:
         """Everything generated."""
         return "".join(self.texts)

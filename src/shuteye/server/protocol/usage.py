@@ -19,15 +19,17 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: dict[int, int] = field(default_factory=dict)
+    counts_output: bool = True
 
     @classmethod
     def of(cls, job: Job) -> Usage:
         """Before anything is generated."""
-        return cls(sum(len(prompt.token_ids) for prompt in job.prompts))
+        return cls(sum(len(prompt.token_ids) for prompt in job.prompts), counts_output=not job.echoes_only)
 
     def add(self, prompt_index: int, output: RequestOutput) -> None:
         """Count one delta output."""
-        self.completion_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+        if self.counts_output:
+            self.completion_tokens += sum(len(completion.token_ids) for completion in output.outputs)
         self.cached_tokens[prompt_index] = max(self.cached_tokens.get(prompt_index, 0), output.num_cached_tokens)
 
     def as_dict(self) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from fastapi import APIRouter, Request, Response
 
 from shuteye.server.admission import ModelRoute, require_task
 from shuteye.server.answer import answer_stream, answer_whole, new_request_id
-from shuteye.server.context import Context, ServerContext
-from shuteye.server.generation import Job, Prompt, require_room
-from shuteye.server.prompts import encode, render_chat, require_tokens
-from shuteye.server.protocol.chat import ChatBody, ChatShape
+from shuteye.server.chat_job import ChatJob, chat_job
+from shuteye.server.context import Context
+from shuteye.server.protocol.chat import ChatBody
+from shuteye.server.protocol.chat_shape import ChatShape
+from shuteye.server.protocol.logprobs import TokenNames
+from shuteye.server.protocol.tools import NamedToolChoice
 
 router = APIRouter(route_class=ModelRoute)
 
@@ -22,24 +24,21 @@ async def chat_completions(request: Request, body: ChatBody, context: Context) -
     """Answers a conversation, whole or streamed."""
     require_task(context, "generate", request.url.path)
     model = context.served_name(body.model)
-    job = await _job(body, context)
-    shape = ChatShape(context.engine.tokenizer, body.num_logprobs)
+    chat = await chat_job(context, new_request_id("chatcmpl"), body)
+    shape = _shape(body, chat, names=TokenNames(context.engine.tokenizer, body.return_tokens_as_token_ids is True))
     if body.stream:
-        return await answer_stream(request, context, job, shape=shape, model=model, include_usage=body.include_usage)
-    return await answer_whole(request, context, job, shape=shape, model=model)
+        return await answer_stream(request, context, chat.job, shape=shape, model=model, usage_in=body.usage_in)
+    return await answer_whole(request, context, chat.job, shape=shape, model=model)
 
 
-async def _job(body: ChatBody, context: ServerContext) -> Job:
-    info = context.engine.info
-    params = body.sampling_params(info.default_sampling, max_tokens=body.token_limit, logprobs=body.num_logprobs)
-    tokenizer = context.engine.tokenizer
-    text = await render_chat(
-        tokenizer,
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        template_kwargs=body.chat_template_kwargs or {},
+def _shape(body: ChatBody, chat: ChatJob, *, names: TokenNames) -> ChatShape:
+    return ChatShape(
+        names=names,
+        num_top=body.num_logprobs,
+        reading=chat.reading,
+        echo=chat.echo,
+        named_call=isinstance(body.tool_choice, NamedToolChoice),
+        one_call=body.parallel_tool_calls is False,
+        show_reasoning=body.include_reasoning is not False,
+        token_ids_of=chat.job.prompts[0] if body.return_token_ids else None,
     )
-    token_ids = await encode(tokenizer, text, add_special_tokens=body.add_special_tokens is True)
-    require_tokens(token_ids, param="messages")
-    require_room(len(token_ids), params.max_tokens, info.max_model_len)
-    return Job(new_request_id("chatcmpl"), (Prompt(token_ids),), params)

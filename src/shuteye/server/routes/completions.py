@@ -5,14 +5,18 @@ Knows nothing of how tokens are made, nor of how answers are written.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastapi import APIRouter, Request, Response
 
+from shuteye.request import SamplingParams
 from shuteye.server.admission import ModelRoute, require_task
 from shuteye.server.answer import answer_stream, answer_whole, new_request_id
 from shuteye.server.context import Context, ServerContext
 from shuteye.server.generation import Job, Prompt, require_room
-from shuteye.server.prompts import prompt_of
+from shuteye.server.prompts import prompt_of, truncation_of
 from shuteye.server.protocol.completions import DEFAULT_MAX_TOKENS, CompletionBody, CompletionShape
+from shuteye.server.protocol.logprobs import TokenNames
 
 router = APIRouter(route_class=ModelRoute)
 
@@ -24,13 +28,17 @@ async def completions(request: Request, body: CompletionBody, context: Context) 
     model = context.served_name(body.model)
     job = await _job(body, context)
     shape = CompletionShape(
-        tokenizer=context.engine.tokenizer,
+        names=TokenNames(context.engine.tokenizer, as_ids=body.return_tokens_as_token_ids is True),
+        prompts=job.prompts,
+        num_choices=job.best or job.params.n,
         wants_logprobs=body.logprobs is not None,
-        num_choices=job.params.n,
-        echoed=job.prompts if body.echo else None,
+        echoes=body.echo is True,
+        echoes_only=job.echoes_only,
+        shows_prompt_logprobs=body.prompt_logprobs is not None,
+        shows_token_ids=body.return_token_ids is True,
     )
     if body.stream:
-        return await answer_stream(request, context, job, shape=shape, model=model, include_usage=body.include_usage)
+        return await answer_stream(request, context, job, shape=shape, model=model, usage_in=body.usage_in)
     return await answer_whole(request, context, job, shape=shape, model=model)
 
 
@@ -38,15 +46,28 @@ async def _job(body: CompletionBody, context: ServerContext) -> Job:
     info = context.engine.info
     prompts = await _prompts(body, context)
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    max_tokens = body.max_tokens
+    max_tokens = 1 if body.echoes_only else body.max_tokens
     if max_tokens is None:
         max_tokens = max(1, min(DEFAULT_MAX_TOKENS, info.max_model_len - longest))
     params = body.sampling_params(info.default_sampling, max_tokens=max_tokens, logprobs=body.logprobs)
     require_room(longest, max_tokens, info.max_model_len)
-    return Job(new_request_id("cmpl"), prompts, params)
+    params, best = _ranked(body, params)
+    if body.echo and body.logprobs is not None:
+        params = replace(params, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
+    return Job(new_request_id("cmpl"), prompts, params, best=best, echoes_only=body.echoes_only)
+
+
+def _ranked(body: CompletionBody, params: SamplingParams) -> tuple[SamplingParams, int | None]:
+    """With `best_of`, as many completions as that, with log-probabilities to rank them by; and how many to keep."""
+    if body.best_of in {None, params.n}:
+        return params, None
+    return replace(params, n=body.best_of, logprobs=params.logprobs or 0), params.n
 
 
 async def _prompts(body: CompletionBody, context: ServerContext) -> tuple[Prompt, ...]:
+    truncation = truncation_of(
+        body, max_model_len=context.engine.info.max_model_len, max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS
+    )
     return tuple(
         [
             await prompt_of(
@@ -55,6 +76,7 @@ async def _prompts(body: CompletionBody, context: ServerContext) -> tuple[Prompt
                 vocab_size=context.engine.info.vocab_size,
                 add_special_tokens=body.add_special_tokens is not False,
                 want_text=body.echo is True,
+                truncation=truncation,
             )
             for given in body.prompts
         ]

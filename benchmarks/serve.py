@@ -1,0 +1,130 @@
+"""shuteye beside other engines on this machine's CPU: the same checkpoint, the same requests, engine after engine.
+
+Starts each engine in turn, round after round (A B C, A B C, …), sends the same streamed completions to each, and prints
+medians with minimum–maximum and how many times as good shuteye is. Run nothing else meanwhile.
+
+    make bench-peers                                      install llama.cpp, OpenVINO GenAI, transformers serve, vLLM
+    python benchmarks/serve.py --quick                    one short round of everything: does it all work?
+    python benchmarks/serve.py --docs                     SmolLM2-135M; writes docs/benchmarks.md and its picture
+    python benchmarks/serve.py --model llama-1b --docs    1.1 billion parameters, 2.2 GB; adds its section
+    python benchmarks/serve.py --engines shuteye,shuteye-plain --rounds 9    what does sleep mode cost while awake?
+
+Engines that are not installed become rows that say how to install them; so does whatever fails or hangs. Logs of the
+engines are kept. Ctrl-C ends the engine that runs, and nothing is left behind. What each figure means is in
+docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import picture
+import rounds
+from checkpoints import MODELS, prepare
+from peers import ENGINES
+from prompts import Prompts
+from report import Report, lines, machine, page
+from shuteye.config import default_cache_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE, PICTURE = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
+ROUNDS = {"smollm2": 4, "llama-1b": 2}
+"""About twenty minutes with all peers."""
+MOST_TURNS = {"vllm": 2}
+"""vLLM takes a minute or two to start: it takes part in the first rounds only."""
+
+
+def main() -> None:
+    arguments = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated; the engine that ran was ended."))
+    if arguments.render:
+        write_docs()
+        return
+    report = run(arguments)
+    print("\n".join(lines(report)))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report.as_dict(), indent=1))
+    if arguments.docs:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{report.model}.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+        write_docs()
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    """All rounds, on the checkpoint made for them."""
+    checkpoint = prepare(arguments.model)
+    number = 1 if arguments.quick else arguments.rounds or ROUNDS[arguments.model]
+    plan = rounds.QUICK if arguments.quick else rounds.PLANS[arguments.model]
+    results = rounds.measure(
+        {name: ENGINES[name](checkpoint, arguments.logs) for name in arguments.engines},
+        rounds=number,
+        most_turns=MOST_TURNS,
+        plan=plan,
+        prompts=lambda seed: Prompts(checkpoint.tokenizer, seed),
+        say=rounds.to_stderr,
+    )
+    settings = f"{number} round{'s' if number > 1 else ''}, {plan.new_tokens} new tokens per stream"
+    return Report(
+        arguments.model,
+        MODELS[arguments.model],
+        time.strftime("%Y-%m-%d"),
+        machine(),
+        f"{settings}{' (--quick: a trial, not a measurement)' if arguments.quick else ''}",
+        tuple(results),
+    )
+
+
+def read_reports() -> list[Report]:
+    """What `--docs` has kept, in the order of `MODELS`."""
+    paths = [RESULTS / f"{model}.json" for model in MODELS]
+    return [Report.from_dict(json.loads(path.read_text())) for path in paths if path.exists()]
+
+
+def write_docs() -> None:
+    """docs/benchmarks.md of every model measured so far, and the picture of the first."""
+    reports = read_reports()
+    PAGE.write_text(page(reports))
+    PICTURE.write_text(picture.draw(reports[0]))
+    rounds.to_stderr(f"Wrote {PAGE.relative_to(ROOT)} and {PICTURE.relative_to(ROOT)}.")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--engines",
+        type=engine_names,
+        default=list(ENGINES),
+        metavar="A,B,…",
+        help=f"which, in the order of their turns; default all: {','.join(ENGINES)} "
+        "(shuteye-plain is shuteye with sleep mode off)",
+    )
+    parser.add_argument("--model", choices=MODELS, default="smollm2", help="default smollm2; checkpoints are made once")
+    counts = ", ".join(f"{count} on {model}" for model, count in ROUNDS.items())
+    parser.add_argument("--rounds", type=int, help=f"turns of each engine; default {counts}; vLLM has at most 2")
+    parser.add_argument("--quick", action="store_true", help="one round with short answers: a trial, not a measurement")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to this file")
+    parser.add_argument("--docs", action="store_true", help="write docs/benchmarks.md and docs/benchmarks.svg")
+    parser.add_argument("--render", action="store_true", help="measure nothing; write both from what --docs kept")
+    logs = default_cache_dir() / "benchmarks" / "logs"
+    parser.add_argument("--logs", type=Path, default=logs, metavar="DIR", help=f"where engines' output goes: {logs}")
+    return parser.parse_args(argv)
+
+
+def engine_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in ENGINES]:
+        raise argparse.ArgumentTypeError(f"no engine {', '.join(unknown)}; there are {', '.join(ENGINES)}")
+    return names
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; the engine that ran was ended.")

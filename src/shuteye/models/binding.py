@@ -1,0 +1,84 @@
+"""A transformers module bound to an image and its arena: every parameter a view, every buffer real.
+
+Knows nothing of what the module computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from shuteye.errors import ImageFailure
+from shuteye.memory.arena import Arena
+from shuteye.memory.image import WeightImage
+
+TOKENIZER_DIR = "tokenizer"
+CONFIG_DIR = "config"
+"""Where an image keeps the tokenizer, and the model's config."""
+
+
+def bind_module(module: Any, image: WeightImage, arena: Arena) -> None:
+    """Give every parameter of a module without weights its place in `arena`, and every kept buffer its values.
+
+    Args:
+        arena: has the image's layout; need not be resident yet.
+
+    Raises:
+        ImageFailure: image and module disagree; the message names the tensors.
+    """
+    _bind_parameters(module, image, arena)
+    _bind_buffers(module, image.read_buffers())
+    _require_complete(module, image)
+
+
+def slot_names_of(image: WeightImage) -> dict[str, str]:
+    """Every name of a tensor, tied ones included → the slot that holds its values."""
+    return {name: name for name in image.layout.slots} | dict(image.aliases)
+
+
+def read_image_config(image: WeightImage) -> Any:
+    """The transformers config that the image was made with."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(image.path / CONFIG_DIR, trust_remote_code=False, local_files_only=True)
+
+
+def _bind_parameters(module: Any, image: WeightImage, arena: Arena) -> None:
+    """Tied parameters become one and the same, as the image says, whatever the config does."""
+    slot_names = slot_names_of(image)
+    bound: dict[str, nn.Parameter] = {}
+    for name, blank in list(module.named_parameters(remove_duplicate=False)):
+        slot = image.layout.slots.get(slot_names.get(name, ""))
+        if slot is None or slot.shape != tuple(blank.shape):
+            raise ImageFailure(
+                f"{image.path} has {'no tensor ' if slot is None else 'another shape of '}{name!r}, which "
+                f"{type(module).__name__} needs as {tuple(blank.shape)}. Remove the image to have it made anew."
+            )
+        if slot.name not in bound:
+            bound[slot.name] = nn.Parameter(arena.slot_view(slot), requires_grad=False)
+        owner, leaf = _owner(module, name)
+        owner.register_parameter(leaf, bound[slot.name])
+
+
+def _bind_buffers(module: Any, buffers: dict[str, torch.Tensor]) -> None:
+    for name, buffer in buffers.items():
+        owner, leaf = _owner(module, name)
+        owner.register_buffer(leaf, buffer, persistent=True)
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def _require_complete(module: nn.Module, image: WeightImage) -> None:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    assert not (blank := [name for name, tensor in tensors if tensor.is_meta]), f"still without memory: {blank}"
+    unused = set(image.layout.slots) - {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    if unused:
+        raise ImageFailure(
+            f"{image.path} has tensors that {type(module).__name__} does not know: {', '.join(sorted(unused)[:5])}. "
+            "Remove the image to have it made anew."
+        )

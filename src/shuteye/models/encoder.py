@@ -1,0 +1,309 @@
+"""Models that read a whole text at once, to embed it or to score a pair: examined, bound to an arena, run in batches.
+
+Knows nothing of checkpoints' tensors, nor of when the memory under the views comes and goes. The computation is
+transformers' own; inputs are padded to the longest, and the padding is masked.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from shuteye.errors import UnsupportedModel
+from shuteye.memory.arena import Arena, dtype_name, torch_dtype
+from shuteye.memory.image import WeightImage
+from shuteye.models.binding import bind_module, read_image_config, slot_names_of
+from shuteye.models.blueprint import build_module, quiet
+from shuteye.models.capabilities import refuse_quantized
+from shuteye.models.checkpoint import read_tokenizer_facts
+from shuteye.models.sentence_files import Activation, Pooling, SentenceFiles, read_activation, read_sentence_files
+from shuteye.models.sources import ModelSource
+from shuteye.models.tasks import model_class
+from shuteye.outputs import PoolingInfo
+from shuteye.request import PoolInput
+
+logger = logging.getLogger(__name__)
+
+_UNKNOWN_CONTEXT = 512
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderFacts:
+    """What an image's metadata says of a model that embeds or scores.
+
+    Attributes:
+        context_length: longest input in tokens.
+        size: numbers per input.
+        pooling: how token states become an embedding; None for scores.
+        normalize: whether embeddings have length 1 unless the caller asks otherwise.
+        activation: what a score goes through; None for embeddings.
+        dimensions: lengths that embeddings were trained to be cut to; empty if none, None if any.
+        uses_type_ids: whether the model is told which text of a pair a token belongs to.
+        transformers: the version whose code was examined.
+    """
+
+    architecture: str
+    task: str
+    vocab_size: int
+    context_length: int
+    size: int
+    pad_token_id: int
+    uses_type_ids: bool
+    dtype: str
+    transformers: str
+    pooling: Pooling | None = None
+    normalize: bool = False
+    activation: Activation | None = None
+    dimensions: tuple[int, ...] | None = ()
+
+
+# --- examination ----------------------------------------------------------------------------------
+
+
+def examine_encoder(config: Any, source: ModelSource, *, task: str, dtype: torch.dtype) -> EncoderFacts:
+    """What serving the checkpoint takes, from its config and sentence-transformers files.
+
+    Raises:
+        UnsupportedModel: it cannot be served correctly; the message says why.
+    """
+    from transformers import __version__
+
+    if source.kind == "gguf":
+        raise UnsupportedModel(f"{source.name} is a .gguf file of a model for {task!r}; give a checkpoint's directory.")
+    refuse_quantized(config)
+    accepted = _check_class(config, task)
+    files = read_sentence_files(source.path)
+    if files.lowercase:
+        raise UnsupportedModel(
+            f"{source.name} has texts lowercased before its tokenizer (do_lower_case), which is not done here."
+        )
+    scores = task == "score"
+    tokenizer = read_tokenizer_facts(source)
+    if scores and tokenizer.has_chat_template:
+        raise UnsupportedModel(
+            f"{source.name} has a chat template that pairs of texts must be put through, which is not done here."
+        )
+    return EncoderFacts(
+        architecture=(config.architectures or [config.model_type])[0],
+        task=task,
+        vocab_size=config.vocab_size,
+        context_length=min(files.max_length or tokenizer.max_length, _num_positions(config, task)),
+        size=1 if scores else config.hidden_size,
+        pad_token_id=_pad_token_id(config),
+        uses_type_ids="token_type_ids" in accepted & frozenset(tokenizer.outputs),
+        dtype=dtype_name(dtype),
+        transformers=__version__,
+        pooling=None if scores else _pooling(files, config, source),
+        normalize=not scores and files.normalize is not False,
+        activation=read_activation(source.path, config) if scores else None,
+        dimensions=_dimensions(config),
+    )
+
+
+def _check_class(config: Any, task: str) -> frozenset[str]:
+    """The names of what the model's forward accepts."""
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"Model type {config.model_type!r} is an encoder-decoder, which is not served for {task!r}."
+        )
+    found = model_class(config, task)
+    accepted = frozenset(inspect.signature(found.forward).parameters)
+    if found._is_stateful or not {"input_ids", "attention_mask"} <= accepted:
+        raise UnsupportedModel(f"{found.__name__} does not take a mask for padding, which batches of texts need.")
+    if task == "score" and config.num_labels != 1:
+        raise UnsupportedModel(
+            f"{found.__name__} has {config.num_labels} labels; a model that scores pairs has one, and "
+            "classification is not served."
+        )
+    return accepted
+
+
+def _num_positions(config: Any, task: str) -> int:
+    """Positions for tokens. Some models number them from after their padding token's id, as fairseq did."""
+    with quiet():
+        module = build_module(config, dtype=torch.bfloat16, attention="eager", buffers_on_meta=True, task=task)
+    for name, part in module.named_modules():
+        if name.endswith("position_embeddings") and isinstance(part, nn.Embedding):
+            return part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+    return getattr(config, "max_position_embeddings", None) or _UNKNOWN_CONTEXT
+
+
+def _pad_token_id(config: Any) -> int:
+    """What inputs are padded with. It is masked, so that any token would do for a model that names none."""
+    return config.pad_token_id if config.pad_token_id is not None else 0
+
+
+def _pooling(files: SentenceFiles, config: Any, source: ModelSource) -> Pooling:
+    if files.pooling is not None:
+        return files.pooling
+    default: Pooling = "lasttoken" if _is_causal(config) else "mean"
+    logger.warning(
+        "%s does not say how its states are pooled (it has no modules.json); using %r, and length 1.",
+        source.name,
+        default,
+    )
+    return default
+
+
+def _is_causal(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def _dimensions(config: Any) -> tuple[int, ...] | None:
+    """VLLM's rule: `matryoshka_dimensions` lists them, `is_matryoshka` allows any."""
+    listed = getattr(config, "matryoshka_dimensions", None)
+    if listed:
+        return tuple(listed)
+    return None if getattr(config, "is_matryoshka", False) else ()
+
+
+# --- the bound model ------------------------------------------------------------------------------
+
+
+class LoadedEncoder:
+    """A model whose parameters look into an arena; they are valid while that memory is resident."""
+
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __init__(self, facts: EncoderFacts, module: Any, slot_names: dict[str, str]) -> None:
+        self.facts = facts
+        self.module = module
+        self._slot_names = slot_names
+
+    @property
+    def architecture(self) -> str:
+        """The class that the checkpoint names, such as `BertModel`."""
+        return self.facts.architecture
+
+    @property
+    def task(self) -> str:
+        """What the model is for: "embed" or "score"."""
+        return self.facts.task
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch_dtype(self.facts.dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids go from 0 to below this."""
+        return self.facts.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """Longest input in tokens."""
+        return self.facts.context_length
+
+    @property
+    def default_sampling(self) -> dict[str, float]:
+        """Empty: nothing is sampled."""
+        return {}
+
+    @property
+    def speech(self) -> None:
+        """None: the model reads text."""
+        return None
+
+    @property
+    def pooling(self) -> PoolingInfo:
+        """What it makes of an input."""
+        return PoolingInfo(self.facts.size, self.facts.normalize, self.facts.dimensions)
+
+    def slot_of(self, checkpoint_name: str) -> str | None:
+        """The arena slot that a tensor of the checkpoint is written to; None if there is none."""
+        return self._slot_names.get(checkpoint_name)
+
+    @torch.inference_mode()
+    def forward(self, inputs: Sequence[PoolInput]) -> torch.Tensor:
+        """Compute whole inputs in one batch.
+
+        Returns:
+            float32 [len(inputs), size]: embeddings as pooled, before they are normalised, or logits of scores.
+        """
+        batch = self._padded(inputs)
+        output = self.module(**batch)
+        if self.facts.pooling is None:
+            logits: torch.Tensor = output.logits
+            return logits.float()
+        return pool(output.last_hidden_state.float(), batch["attention_mask"], self.facts.pooling)
+
+    def _padded(self, inputs: Sequence[PoolInput]) -> dict[str, torch.Tensor]:
+        """The model's arguments, each int64 [len(inputs), longest]."""
+        longest = max(len(each.token_ids) for each in inputs)
+        fill, uses_type_ids = self.facts.pad_token_id, self.facts.uses_type_ids
+        input_ids = [(*each.token_ids, *(fill,) * (longest - len(each.token_ids))) for each in inputs]
+        mask = [(1,) * len(each.token_ids) + (0,) * (longest - len(each.token_ids)) for each in inputs]
+        batch = {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(mask)}
+        if uses_type_ids:
+            type_ids = [(*each.type_ids, *(0,) * (longest - len(each.type_ids))) for each in inputs]
+            batch["token_type_ids"] = torch.tensor(type_ids)
+        return batch
+
+    def finish(
+        self, rows: torch.Tensor, *, dimensions: int | None = None, use_activation: bool | None = None
+    ) -> torch.Tensor:
+        """What callers get of rows that `forward` gave: cut to `dimensions`, then made of length 1, or activated.
+
+        Args:
+            rows: [num_rows, size].
+            use_activation: None means what the checkpoint says.
+        """
+        facts = self.facts
+        if facts.activation is not None:
+            return torch.sigmoid(rows) if facts.activation == "sigmoid" and use_activation is not False else rows
+        cut = rows if dimensions is None else rows[:, :dimensions]
+        wanted = facts.normalize if use_activation is None else use_activation
+        return normalize(cut, dim=-1) if wanted else cut
+
+
+def pool(states: torch.Tensor, mask: torch.Tensor, how: Pooling) -> torch.Tensor:
+    """One vector per input.
+
+    Args:
+        states: [num_inputs, num_tokens, size].
+        mask: [num_inputs, num_tokens]; 1 for tokens, 0 for the padding after them.
+
+    Returns:
+        [num_inputs, size].
+    """
+    weights = mask[:, :, None]
+    match how:
+        case "cls":
+            return states[:, 0]
+        case "lasttoken":
+            return states[torch.arange(len(states)), mask.sum(dim=1) - 1]
+        case "max":
+            return states.masked_fill(weights == 0, float("-inf")).amax(dim=1)
+        case "mean":
+            return (states * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def bind_encoder(image: WeightImage, arena: Arena) -> LoadedEncoder:
+    """Let every tensor of an image look into `arena`, which has the image's layout; touches no weight.
+
+    Raises:
+        ImageFailure: image and module disagree; the message names the tensors.
+    """
+    facts = msgspec.convert(dict(image.metadata), EncoderFacts)
+    config = read_image_config(image)
+    found = model_class(config, facts.task)
+    with quiet():
+        module = build_module(
+            config,
+            dtype=torch_dtype(facts.dtype),
+            attention="sdpa" if found._supports_sdpa else "eager",
+            task=facts.task,
+        )
+    bind_module(module, image, arena)
+    return LoadedEncoder(facts, module, slot_names_of(image))

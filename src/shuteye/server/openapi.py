@@ -1,0 +1,250 @@
+"""The OpenAPI document: FastAPI's, with the answers, errors and keys that routes really have.
+
+Knows nothing of engines. A route that is not listed here keeps what FastAPI says of its answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, get_args
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import iter_route_contexts
+from pydantic import TypeAdapter
+
+from shuteye.outputs import TAGS, SleepReport, UpdateReport, WakeReport
+from shuteye.request import DrainMode
+from shuteye.server.admission import ModelRoute
+from shuteye.server.auth import ControlRoute, InferenceRoute
+from shuteye.server.config import ServerConfig
+from shuteye.server.context import ServerContext
+from shuteye.server.protocol import answers
+
+ANSWERS: Mapping[str, Any] = {
+    "POST /v1/chat/completions": answers.ChatAnswer,
+    "POST /v1/completions": answers.CompletionAnswer,
+    "POST /v1/responses": answers.ResponseAnswer,
+    "POST /v1/embeddings": answers.EmbeddingAnswer,
+    "POST /pooling": answers.PoolingAnswer,
+    "POST /score": answers.ScoreAnswer,
+    "POST /v1/score": answers.ScoreAnswer,
+    "POST /rerank": answers.RerankAnswer,
+    "POST /v1/rerank": answers.RerankAnswer,
+    "POST /v2/rerank": answers.RerankAnswer,
+    "POST /v1/audio/transcriptions": answers.TranscriptionAnswer,
+    "GET /v1/models": answers.ModelsAnswer,
+    "GET /v1/models/{name}": answers.ModelAnswer,
+    "POST /tokenize": answers.TokensAnswer,
+    "POST /detokenize": answers.TextAnswer,
+    "GET /health": answers.AliveAnswer,
+    "GET /ping": answers.AliveAnswer,
+    "GET /version": answers.VersionAnswer,
+    "GET /ready": answers.ReadyAnswer,
+    "GET /state": answers.StateAnswer,
+    "POST /sleep": SleepReport,
+    "POST /wake_up": WakeReport,
+    "GET /is_sleeping": answers.SleepingAnswer,
+    "POST /pause": answers.DoneAnswer,
+    "POST /resume": answers.DoneAnswer,
+    "GET /is_paused": answers.PausedAnswer,
+    "POST /update_weights": UpdateReport,
+    "POST /reload_weights": UpdateReport,
+    "POST /collective_rpc": answers.RpcAnswer,
+    "POST /restart_engine": answers.RestartAnswer,
+    "POST /reset_prefix_cache": answers.DoneAnswer,
+}
+"""What each route answers with 200, in JSON."""
+
+STREAMED = frozenset(
+    {
+        "POST /v1/chat/completions",
+        "POST /v1/completions",
+        "POST /v1/responses",
+        "POST /v1/audio/transcriptions",
+        "POST /invocations",
+    }
+)
+"""Routes that answer with server-sent events instead when asked to."""
+
+TEXT: Mapping[str, tuple[str, ...]] = {
+    "GET /metrics": ("text/plain",),
+    "POST /v1/audio/transcriptions": ("text/plain", "text/vtt"),
+    "POST /invocations": ("text/plain", "text/vtt"),
+}
+"""Media types of routes that answer with text, or can be asked to."""
+
+_MEANINGS: Mapping[int, str] = {
+    400: "A bad value, a missing or unknown field, or a request that does not fit.",
+    401: "No key, or a wrong one.",
+    403: "The key is for inference, or a web page of another origin asked.",
+    404: "No model of this name.",
+    409: "The transition table forbids this move.",
+    413: "The body is too large.",
+    431: "The headers are too many, or too large.",
+    500: "Sleeping failed and was rolled back; the model is awake.",
+    503: "The model sleeps, loads, or cannot be had; Retry-After says when it is worth asking again.",
+}
+_STATUSES: Mapping[type, tuple[int, ...]] = {
+    ModelRoute: (400, 401, 404, 413, 431, 503),
+    InferenceRoute: (400, 401, 404, 413, 431, 503),
+    ControlRoute: (400, 401, 403, 404, 409, 413, 431, 500, 503),
+}
+"""Errors by class of route; other routes (liveness) answer 431 and 503 alone."""
+
+_LIMITS: Mapping[str, Mapping[str, Any]] = {
+    "n": {"minimum": 1, "maximum": 128},
+    "best_of": {"minimum": 1, "maximum": 128},
+    "temperature": {"minimum": 0, "maximum": 100},
+    "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+    "top_k": {"minimum": -1},
+    "min_p": {"minimum": 0, "maximum": 1},
+    "repetition_penalty": {"exclusiveMinimum": 0, "maximum": 10},
+    "presence_penalty": {"minimum": -2, "maximum": 2},
+    "frequency_penalty": {"minimum": -2, "maximum": 2},
+    "max_tokens": {"minimum": 1},
+    "min_tokens": {"minimum": 0},
+}
+"""Fields of generation bodies whose range `SamplingParams` checks."""
+
+_CHOICES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "level": ("integer", {"enum": [0, 1, 2]}),
+    "mode": ("string", {"enum": list(get_args(DrainMode))}),
+    "tags": ("array", {"items": {"enum": list(TAGS)}, "minItems": 1}),
+}
+"""Query parameters whose values the engine checks, by name: their type, and what it may be."""
+
+_EVENT: Mapping[str, Any] = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {
+        "event": {"type": "string"},
+        "data": {"type": "string", "description": "A chunk in JSON, an error in JSON, or [DONE] at the end."},
+    },
+}
+_ERROR = {"$ref": "#/components/schemas/ErrorAnswer"}
+_REFS = "#/components/schemas/{model}"
+
+
+def install_openapi(app: FastAPI) -> None:
+    """Make `app` serve the document of this module."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = openapi_document(app)
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign] # FastAPI's documented way
+
+
+def openapi_document(app: FastAPI) -> dict[str, Any]:
+    """The whole document, made anew."""
+    context: ServerContext = app.state.context
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    _schema_of(answers.ErrorAnswer, schemas)
+    document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    for schema in schemas.values():
+        _narrow_fields(schema.get("properties", {}))
+    for name, route_class, operation in _operations(app, document):
+        _narrow_parameters(operation.get("parameters", ()))
+        responses = operation["responses"]
+        responses.pop("422", None)  # never: a bad value is 400
+        responses["200"] |= _success(name, responses["200"], schemas)
+        responses |= _errors(name, route_class)
+        if _needs_key(route_class, context.config):
+            operation["security"] = [{"bearer": []}]
+    return document
+
+
+def _operations(app: FastAPI, document: Mapping[str, Any]) -> Iterator[tuple[str, type, dict[str, Any]]]:
+    """(`METHOD /path`, class of its route, operation) of everything documented."""
+    classes = {
+        (method.lower(), route.path_format): type(route.original_route)
+        for route in iter_route_contexts(app.routes)
+        for method in route.methods or ()
+    }
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            yield f"{method.upper()} {path}", classes[method, path], operation
+
+
+def _narrow_fields(properties: Mapping[str, Any]) -> None:
+    if "temperature" not in properties:
+        return
+    for name in _LIMITS.keys() & properties.keys():
+        for kind in ("number", "integer"):
+            _narrow(properties[name], kind, _LIMITS[name])
+    if "prompt" in properties:
+        _refuse_empty(properties["prompt"])
+
+
+def _refuse_empty(prompt: dict[str, Any]) -> None:
+    for alternative in prompt.get("anyOf", [prompt]):
+        match alternative.get("type"):
+            case "string":
+                alternative["minLength"] = 1
+            case "integer":
+                alternative["minimum"] = 0
+            case "array":
+                alternative["minItems"] = 1
+                _refuse_empty(alternative["items"])
+
+
+def _narrow_parameters(parameters: Iterable[Mapping[str, Any]]) -> None:
+    for parameter in parameters:
+        if parameter["name"] in _CHOICES:
+            _narrow(parameter["schema"], *_CHOICES[parameter["name"]])
+
+
+def _narrow(schema: dict[str, Any], kind: str, limits: Mapping[str, Any]) -> None:
+    """Add `limits` to the alternative of this type, if there is one."""
+    for alternative in schema.get("anyOf", [schema]):
+        if alternative.get("type") == kind:
+            alternative.update(limits)
+
+
+def _success(name: str, given: Mapping[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    content = dict(given.get("content", {}))
+    if name in ANSWERS:
+        content["application/json"] = {"schema": _schema_of(ANSWERS[name], schemas)}
+    if name in STREAMED:
+        content["text/event-stream"] = {"itemSchema": _EVENT}
+    if name in TEXT and name not in STREAMED:
+        content = {}  # never JSON
+    content |= {kind: {"schema": {"type": "string"}} for kind in TEXT.get(name, ())}
+    return {"content": content}
+
+
+def _schema_of(answer: Any, schemas: dict[str, Any]) -> dict[str, Any]:
+    """A reference to the schema of `answer`, which is added to `schemas` with all that it refers to."""
+    schema = TypeAdapter(answer).json_schema(ref_template=_REFS, mode="serialization")
+    schemas |= schema.pop("$defs", {})
+    schemas[answer.__name__] = schema
+    return {"$ref": _REFS.format(model=answer.__name__)}
+
+
+def _errors(name: str, route_class: type) -> dict[str, Any]:
+    statuses = next((found for kind, found in _STATUSES.items() if issubclass(route_class, kind)), (431, 503))
+    errors = {str(status): _error(status) for status in statuses}
+    if name == "GET /ready":
+        errors["503"]["content"]["application/json"]["schema"] = {"$ref": _REFS.format(model="ReadyAnswer")}
+    return errors
+
+
+def _error(status: int) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        "description": _MEANINGS[status],
+        "content": {"application/json": {"schema": dict(_ERROR)}},
+    }
+    if status == 503:
+        answer["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "string"}}}
+    return answer
+
+
+def _needs_key(route_class: type, config: ServerConfig) -> bool:
+    if issubclass(route_class, ControlRoute):
+        return config.admin_api_key is not None
+    return issubclass(route_class, ModelRoute | InferenceRoute) and config.api_key is not None

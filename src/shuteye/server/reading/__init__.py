@@ -1,0 +1,1 @@
+"""Reads what a model writes, as it comes: reasoning, content and tool calls."""

@@ -1,0 +1,81 @@
+"""POST /update_weights: new values for weights, from a file on this host or uploaded.
+
+Knows nothing of tensors: the engine reads the safetensors format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shuteye.errors import InvalidRequest
+from shuteye.outputs import UpdateReport
+from shuteye.server.auth import ControlRoute
+from shuteye.server.body_limit import limited
+from shuteye.server.context import Context, ServerContext
+from shuteye.server.errors import invalid_request
+from shuteye.server.routes.sleep import NoQuery
+from shuteye.server.uploads import received_file
+
+router = APIRouter(route_class=ControlRoute)
+
+PATH = "/update_weights"
+UPLOAD = "application/octet-stream"
+SLACK_BYTES = 16 * 1024 * 1024
+"""For names and shapes at the head of an upload."""
+
+
+class UpdateBody(BaseModel):
+    """Where the tensors are: a `.safetensors` file, or a directory of them, on the server's host."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    path: str = Field(min_length=1)
+
+
+_DOCUMENTED = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": UpdateBody.model_json_schema()},
+            UPLOAD: {"schema": {"type": "string", "format": "binary", "description": "A safetensors file's bytes."}},
+        },
+    }
+}
+
+
+@router.post(PATH, openapi_extra=_DOCUMENTED)
+async def update_weights(_query: Annotated[NoQuery, Query()], request: Request, context: Context) -> dict[str, Any]:
+    """Writes tensors by their checkpoint names; requests in flight are computed again with the new weights."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == UPLOAD:
+        return asdict(await _uploaded(request, context))
+    if kind != "application/json":
+        raise InvalidRequest(
+            f'Content-Type must be application/json with {{"path": …}}, or {UPLOAD} with the bytes of a safetensors '
+            f"file, got {kind or 'none'}."
+        )
+    body = await _json_body(request, context)
+    return asdict(await _update(context, body.path))
+
+
+async def _update(context: ServerContext, path: str) -> UpdateReport:
+    return await context.metrics.transition("update_weights", context.engine.update_weights_from_file(path))
+
+
+async def _uploaded(request: Request, context: ServerContext) -> UpdateReport:
+    """No update can be larger than the model in its widest form: eight bytes for every two of bfloat16."""
+    limit = 4 * context.engine.info.weights_bytes + SLACK_BYTES
+    async with received_file(request, suffix=".safetensors", max_bytes=limit) as path:
+        return await _update(context, path)
+
+
+async def _json_body(request: Request, context: ServerContext) -> UpdateBody:
+    receive = limited(request.scope, request.receive, max_bytes=context.config.max_body_bytes)
+    try:
+        return UpdateBody.model_validate_json(await Request(request.scope, receive).body())
+    except ValidationError as error:
+        raise invalid_request([one | {"loc": ("body", *one["loc"])} for one in error.errors()]) from error

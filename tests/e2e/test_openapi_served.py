@@ -1,0 +1,159 @@
+"""The OpenAPI document against the server that serves it: requests made up from it, answers compared with it."""
+
+import functools
+
+import hypothesis
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, strategies
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi import checks
+from served import ANSWER_S, SLEEPING_BODY, Served
+
+from shuteye.testing import tiny_encoder, tiny_speech_model
+
+MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+CHECKS = [
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_headers_conformance,
+    checks.response_schema_conformance,
+    checks.negative_data_rejection,
+]
+PAIR = {"text_1": "a", "text_2": ["b", "c"]}
+SENSIBLE = {"/v1/responses": {"input": "hi"}, "/score": PAIR, "/v1/score": PAIR}
+"""Fields that a schema cannot describe well enough to be met by chance; every second request has them."""
+
+MUST_BE_SERVED = {
+    "generate": {
+        "POST /v1/chat/completions",
+        "POST /v1/completions",
+        "POST /v1/responses",
+        "POST /tokenize",
+        "POST /detokenize",
+    },
+    "embed": {"POST /v1/embeddings", "POST /pooling", "POST /v2/rerank"},
+    "score": {"POST /rerank"},
+    "transcribe": set(),  # no made-up file is a recording
+}
+
+
+def operations(server, *, control):
+    """All operations of the server's document; of control routes only, or of the others."""
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    found = [operation.ok() for operation in schema.get_all_operations()]
+    return [operation for operation in found if is_control(operation) == control]
+
+
+def is_control(operation):
+    return "409" in operation.definition.raw["responses"]
+
+
+def takes_something(operation):
+    """False for an operation that no request can be wrong for: without a body or parameters of the query."""
+    return len(operation.body) > 0 or len(operation.query) > 0
+
+
+def fuzz(server, operation, examples, *, check, random=False):
+    """Send `examples` requests of each mode; every answer comes in time, and passes `check` and the document.
+
+    Returns the statuses that came.
+    """
+    statuses = set()
+    for mode in MODES if takes_something(operation) else MODES[:1]:
+        wanted = strategies.booleans() if mode is GenerationMode.POSITIVE else strategies.just(False)
+        settings = hypothesis.settings(
+            max_examples=examples,
+            deadline=None,
+            database=None,
+            derandomize=not random,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        )
+
+        @settings
+        @hypothesis.given(case=operation.as_strategy(generation_mode=mode), sensible=wanted)
+        def ask(case, sensible):
+            if sensible and isinstance(case.body, dict):
+                case.body |= SENSIBLE.get(operation.path, {})
+                if isinstance(case.body.get("model"), str):
+                    case.body["model"] = server.model
+            answer = case.call(base_url=server.url, timeout=ANSWER_S)
+            statuses.add(answer.status_code)
+            check(operation, answer)
+            case.validate_response(answer, checks=CHECKS)
+
+        ask()
+    return statuses
+
+
+def served(operation, answer):
+    """No 5xx at all."""
+    assert answer.status_code < 500, f"{operation.label}: {answer.status_code} {answer.text}"
+
+
+def refused(operation, answer):
+    """The contract's 503 from routes that need the weights, and no other 5xx."""
+    if operation.label == "GET /ready":
+        assert answer.status_code == 503
+    else:
+        assert answer.status_code < 500 or answer.content == SLEEPING_BODY, f"{operation.label}: {answer.text}"
+
+
+def survives(server):
+    """What was sent left the server as able as before."""
+    server.restore()
+    assert server.complete("after all that", max_tokens=4)
+
+
+MODELS = {
+    "embed": tiny_encoder,
+    "score": functools.partial(tiny_encoder, task="score"),
+    "transcribe": tiny_speech_model,
+}
+MANY = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.mark.parametrize("examples", [10, pytest.param(300, marks=MANY)])
+class TestFuzz:
+    def test_awake(self, server, examples):
+        """A 500 for a strange request, a request that hangs, or an answer that is not what the document says."""
+        for operation in operations(server, control=False):
+            statuses = fuzz(server, operation, examples, check=served, random=examples > 100)
+            assert statuses & {200} or operation.label not in MUST_BE_SERVED["generate"], "the engine was never reached"
+        survives(server)
+
+    @pytest.mark.parametrize("level", [1, 2])
+    def test_asleep(self, server, examples, level):
+        """As awake; or a request that gets past the gate because it is strange."""
+        server.done(f"/sleep?level={level}")
+        for operation in operations(server, control=False):
+            fuzz(server, operation, examples, check=refused, random=examples > 100)
+        assert server.get("/is_sleeping").json() == {"is_sleeping": True}
+        survives(server)
+
+    def test_control_routes(self, server, examples):
+        """A control call that fails in other ways than by the table, or leaves something that cannot be woken."""
+        for operation in operations(server, control=True):
+            fuzz(server, operation, examples, check=served, random=examples > 100)
+        survives(server)
+
+
+@pytest.mark.parametrize(
+    ("task", "examples"),
+    [("embed", 10), *(pytest.param(task, 150, marks=MANY) for task in ("embed", "score", "transcribe"))],
+)
+def test_other_tasks(task, examples, tmp_path, image_cache):
+    """As above, for models that do not generate; awake, then asleep."""
+    model = MODELS[task](tmp_path / "model")
+    server = Served(model, "--enable-sleep-mode", "--dev-mode", "--num-threads", "1", cache_dir=image_cache)
+    try:
+        server.wait_until_ready()
+        for operation in operations(server, control=False):
+            statuses = fuzz(server, operation, examples, check=served, random=examples > 100)
+            assert statuses & {200} or operation.label not in MUST_BE_SERVED[task], "the engine was never reached"
+        server.done("/sleep")
+        for operation in operations(server, control=False):
+            fuzz(server, operation, examples, check=refused, random=examples > 100)
+    finally:
+        server.stop()

@@ -1,0 +1,129 @@
+"""litellm and lm-eval, unmodified and in environments of their own, against the real model (`make test-clients`)."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from served import Served, clean_environment
+
+from shuteye.config import default_cache_dir
+
+HERE = Path(__file__).parent
+ENVIRONMENTS = Path(os.environ.get("SHUTEYE_TEST_CLIENTS", default_cache_dir() / "clients"))
+ROUNDING = {"rel": 1e-4, "abs": 1e-3}
+
+pytestmark = [pytest.mark.clients, pytest.mark.model, pytest.mark.timeout(600)]
+
+
+def run(client, script, *arguments):
+    """The last line that `script` prints, as JSON, run by the interpreter of `client`'s environment."""
+    python = ENVIRONMENTS / client / "bin" / "python"
+    assert python.exists(), f"{python} is missing; `make test-clients` sets it up"
+    done = subprocess.run(
+        [python, HERE / script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=clean_environment(TOKENIZERS_PARALLELISM="false"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def real():
+    """SmolLM2 in float32, so that answers do not depend on how a prompt was batched."""
+    server = Served("smollm2-135m", "--enable-sleep-mode", "--dev-mode", "--dtype", "float32", cache_dir=None)
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.stop()
+
+
+class TestLiteLLM:
+    def test_generation(self, real):
+        """Fields that litellm sends and we refuse, or answers that it cannot read."""
+        found = run("litellm", "with_litellm.py", "generation", real.url, real.model)
+        messages = [{"role": "user", "content": "Where does the river end?"}]
+        asked = {"model": real.model, "temperature": 0, "max_tokens": 20}
+        chat = real.done("/v1/chat/completions", messages=messages, **asked)
+        text = real.done("/v1/completions", prompt="Once upon a time", **asked)
+        choice, usage = chat["choices"][0], chat["usage"]
+        for provider in ("openai", "hosted_vllm"):
+            assert found[provider] == {
+                "whole": choice["message"]["content"],
+                "streamed": choice["message"]["content"],
+                "finish_reason": choice["finish_reason"],
+                "usage": [usage["prompt_tokens"], usage["completion_tokens"]],
+            }
+        assert found["async streamed"] == choice["message"]["content"]
+        assert found["text"] == text["choices"][0]["text"]
+
+    def test_refusals(self, real):
+        """A 400 whose message litellm loses."""
+        found = run("litellm", "with_litellm.py", "refusals", real.url, real.model)
+        assert found["status"] == 400
+        assert "min_p must be in [0, 1]" in found["message"]
+
+    def test_asleep(self, real):
+        """A sleeping model taken for a bug of the server."""
+        real.done("/sleep")
+        found = run("litellm", "with_litellm.py", "sleep", real.url, real.model)
+        real.done("/wake_up")
+        assert (found["class"], found["status"]) == ("ServiceUnavailableError", 503)
+        assert "sleep mode" in found["message"]
+
+    def test_embedding(self):
+        """Vectors that litellm reads as something else, or that depend on how they were asked for."""
+        server = Served("minilm-l6", "--dtype", "float32", cache_dir=None)
+        try:
+            server.wait_until_ready()
+            found = run("litellm", "with_litellm.py", "embedding", server.url, server.model)
+            asked = server.done("/v1/embeddings", model=server.model, input=["a cat", "a dog"])
+        finally:
+            server.stop()
+        expected = [one["embedding"] for one in asked["data"]]
+        assert [len(vector) for vector in found["vectors"]] == [384, 384]
+        for ours, theirs in zip(found["vectors"], expected, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-6)
+        assert found["tokens"] == asked["usage"]["prompt_tokens"]
+
+
+class TestLMEval:
+    def test_loglikelihoods_are_those_of_its_own_model(self, real, smollm2, tmp_path):
+        """Log-probabilities of the prompt that are shifted by a token, cached wrongly, or of another model."""
+        tokenizer = real.get("/state").json()["model"]["tokenizer_dir"]
+        weights = smollm2.path
+        theirs = {
+            "pretrained": str(weights.parent),
+            "gguf_file": weights.name,
+            "tokenizer": tokenizer,
+            "dtype": "float32",
+            "device": "cpu",
+        }
+        ours = {
+            "model": real.model,
+            "base_url": f"{real.url}/v1/completions",
+            "tokenizer": tokenizer,
+            "num_concurrent": 4,
+            "max_retries": 1,
+        }
+        expected = run("lm-eval", "with_lm_eval.py", "hf", json.dumps(theirs), tmp_path)
+        found = run("lm-eval", "with_lm_eval.py", "local-completions", json.dumps(ours), tmp_path)
+        require_same_choices(found["samples"]["local_choices"], expected["samples"]["local_choices"])
+        for one, other in zip(found["samples"]["local_texts"], expected["samples"]["local_texts"], strict=True):
+            assert one[0][0] == pytest.approx(other[0][0], **ROUNDING)
+        assert found["samples"]["local_continued"] == expected["samples"]["local_continued"]
+        for task, metric in [("local_choices", "acc,none"), ("local_texts", "byte_perplexity,none")]:
+            assert found["results"][task][metric] == pytest.approx(expected["results"][task][metric], rel=1e-4)
+
+
+def require_same_choices(found, expected):
+    assert len(found) == len(expected) == 8
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours) == len(theirs) == 4
+        for (our,), (their,) in zip(ours, theirs, strict=True):
+            assert our[0] == pytest.approx(their[0], **ROUNDING)
+            assert our[1] == their[1], "one says that this continuation is the likeliest, the other that it is not"

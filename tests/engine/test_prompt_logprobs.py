@@ -1,0 +1,97 @@
+"""Log-probabilities of the prompt: the same as transformers', whatever the chunks, the cache and the sleeps."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from shuteye.engine.messages import SleepCall, WakeCall
+from shuteye.request import SamplingParams
+
+PROMPT = tuple(range(3, 103))
+SCORED = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, prompt_logprobs=2)
+
+
+class Scores:
+    """Collects what a rig's deltas say of prompts."""
+
+    def __init__(self, rig):
+        self.found = {}
+        step = rig.core.step
+
+        @functools.wraps(step)
+        def listening():
+            deltas = step()
+            for delta in deltas:
+                self.found.setdefault(delta.request_id, []).extend(delta.prompt_logprobs)
+            return deltas
+
+        rig.core.step = listening
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_checkpoint):
+    """Per position from the second on: log-probability and rank of the prompt's own token."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    own = [logprobs[at, token] for at, token in enumerate(PROMPT[1:])]
+    return [(value.item(), int((logprobs[at] > value).sum()) + 1) for at, value in enumerate(own)]
+
+
+def check(scores, expected):
+    assert [score.token_ids[0] for score in scores] == list(PROMPT[1:])
+    assert [score.logprobs[0] for score in scores] == pytest.approx([value for value, _rank in expected], abs=1e-4)
+    assert [score.ranks[0] for score in scores] == [rank for _value, rank in expected]
+    assert all(len(score.token_ids) == 3 and score.ranks[1:] == (1, 2) for score in scores)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("budget", [512, 7])
+def test_scores_are_transformers_own(make_rig, expected, kernels, budget):
+    """Rows taken from the wrong place of a packed batch, or lost between two chunks."""
+    rig = make_rig(max_num_batched_tokens=budget, kernels=kernels)
+    scores = Scores(rig)
+    rig.add("plain", PROMPT[:20])
+    rig.add("r", PROMPT, SCORED)
+    rig.add("other", PROMPT[5:50])
+    rig.run()
+    check(scores.found["r"], expected)
+    assert scores.found["plain"] == []
+    assert rig.tokens["r"] == rig.generate(PROMPT, replace(SCORED, prompt_logprobs=None))
+
+
+def test_the_prefix_cache_is_passed_by(make_rig, expected):
+    """Positions that the cache holds have no logits: their scores would be missing."""
+    rig = make_rig()
+    rig.generate(PROMPT)
+    scores = Scores(rig)
+    rig.add("r", PROMPT, SCORED)
+    rig.run()
+    check(scores.found["r"], expected)
+
+
+def test_a_sleep_in_the_midst_of_a_prompt_tells_no_score_twice(make_rig, expected):
+    """Scores told again, or forgotten, when the prompt is computed anew."""
+    rig = make_rig(max_num_batched_tokens=8)
+    scores = Scores(rig)
+    rig.add("r", PROMPT, SCORED)
+    for _ in range(5):
+        rig.step()
+    assert 0 < len(scores.found["r"]) < len(PROMPT) - 1
+    rig.call(SleepCall(1, mode="keep"))
+    rig.call(WakeCall())
+    rig.run()
+    check(scores.found["r"], expected)
+
+
+def test_a_prompt_of_one_token_has_nothing_to_score(rig):
+    """An endless wait for scores that never come, or an index error."""
+    scores = Scores(rig)
+    rig.add("r", PROMPT[:1], SCORED)
+    rig.run()
+    assert scores.found["r"] == []
+    assert rig.ended["r"] == "length"

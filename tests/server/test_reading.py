@@ -1,0 +1,179 @@
+"""Readers of model output: the same pieces however the text is cut, whatever a model writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shuteye.server.reading.pieces import CallArguments, CallBegin, Content, PlainReader, Reasoning, held_length
+from shuteye.server.reading.reasoning import ReasoningReader, begins_inside
+from shuteye.server.reading.tool_formats import HermesReader, LlamaReader, MistralReader, format_of
+
+
+def merged(pieces):
+    """Neighbours of one kind joined: what matters is the whole."""
+    found = []
+    for piece in pieces:
+        last = found[-1] if found else None
+        same = type(last) is type(piece) and not isinstance(piece, CallBegin)
+        if same and getattr(last, "index", None) == getattr(piece, "index", None):
+            found[-1] = replace(last, text=last.text + piece.text)
+        else:
+            found.append(piece)
+    return found
+
+
+def read(make, *texts):
+    reader = make()
+    pieces = [piece for text in texts for piece in reader.feed(text)]
+    return merged([*pieces, *reader.finish()])
+
+
+def call(index, name, arguments):
+    return [CallBegin(index, name), CallArguments(index, arguments)]
+
+
+def thinking(rest=PlainReader, *, inside):
+    return lambda: ReasoningReader(rest(), inside=inside)
+
+
+ONE = '{"name": "f", "arguments": {"a": "}<\\"x", "b": [1, {"c": null}]}}'
+ARGUMENTS = '{"a": "}<\\"x", "b": [1, {"c": null}]}'
+CASES = [
+    (HermesReader, "hello  \n", [Content("hello  \n")]),
+    (HermesReader, "a < b <tool", [Content("a < b <tool")]),
+    (HermesReader, f"Sure.\n<tool_call>\n{ONE}\n</tool_call>\n", [Content("Sure."), *call(0, "f", ARGUMENTS)]),
+    (
+        HermesReader,
+        f'<tool_call>{ONE}</tool_call>\n<tool_call>{{"arguments":{{"b":2}},"name":"g"}}</tool_call> ok',
+        [*call(0, "f", ARGUMENTS), *call(1, "g", '{"b":2}'), Content(" ok")],
+    ),
+    (HermesReader, '<tool_call>{"name": "f"}</tool_call>', call(0, "f", "{}")),
+    (HermesReader, '<tool_call>{"name": "f", "arguments": null}</tool_call>', call(0, "f", "{}")),
+    (HermesReader, '<tool_call>{"name":"f","arguments":"{\\"a\\": 1}"}</tool_call>', call(0, "f", '{"a": 1}')),
+    (HermesReader, '<tool_call>{"name": "f", "arguments": {"a": 1', call(0, "f", '{"a": 1')),
+    (HermesReader, "<tool_call>oops</tool_call>", [Content("<tool_call>oops</tool_call>")]),
+    (HermesReader, '<tool_call>{"x": 3}</tool_call> bye', [Content('<tool_call>{"x": 3}</tool_call> bye')]),
+    (HermesReader, "<tool_call>", [Content("<tool_call>")]),
+    (LlamaReader, 'see {"name": "f"}', [Content('see {"name": "f"}')]),
+    (LlamaReader, ' {"name": "f", "parameters": {"a": 1}}', call(0, "f", '{"a": 1}')),
+    (
+        LlamaReader,
+        '<|python_tag|>{"name": "f", "parameters": {"a": 1}}; {"name": "g", "parameters": {}}',
+        [*call(0, "f", '{"a": 1}'), *call(1, "g", "{}")],
+    ),
+    (LlamaReader, '{"city": "Paris"}', [Content('{"city": "Paris"}')]),
+    (LlamaReader, "<|python_tag|>print(1)", [Content("<|python_tag|>print(1)")]),
+    (LlamaReader, " <|pyt", [Content(" <|pyt")]),
+    (MistralReader, "hi [", [Content("hi [")]),
+    (
+        MistralReader,
+        f'[TOOL_CALLS] [{ONE}, {{"name": "g", "arguments": {{}}}}]',
+        [*call(0, "f", ARGUMENTS), *call(1, "g", "{}")],
+    ),
+    (
+        MistralReader,
+        'so[TOOL_CALLS]f[ARGS]{"a": {"b": "}"}}[TOOL_CALLS]g[CALL_ID]x9[ARGS]{"c": 1}',
+        [Content("so"), *call(0, "f", '{"a": {"b": "}"}}'), *call(1, "g", '{"c": 1}')],
+    ),
+    (MistralReader, "[TOOL_CALLS][oops]", [Content("[TOOL_CALLS][oops]")]),
+    (MistralReader, "[TOOL_CALLS]", [Content("[TOOL_CALLS]")]),
+    (thinking(inside=True), "so</think>hi", [Reasoning("so"), Content("hi")]),
+    (thinking(inside=True), "<think>so</thi</think>hi", [Reasoning("so</thi"), Content("hi")]),
+    (thinking(inside=True), "never done", [Reasoning("never done")]),
+    (thinking(inside=False), "\n<think>so</think>\n\nhi", [Reasoning("so"), Content("\n\nhi")]),
+    (thinking(inside=False), "<b>hi</b>", [Content("<b>hi</b>")]),
+    (thinking(inside=False), " <thi", [Content(" <thi")]),
+    (
+        thinking(HermesReader, inside=True),
+        f"call f</think>\n<tool_call>{ONE}</tool_call>",
+        [Reasoning("call f"), *call(0, "f", ARGUMENTS)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "text", "expected"), CASES, ids=lambda case: case if isinstance(case, str) else "")
+def test_what_models_write_is_read(make, text, expected):
+    assert read(make, text) == expected
+
+
+@pytest.mark.parametrize(("make", "text", "expected"), CASES, ids=lambda case: case if isinstance(case, str) else "")
+def test_cuts_change_nothing(make, text, expected):
+    """A marker, an escape or a character's neighbour lost where two deltas meet."""
+    assert read(make, *text) == expected
+    for at in range(len(text)):
+        assert read(make, text[:at], text[at:]) == expected
+
+
+PARTS = [
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+    "[ARGS]",
+    "<|python_tag|>",
+    "<think>",
+    "</think>",
+    ONE,
+    "{",
+    "}",
+]
+WRITTEN = st.lists(
+    st.sampled_from([*PARTS, '"name"', ":", '"f"', ",", "[", "]", ";", "\\", '"', " ", "\n", "x", "é"]), max_size=14
+)
+MAKERS = [HermesReader, LlamaReader, MistralReader, thinking(inside=True), thinking(HermesReader, inside=False)]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(MAKERS), WRITTEN, st.data())
+def test_no_nonsense_is_read_in_two_ways(make, parts, data):
+    """A stream that says something else than the whole answer, or a reader that never returns."""
+    text = "".join(parts)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    assert read(make, *[text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]) == read(make, text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.text(max_size=3), st.recursive(st.none() | st.integers() | st.text(max_size=4), st.lists)))
+def test_any_arguments_come_through_as_they_are(arguments):
+    """Braces or quotes within strings taken for JSON's own."""
+    written = json.dumps(arguments)
+    assert read(HermesReader, f'<tool_call>{{"name": "f", "arguments": {written}}}</tool_call>') == call(
+        0, "f", written
+    )
+
+
+def test_pieces_are_told_as_soon_as_they_are_certain():
+    """Arguments withheld until the call is complete: no streaming."""
+    reader = HermesReader()
+    assert reader.feed('<tool_call>{"name": "f", "argum') == [CallBegin(0, "f")]
+    assert reader.feed('ents": {"a": ') == [CallArguments(0, '{"a": ')]
+    assert reader.feed("1") == [CallArguments(0, "1")]
+
+
+@pytest.mark.parametrize(
+    ("parser", "prompt", "inside"),
+    [
+        ("deepseek_r1", "<assistant>", True),
+        ("deepseek_r1", "<think>\n\n</think>\n\n", False),
+        ("qwen3", "<assistant>\n", False),
+        ("qwen3", "<assistant>\n<think>\n", True),
+        ("qwen3", None, False),
+    ],
+)
+def test_the_prompt_may_have_opened_the_reasoning(parser, prompt, inside):
+    """All of a thinking model's answer taken for content, or all of another's for reasoning."""
+    assert begins_inside(parser, prompt) is inside
+
+
+def test_templates_tell_their_format():
+    assert format_of("... [TOOL_CALLS] ...") == "mistral"
+    assert format_of("... <|python_tag|> ...") == "llama3_json"
+    assert format_of("... <tool_call> ...") == format_of("") == "hermes"
+
+
+def test_only_what_may_become_the_marker_is_held():
+    assert [held_length(text, "<ab>") for text in ("", "x", "<", "x<a", "<ab", "<ab>", "<a<")] == [0, 0, 1, 2, 3, 0, 1]

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Creates virtual environments for clients too heavy for .venv: litellm and lm-eval. Called by `make test-clients`.
+# usage: tools/clients.sh VENV DIRECTORY      VENV is the project's; DIRECTORY gets one environment per client.
+set -euo pipefail
+
+# Pinned, so that a new release of theirs cannot break a build of ours. litellm is older than it could be on purpose:
+# 1.82.7 and 1.82.8 (March 2026) were malicious, and so, later, was 1.107.0; 1.82.6 is the release known to be clean.
+litellm=('litellm==1.82.6' 'openai<3')
+lm_eval=('lm-eval[api]==0.4.13' 'peft')
+
+project=$(cd "$1" && pwd)
+mkdir -p "$2"
+directory=$(cd "$2" && pwd)
+
+# environment NAME: an empty one, unless what it is made from has not changed since it was made.
+environment() {
+    local name=$1 wanted=$2
+    if [[ "$(cat "$directory/$name/.made-from" 2>/dev/null)" == "$wanted" ]]; then return 1; fi
+    rm -rf "${directory:?}/$name"
+    "$project/bin/python" -m venv "$directory/$name"
+}
+
+install() {
+    local name=$1
+    shift
+    "$directory/$name/bin/python" -m pip install --quiet "$@"
+    echo "$*" > "$directory/$name/.made-from"
+    echo "Set up $name in $directory/$name."
+}
+
+if environment litellm "${litellm[*]}"; then
+    install litellm "${litellm[@]}"
+fi
+
+# lm-eval's own `hf` model needs torch and transformers: those of the project are used, and no second torch is installed.
+if environment lm-eval "${lm_eval[*]}"; then
+    packages=$("$project/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "$packages" > "$("$directory/lm-eval/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+    install lm-eval "${lm_eval[@]}"
+fi
