@@ -1,6 +1,7 @@
 """The client against a mock server: parsing, errors, and the waking transport under real concurrency."""
 
 import asyncio
+import io
 import json
 import threading
 import time
@@ -222,6 +223,24 @@ class TestWakingTransport:
         with httpx2.Client(transport=WakingTransport(Inner()), base_url=URL) as http:
             assert http.post("/x", content=iter([b"a", b"b"])).json() == SLEEPING
         assert calls == [("/x", b"ab")]
+
+    def test_a_form_is_sent_again_whole(self):
+        """Catches a recording that reaches a sleeping server being refused, or sent a second time without its file."""
+        bodies = []
+
+        class Inner(httpx2.BaseTransport):
+            def handle_request(self, request):
+                if request.url.path == "/wake_up":
+                    return httpx2.Response(200, json={"changed": True})
+                bodies.append(b"".join(request.stream))
+                return httpx2.Response(503, json=SLEEPING) if len(bodies) == 1 else httpx2.Response(200, json={})
+
+        with httpx2.Client(transport=WakingTransport(Inner()), base_url=URL) as http:
+            files = {"file": ("speech.ogg", io.BytesIO(b"OggS" * 100))}
+            assert http.post("/v1/audio/transcriptions", data={"model": "m"}, files=files).status_code == 200
+        assert len(bodies) == 2
+        assert bodies[0] == bodies[1]
+        assert b"OggS" * 100 in bodies[0]
 
     def test_streams_pass_through_unread(self):
         """Catches a transport that buffers a stream before handing it on."""

@@ -23,7 +23,8 @@ def test_smollm2_knows_its_capitals_before_and_after_a_sleep(smollm2):
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", http_client=http, max_retries=0) as client:
             before = client.completions.create(prompt=PROMPT, **asked).choices[0].text
             assert "Paris" in before
-            chat = [{"role": "user", "content": "What is the capital of France?"}]
+            # another wording may be a near tie, which bfloat16 breaks one way or the other
+            chat = [{"role": "user", "content": "Name the capital of France."}]
             said = client.chat.completions.create(messages=chat, **asked).choices[0].message.content
             assert "Paris" in said
             for level in (1, 2):

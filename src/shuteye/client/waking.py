@@ -25,6 +25,9 @@ DEFAULT_WAKE_TIMEOUT_S = 300.0
 MAX_WAKES = 3
 """How often one request may see the model asleep and go on: more than once only if it falls asleep again."""
 
+MAX_KEPT_BODY = 64 * 2**20
+"""Bytes of an uploaded form that are kept in memory, so that it can be sent again after a wake."""
+
 FIRST_BACKOFF_S = 0.25
 MAX_RETRY_AFTER_S = 30.0
 """A server that asks for a longer wait than this gets no retry; the caller sees its 503."""
@@ -99,6 +102,12 @@ def _retry_after_s(response: httpx2.Response) -> float:
     except ValueError:
         return 0.0
     return (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+
+
+def _fits_into_memory(request: httpx2.Request) -> bool:
+    """True for a body of known and moderate length, such as a form with a recording."""
+    length = request.headers.get("Content-Length", "")
+    return length.isdigit() and int(length) <= MAX_KEPT_BODY
 
 
 def _is_replayable(request: httpx2.Request) -> bool:
@@ -214,6 +223,8 @@ class WakingTransport(httpx2.BaseTransport):
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send `request`, waking the model in between if it sleeps."""
         flights = self._flights[self._wake.url(request)]
+        if _fits_into_memory(request):
+            request.read()  # from here on its body is bytes
         replayable = _is_replayable(request)
         for attempt in range(MAX_WAKES):
             seen = flights.landed
@@ -272,6 +283,8 @@ class AsyncWakingTransport(httpx2.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send `request`, waking the model in between if it sleeps."""
         flights = self._flights[self._wake.url(request)]
+        if _fits_into_memory(request):
+            await request.aread()  # from here on its body is bytes
         replayable = _is_replayable(request)
         for attempt in range(MAX_WAKES):
             seen = flights.landed
