@@ -10,7 +10,7 @@ import torch
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
 from shuteye.models.fused import FusedDecoder, FusedFacts, FusedWeights, Layer, Projection, decoder_spec
-from shuteye.plans import Chunk, StepPlan
+from shuteye.plans import Chunk, Scoring, StepPlan
 from shuteye.runner.batch import PackedBatch
 
 BLOCK_SIZE, NUM_BLOCKS, HIDDEN, INNER, VOCAB, NUM_LAYERS = 8, 65, 72, 104, 131, 3
@@ -112,16 +112,24 @@ def tokens(count: int, seed: int) -> tuple[int, ...]:
 
 
 def mixed_steps() -> list[tuple[Chunk, ...]]:
-    """A prompt in two chunks, another that shares its first blocks in the same step, then decodes of both."""
+    """A prompt in two chunks, another that shares its first blocks in the same step, then decodes of both.
+
+    Last a long prompt, computed with many tokens at once, all of whose logits are wanted; beside a decode.
+    """
     shared = (5, 60, 7)
     first, second = (*shared, 11, 2, 33), (*shared, 40, 41, 3)
-    start = tokens(24, 1)
+    start, long = tokens(24, 1), tokens(150, 9)
+    scoring = Scoring(0, long[1:], 0)
     return [
         (Chunk("a", start, 0, first, False), Chunk("b", tokens(9, 2), 24, second, True)),
         (Chunk("a", tokens(5, 3), 24, first, True), Chunk("b", tokens(1, 4), 33, second, True)),
         (Chunk("b", tokens(1, 5), 34, second, True), Chunk("a", tokens(1, 6), 29, first, True)),
         (Chunk("b", tokens(2, 7), 35, second, False),),
         (Chunk("b", tokens(1, 8), 37, second, True),),
+        (
+            Chunk("c", long, 0, tuple(range(42, 61)), True, scoring=scoring),
+            Chunk("b", tokens(1, 10), 38, second, True),
+        ),
     ]
 
 

@@ -45,12 +45,24 @@ def test_linear(level, dtype, num_tokens, in_features, out_features):
     assert_near(found, exact, dtype, scale=in_features**0.5)
 
 
+@pytest.mark.parametrize("num_tokens", [65, 80, 97, 200])
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 48), (33, 17), (1201, 5), (600, 131), (1152, 300)])
+def test_linear_of_many_tokens(level, num_tokens, in_features, out_features):
+    """Depth in one chunk and in several, rows in one group and in several, and none of them full."""
+    x = random(num_tokens, in_features, dtype=torch.bfloat16)
+    weight = random(out_features, in_features, dtype=torch.bfloat16, seed=1)
+    bias = random(out_features, dtype=torch.bfloat16, seed=2) if num_tokens % 2 else None
+    found = native.linear(x, weight, bias, torch.full((num_tokens, out_features), torch.nan, dtype=torch.bfloat16))
+    exact = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_near(found, exact, torch.bfloat16, scale=in_features**0.5)
+
+
 def test_linear_reads_nothing_beyond_the_weight(level):
     """NaN before and after the weight, and in the row past the last, must not reach the sums."""
     around = torch.full((21 + 4, 33), torch.nan, dtype=torch.bfloat16)
     weight = around[2:-2]
     weight.copy_(random(21, 33, dtype=torch.bfloat16))
-    for num_tokens in (1, 7, 16):
+    for num_tokens in (1, 7, 16, 70):
         x = random(num_tokens, 33, dtype=torch.bfloat16, seed=3)
         found = native.linear(x, weight, None, x.new_empty(num_tokens, 21))
         assert_near(found, functional.linear(x.double(), weight.double()), torch.bfloat16, scale=6)
