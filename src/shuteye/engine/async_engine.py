@@ -315,16 +315,11 @@ class AsyncEngine:
         return job.scores(await self._pool(job.inputs, job.params, request_id))
 
     async def _pool(self, inputs: Sequence[PoolInput], params: PoolingParams, request_id: str | None) -> PooledOutput:
-        queue: asyncio.Queue[PooledOutput | ShuteyeError] = asyncio.Queue()
-        frontend, deliver = self._frontend, queue.put_nowait  # after a restart there is another frontend
-        request_id = frontend.submit_pooling(inputs, params, request_id=request_id, deliver=deliver)
-        try:
-            item = await queue.get()
-        finally:
-            frontend.abort(request_id, deliver=deliver)
-        if isinstance(item, ShuteyeError):
-            raise item
-        return item
+        frontend = self._frontend
+        submit = partial(frontend.submit_pooling, inputs, params, request_id=request_id)
+        async with contextlib.aclosing(outputs_of(frontend, submit)) as outputs:
+            output: PooledOutput = await anext(outputs)  # one, or an error
+        return output
 
     async def abort(self, request_id: str) -> None:
         """End a request; its iterator ends with finish reason "abort". Unknown ids are ignored: they have finished."""

@@ -242,15 +242,9 @@ class LLM:
         return PoolInputs(self.get_tokenizer(), self.info, params)
 
     def _pool(self, inputs: Sequence[PoolInput], params: PoolingParams) -> PooledOutput:
-        arrived: queue.SimpleQueue[PooledOutput | ShuteyeError] = queue.SimpleQueue()
-        request_id = self._frontend.submit_pooling(inputs, params, request_id=None, deliver=arrived.put)
-        try:
-            item = arrived.get()
-        finally:
-            self._frontend.abort(request_id, deliver=arrived.put)
-        if isinstance(item, ShuteyeError):
-            raise item
-        return item
+        output: PooledOutput
+        [output] = self._collect([partial(self._frontend.submit_pooling, inputs, params, request_id=None)])
+        return output
 
     # --- control: see AsyncEngine for what each raises ------------------------------------------
 

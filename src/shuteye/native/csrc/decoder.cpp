@@ -48,6 +48,7 @@ void Decoder::Buffer::reserve(int64_t nbytes) {
   constexpr int64_t kHugePage = 2 << 20;
   if (size >= nbytes) return;
   free(data);
+  data = nullptr; // in case there is no memory
   const int64_t alignment = nbytes >= kHugePage / 2 ? kHugePage : 64;
   size = round_up(nbytes, alignment);
   data = aligned_alloc(alignment, size);
@@ -100,10 +101,9 @@ const char* Decoder::run(const ShuteyeStep& step) {
 void Decoder::reserve_scratch() {
   const int64_t widest = larger(larger(model_.hidden, model_.intermediate), model_.num_heads * model_.cache.head_dim);
   const bool many = table_->takes_many(linear(widest, nullptr, nullptr, nullptr, 0, nullptr));
-  const int64_t products = many ? many_scratch_bytes(step_->num_tokens, widest)
-                                : linear_scratch_bytes(step_->num_tokens, widest);
-  const int64_t few = linear_scratch_bytes(smaller(step_->num_sampled, many ? table_->many_tokens : step_->num_sampled), widest);
-  const int64_t nbytes = larger(larger(products, few), attention_scratch_bytes(model_.cache.head_dim));
+  const int64_t few = many ? smaller(step_->num_sampled, table_->many_tokens) : step_->num_tokens;
+  int64_t nbytes = larger(linear_scratch_bytes(few, widest), attention_scratch_bytes(model_.cache.head_dim));
+  if (many) nbytes = larger(nbytes, many_scratch_bytes(step_->num_tokens, widest));
   for (int thread = 0; thread < num_threads_; thread++) scratch_[thread].reserve(nbytes);
   if (many) packed_.reserve(packed_bytes(step_->num_tokens, widest));
 }

@@ -6,6 +6,8 @@ namespace shuteye {
 
 constexpr int64_t kTileRows = 16; // weight rows that are computed together, and the unit of sharing a product
 constexpr int64_t kDepthStep = 32;
+constexpr int64_t kGroupTiles = 16;    // of many tokens: weight tiles of 16 rows that are packed at a time
+constexpr int64_t kMaxChunkSteps = 18; // likewise: depth steps that are multiplied at a time
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -82,7 +84,8 @@ inline int64_t packed_bytes(int64_t num_tokens, int64_t in_features) {
 
 // Enough for pack_tokens and many_rows of any table.
 inline int64_t many_scratch_bytes(int64_t num_tokens, int64_t in_features) {
-  const int64_t weights = 16 * 18 * 1024, sums = round_up(num_tokens, 32) * 256 * 4;
+  const int64_t weights = kGroupTiles * kMaxChunkSteps * 1024;
+  const int64_t sums = round_up(num_tokens, 2 * 16) * kGroupTiles * 16 * 4;
   const int64_t row = round_up(in_features, kDepthStep) * 2;
   return (weights + sums > row ? weights + sums : row) + 8192;
 }

@@ -10,9 +10,10 @@
 
 namespace SHUTEYE_ISA {
 
-constexpr int64_t kMaxChunkSteps = 18;
-constexpr int64_t kGroupTiles = 16;                    // weight tiles that are packed at a time
-constexpr int64_t kBlock = 32;                         // tokens, and rows, of two by two tiles
+using shuteye::kGroupTiles;
+using shuteye::kMaxChunkSteps;
+
+constexpr int64_t kBlock = 32; // tokens, and rows, of two by two tiles
 constexpr int64_t kBlockSums = kBlock * kBlock;
 
 struct Depth {
@@ -95,24 +96,6 @@ struct Block {
 template <int token_tiles, int row_tiles>
 inline void multiply(const Block& block, const float* before, float* sums) {
   constexpr int64_t stride = kBlock * sizeof(float);
-  const auto add = [&] { // GCC wants tile numbers as constants
-    for (int64_t step = 0; step < block.steps; step++) {
-      const bf16* x = block.x + step * kTileElements;
-      const bf16* weight = block.weight + step * kTileElements;
-      _tile_loadd(4, x, 64);
-      _tile_loadd(6, weight, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (row_tiles > 1) {
-        _tile_loadd(7, weight + block.weight_stride, 64);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if constexpr (token_tiles > 1) {
-        _tile_loadd(5, x + block.x_stride, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        if constexpr (row_tiles > 1) _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-  };
   if (before) {
     _tile_loadd(0, before, stride);
     if constexpr (row_tiles > 1) _tile_loadd(1, before + 16, stride);
@@ -124,7 +107,22 @@ inline void multiply(const Block& block, const float* before, float* sums) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  add();
+  for (int64_t step = 0; step < block.steps; step++) {
+    const bf16* x = block.x + step * kTileElements;
+    const bf16* weight = block.weight + step * kTileElements;
+    _tile_loadd(4, x, 64);
+    _tile_loadd(6, weight, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (row_tiles > 1) {
+      _tile_loadd(7, weight + block.weight_stride, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (token_tiles > 1) {
+      _tile_loadd(5, x + block.x_stride, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (row_tiles > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
   _tile_stored(0, sums, stride);
   if constexpr (row_tiles > 1) _tile_stored(1, sums + 16, stride);
   if constexpr (token_tiles > 1) _tile_stored(2, sums + 16 * kBlock, stride);

@@ -39,23 +39,32 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 """Fields that would change what is generated, each with the values that ask for nothing; null is always one."""
 
 
-def settle_unsupported(body: Any, declared: Mapping[str, Any]) -> Any:
+def settle_unsupported(
+    body: Any, declared: Mapping[str, Any], *, unsupported: Mapping[str, tuple[object, ...]] = UNSUPPORTED
+) -> Any:
     """`body` without its harmless and neutral fields.
+
+    Args:
+        unsupported: the route's fields that would change its answer, each with the values that ask for nothing.
 
     Raises:
         InvalidRequest: a field asks for something that this server does not do.
     """
     if not isinstance(body, Mapping):
         return body
-    return {name: value for name, value in body.items() if name in declared or not _ignorable(name, value)}
+    return {
+        name: value
+        for name, value in body.items()
+        if name in declared or not _ignorable(name, value, unsupported=unsupported)
+    }
 
 
-def _ignorable(name: str, value: object) -> bool:
+def _ignorable(name: str, value: object, *, unsupported: Mapping[str, tuple[object, ...]]) -> bool:
     if name in HARMLESS:
         return True
-    if name not in UNSUPPORTED:
+    if name not in unsupported:
         return False
-    if value is None or value in UNSUPPORTED[name]:
+    if value is None or value in unsupported[name]:
         return True
     raise InvalidRequest(f"'{name}' is not supported by this server. Remove it from the request.", param=name)
 

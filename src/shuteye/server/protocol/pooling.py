@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from shuteye.errors import InvalidRequest
 from shuteye.outputs import EmbeddingOutput, EmbeddingRequestOutput, ScoringRequestOutput
 from shuteye.request import PoolingParams
-from shuteye.server.protocol.fields import HARMLESS, one_message
+from shuteye.server.protocol.fields import one_message, settle_unsupported
 
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "cache_salt": (), "chat_template": (), "chat_template_kwargs": (), "embed_dtype": ("float32",),
@@ -39,9 +39,7 @@ class PoolingFields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _settle_unsupported(cls, body: Any) -> Any:
-        if not isinstance(body, Mapping):
-            return body
-        return {name: value for name, value in body.items() if name in cls.model_fields or not _ignorable(name, value)}
+        return settle_unsupported(body, cls.model_fields, unsupported=UNSUPPORTED)
 
     def pooling_params(self) -> PoolingParams:
         """What the caller said.
@@ -50,16 +48,6 @@ class PoolingFields(BaseModel):
             InvalidRequest: a value is out of range.
         """
         return PoolingParams(truncate_prompt_tokens=self.truncate_prompt_tokens, use_activation=self.use_activation)
-
-
-def _ignorable(name: str, value: object) -> bool:
-    if name in HARMLESS:
-        return True
-    if name not in UNSUPPORTED:
-        return False
-    if value is None or value in UNSUPPORTED[name]:
-        return True
-    raise InvalidRequest(f"'{name}' is not supported by this server. Remove it from the request.", param=name)
 
 
 # --- embeddings -----------------------------------------------------------------------------------
