@@ -1,22 +1,114 @@
-"""A transformers module bound to an image and its arena: every parameter a view, every buffer real.
+"""A model bound to an image and its arena: every parameter a view, every buffer real.
 
-Knows nothing of what the module computes.
+Knows nothing of what the model computes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from shuteye.errors import ImageFailure
-from shuteye.memory.arena import Arena
+from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image import WeightImage
+from shuteye.outputs import PoolingInfo
+from shuteye.plans import SpeechFacts
 
 TOKENIZER_DIR = "tokenizer"
 CONFIG_DIR = "config"
 """Where an image keeps the tokenizer, and the model's config."""
+
+
+class CommonFacts(Protocol):
+    """What an image's metadata says of a model of any task."""
+
+    @property
+    def architecture(self) -> str:
+        """The class that the checkpoint names, such as `LlamaForCausalLM`."""
+        ...
+
+    @property
+    def task(self) -> str:
+        """What the model is for."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids go from 0 to below this."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens at a time."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights."""
+        ...
+
+
+FactsT = TypeVar("FactsT", bound=CommonFacts)
+
+
+class BoundModel(Generic[FactsT]):
+    """A model whose tensors look into an arena, as far as every task has it; valid while that memory is resident."""
+
+    def __init__(self, facts: FactsT, slot_names: Mapping[str, str]) -> None:
+        self.facts = facts
+        self._slot_names = slot_names
+
+    @property
+    def architecture(self) -> str:
+        """The class that the checkpoint names, such as `LlamaForCausalLM`."""
+        return self.facts.architecture
+
+    @property
+    def task(self) -> str:
+        """What the model is for."""
+        return self.facts.task
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch_dtype(self.facts.dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids go from 0 to below this."""
+        return self.facts.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens at a time: of an input, or of prompt plus output."""
+        return self.facts.context_length
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer; none if the model does not write."""
+        return ()
+
+    @property
+    def default_sampling(self) -> dict[str, float]:
+        """What the checkpoint recommends; empty if nothing is sampled as requests say."""
+        return {}
+
+    @property
+    def pooling(self) -> PoolingInfo | None:
+        """What the model makes of an input, if it embeds or scores."""
+        return None
+
+    @property
+    def speech(self) -> SpeechFacts | None:
+        """How the model is led through a recording, if it transcribes."""
+        return None
+
+    def slot_of(self, checkpoint_name: str) -> str | None:
+        """The arena slot that a tensor of the checkpoint is written to, tied names included; None if there is none."""
+        return self._slot_names.get(checkpoint_name)
 
 
 def bind_module(module: Any, image: WeightImage, arena: Arena) -> None:

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from shuteye.errors import UnsupportedModel
 from shuteye.memory.arena import Arena, dtype_name, torch_dtype
 from shuteye.memory.image import WeightImage
-from shuteye.models.binding import bind_module, read_image_config, slot_names_of
+from shuteye.models.binding import BoundModel, bind_module, read_image_config, slot_names_of
 from shuteye.models.blueprint import build_module, quiet
 from shuteye.models.capabilities import refuse_quantized
 from shuteye.models.checkpoint import read_tokenizer_facts
@@ -170,59 +170,17 @@ def _dimensions(config: Any) -> tuple[int, ...] | None:
 # --- the bound model ------------------------------------------------------------------------------
 
 
-class LoadedEncoder:
-    """A model whose parameters look into an arena; they are valid while that memory is resident."""
-
-    eos_token_ids: tuple[int, ...] = ()
+class LoadedEncoder(BoundModel[EncoderFacts]):
+    """A model that embeds or scores."""
 
     def __init__(self, facts: EncoderFacts, module: Any, slot_names: dict[str, str]) -> None:
-        self.facts = facts
+        super().__init__(facts, slot_names)
         self.module = module
-        self._slot_names = slot_names
-
-    @property
-    def architecture(self) -> str:
-        """The class that the checkpoint names, such as `BertModel`."""
-        return self.facts.architecture
-
-    @property
-    def task(self) -> str:
-        """What the model is for: "embed" or "score"."""
-        return self.facts.task
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return torch_dtype(self.facts.dtype)
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids go from 0 to below this."""
-        return self.facts.vocab_size
-
-    @property
-    def context_length(self) -> int:
-        """Longest input in tokens."""
-        return self.facts.context_length
-
-    @property
-    def default_sampling(self) -> dict[str, float]:
-        """Empty: nothing is sampled."""
-        return {}
-
-    @property
-    def speech(self) -> None:
-        """None: the model reads text."""
-        return None
 
     @property
     def pooling(self) -> PoolingInfo:
         """What it makes of an input."""
         return PoolingInfo(self.facts.size, self.facts.normalize, self.facts.dimensions)
-
-    def slot_of(self, checkpoint_name: str) -> str | None:
-        """The arena slot that a tensor of the checkpoint is written to; None if there is none."""
-        return self._slot_names.get(checkpoint_name)
 
     @torch.inference_mode()
     def forward(self, inputs: Sequence[PoolInput]) -> torch.Tensor:

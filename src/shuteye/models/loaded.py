@@ -16,7 +16,7 @@ from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image import WeightImage
 from shuteye.models import attention
 from shuteye.models.attention import AttentionContext, ModelBatch, PagedCache, attending
-from shuteye.models.binding import bind_module, read_image_config, slot_names_of
+from shuteye.models.binding import BoundModel, bind_module, read_image_config, slot_names_of
 from shuteye.models.blueprint import build_module, quiet
 from shuteye.models.capabilities import check
 from shuteye.models.fused import INVERSE_FREQUENCIES, FusedDecoder, FusedFacts, wide_weights
@@ -81,42 +81,16 @@ class ModuleDecoder:
         return logits
 
 
-class LoadedModel:
-    """A model whose tensors look into an arena; they are valid while that memory is resident.
+class LoadedModel(BoundModel[ImageFacts]):
+    """A model that generates.
 
     Attributes:
         decoder: what computes its steps.
     """
 
     def __init__(self, facts: ImageFacts, decoder: Decoder, slot_names: dict[str, str]) -> None:
-        self.facts = facts
+        super().__init__(facts, slot_names)
         self.decoder = decoder
-        self._slot_names = slot_names
-
-    @property
-    def architecture(self) -> str:
-        """The class that the checkpoint names, such as `LlamaForCausalLM`."""
-        return self.facts.architecture
-
-    @property
-    def task(self) -> str:
-        """What the model is for: "generate"."""
-        return self.facts.task
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights and of the KV cache."""
-        return torch_dtype(self.facts.dtype)
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
-        return self.facts.vocab_size
-
-    @property
-    def context_length(self) -> int:
-        """Positions that the checkpoint was made for."""
-        return self.facts.context_length
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -127,16 +101,6 @@ class LoadedModel:
     def default_sampling(self) -> dict[str, float]:
         """What the checkpoint's generation config recommends."""
         return dict(self.facts.default_sampling)
-
-    @property
-    def pooling(self) -> None:
-        """None: the model generates."""
-        return None
-
-    @property
-    def speech(self) -> None:
-        """None: the model generates."""
-        return None
 
     @property
     def num_layers(self) -> int:
@@ -157,10 +121,6 @@ class LoadedModel:
     def native_tokens(self) -> int:
         """Steps of up to so many tokens are computed by the native kernels, with threads of their own; 0: none."""
         return self.decoder.native_tokens
-
-    def slot_of(self, checkpoint_name: str) -> str | None:
-        """The arena slot that a tensor of the checkpoint is written to, tied names included; None if there is none."""
-        return self._slot_names.get(checkpoint_name)
 
     @torch.inference_mode()
     def forward(self, batch: ModelBatch, kv_cache: PagedCache) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image import WeightImage
 from shuteye.models import speech_attention
-from shuteye.models.binding import CONFIG_DIR, bind_module, read_image_config, slot_names_of
+from shuteye.models.binding import CONFIG_DIR, BoundModel, bind_module, read_image_config, slot_names_of
 from shuteye.models.blueprint import build_module, quiet
 from shuteye.models.speech_facts import TASK, SpeechImageFacts
 from shuteye.plans import SpeechFacts, WindowRules
@@ -22,29 +22,18 @@ from shuteye.plans import SpeechFacts, WindowRules
 CANARY_FRAMES = 16
 
 
-class SpeechModel:
-    """A Whisper model whose tensors look into an arena; they are valid while that memory is resident."""
+class SpeechModel(BoundModel[SpeechImageFacts]):
+    """A Whisper model; what its checkpoint says of sampling, `allowed` heeds."""
 
     def __init__(self, facts: SpeechImageFacts, module: Any, slot_names: Mapping[str, str], config_dir: str) -> None:
         from transformers import GenerationConfig, WhisperFeatureExtractor
 
-        self.facts = facts
+        super().__init__(facts, slot_names)
         self._module = module
-        self._slot_names = slot_names
         self._extractor = WhisperFeatureExtractor.from_pretrained(config_dir)
         self._rules = _TokenRules(
             GenerationConfig.from_pretrained(config_dir), facts.speech, vocab_size=facts.vocab_size
         )
-
-    @property
-    def architecture(self) -> str:
-        """The class that the checkpoint names."""
-        return self.facts.architecture
-
-    @property
-    def task(self) -> str:
-        """`TASK`."""
-        return self.facts.task
 
     @property
     def speech(self) -> SpeechFacts:
@@ -52,38 +41,9 @@ class SpeechModel:
         return self.facts.speech
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights and of what the decoder keeps."""
-        return torch_dtype(self.facts.dtype)
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
-        return self.facts.vocab_size
-
-    @property
-    def context_length(self) -> int:
-        """Prompt plus output of one window, in tokens."""
-        return self.facts.context_length
-
-    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The token that ends a window."""
         return self.facts.eos_token_ids
-
-    @property
-    def default_sampling(self) -> dict[str, float]:
-        """Nothing: what a checkpoint says of sampling, `allowed` heeds."""
-        return {}
-
-    @property
-    def pooling(self) -> None:
-        """None: the model transcribes."""
-        return None
-
-    def slot_of(self, checkpoint_name: str) -> str | None:
-        """The arena slot that a tensor of the checkpoint is written to, tied names included; None if there is none."""
-        return self._slot_names.get(checkpoint_name)
 
     # --- hearing --------------------------------------------------------------------------------
 

@@ -13,68 +13,15 @@ from shuteye.config import EngineConfig
 from shuteye.errors import InternalError
 from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
-from shuteye.outputs import PoolingInfo
-from shuteye.plans import Result, SpeechFacts
-
-
-class BoundModel(Protocol):
-    """A model whose tensors look into the weights arena, as far as every task has it."""
-
-    @property
-    def architecture(self) -> str:
-        """The class that the checkpoint names."""
-        ...
-
-    @property
-    def task(self) -> str:
-        """What the model is for."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids go from 0 to below this."""
-        ...
-
-    @property
-    def context_length(self) -> int:
-        """Positions that the checkpoint was made for."""
-        ...
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer; none if the model does not generate."""
-        ...
-
-    @property
-    def default_sampling(self) -> dict[str, float]:
-        """What the checkpoint recommends; empty if the model does not generate."""
-        ...
-
-    @property
-    def pooling(self) -> PoolingInfo | None:
-        """What the model makes of an input, if it embeds or scores."""
-        ...
-
-    @property
-    def speech(self) -> SpeechFacts | None:
-        """How the model is led through a recording, if it transcribes."""
-        ...
-
-    def slot_of(self, checkpoint_name: str) -> str | None:
-        """The arena slot that a tensor of the checkpoint is written to; None if there is none."""
-        ...
+from shuteye.models.binding import BoundModel
+from shuteye.plans import Result
 
 
 class ModelRunner(Protocol):
     """One task's steps. Made while the weights are resident; used only while every tag is."""
 
     @property
-    def model(self) -> BoundModel:
+    def model(self) -> BoundModel[Any]:
         """The bound model."""
         ...
 

@@ -13,17 +13,15 @@ from typing import Any, Literal, Protocol
 
 from fastapi import Request, Response
 
-from shuteye.errors import InternalError, ShuteyeError
 from shuteye.outputs import CompletionOutput, Logprob
 from shuteye.server.context import ServerContext
 from shuteye.server.disconnect import until_disconnect
-from shuteye.server.errors import error_json
 from shuteye.server.generation import Job, Step, run, started
 from shuteye.server.protocol.chunks import ChunkWriter, encode_json
 from shuteye.server.protocol.transcript import Transcript
 from shuteye.server.protocol.usage import Usage
 from shuteye.server.request_ids import current_request_id
-from shuteye.server.sse import DONE, EventStream, event
+from shuteye.server.sse import EventStream, until_done
 
 UsageIn = Literal["no chunk", "last chunk", "every chunk"]
 """Where a stream tells how many tokens it took."""
@@ -127,7 +125,7 @@ async def answer_stream(
         include_usage=usage_in != "no chunk",
         continuous_usage=usage_in == "every chunk",
     )
-    return EventStream(_events(steps, job, shape=shape, writer=writer), source=steps)
+    return EventStream(until_done(_events(steps, job, shape=shape, writer=writer)), source=steps)
 
 
 def _envelope(job: Job, kind: str, model: str) -> dict[str, Any]:
@@ -139,26 +137,18 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     usage = Usage.of(job)
     opened: set[int] = set()
-    try:
-        async for prompt_index, output in steps:
-            usage.add(prompt_index, output)
-            if output.prompt_logprobs is not None:
-                shape.prompt_scored(prompt_index, output.prompt_logprobs)
-            for completion in output.outputs:
-                index = prompt_index * job.params.n + completion.index
-                extra = None if opened else shape.extra()
-                for choice in _choices(shape, index, completion, opened):
-                    yield writer.choice(choice, usage if writer.continuous_usage else None, extra)
-                    extra = None
-        if writer.include_usage:
-            yield writer.usage(usage)
-    except ShuteyeError as error:
-        yield event(error_json(error))
-    except Exception:
-        yield event(error_json(InternalError("Internal server error: a bug of ours; the server's log has more.")))
-        yield DONE
-        raise
-    yield DONE
+    async for prompt_index, output in steps:
+        usage.add(prompt_index, output)
+        if output.prompt_logprobs is not None:
+            shape.prompt_scored(prompt_index, output.prompt_logprobs)
+        for completion in output.outputs:
+            index = prompt_index * job.params.n + completion.index
+            extra = None if opened else shape.extra()
+            for choice in _choices(shape, index, completion, opened):
+                yield writer.choice(choice, usage if writer.continuous_usage else None, extra)
+                extra = None
+    if writer.include_usage:
+        yield writer.usage(usage)
 
 
 def _choices(shape: Shape, index: int, completion: CompletionOutput, opened: set[int]) -> Iterator[dict[str, Any]]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from fastapi import Response
 
+from shuteye.errors import InternalError, ShuteyeError
 from shuteye.server.disconnect import until_disconnect
-from shuteye.server.errors import ClientDisconnected
+from shuteye.server.errors import ClientDisconnected, error_json
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -23,6 +24,21 @@ DONE = b"data: [DONE]\n\n"
 def event(payload: bytes) -> bytes:
     """One event; `payload` must hold no newline, as compact JSON does not."""
     return b"data: " + payload + b"\n\n"
+
+
+async def until_done(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """OpenAI's end of a stream: `events`, an event that says what went wrong if anything did, and `[DONE]`."""
+    try:
+        async with aclosing(events):
+            async for each in events:
+                yield each
+    except ShuteyeError as error:
+        yield event(error_json(error))
+    except Exception:
+        yield event(error_json(InternalError("Internal server error: a bug of ours; the server's log has more.")))
+        yield DONE
+        raise
+    yield DONE
 
 
 class Closable(Protocol):

@@ -16,13 +16,13 @@ from starlette.datastructures import FormData
 from starlette.requests import ClientDisconnect
 
 from shuteye.audio import decode
-from shuteye.errors import InternalError, InvalidRequest, ShuteyeError
+from shuteye.errors import InvalidRequest
 from shuteye.outputs import Transcription
 from shuteye.request import OutputKind, TranscribeParams
 from shuteye.server.admission import ModelRoute, require_task
 from shuteye.server.context import Context, ServerContext
 from shuteye.server.disconnect import until_disconnect
-from shuteye.server.errors import ClientDisconnected, error_json
+from shuteye.server.errors import ClientDisconnected
 from shuteye.server.generation import started
 from shuteye.server.protocol.chunks import encode_json
 from shuteye.server.protocol.transcription import (
@@ -33,7 +33,7 @@ from shuteye.server.protocol.transcription import (
     done_event,
     written,
 )
-from shuteye.server.sse import DONE, EventStream, event
+from shuteye.server.sse import EventStream, event, until_done
 
 router = APIRouter(route_class=ModelRoute)
 
@@ -62,7 +62,7 @@ async def transcriptions(request: Request, context: Context) -> Response:
         await form.file.close()
     if form.stream:
         steps = await until_disconnect(request.receive, started(_run(context, job, "delta")))
-        return EventStream(_events(steps), source=steps)
+        return EventStream(until_done(_events(steps)), source=steps)
     found = await until_disconnect(request.receive, _last(_run(context, job, "final_only")))
     answer = written(found, form.response_format)
     content = answer.encode() if isinstance(answer, str) else encode_json(answer)
@@ -128,17 +128,9 @@ async def _last(outputs: AsyncGenerator[Transcription, None]) -> Transcription:
 
 async def _events(steps: AsyncIterator[Transcription]) -> AsyncGenerator[bytes, None]:
     texts: list[str] = []
-    try:
-        async for output in steps:
-            if output.text:
-                texts.append(output.text)
-                yield event(encode_json(delta_event(output.text)))
-            if output.finished:
-                yield event(encode_json(done_event("".join(texts), output)))
-    except ShuteyeError as error:
-        yield event(error_json(error))
-    except Exception:
-        yield event(error_json(InternalError("Internal server error: a bug of ours; the server's log has more.")))
-        yield DONE
-        raise
-    yield DONE
+    async for output in steps:
+        if output.text:
+            texts.append(output.text)
+            yield event(encode_json(delta_event(output.text)))
+        if output.finished:
+            yield event(encode_json(done_event("".join(texts), output)))
