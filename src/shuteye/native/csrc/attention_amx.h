@@ -11,29 +11,34 @@ constexpr int64_t kMinTileRows = 13; // measured: with fewer, tiles are too empt
 constexpr float kNothingSeen = -1e30f; // below any score
 constexpr float kLog2e = 1.44269504f;
 
-// Rows are padded to multiples of 16; what is there is never read as a result.
+// A strip is 16 rows, the height of a tile. Rows are padded to whole strips; what is there is never read as a result.
+constexpr int64_t kStripRows = 16;
+
 struct TileScratch {
+  float* sums;   // [rows, depth]
+  float* scores; // [2 strips][16, kKeySpan]
+  float* maxima; // [rows], of scores times scale times log2(e)
+  float* totals; // [rows, 16], to be summed at last
   bf16* query;   // [rows, depth]
-  bf16* weights; // [rows, kKeySpan]
+  bf16* weights; // [2 strips][16, kKeySpan]
   bf16* keys;    // [kKeySpan / 16][depth / 32] tiles of [16 pairs of dimensions][16 keys]
   bf16* values;  // [kKeySpan / 32][depth / 16] tiles of [16 pairs of keys][16 dimensions]
-  float* sums;   // [rows, depth]
-  float* scores; // [rows, kKeySpan]
-  float* maxima; // of scores times scale times log2(e)
-  float* totals; // [rows, 16], to be summed at last
   int64_t rows;
   int64_t depth;
 
-  TileScratch(void* memory, const AttentionShape& shape) : rows(shuteye::round_up(shape.rows, 16)), depth(shape.padded_dim) {
+  TileScratch(void* memory, const AttentionShape& shape)
+      : rows(shuteye::round_up(shape.rows, kStripRows)), depth(shape.padded_dim) {
     sums = static_cast<float*>(memory);
     scores = sums + rows * depth;
-    maxima = scores + rows * kKeySpan;
+    maxima = scores + 2 * kStripRows * kKeySpan;
     totals = maxima + rows;
     query = reinterpret_cast<bf16*>(totals + rows * 16);
     weights = query + rows * depth;
-    keys = weights + rows * kKeySpan;
+    keys = weights + 2 * kStripRows * kKeySpan;
     values = keys + kKeySpan * depth;
   }
+  float* scores_of(int64_t strip) const { return scores + strip % 2 * kStripRows * kKeySpan; }
+  bf16* weights_of(int64_t strip) const { return weights + strip % 2 * kStripRows * kKeySpan; }
 };
 
 inline __m512i load_row(const bf16* row, int64_t count) { // up to 32 elements
@@ -76,128 +81,206 @@ inline void pack_values(const Span<bf16>& span, const Span<bf16>& next, int64_t 
   }
 }
 
-// scores of 16 rows with up to 64 keys, in tiles 0 to 3.
-inline void score_tiles(const TileScratch& scratch, int64_t row, int64_t num_keys) {
-  const int64_t stride = scratch.depth * 16; // elements from 16 keys to the next 16
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t index = 0; index < scratch.depth; index += 32) {
-    const bf16* keys = scratch.keys + index * 16;
-    _tile_loadd(4, scratch.query + row * scratch.depth + index, scratch.depth * 2);
-    _tile_loadd(5, keys, 64);
-    _tile_dpbf16ps(0, 4, 5);
-    if (num_keys > 16) { _tile_loadd(6, keys + stride, 64); _tile_dpbf16ps(1, 4, 6); }
-    if (num_keys > 32) { _tile_loadd(5, keys + 2 * stride, 64); _tile_dpbf16ps(2, 4, 5); }
-    if (num_keys > 48) { _tile_loadd(6, keys + 3 * stride, 64); _tile_dpbf16ps(3, 4, 6); }
-  }
-  float* scores = scratch.scores + row * kKeySpan;
-  _tile_stored(0, scores, kKeySpan * 4);
-  _tile_stored(1, scores + 16, kKeySpan * 4);
-  _tile_stored(2, scores + 32, kKeySpan * 4);
-  _tile_stored(3, scores + 48, kKeySpan * 4);
+// Tiles 0 to 3, or the first `count` of them, 16 floats of each row apart.
+inline void load_sums(const float* sums, int64_t stride_bytes, int64_t count) {
+  _tile_loadd(0, sums, stride_bytes);
+  if (count > 1) _tile_loadd(1, sums + 16, stride_bytes);
+  if (count > 2) _tile_loadd(2, sums + 32, stride_bytes);
+  if (count > 3) _tile_loadd(3, sums + 48, stride_bytes);
 }
 
-// One row's scores to weights; `seen` is relative to the span. What the row does not see weighs nothing.
-inline void weigh_tile_row(const TileScratch& scratch, int64_t row, Range seen, Lanes scale) {
-  const float* scores = scratch.scores + row * kKeySpan;
-  bf16* weights = scratch.weights + row * kKeySpan;
-  if (seen.begin >= seen.end) {
-    memset(weights, 0, kKeySpan * sizeof(bf16));
-    return;
-  }
-  __mmask16 masks[4];
-  Lanes parts[4], highest = broadcast(kNothingSeen);
-  for (int part = 0; part < 4; part++) {
-    masks[part] = lanes_between(seen.begin - part * 16, seen.end - part * 16);
-    parts[part] = load(scores + part * 16) * scale;
-    highest.v = _mm512_mask_max_ps(highest.v, masks[part], highest.v, parts[part].v);
-  }
-  const float before = scratch.maxima[row], maximum = larger(before, largest(highest));
-  Lanes total = load(scratch.totals + row * 16);
-  if (maximum > before) {
-    const Lanes factor = rough_exp2(broadcast(before - maximum));
-    total = total * factor;
-    float* sums = scratch.sums + row * scratch.depth;
-    for (int64_t index = 0; index < scratch.depth; index += 16) store(sums + index, load(sums + index) * factor);
-    scratch.maxima[row] = maximum;
-  }
-  for (int part = 0; part < 4; part++) {
-    parts[part].v = _mm512_maskz_mov_ps(masks[part], rough_exp2(parts[part] - broadcast(maximum)).v);
-    total = total + parts[part];
-  }
-  for (int half = 0; half < 2; half++)
-    _mm512_storeu_si512(weights + half * 32, (__m512i)_mm512_cvtne2ps_pbh(parts[half * 2 + 1].v, parts[half * 2].v));
-  store(scratch.totals + row * 16, total);
+inline void store_sums(float* sums, int64_t stride_bytes, int64_t count) {
+  _tile_stored(0, sums, stride_bytes);
+  if (count > 1) _tile_stored(1, sums + 16, stride_bytes);
+  if (count > 2) _tile_stored(2, sums + 32, stride_bytes);
+  if (count > 3) _tile_stored(3, sums + 48, stride_bytes);
 }
 
-// sums of 16 rows and 32 dimensions, in tiles 0 and 1.
-inline void sum_tiles(const TileScratch& scratch, int64_t row, int64_t index, int64_t num_keys) {
-  float* sums = scratch.sums + row * scratch.depth + index;
-  _tile_loadd(0, sums, scratch.depth * 4);
-  _tile_loadd(1, sums + 16, scratch.depth * 4);
-  for (int64_t key = 0; key < num_keys; key += 32) {
-    const bf16* values = scratch.values + key * scratch.depth + index * 32;
-    _tile_loadd(4, scratch.weights + row * kKeySpan + key, kKeySpan * 2);
-    _tile_loadd(5, values, 64);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(6, values + kTileElements, 64);
-    _tile_dpbf16ps(1, 4, 6);
-  }
-  _tile_stored(0, sums, scratch.depth * 4);
-  _tile_stored(1, sums + 16, scratch.depth * 4);
+// The same tiles += left right[i]; the tiles of right are `stride` elements apart.
+inline void add_products(const bf16* left, int64_t stride_bytes, const bf16* right, int64_t stride, int64_t count) {
+  _tile_loadd(4, left, stride_bytes);
+  _tile_loadd(5, right, 64);
+  _tile_dpbf16ps(0, 4, 5);
+  if (count > 1) { _tile_loadd(6, right + stride, 64); _tile_dpbf16ps(1, 4, 6); }
+  if (count > 2) { _tile_loadd(7, right + 2 * stride, 64); _tile_dpbf16ps(2, 4, 7); }
+  if (count > 3) { _tile_loadd(5, right + 3 * stride, 64); _tile_dpbf16ps(3, 4, 5); }
 }
 
-inline void weigh_rows(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionShape& shape,
-                       const TileScratch& scratch, Range positions) {
-  const Lanes scale = broadcast(static_cast<float>(attention.scale) * kLog2e);
-  for (int64_t row = 0; row < shape.rows; row++) {
-    const Range seen = seen_by(attention, task, row / shape.group);
-    const Range own{larger(seen.begin, positions.begin) - positions.begin, smaller(seen.end, positions.end) - positions.begin};
-    weigh_tile_row(scratch, row, own, scale);
+// Scores of a strip with the first `num_keys` keys, rounded up to 16; aside() between the products.
+template <class Aside>
+inline void score_strip(const TileScratch& scratch, int64_t strip, int64_t num_keys, const Aside& aside) {
+  const bf16* query = scratch.query + strip * kStripRows * scratch.depth;
+  float* scores = scratch.scores_of(strip);
+  for (int64_t key = 0; key < num_keys; key += 64) {
+    const int64_t count = smaller<int64_t>(4, (num_keys - key + 15) / 16);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t index = 0; index < scratch.depth; index += 32) {
+      const bf16* keys = scratch.keys + key * scratch.depth + index * 16;
+      add_products(query + index, scratch.depth * 2, keys, 16 * scratch.depth, count);
+      aside();
+    }
+    store_sums(scores + key, kKeySpan * 4, count);
   }
-  finish_stores(scratch.weights);
+  finish_stores(scores);
 }
 
-inline void attend_tile_span(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionShape& shape,
-                             const TileScratch& scratch, const Span<bf16>& span, const Span<bf16>& next) {
-  const int64_t num_keys = span.positions.end - span.positions.begin;
-  pack_keys(span, next, num_keys, shape, scratch);
-  pack_values(span, next, num_keys, shape, scratch);
-  finish_stores(scratch.keys);
-  for (int64_t row = 0; row < scratch.rows; row += 16) score_tiles(scratch, row, num_keys);
-  finish_stores(scratch.scores);
-  weigh_rows(attention, task, shape, scratch, span.positions);
-  for (int64_t row = 0; row < scratch.rows; row += 16)
-    for (int64_t index = 0; index < scratch.depth; index += 32) sum_tiles(scratch, row, index, num_keys);
+// sums += weights values for a strip and the first `num_keys` keys, rounded up to 32; aside() between the products.
+template <class Aside>
+inline void sum_strip(const TileScratch& scratch, int64_t strip, int64_t num_keys, const Aside& aside) {
+  const bf16* weights = scratch.weights_of(strip);
+  for (int64_t index = 0; index < scratch.depth; index += 64) {
+    const int64_t count = smaller<int64_t>(4, (scratch.depth - index) / 16);
+    float* sums = scratch.sums + strip * kStripRows * scratch.depth + index;
+    load_sums(sums, scratch.depth * 4, count);
+    for (int64_t key = 0; key < num_keys; key += 32) {
+      const bf16* values = scratch.values + key * scratch.depth + index * 32;
+      add_products(weights + key, kKeySpan * 2, values, kTileElements, count);
+      aside();
+    }
+    store_sums(sums, scratch.depth * 4, count);
+  }
   finish_stores(scratch.sums);
 }
 
+// A row that has seen a higher score than before: what it has summed so far weighs less.
+inline void raise_maximum(const TileScratch& scratch, int64_t row, float maximum) {
+  const Lanes factor = rough_exp2(broadcast(scratch.maxima[row] - maximum));
+  float* sums = scratch.sums + row * scratch.depth;
+  for (int64_t index = 0; index < scratch.depth; index += 16) store(sums + index, load(sums + index) * factor);
+  store(scratch.totals + row * 16, load(scratch.totals + row * 16) * factor);
+  scratch.maxima[row] = maximum;
+}
+
+// A row's scores to weights, 16 * `parts` of them; what the row does not see weighs nothing.
+template <int parts, bool sees_all>
+inline void weigh_parts(const TileScratch& scratch, int64_t row, const float* scores, Range seen, float scale, bf16* weights) {
+  __mmask16 masks[parts];
+  Lanes lanes[parts], highest = broadcast(kNothingSeen);
+  for (int part = 0; part < parts; part++) {
+    lanes[part] = load(scores + part * 16);
+    if constexpr (sees_all) {
+      highest = max(highest, lanes[part]);
+    } else {
+      masks[part] = lanes_between(seen.begin - part * 16, seen.end - part * 16);
+      highest.v = _mm512_mask_max_ps(highest.v, masks[part], highest.v, lanes[part].v);
+    }
+  }
+  const float maximum = largest(highest) * scale;
+  if (maximum > scratch.maxima[row]) raise_maximum(scratch, row, maximum);
+  const Lanes factor = broadcast(scale), lowered = broadcast(-scratch.maxima[row]);
+  Lanes total = load(scratch.totals + row * 16);
+  for (int part = 0; part < parts; part++) {
+    lanes[part] = rough_exp2(fma(lanes[part], factor, lowered));
+    if constexpr (!sees_all) lanes[part].v = _mm512_maskz_mov_ps(masks[part], lanes[part].v);
+    total = total + lanes[part];
+  }
+  for (int part = 0; part < parts; part += 2)
+    _mm512_storeu_si512(weights + part * 16, (__m512i)_mm512_cvtne2ps_pbh(lanes[part + 1].v, lanes[part].v));
+  store(scratch.totals + row * 16, total);
+}
+
+// `seen` is relative to the span; `num_keys` is what the strip was scored with, rounded up to 32.
+inline void weigh_row(const TileScratch& scratch, int64_t strip, int64_t each, Range seen, int64_t num_keys, float scale) {
+  const int64_t row = strip * kStripRows + each;
+  const float* scores = scratch.scores_of(strip) + each * kKeySpan;
+  bf16* weights = scratch.weights_of(strip) + each * kKeySpan;
+  constexpr int parts = kKeySpan / 16;
+  if (seen.begin >= seen.end) {
+    memset(weights, 0, num_keys * sizeof(bf16));
+  } else if (seen.begin == 0 && seen.end == kKeySpan) {
+    weigh_parts<parts, true>(scratch, row, scores, seen, scale, weights);
+  } else if (num_keys <= kKeySpan / 2) {
+    weigh_parts<parts / 2, false>(scratch, row, scores, seen, scale, weights);
+  } else {
+    weigh_parts<parts, false>(scratch, row, scores, seen, scale, weights);
+  }
+}
+
+// One task's way through the spans of its keys.
+class TileAttention {
+ public:
+  TileAttention(const ShuteyeAttention& attention, const AttentionTask& task, void* memory)
+      : attention_(attention), task_(task), shape_(attention, task), scratch_(memory, shape_),
+        scale_(static_cast<float>(attention.scale) * kLog2e) {}
+
+  void run() {
+    begin();
+    const int64_t first_key = seen_by(attention_, task_, 0).begin;
+    const int64_t end = seen_by(attention_, task_, task_.num_tokens - 1).end;
+    const auto span_from = [&](int64_t first) { return Range{first, smaller(first + kKeySpan, end)}; };
+    Span<bf16> next(attention_, task_, span_from(first_key));
+    for (int64_t first = first_key; first < end; first += kKeySpan) {
+      const Span<bf16> span = next;
+      if (first + kKeySpan < end) next = Span<bf16>(attention_, task_, span_from(first + kKeySpan));
+      const int64_t num_keys = span.positions.end - first;
+      pack_keys(span, next, num_keys, shape_, scratch_);
+      pack_values(span, next, num_keys, shape_, scratch_);
+      finish_stores(scratch_.keys);
+      attend_span(span.positions);
+    }
+    end_rows();
+  }
+
+ private:
+  void begin() {
+    memset(scratch_.query, 0, scratch_.rows * scratch_.depth * sizeof(bf16));
+    memset(scratch_.sums, 0, scratch_.rows * scratch_.depth * sizeof(float));
+    memset(scratch_.totals, 0, scratch_.rows * 16 * sizeof(float));
+    for (int64_t row = 0; row < scratch_.rows; row++) scratch_.maxima[row] = kNothingSeen;
+    read_queries<PairDot>(attention_, task_, shape_, scratch_.query);
+  }
+
+  Range seen_by_row(int64_t row, Range positions) const {
+    if (row >= shape_.rows) return {0, 0};
+    const Range seen = seen_by(attention_, task_, row / shape_.group);
+    return {larger(seen.begin, positions.begin) - positions.begin, smaller(seen.end, positions.end) - positions.begin};
+  }
+
+  // Tiles of the strips before and after are multiplied while the rows of a strip are weighed.
+  void attend_span(Range positions) {
+    const int64_t num_strips = scratch_.rows / kStripRows;
+    const auto keys_of = [&](int64_t strip) { // of a strip's last row, which sees the most
+      const int64_t last = smaller((strip + 1) * kStripRows, shape_.rows) - 1;
+      return larger<int64_t>(0, shuteye::round_up(seen_by_row(last, positions).end, 32));
+    };
+    for (int64_t strip = -1; strip <= num_strips; strip++) {
+      const bool weighs = strip >= 0 && strip < num_strips;
+      const int64_t num_keys = weighs ? keys_of(strip) : 0;
+      int64_t each = 0;
+      const int64_t num_rows = num_keys ? kStripRows : 0;
+      const auto weigh = [&](int64_t until) {
+        for (; each < smaller(until, num_rows); each++)
+          weigh_row(scratch_, strip, each, seen_by_row(strip * kStripRows + each, positions), num_keys, scale_);
+      };
+      const auto aside = [&] { weigh(each + 2); };
+      if (strip + 1 < num_strips) score_strip(scratch_, strip + 1, keys_of(strip + 1), aside);
+      if (strip > 0 && keys_of(strip - 1)) sum_strip(scratch_, strip - 1, keys_of(strip - 1), aside);
+      weigh(kStripRows);
+      finish_stores(scratch_.weights);
+    }
+  }
+
+  void end_rows() {
+    for (int64_t row = 0; row < shape_.rows; row++) { // as finish_rows and merge want them
+      scratch_.maxima[row] /= kLog2e;
+      scratch_.totals[row] = sum(load(scratch_.totals + row * 16));
+    }
+    finish_rows<bf16>(attention_, shape_, task_, scratch_.sums, scratch_.maxima, scratch_.totals);
+  }
+
+  const ShuteyeAttention& attention_;
+  const AttentionTask& task_;
+  const AttentionShape shape_;
+  const TileScratch scratch_;
+  const float scale_; // of scores to exponents of 2
+};
+
 inline void attend_any(const ShuteyeAttention& attention, const AttentionTask& task, void* memory) {
-  const AttentionShape shape(attention, task);
-  if (shape.rows < kMinTileRows) return attend<PairDot>(attention, task, memory);
-  const TileScratch scratch(memory, shape);
-  memset(scratch.query, 0, scratch.rows * scratch.depth * sizeof(bf16));
-  memset(scratch.weights, 0, scratch.rows * kKeySpan * sizeof(bf16));
-  memset(scratch.sums, 0, scratch.rows * scratch.depth * sizeof(float));
-  memset(scratch.totals, 0, scratch.rows * 16 * sizeof(float));
-  for (int64_t row = 0; row < scratch.rows; row++) scratch.maxima[row] = kNothingSeen;
-  read_queries<PairDot>(attention, task, shape, scratch.query);
-  const int64_t begin = seen_by(attention, task, 0).begin;
-  const int64_t end = seen_by(attention, task, task.num_tokens - 1).end;
-  const auto span_from = [&](int64_t first) { return Range{first, smaller(first + kKeySpan, end)}; };
-  Span<bf16> next(attention, task, span_from(begin));
-  for (int64_t first = begin; first < end; first += kKeySpan) {
-    const Span<bf16> span = next;
-    if (first + kKeySpan < end) next = Span<bf16>(attention, task, span_from(first + kKeySpan));
-    attend_tile_span(attention, task, shape, scratch, span, next);
-  }
-  for (int64_t row = 0; row < shape.rows; row++) { // as finish_rows and merge want them
-    scratch.maxima[row] /= kLog2e;
-    scratch.totals[row] = sum(load(scratch.totals + row * 16));
-  }
-  finish_rows<bf16>(attention, shape, task, scratch.sums, scratch.maxima, scratch.totals);
+  if (AttentionShape(attention, task).rows < kMinTileRows) return attend<PairDot>(attention, task, memory);
+  TileAttention(attention, task, memory).run();
 }
 
 } // namespace SHUTEYE_ISA

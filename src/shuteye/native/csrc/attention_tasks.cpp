@@ -38,8 +38,9 @@ void AttentionTasks::plan(const ShuteyeSequences& sequences, const ShuteyeCache&
   for (int64_t sequence = 0; sequence < sequences.num_sequences; sequence++) {
     const int64_t first = sequences.query_starts[sequence], end = sequences.query_starts[sequence + 1];
     const int64_t start = sequences.context_lengths[sequence] - (end - first);
-    for (int64_t token = first; token < end; token += tile_tokens) {
-      const int64_t count = smaller(tile_tokens, end - token);
+    const int64_t num_tiles = (end - first + tile_tokens - 1) / tile_tokens;
+    for (int64_t tile = num_tiles - 1; tile >= 0; tile--) { // the last see most keys; what comes at the end should be short
+      const int64_t token = first + tile * tile_tokens, count = smaller(tile_tokens, end - token);
       for (int64_t head = 0; head < cache.num_kv_heads; head++) {
         add_tile({sequence, token, count, start + token - first, head, 0, 0, nullptr}, count * group, cache.head_dim);
       }

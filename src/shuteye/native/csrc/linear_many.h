@@ -4,6 +4,8 @@
 // Both sides are copied into tiles of 1 KiB first: x once for all threads, as [tokens / 16][steps][16 tokens][32], weights
 // a group of rows at a time, as [rows / 16][steps][16 pairs][16 rows] of pairs. A step is 32 elements of depth. Depth is
 // cut into chunks of which two token tiles fit into a 48 KiB L1; sums of a chunk wait for the next one in L2.
+//
+// Tiles leave the vector unit idle: a block's sums are finished while the next block is multiplied.
 #pragma once
 #include "linear.h"
 #include "tiles.h"
@@ -92,9 +94,9 @@ struct Block {
   int64_t steps;
 };
 
-// sums[32 tokens, 32 rows] in tiles 0 to 3, one or two tiles each way.
-template <int token_tiles, int row_tiles>
-inline void multiply(const Block& block, const float* before, float* sums) {
+// sums[32 tokens, 32 rows] in tiles 0 to 3, one or two tiles each way; aside() after each step.
+template <int token_tiles, int row_tiles, class Aside>
+inline void multiply(const Block& block, const float* before, float* sums, const Aside& aside) {
   constexpr int64_t stride = kBlock * sizeof(float);
   if (before) {
     _tile_loadd(0, before, stride);
@@ -122,6 +124,7 @@ inline void multiply(const Block& block, const float* before, float* sums) {
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (row_tiles > 1) _tile_dpbf16ps(3, 5, 7);
     }
+    aside();
   }
   _tile_stored(0, sums, stride);
   if constexpr (row_tiles > 1) _tile_stored(1, sums + 16, stride);
@@ -130,9 +133,13 @@ inline void multiply(const Block& block, const float* before, float* sums) {
   finish_stores(sums);
 }
 
-inline void multiply_some(const Block& block, bool two_token_tiles, bool two_row_tiles, const float* before, float* sums) {
-  if (two_token_tiles) return two_row_tiles ? multiply<2, 2>(block, before, sums) : multiply<2, 1>(block, before, sums);
-  two_row_tiles ? multiply<1, 2>(block, before, sums) : multiply<1, 1>(block, before, sums);
+template <class Aside>
+inline void multiply_some(const Block& block, bool two_token_tiles, bool two_row_tiles, const float* before, float* sums,
+                          const Aside& aside) {
+  if (two_token_tiles) {
+    return two_row_tiles ? multiply<2, 2>(block, before, sums, aside) : multiply<2, 1>(block, before, sums, aside);
+  }
+  two_row_tiles ? multiply<1, 2>(block, before, sums, aside) : multiply<1, 1>(block, before, sums, aside);
 }
 
 // The weight rows that are packed together: of silu_mul, tiles of gate and up in turn.
@@ -153,23 +160,49 @@ struct Group {
   }
 };
 
-inline void finish_block(const Group& group, const float* sums, int64_t first_token, int64_t num_tokens, int64_t tile) {
-  const Sums lower{sums, kBlock}, upper{sums + 16, kBlock};
-  const TokenRange tokens{first_token, num_tokens};
-  const int64_t row = group.first_row + group.offset_of(tile);
-  finish_tile<bf16>(group.linear, lower, upper, row, group.rows_of(tile), tokens);
-  if (group.paired() || tile + 1 == group.num_tiles) return;
-  finish_tile<bf16>(group.linear, upper, upper, row + 16, group.rows_of(tile + 1), tokens);
-}
+// What is left to finish of a block of sums.
+template <Finish finish>
+class Unfinished {
+ public:
+  Unfinished() = default;
+  Unfinished(const Group& group, int64_t tile, const float* sums, TokenRange tokens)
+      : sums_(sums),
+        tokens_(tokens),
+        row_(group.first_row + group.offset_of(tile)),
+        num_rows_(group.rows_of(tile)),
+        more_rows_(group.paired() || tile + 1 == group.num_tiles ? 0 : group.rows_of(tile + 1)) {}
 
+  void some(const Linear& linear, int64_t num_tokens) {
+    if (tokens_.count == 0) return;
+    const TokenRange now{tokens_.first, smaller(num_tokens, tokens_.count)};
+    const Sums lower{sums_, kBlock}, upper{sums_ + 16, kBlock};
+    finish_as<bf16, finish>(linear, lower, upper, row_, num_rows_, now);
+    if (more_rows_) finish_as<bf16, finish>(linear, upper, upper, row_ + 16, more_rows_, now);
+    sums_ += now.count * kBlock;
+    tokens_ = {now.first + now.count, tokens_.count - now.count};
+  }
+  void all(const Linear& linear) { some(linear, tokens_.count); }
+
+ private:
+  const float* sums_ = nullptr; // of the first token that is left
+  TokenRange tokens_{0, 0};
+  int64_t row_ = 0;       // of out
+  int64_t num_rows_ = 0;  // of the first tile
+  int64_t more_rows_ = 0; // of the second, unless it is one of up
+};
+
+template <Finish finish>
 inline void compute_group(const Group& group, const bf16* packed, const ManyScratch& scratch) {
   const Linear& linear = group.linear;
   const Depth depth(linear.in_features);
   const int64_t token_tiles = shuteye::round_up(linear.num_tokens, 16) / 16;
-  alignas(64) float own[kBlockSums];
+  alignas(64) float own[2][kBlockSums]; // the block that is multiplied and the one that is finished, in turn
+  int64_t turn = 0;
+  Unfinished<finish> unfinished;
   for (int64_t first = 0; first < depth.steps; first += depth.chunk_steps) {
     const int64_t steps = smaller(depth.chunk_steps, depth.steps - first);
     const bool is_last = first + steps == depth.steps;
+    const int64_t tokens_per_step = (kBlock + steps - 1) / steps;
     for (int64_t tile = 0; tile < group.num_tiles; tile++) {
       pack_weight_tile(linear, group.weight_row(tile), group.rows_of(tile), first, steps,
                        scratch.weight + tile * steps * kTileElements);
@@ -181,20 +214,34 @@ inline void compute_group(const Group& group, const bf16* packed, const ManyScra
         const Block block{packed + (token_tile * depth.steps + first) * kTileElements,
                           scratch.weight + tile * steps * kTileElements, depth.steps * kTileElements,
                           steps * kTileElements, steps};
-        float* sums = is_last ? own : kept;
-        multiply_some(block, token_tile + 1 < token_tiles, tile + 1 < group.num_tiles, first ? kept : nullptr, sums);
+        float* sums = is_last ? own[turn] : kept;
+        multiply_some(block, token_tile + 1 < token_tiles, tile + 1 < group.num_tiles, first ? kept : nullptr, sums,
+                      [&] { unfinished.some(linear, tokens_per_step); });
         if (!is_last) continue;
         const int64_t token = token_tile * 16;
-        finish_block(group, own, token, smaller(kBlock, linear.num_tokens - token), tile);
+        unfinished = Unfinished<finish>(group, tile, sums, {token, smaller(kBlock, linear.num_tokens - token)});
+        turn = 1 - turn;
       }
     }
+  }
+  unfinished.all(linear);
+}
+
+template <Finish finish>
+inline void compute_groups(const Linear& linear, const void* packed, void* memory, int64_t first_row, int64_t end_row) {
+  const int64_t step = kGroupTiles * 16 / (finish == Finish::silu_mul ? 2 : 1);
+  for (int64_t row = first_row; row < end_row; row += step) {
+    const Group group(linear, row, smaller(row + step, end_row));
+    compute_group<finish>(group, static_cast<const bf16*>(packed), ManyScratch(memory));
   }
 }
 
 inline void many_rows(const Linear& linear, const void* packed, void* memory, int64_t first_row, int64_t end_row) {
-  const int64_t step = kGroupTiles * 16 / (linear.finish == Finish::silu_mul ? 2 : 1);
-  for (int64_t row = first_row; row < end_row; row += step) {
-    compute_group(Group(linear, row, smaller(row + step, end_row)), static_cast<const bf16*>(packed), ManyScratch(memory));
+  switch (linear.finish) {
+    case Finish::store: return compute_groups<Finish::store>(linear, packed, memory, first_row, end_row);
+    case Finish::store_float: return compute_groups<Finish::store_float>(linear, packed, memory, first_row, end_row);
+    case Finish::add: return compute_groups<Finish::add>(linear, packed, memory, first_row, end_row);
+    case Finish::silu_mul: return compute_groups<Finish::silu_mul>(linear, packed, memory, first_row, end_row);
   }
 }
 
