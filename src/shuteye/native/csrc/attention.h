@@ -1,7 +1,7 @@
 // Attention of a tile of queries over paged keys and values, read where they lie; online softmax (arXiv:2205.14135).
 // Knows nothing of threads, nor of how the tiles were chosen.
 //
-// A tile's rows are its tokens times the query heads of its KV head, token by token. Row r sees the key positions
+// A tile's rows are its tokens times the query heads of its KV heads, token by token. Row r sees the key positions
 // [first_seen(r), position(r)], cut to the task's range: only those are ever computed with, so that what lies in blocks
 // past a context's end, NaN included, is never touched.
 #pragma once
@@ -18,13 +18,15 @@ constexpr int64_t kValueVectors = 4; // vectors of a value that one group holds 
 
 struct AttentionShape {
   int64_t group; // query heads per KV head
+  int64_t heads; // query heads of the task's KV heads
   int64_t rows;
   int64_t head_dim;
   int64_t padded_dim;
 
   AttentionShape(const ShuteyeAttention& attention, const AttentionTask& task) {
     group = attention.num_heads / attention.cache.num_kv_heads;
-    rows = task.num_tokens * group;
+    heads = task.num_kv_heads * group;
+    rows = task.num_tokens * heads;
     head_dim = attention.cache.head_dim;
     padded_dim = shuteye::round_up(head_dim, shuteye::kDepthStep);
   }
@@ -63,8 +65,9 @@ template <class T>
 struct Span {
   const T* keys[kKeySpan];
   const T* values[kKeySpan];
-  Range positions;
+  Range positions{0, 0};
 
+  Span() = default;
   Span(const ShuteyeAttention& attention, const AttentionTask& task, Range range) : positions(range) {
     const ShuteyeCache& cache = attention.cache;
     const int64_t* table = attention.sequences.tables + attention.sequences.table_starts[task.sequence];
@@ -95,8 +98,8 @@ void read_queries(const ShuteyeAttention& attention, const AttentionTask& task, 
                   typename Dot::X* query) {
   using T = typename Dot::Weight;
   for (int64_t row = 0; row < shape.rows; row++) {
-    const int64_t token = task.first_token + row / shape.group;
-    const int64_t head = task.kv_head * shape.group + row % shape.group;
+    const int64_t token = task.first_token + row / shape.heads;
+    const int64_t head = task.kv_head * shape.group + row % shape.heads;
     const T* source = static_cast<const T*>(attention.query) + token * attention.query_stride + head * shape.head_dim;
     auto* target = query + row * shape.padded_dim;
     for_lanes(shape.head_dim, [&](int64_t index, int64_t count) {
@@ -287,8 +290,8 @@ void attend_span(const ShuteyeAttention& attention, const AttentionTask& task, c
 template <class T>
 inline void write_row(const ShuteyeAttention& attention, const AttentionShape& shape, const AttentionTask& task,
                       int64_t row, const float* sums, float total) {
-  const int64_t token = task.first_token + row / shape.group;
-  const int64_t head = task.kv_head * shape.group + row % shape.group;
+  const int64_t token = task.first_token + row / shape.heads;
+  const int64_t head = task.kv_head * shape.group + row % shape.heads;
   T* target = static_cast<T*>(attention.out) + (token * attention.num_heads + head) * shape.head_dim;
   const Lanes factor = broadcast(1.0f / total);
   for_lanes(shape.head_dim, [&](int64_t index, int64_t count) {
@@ -313,7 +316,7 @@ void finish_rows(const ShuteyeAttention& attention, const AttentionShape& shape,
 }
 
 template <class Dot>
-void attend(const ShuteyeAttention& attention, const AttentionTask& task, void* memory) {
+void attend(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionTask*, void* memory) {
   using T = typename Dot::Weight;
   const AttentionShape shape(attention, task);
   const AttentionScratch scratch(memory, shape);

@@ -278,9 +278,4 @@ class TileAttention {
   const float scale_; // of scores to exponents of 2
 };
 
-inline void attend_any(const ShuteyeAttention& attention, const AttentionTask& task, void* memory) {
-  if (AttentionShape(attention, task).rows < kMinTileRows) return attend<PairDot>(attention, task, memory);
-  TileAttention(attention, task, memory).run();
-}
-
 } // namespace SHUTEYE_ISA

@@ -27,7 +27,8 @@ void AttentionTasks::add_tile(const AttentionTask& tile, int64_t rows, int64_t h
   partials_.resize(partials_.size() + num_parts * partial_floats(rows, head_dim));
 }
 
-void AttentionTasks::plan(const ShuteyeSequences& sequences, const ShuteyeCache& cache, int64_t num_heads) {
+void AttentionTasks::plan(const ShuteyeSequences& sequences, const ShuteyeCache& cache, int64_t num_heads,
+                          int64_t joined_rows) {
   tasks_.clear();
   parts_.clear();
   partials_.clear();
@@ -41,8 +42,11 @@ void AttentionTasks::plan(const ShuteyeSequences& sequences, const ShuteyeCache&
     const int64_t num_tiles = (end - first + tile_tokens - 1) / tile_tokens;
     for (int64_t tile = num_tiles - 1; tile >= 0; tile--) { // the last see most keys; what comes at the end should be short
       const int64_t token = first + tile * tile_tokens, count = smaller(tile_tokens, end - token);
-      for (int64_t head = 0; head < cache.num_kv_heads; head++) {
-        add_tile({sequence, token, count, start + token - first, head, 0, 0, nullptr}, count * group, cache.head_dim);
+      const int64_t joined = count == 1 && joined_rows > group ? joined_rows / group : 1;
+      for (int64_t head = 0; head < cache.num_kv_heads; head += joined) {
+        const int64_t heads = smaller(joined, cache.num_kv_heads - head);
+        add_tile({sequence, token, count, start + token - first, head, heads, 0, 0, nullptr}, count * heads * group,
+                 cache.head_dim);
       }
     }
   }
@@ -50,7 +54,7 @@ void AttentionTasks::plan(const ShuteyeSequences& sequences, const ShuteyeCache&
   for (int64_t index = 0; index < size(); index++) {
     if (parts_[index].num_parts == 1) continue;
     tasks_[index].partial = partial;
-    partial += partial_floats(tasks_[index].num_tokens * group, cache.head_dim);
+    partial += partial_floats(tasks_[index].num_tokens * tasks_[index].num_kv_heads * group, cache.head_dim);
   }
   if (num_tiles_ > num_counters_) {
     num_counters_ = 2 * num_tiles_;
@@ -61,7 +65,8 @@ void AttentionTasks::plan(const ShuteyeSequences& sequences, const ShuteyeCache&
 void AttentionTasks::run(const KernelTable& table, const ShuteyeAttention& attention, void* scratch, int64_t first,
                          int64_t end) {
   for (int64_t index = first; index < end; index++) {
-    table.attend[attention.dtype](attention, tasks_[index], scratch);
+    const AttentionTask* following = index + 1 < size() ? &tasks_[index + 1] : nullptr;
+    table.attend[attention.dtype](attention, tasks_[index], following, scratch);
     const Part& part = parts_[index];
     if (part.num_parts == 1) continue;
     std::atomic<int64_t>& finished = finished_[part.tile];

@@ -91,7 +91,7 @@ const char* Decoder::run(const ShuteyeStep& step) {
   step_ = &step;
   reserve_scratch();
   for (int64_t index = 0; index < num_phases_; index++) phases_[index].reset();
-  tasks_.plan(step.sequences, model_.cache, model_.num_heads);
+  tasks_.plan(step.sequences, model_.cache, model_.num_heads, table_->joined_rows_of(model_.dtype, model_.cache));
   embed(step);
   pool_run([](void* self, int thread) { static_cast<Decoder*>(self)->work(thread); }, this);
   return nullptr;

@@ -36,13 +36,14 @@ struct Linear {
   Finish finish;
 };
 
-// A tile of queries of one sequence, for one KV head, over all or a part of their context.
+// A tile of queries of one sequence, for one KV head or several, over all or a part of their context.
 struct AttentionTask {
   int64_t sequence;
   int64_t first_token; // in the step
   int64_t num_tokens;
   int64_t first_position; // of first_token in its sequence
-  int64_t kv_head;
+  int64_t kv_head;      // the first
+  int64_t num_kv_heads; // more than one only for one token, and where KernelTable::joined_rows_of allows it
   int64_t key_begin; // this task sees keys of [key_begin, key_end) only
   int64_t key_end;
   float* partial; // null: writes the result; else [rows, head_dim + 2] sums, maxima and totals to be merged
@@ -61,13 +62,19 @@ struct KernelTable {
   void (*pack_tokens)(const Linear& linear, void* packed, void* scratch, int64_t first_tile, int64_t end_tile);
   void (*many_rows)(const Linear& linear, const void* packed, void* scratch, int64_t first_row, int64_t end_row);
   void (*rope_heads[2])(const ShuteyeRope& rope, int64_t first_head, int64_t end_head);
-  void (*attend[2])(const ShuteyeAttention& attention, const AttentionTask& task, void* scratch);
+  // `following`: the task that is likely to be next, or null; what it needs may be fetched ahead.
+  void (*attend[2])(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionTask* following, void* scratch);
   void (*merge[2])(const ShuteyeAttention& attention, const AttentionTask& task, int64_t num_parts);
+  int64_t joined_rows; // attend takes several KV heads of one token, if they have no more rows together; 0: never
   void (*enter)(); // per thread, around a job
   void (*leave)();
 
   bool takes_many(const Linear& linear) const {
     return many_tokens && linear.num_tokens >= many_tokens && linear.dtype == SHUTEYE_BFLOAT16;
+  }
+  int64_t joined_rows_of(int64_t dtype, const ShuteyeCache& cache) const {
+    const bool fits = cache.block_size % 16 == 0 && cache.head_dim % kDepthStep == 0;
+    return fits && dtype == SHUTEYE_BFLOAT16 ? joined_rows : 0;
   }
 };
 

@@ -2,6 +2,7 @@
 #define SHUTEYE_ISA shuteye_amx
 #define SHUTEYE_LANES_AVX512
 #include "attention_amx.h"
+#include "attention_joined.h"
 #include "linear_amx.h"
 #include "linear_many.h"
 #include "table.h"
@@ -13,6 +14,12 @@ constexpr int64_t kMinTokens = 4;
 
 // Packing weights costs as much as multiplying them with so many tokens.
 constexpr int64_t kManyTokens = 64;
+
+inline void attend_any(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionTask* following, void* memory) {
+  if (task.num_kv_heads > 1) return JoinedAttention(attention, task, memory).run(following);
+  if (AttentionShape(attention, task).rows < kMinTileRows) return attend<PairDot>(attention, task, following, memory);
+  TileAttention(attention, task, memory).run();
+}
 
 inline void prepare_any(const Linear& linear, void* memory) {
   if (linear.dtype != SHUTEYE_BFLOAT16) return prepare_float(linear, memory);
@@ -37,6 +44,7 @@ KernelTable amx_table() {
   table.pack_tokens = SHUTEYE_ISA::pack_tokens;
   table.many_rows = SHUTEYE_ISA::many_rows;
   table.attend[SHUTEYE_BFLOAT16] = SHUTEYE_ISA::attend_any;
+  table.joined_rows = SHUTEYE_ISA::kJoinedRows;
   table.enter = SHUTEYE_ISA::configure_tiles;
   table.leave = SHUTEYE_ISA::release_tiles;
   return table;

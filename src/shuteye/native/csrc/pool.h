@@ -33,7 +33,7 @@ struct Phase {
     first = next.load(std::memory_order_relaxed);
     do {
       if (first >= num_units) return false;
-      const int64_t share = (num_units - first) / (2 * num_threads);
+      const int64_t share = (num_units - first) / num_threads;
       end = first + (share > least ? share : least);
       if (end > num_units) end = num_units;
     } while (!next.compare_exchange_weak(first, end, std::memory_order_relaxed));
