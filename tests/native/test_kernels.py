@@ -125,9 +125,16 @@ def reference_attention(query, cache, starts, lengths, tables, layer, scale, win
 @pytest.mark.parametrize(
     ("head_dim", "num_kv_heads", "group", "block_size"),
     [
-        (16, 2, 2, 8), (64, 3, 3, 16), (80, 1, 9, 16), (128, 2, 1, 32), (64, 1, 4, 32), (12, 2, 5, 8),
-        (96, 5, 3, 16), (32, 20, 2, 16), (64, 3, 7, 32),
-    ],  # fmt: skip
+        (16, 2, 2, 8),
+        (64, 3, 3, 16),
+        (80, 1, 9, 16),
+        (128, 2, 1, 32),
+        (64, 1, 4, 32),
+        (12, 2, 5, 8),
+        (96, 5, 3, 16),
+        (32, 20, 2, 16),
+        (64, 3, 7, 32),
+    ],
 )
 def test_paged_attention(level, dtype, head_dim, num_kv_heads, group, block_size, window):
     """Decodes, chunks with an offset, whole prompts; contexts past the span and past a split; NaN past every end."""
