@@ -147,6 +147,10 @@ inline void sum_strip(const TileScratch& scratch, int64_t strip, int64_t num_key
 
 // A row that has seen a higher score than before: what it has summed so far weighs less.
 inline void raise_maximum(const TileScratch& scratch, int64_t row, float maximum) {
+  if (scratch.maxima[row] == kNothingSeen) { // and nothing summed
+    scratch.maxima[row] = maximum;
+    return;
+  }
   const Lanes factor = rough_exp2(broadcast(scratch.maxima[row] - maximum));
   float* sums = scratch.sums + row * scratch.depth;
   for (int64_t index = 0; index < scratch.depth; index += 16) store(sums + index, load(sums + index) * factor);

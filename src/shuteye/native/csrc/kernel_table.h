@@ -7,7 +7,7 @@ namespace shuteye {
 constexpr int64_t kTileRows = 16; // weight rows that are computed together, and the unit of sharing a product
 constexpr int64_t kDepthStep = 32;
 constexpr int64_t kGroupTiles = 16;    // of many tokens: weight tiles of 16 rows that are packed at a time
-constexpr int64_t kMaxChunkSteps = 18; // likewise: depth steps that are multiplied at a time
+constexpr int64_t kMaxChunkSteps = 48; // likewise: depth steps that are multiplied at a time
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 

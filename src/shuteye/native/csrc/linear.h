@@ -28,10 +28,15 @@ struct Scratch {
   }
 };
 
+template <class T>
+const T* row_of(const Linear& linear, int64_t token) {
+  const int64_t row = linear.rows ? linear.rows[token] : token;
+  return static_cast<const T*>(linear.x) + row * linear.in_features;
+}
+
 template <class T, class X>
 void copy_row(const Linear& linear, int64_t token, X* target, int64_t depth) {
-  const int64_t row = linear.rows ? linear.rows[token] : token;
-  const T* source = static_cast<const T*>(linear.x) + row * linear.in_features;
+  const T* source = row_of<T>(linear, token);
   if (linear.norm) {
     norm_row(source, static_cast<const T*>(linear.norm), linear.eps, target, linear.in_features);
   } else {

@@ -3,7 +3,7 @@
 //
 // Both sides are copied into tiles of 1 KiB first: x once for all threads, as [tokens / 16][steps][16 tokens][32], weights
 // a group of rows at a time, as [rows / 16][steps][16 pairs][16 rows] of pairs. A step is 32 elements of depth. Depth is
-// cut into chunks of which two token tiles fit into a 48 KiB L1; sums of a chunk wait for the next one in L2.
+// cut into chunks of which a group of weights fits into L2; sums of a chunk wait there for the next one.
 //
 // Tiles leave the vector unit idle: a block's sums are finished while the next block is multiplied.
 #pragma once
@@ -44,11 +44,12 @@ struct ManyScratch {
 // Tokens of tiles [first, end), normalised if that is wanted. What is no token and no feature is zero.
 inline void pack_tokens(const Linear& linear, void* packed, void* scratch, int64_t first, int64_t end) {
   const int64_t steps = Depth(linear.in_features).steps;
-  auto* row = static_cast<bf16*>(scratch);
+  const bool as_it_is = !linear.norm && linear.in_features == steps * 32;
   for (int64_t token = first * 16; token < end * 16; token++) {
     bf16* target = static_cast<bf16*>(packed) + token / 16 * steps * kTileElements + token % 16 * 32;
     const bool is_token = token < linear.num_tokens;
-    if (is_token) copy_row<bf16>(linear, token, row, steps * 32);
+    const bf16* row = is_token && as_it_is ? row_of<bf16>(linear, token) : static_cast<const bf16*>(scratch);
+    if (is_token && !as_it_is) copy_row<bf16>(linear, token, static_cast<bf16*>(scratch), steps * 32);
     for (int64_t step = 0; step < steps; step++) {
       _mm512_storeu_si512(target + step * kTileElements,
                           is_token ? _mm512_loadu_si512(row + step * 32) : _mm512_setzero_si512());
