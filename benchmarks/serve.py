@@ -7,7 +7,7 @@ medians with minimum–maximum and how many times as good shuteye is. Run nothin
     python benchmarks/serve.py --quick                    one short round of everything: does it all work?
     python benchmarks/serve.py --docs                     SmolLM2-135M; writes docs/benchmarks.md and its picture
     python benchmarks/serve.py --model llama-1b --docs    1.1 billion parameters, 2.2 GB; adds its section
-    python benchmarks/serve.py --engines shuteye,shuteye-plain --rounds 9    what does sleep mode cost while awake?
+    python benchmarks/side_by_side.py shuteye shuteye-plain    what does sleep mode cost while awake?
 
 Engines that are not installed become rows that say how to install them; so does whatever fails or hangs. Logs of the
 engines are kept. Ctrl-C ends the engine that runs, and nothing is left behind. What each figure means is in
@@ -33,6 +33,7 @@ from shuteye.config import default_cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+LOGS = default_cache_dir() / "benchmarks" / "logs"
 PAGE, PICTURE = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
 ROUNDS = {"smollm2": 4, "llama-1b": 2}
 """About twenty minutes with all peers."""
@@ -111,8 +112,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample to this file")
     parser.add_argument("--docs", action="store_true", help="write docs/benchmarks.md and docs/benchmarks.svg")
     parser.add_argument("--render", action="store_true", help="measure nothing; write both from what --docs kept")
-    logs = default_cache_dir() / "benchmarks" / "logs"
-    parser.add_argument("--logs", type=Path, default=logs, metavar="DIR", help=f"where engines' output goes: {logs}")
+    parser.add_argument("--logs", type=Path, default=LOGS, metavar="DIR", help=f"where engines' output goes: {LOGS}")
     return parser.parse_args(argv)
 
 

@@ -1,0 +1,102 @@
+"""Two engines up at once, asked in turn: for differences that are smaller than this machine's moods.
+
+The engine that is not asked is idle; one that spins while idle spoils the other's figures, so --pause lets it settle.
+
+    python benchmarks/side_by_side.py shuteye shuteye-plain     what does sleep mode cost while awake?
+    python benchmarks/side_by_side.py shuteye vllm --pause 0.5
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from checkpoints import MODELS, prepare
+from peers import ENGINES
+from peers.base import Burst, Engine
+from prompts import Prompts
+from report import machine
+from rounds import ASK_TIMEOUT_S, PROMPT_TOKENS
+from serve import LOGS
+
+NEW_TOKENS = 64
+
+
+def main() -> None:
+    arguments = parse()
+    checkpoint = prepare(arguments.model)
+    names = (arguments.first, arguments.second)
+    engines = [ENGINES[name](checkpoint, arguments.logs / name) for name in names]
+    for engine in engines:
+        if missing := engine.missing():
+            sys.exit(missing)
+    try:
+        for engine in engines:
+            engine.prepare()
+        prompts = Prompts(checkpoint.tokenizer, "side by side")
+        for engine in engines:
+            engine.start(prompts.write(32))
+        print(f"{arguments.first} and {arguments.second}, {arguments.model}, {arguments.rounds} pairs; {machine()}")
+        for title, measure in measures().items():
+            show(title, pairs(engines, prompts, measure, arguments))
+    finally:
+        for engine in engines:
+            engine.stop()
+
+
+def measures() -> dict[str, Callable[[Engine, Prompts], float]]:
+    """What is asked → a figure of which more is better."""
+
+    def ask(engine: Engine, prompts: Prompts, streams: int, length: int, new_tokens: int) -> Burst:
+        return engine.ask(prompts.several(streams, length), max_tokens=new_tokens, timeout_s=ASK_TIMEOUT_S)
+
+    def first_token(length: int) -> Callable[[Engine, Prompts], float]:
+        return lambda engine, prompts: 1 / ask(engine, prompts, 1, length, 1).first_token_s
+
+    def decode(streams: int) -> Callable[[Engine, Prompts], float]:
+        return lambda engine, prompts: ask(engine, prompts, streams, PROMPT_TOKENS, NEW_TOKENS).decode_rate
+
+    firsts = {f"first tokens of {length}-token prompts, 1/s": first_token(length) for length in (32, 512, 2048)}
+    return firsts | {f"decode, {streams} streams, tok/s": decode(streams) for streams in (1, 8, 16)}
+
+
+def pairs(
+    engines: list[Engine], prompts: Prompts, measure: Callable[[Engine, Prompts], float], arguments: argparse.Namespace
+) -> list[tuple[float, float]]:
+    """One figure of each engine per pair; who goes first alternates; the first pair is not counted."""
+    found = []
+    for index in range(arguments.rounds + 1):
+        figures = {}
+        for turn in (index % 2, 1 - index % 2):
+            time.sleep(arguments.pause)
+            figures[turn] = measure(engines[turn], prompts)
+        found.append((figures[0], figures[1]))
+    return found[1:]
+
+
+def show(title: str, found: list[tuple[float, float]]) -> None:
+    first, second = (statistics.median(column) for column in zip(*found, strict=True))
+    low, middle, high = statistics.quantiles((one / other for one, other in found), n=4)
+    print(f"{title}: {first:.4g} and {second:.4g}; ratio of pairs {middle:.3f}, half of them {low:.2f} to {high:.2f}")
+    sys.stdout.flush()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", choices=sorted(ENGINES))
+    parser.add_argument("second", choices=sorted(ENGINES))
+    parser.add_argument("--model", choices=MODELS, default="smollm2", help="default smollm2")
+    parser.add_argument("--rounds", type=int, default=12, help="pairs of each measure; default 12")
+    parser.add_argument(
+        "--pause", type=float, default=0.1, metavar="S", help="seconds before each request; default 0.1"
+    )
+    parser.add_argument("--logs", type=Path, default=LOGS, metavar="DIR", help="where engines' output goes")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
