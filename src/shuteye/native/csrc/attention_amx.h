@@ -234,12 +234,13 @@ class TileAttention {
     memset(scratch_.sums, 0, scratch_.rows * scratch_.depth * sizeof(float));
     memset(scratch_.totals, 0, scratch_.rows * 16 * sizeof(float));
     for (int64_t row = 0; row < scratch_.rows; row++) scratch_.maxima[row] = kNothingSeen;
+    for (int64_t row = 0; row < shape_.rows; row++) token_of_[row] = static_cast<int16_t>(row / shape_.heads);
     read_queries<PairDot>(attention_, task_, shape_, scratch_.query);
   }
 
   Range seen_by_row(int64_t row, Range positions) const {
     if (row >= shape_.rows) return {0, 0};
-    const Range seen = seen_by(attention_, task_, row / shape_.group);
+    const Range seen = seen_by(attention_, task_, token_of_[row]);
     return {larger(seen.begin, positions.begin) - positions.begin, smaller(seen.end, positions.end) - positions.begin};
   }
 
@@ -256,8 +257,11 @@ class TileAttention {
       int64_t each = 0;
       const int64_t num_rows = num_keys ? kStripRows : 0;
       const auto weigh = [&](int64_t until) {
-        for (; each < smaller(until, num_rows); each++)
-          weigh_row(scratch_, strip, each, seen_by_row(strip * kStripRows + each, positions), num_keys, scale_);
+        for (; each < smaller(until, num_rows); each++) {
+          const int64_t row = strip * kStripRows + each;
+          prefetch_row(scratch_.sums + row * scratch_.depth, scratch_.depth); // they are next
+          weigh_row(scratch_, strip, each, seen_by_row(row, positions), num_keys, scale_);
+        }
       };
       const auto aside = [&] { weigh(each + 2); };
       if (strip + 1 < num_strips) score_strip(scratch_, strip + 1, keys_of(strip + 1), aside);
@@ -280,6 +284,7 @@ class TileAttention {
   const AttentionShape shape_;
   const TileScratch scratch_;
   const float scale_; // of scores to exponents of 2
+  int16_t token_of_[shuteye::kMaxAttentionRows]; // of a row: division is slow
 };
 
 } // namespace SHUTEYE_ISA
