@@ -46,7 +46,9 @@ def test_linear(level, dtype, num_tokens, in_features, out_features):
 
 
 @pytest.mark.parametrize("num_tokens", [65, 80, 97, 200])
-@pytest.mark.parametrize(("in_features", "out_features"), [(64, 48), (33, 17), (1201, 5), (600, 131), (1152, 300)])
+@pytest.mark.parametrize(
+    ("in_features", "out_features"), [(64, 48), (33, 17), (1201, 5), (600, 131), (1152, 300), (1601, 70), (3140, 40)]
+)
 def test_linear_of_many_tokens(level, num_tokens, in_features, out_features):
     """Depth in one chunk and in several, rows in one group and in several, and none of them full."""
     x = random(num_tokens, in_features, dtype=torch.bfloat16)

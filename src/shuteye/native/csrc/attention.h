@@ -315,6 +315,20 @@ void finish_rows(const ShuteyeAttention& attention, const AttentionShape& shape,
   }
 }
 
+// body(span, next) for all keys that the task sees, kKeySpan at a time; the last span has itself as the next.
+template <class T, class Body>
+void each_span(const ShuteyeAttention& attention, const AttentionTask& task, const Body& body) {
+  const int64_t begin = seen_by(attention, task, 0).begin;
+  const int64_t end = seen_by(attention, task, task.num_tokens - 1).end;
+  const auto span_from = [&](int64_t first) { return Range{first, smaller(first + kKeySpan, end)}; };
+  Span<T> next(attention, task, span_from(begin));
+  for (int64_t first = begin; first < end; first += kKeySpan) {
+    const Span<T> span = next;
+    if (first + kKeySpan < end) next = Span<T>(attention, task, span_from(first + kKeySpan));
+    body(span, next);
+  }
+}
+
 template <class Dot>
 void attend(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionTask*, void* memory) {
   using T = typename Dot::Weight;
@@ -326,15 +340,9 @@ void attend(const ShuteyeAttention& attention, const AttentionTask& task, const 
     scratch.maxima[row] = -__builtin_inff();
     scratch.totals[row] = 0.0f;
   }
-  const int64_t begin = seen_by(attention, task, 0).begin;
-  const int64_t end = seen_by(attention, task, task.num_tokens - 1).end;
-  const auto span_from = [&](int64_t first) { return Range{first, smaller(first + kKeySpan, end)}; };
-  Span<T> next(attention, task, span_from(begin));
-  for (int64_t first = begin; first < end; first += kKeySpan) {
-    const Span<T> span = next;
-    if (first + kKeySpan < end) next = Span<T>(attention, task, span_from(first + kKeySpan));
+  each_span<T>(attention, task, [&](const Span<T>& span, const Span<T>& next) {
     attend_span<Dot>(attention, task, shape, scratch, span, next);
-  }
+  });
   finish_rows<T>(attention, shape, task, scratch.sums, scratch.maxima, scratch.totals);
 }
 

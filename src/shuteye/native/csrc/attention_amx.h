@@ -212,19 +212,13 @@ class TileAttention {
 
   void run() {
     begin();
-    const int64_t first_key = seen_by(attention_, task_, 0).begin;
-    const int64_t end = seen_by(attention_, task_, task_.num_tokens - 1).end;
-    const auto span_from = [&](int64_t first) { return Range{first, smaller(first + kKeySpan, end)}; };
-    Span<bf16> next(attention_, task_, span_from(first_key));
-    for (int64_t first = first_key; first < end; first += kKeySpan) {
-      const Span<bf16> span = next;
-      if (first + kKeySpan < end) next = Span<bf16>(attention_, task_, span_from(first + kKeySpan));
-      const int64_t num_keys = span.positions.end - first;
+    each_span<bf16>(attention_, task_, [&](const Span<bf16>& span, const Span<bf16>& next) {
+      const int64_t num_keys = span.positions.end - span.positions.begin;
       pack_keys(span, next, num_keys, shape_, scratch_);
       pack_values(span, next, num_keys, shape_, scratch_);
       finish_stores(scratch_.keys);
       attend_span(span.positions);
-    }
+    });
     end_rows();
   }
 

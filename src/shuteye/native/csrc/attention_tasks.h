@@ -11,7 +11,7 @@
 namespace shuteye {
 
 // Contexts of few rows are cut into parts of this many keys, merged by whoever finishes the last of them; into longer
-// ones where there are enough tiles without.
+// ones where there are enough (sequence, KV head) pairs without.
 constexpr int64_t kPartKeys = 256;
 constexpr int64_t kLongPartKeys = 2048;
 constexpr int64_t kEnoughTiles = 24;

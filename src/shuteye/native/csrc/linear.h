@@ -130,15 +130,28 @@ inline void finish_as(const Linear& linear, Sums sums, Sums upper_sums, int64_t 
   }
 }
 
+template <Finish value>
+struct FinishTag {
+  static constexpr Finish finish = value;
+};
+
+// body(tag), with the way to finish as a constant: tag.finish.
+template <class Body>
+void with_finish(Finish finish, const Body& body) {
+  switch (finish) {
+    case Finish::store: return body(FinishTag<Finish::store>{});
+    case Finish::store_float: return body(FinishTag<Finish::store_float>{});
+    case Finish::add: return body(FinishTag<Finish::add>{});
+    case Finish::silu_mul: return body(FinishTag<Finish::silu_mul>{});
+  }
+}
+
 // `upper` is used by silu_mul alone.
 template <class T>
 void finish_tile(const Linear& linear, Sums sums, Sums upper, int64_t first_row, int64_t num_rows, TokenRange tokens) {
-  switch (linear.finish) {
-    case Finish::store: return finish_as<T, Finish::store>(linear, sums, upper, first_row, num_rows, tokens);
-    case Finish::store_float: return finish_as<T, Finish::store_float>(linear, sums, upper, first_row, num_rows, tokens);
-    case Finish::add: return finish_as<T, Finish::add>(linear, sums, upper, first_row, num_rows, tokens);
-    case Finish::silu_mul: return finish_as<T, Finish::silu_mul>(linear, sums, upper, first_row, num_rows, tokens);
-  }
+  with_finish(linear.finish, [&](auto tag) {
+    finish_as<T, decltype(tag)::finish>(linear, sums, upper, first_row, num_rows, tokens);
+  });
 }
 
 // Compute: (linear, scratch, first_row, num_rows, tile).

@@ -238,12 +238,9 @@ inline void compute_groups(const Linear& linear, const void* packed, void* memor
 }
 
 inline void many_rows(const Linear& linear, const void* packed, void* memory, int64_t first_row, int64_t end_row) {
-  switch (linear.finish) {
-    case Finish::store: return compute_groups<Finish::store>(linear, packed, memory, first_row, end_row);
-    case Finish::store_float: return compute_groups<Finish::store_float>(linear, packed, memory, first_row, end_row);
-    case Finish::add: return compute_groups<Finish::add>(linear, packed, memory, first_row, end_row);
-    case Finish::silu_mul: return compute_groups<Finish::silu_mul>(linear, packed, memory, first_row, end_row);
-  }
+  with_finish(linear.finish, [&](auto tag) {
+    compute_groups<decltype(tag)::finish>(linear, packed, memory, first_row, end_row);
+  });
 }
 
 } // namespace SHUTEYE_ISA
