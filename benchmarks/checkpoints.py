@@ -18,6 +18,9 @@ from typing import Any
 
 from shuteye.config import default_cache_dir
 
+KEPT = default_cache_dir() / "benchmarks"
+"""Checkpoints that were made for benchmarks, and the engines' logs."""
+LOGS = KEPT / "logs"
 MODELS = {
     "smollm2": "SmolLM2-135M-Instruct, as `shuteye pull smollm2-135m` fetches it, dequantized to bfloat16",
     "llama-1b": "a Llama of TinyLlama's shape (1.1 billion parameters) with random weights, bfloat16",
@@ -55,8 +58,7 @@ class Checkpoint:
 
 def checkpoint(name: str) -> Checkpoint:
     """Where the files of a model are, whether or not they have been made."""
-    root = default_cache_dir() / "benchmarks"
-    return Checkpoint(name, root / f"{name}-bf16", root / f"{name}-bf16.gguf", root / f"{name}-f16.gguf")
+    return Checkpoint(name, KEPT / f"{name}-bf16", KEPT / f"{name}-bf16.gguf", KEPT / f"{name}-f16.gguf")
 
 
 def prepare(name: str) -> Checkpoint:
@@ -108,7 +110,7 @@ def write_llama(directory: Path) -> None:
     """The random model of sleep_wake.py, with a tokenizer whose every id is text (its own has only bytes)."""
     from sleep_wake import large_model
 
-    random = large_model(default_cache_dir() / "benchmarks" / "llama-22", 22)
+    random = large_model(KEPT / "llama-22", 22)
     words = prepare("smollm2").directory
     directory.mkdir()
     os.link(random / "model.safetensors", directory / "model.safetensors")

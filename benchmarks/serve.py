@@ -18,22 +18,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
-import sys
 import time
 from pathlib import Path
 
 import picture
 import rounds
-from checkpoints import MODELS, prepare
+from checkpoints import LOGS, MODELS, prepare
 from peers import ENGINES
+from peers.process import ending_engines
 from prompts import Prompts
 from report import Report, lines, machine, page
-from shuteye.config import default_cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-LOGS = default_cache_dir() / "benchmarks" / "logs"
 PAGE, PICTURE = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
 ROUNDS = {"smollm2": 4, "llama-1b": 2}
 """About twenty minutes with all peers."""
@@ -43,7 +40,6 @@ MOST_TURNS = {"vllm": 2}
 
 def main() -> None:
     arguments = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated; the engine that ran was ended."))
     if arguments.render:
         write_docs()
         return
@@ -124,7 +120,4 @@ def engine_names(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("Interrupted; the engine that ran was ended.")
+    ending_engines(main)

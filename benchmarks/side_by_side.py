@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from checkpoints import MODELS, prepare
+from checkpoints import LOGS, MODELS, prepare
 from peers import ENGINES
-from peers.base import Burst, Engine
+from peers.base import Burst, Engine, EngineFailure
+from peers.process import ending_engines
 from prompts import Prompts
 from report import machine
 from rounds import ASK_TIMEOUT_S, PROMPT_TOKENS
-from serve import LOGS
 
 NEW_TOKENS = 64
 
@@ -43,6 +43,8 @@ def main() -> None:
         print(f"{arguments.first} and {arguments.second}, {arguments.model}, {arguments.rounds} pairs; {machine()}")
         for title, measure in measures().items():
             show(title, pairs(engines, prompts, measure, arguments))
+    except EngineFailure as failure:
+        sys.exit(str(failure))
     finally:
         for engine in engines:
             engine.stop()
@@ -81,8 +83,10 @@ def pairs(
 def show(title: str, found: list[tuple[float, float]]) -> None:
     first, second = (statistics.median(column) for column in zip(*found, strict=True))
     low, middle, high = statistics.quantiles((one / other for one, other in found), n=4)
-    print(f"{title}: {first:.4g} and {second:.4g}; ratio of pairs {middle:.3f}, half of them {low:.2f} to {high:.2f}")
-    sys.stdout.flush()
+    print(
+        f"{title}: {first:.4g} and {second:.4g}; ratio of pairs {middle:.3f}, half of them {low:.2f} to {high:.2f}",
+        flush=True,
+    )
 
 
 def parse() -> argparse.Namespace:
@@ -95,8 +99,11 @@ def parse() -> argparse.Namespace:
         "--pause", type=float, default=0.1, metavar="S", help="seconds before each request; default 0.1"
     )
     parser.add_argument("--logs", type=Path, default=LOGS, metavar="DIR", help="where engines' output goes")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds: quartiles need at least 2 pairs")
+    return arguments
 
 
 if __name__ == "__main__":
-    main()
+    ending_engines(main)

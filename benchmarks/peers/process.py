@@ -10,8 +10,9 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from peers.base import EngineFailure
@@ -22,6 +23,15 @@ UNWANTED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "KMP_A
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 _PSS = re.compile(rb"^Pss:\s+(\d+) kB", re.MULTILINE)
+
+
+def ending_engines(main: Callable[[], None]) -> None:
+    """Run a benchmark so that Ctrl-C and SIGTERM reach its `finally`, where it ends what it started, and are told."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated; every engine that ran was ended."))
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; every engine that ran was ended.")
 
 
 class Process:
