@@ -67,6 +67,8 @@ struct Span {
   const T* values[kKeySpan];
   Range positions{0, 0};
 
+  int64_t size() const { return positions.end - positions.begin; }
+
   Span() = default;
   Span(const ShuteyeAttention& attention, const AttentionTask& task, Range range) : positions(range) {
     const ShuteyeCache& cache = attention.cache;
@@ -139,7 +141,7 @@ inline void score_four(const AttentionShape& shape, const typename Dot::X* query
 template <class Dot, int count>
 inline void score_rows(const AttentionShape& shape, const typename Dot::X* query, const Span<typename Dot::Weight>& span,
                        const Span<typename Dot::Weight>& next, Range range, float* scores) {
-  const int64_t num_next = next.positions.end - next.positions.begin;
+  const int64_t num_next = next.size();
   for (int64_t key = range.begin; key < range.end; key += 4) {
     const typename Dot::Weight* four[4];
     for (int each = 0; each < 4; each++) {
@@ -197,7 +199,7 @@ inline void weigh_row(float* scores, Range range, float scale, float& maximum, f
 template <class T, int count>
 inline void add_values(const AttentionShape& shape, const float* weights, const Span<T>& span, const Span<T>& next,
                        Range range, int64_t index, float* sums) {
-  const int64_t num_next = next.positions.end - next.positions.begin;
+  const int64_t num_next = next.size();
   Lanes totals[count][kValueVectors];
   for (int row = 0; row < count; row++)
     for (int64_t vector = 0; vector < kValueVectors; vector++)
@@ -299,20 +301,15 @@ inline void write_row(const ShuteyeAttention& attention, const AttentionShape& s
   });
 }
 
-// Writes the results, or what `merge` needs of them.
+// Writes a row's result, or what `merge` needs of it.
 template <class T>
-void finish_rows(const ShuteyeAttention& attention, const AttentionShape& shape, const AttentionTask& task,
-                 const float* sums, const float* maxima, const float* totals) {
-  for (int64_t row = 0; row < shape.rows; row++, sums += shape.padded_dim) {
-    if (!task.partial) {
-      write_row<T>(attention, shape, task, row, sums, totals[row]);
-      continue;
-    }
-    float* part = task.partial + row * (shape.head_dim + 2);
-    memcpy(part, sums, shape.head_dim * sizeof(float));
-    part[shape.head_dim] = maxima[row];
-    part[shape.head_dim + 1] = totals[row];
-  }
+void finish_row(const ShuteyeAttention& attention, const AttentionShape& shape, const AttentionTask& task, int64_t row,
+                const float* sums, float maximum, float total) {
+  if (!task.partial) return write_row<T>(attention, shape, task, row, sums, total);
+  float* part = task.partial + row * (shape.head_dim + 2);
+  memcpy(part, sums, shape.head_dim * sizeof(float));
+  part[shape.head_dim] = maximum;
+  part[shape.head_dim + 1] = total;
 }
 
 // body(span, next) for all keys that the task sees, kKeySpan at a time; the last span has itself as the next.
@@ -343,7 +340,8 @@ void attend(const ShuteyeAttention& attention, const AttentionTask& task, const 
   each_span<T>(attention, task, [&](const Span<T>& span, const Span<T>& next) {
     attend_span<Dot>(attention, task, shape, scratch, span, next);
   });
-  finish_rows<T>(attention, shape, task, scratch.sums, scratch.maxima, scratch.totals);
+  for (int64_t row = 0; row < shape.rows; row++)
+    finish_row<T>(attention, shape, task, row, scratch.sums + row * shape.padded_dim, scratch.maxima[row], scratch.totals[row]);
 }
 
 // Merges the `num_parts` partial results at task.partial, one after the other, and writes the result.

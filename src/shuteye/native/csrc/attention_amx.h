@@ -1,44 +1,54 @@
-// Attention of many query rows with AMX: scores = query keys^T and sums += weights values, 16 x 16 at a time.
-// Weights are rounded to bfloat16 before they meet the values, as torch's flash attention does.
-// Knows nothing of threads; tasks of few rows are left to attention.h.
+// Attention of many query rows with AMX, 16 rows at a time: scores = keys query^T and sums^T += values^T weights, so that
+// a column is a row of queries everywhere (attention_columns.h). Knows nothing of threads; tasks of few rows are left to
+// attention.h.
 #pragma once
-#include "attention.h"
+#include "attention_columns.h"
 #include "tiles.h"
 
 namespace SHUTEYE_ISA {
 
-constexpr int64_t kMinTileRows = 13; // measured: with fewer, tiles are too empty to gain
-constexpr float kNothingSeen = -1e30f; // below any score
-constexpr float kLog2e = 1.44269504f;
+#define SHUTEYE_INLINE inline __attribute__((always_inline)) // where state must stay in registers
 
-// A strip is 16 rows, the height of a tile. Rows are padded to whole strips; what is there is never read as a result.
-constexpr int64_t kStripRows = 16;
+constexpr int64_t kMinTileRows = 13; // measured: with fewer, tiles are too empty to gain
+constexpr int64_t kKeysAside = 4;    // weighed between two products of tiles: measured
+
+// 16 rows of queries, the width of a tile; the last of a task may be padded with rows that are never read as a result.
+struct Strip {
+  Columns columns;
+  __m512i begins; // of the key positions that each row sees
+  __m512i ends;
+  int64_t end; // of them all
+  bool begun;  // false: none was seen yet
+};
 
 struct TileScratch {
-  float* sums;   // [rows, depth]
-  float* scores; // [2 strips][16, kKeySpan]
-  float* maxima; // [rows], of scores times scale times log2(e)
-  float* totals; // [rows, 16], to be summed at last
-  bf16* query;   // [rows, depth]
-  bf16* weights; // [2 strips][16, kKeySpan]
-  bf16* keys;    // [kKeySpan / 16][depth / 32] tiles of [16 pairs of dimensions][16 keys]
-  bf16* values;  // [kKeySpan / 32][depth / 16] tiles of [16 pairs of keys][16 dimensions]
-  int64_t rows;
+  float* sums;       // [strips][depth][16 rows]
+  float* scores;     // [2 strips][kKeySpan][16 rows]
+  float* rows;       // [16 rows][depth]
+  uint32_t* weights; // [2 strips][kKeySpan / 2][16 rows] of pairs of keys
+  bf16* query;       // [strips][depth / 32] tiles of [16 pairs of dimensions][16 rows]
+  bf16* keys;        // [kKeySpan][depth]
+  bf16* values;      // [depth / 16][kKeySpan / 32] tiles of [16 dimensions][32 keys]
+  Strip* strips;
+  int64_t num_strips;
   int64_t depth;
 
   TileScratch(void* memory, const AttentionShape& shape)
-      : rows(shuteye::round_up(shape.rows, kStripRows)), depth(shape.padded_dim) {
+      : num_strips((shape.rows + kColumns - 1) / kColumns), depth(shape.padded_dim) {
+    const int64_t strip_elements = depth * kColumns;
     sums = static_cast<float*>(memory);
-    scores = sums + rows * depth;
-    maxima = scores + 2 * kStripRows * kKeySpan;
-    totals = maxima + rows;
-    query = reinterpret_cast<bf16*>(totals + rows * 16);
-    weights = query + rows * depth;
-    keys = weights + 2 * kStripRows * kKeySpan;
+    scores = sums + num_strips * strip_elements;
+    rows = scores + 2 * kColumns * kKeySpan;
+    weights = reinterpret_cast<uint32_t*>(rows + strip_elements);
+    query = reinterpret_cast<bf16*>(weights + kColumns * kKeySpan);
+    keys = query + num_strips * strip_elements;
     values = keys + kKeySpan * depth;
+    strips = reinterpret_cast<Strip*>(values + kKeySpan * depth);
   }
-  float* scores_of(int64_t strip) const { return scores + strip % 2 * kStripRows * kKeySpan; }
-  bf16* weights_of(int64_t strip) const { return weights + strip % 2 * kStripRows * kKeySpan; }
+  float* sums_of(int64_t strip) const { return sums + strip * depth * kColumns; }
+  bf16* query_of(int64_t strip) const { return query + strip * depth * kColumns; }
+  float* scores_of(int64_t strip) const { return scores + strip % 2 * kColumns * kKeySpan; }
+  uint32_t* weights_of(int64_t strip) const { return weights + strip % 2 * kColumns * kKeySpan / 2; }
 };
 
 inline __m512i load_row(const bf16* row, int64_t count) { // up to 32 elements
@@ -46,162 +56,202 @@ inline __m512i load_row(const bf16* row, int64_t count) { // up to 32 elements
   return _mm512_maskz_loadu_epi16(count > 0 ? (1u << count) - 1u : 0u, row);
 }
 
-inline __m512i widen_row(const bf16* row, int64_t count) { // up to 16 elements, each in the low half of a lane
-  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes_between(0, count), row));
+inline void copy_keys(const Span<bf16>& span, int64_t head_dim, const TileScratch& scratch) {
+  bf16* target = scratch.keys;
+  for (int64_t key = 0; key < span.size(); key++) {
+    for (int64_t index = 0; index < scratch.depth; index += 32, target += 32)
+      _mm512_storeu_si512(target, load_row(span.keys[key] + index, head_dim - index));
+  }
 }
 
-inline void pack_keys(const Span<bf16>& span, const Span<bf16>& next, int64_t num_keys, const AttentionShape& shape, const TileScratch& scratch) {
-  bf16* tile = scratch.keys;
-  const int64_t num_next = next.positions.end - next.positions.begin;
-  for (int64_t first = 0; first < num_keys; first += 16) {
-    for (int64_t key = first; key < smaller(first + 16, num_next); key++) prefetch_row(next.keys[key], shape.head_dim);
-    for (int64_t index = 0; index < scratch.depth; index += 32, tile += kTileElements) {
-      __m512i rows[16];
-      for (int64_t key = 0; key < 16; key++) {
-        rows[key] = first + key < num_keys ? load_row(span.keys[first + key] + index, shape.head_dim - index)
-                                           : _mm512_setzero_si512();
+// Keys of the last 32 that are not there become zeros: what they weigh is zero, but zero times NaN is not.
+inline void transpose_values(const Span<bf16>& span, int64_t head_dim, const TileScratch& scratch) {
+  constexpr int64_t step = kKeySpan / 32 * kTileElements; // from 16 dimensions to the next
+  for (int64_t first = 0; first < span.size(); first += 32) {
+    bf16* tiles = scratch.values + first / 32 * kTileElements;
+    for (int64_t index = 0; index < scratch.depth; index += 32, tiles += 2 * step) {
+      const auto value = [&](int64_t key) {
+        return key < span.size() ? load_row(span.values[key] + index, head_dim - index) : _mm512_setzero_si512();
+      };
+      __m512i lower[16], upper[16]; // the lower and the upper fours of each eight dimensions
+      for (int64_t pair = 0; pair < 16; pair++) {
+        const __m512i even = value(first + 2 * pair), odd = value(first + 2 * pair + 1);
+        lower[pair] = _mm512_unpacklo_epi16(even, odd);
+        upper[pair] = _mm512_unpackhi_epi16(even, odd);
       }
-      transpose(rows);
-      for (int64_t pair = 0; pair < 16; pair++) _mm512_storeu_si512(tile + pair * 32, rows[pair]);
+      transpose(lower);
+      transpose(upper);
+      for (int64_t each = 0; each < 16; each++) {
+        const int64_t dimension = each / 4 * 8 + each % 4;
+        bf16* row = tiles + dimension / 16 * step + dimension % 16 * 32;
+        _mm512_storeu_si512(row, lower[each]);
+        _mm512_storeu_si512(row + 4 * 32, upper[each]);
+      }
     }
   }
 }
 
-inline void pack_values(const Span<bf16>& span, const Span<bf16>& next, int64_t num_keys, const AttentionShape& shape, const TileScratch& scratch) {
-  const int64_t num_next = next.positions.end - next.positions.begin;
-  for (int64_t key = 0; key < shuteye::round_up(num_keys, 32); key += 2) {
-    for (int64_t each = key; each < smaller(key + 2, num_next); each++) prefetch_row(next.values[each], shape.head_dim);
-    bf16* target = scratch.values + key / 32 * scratch.depth * 32 + key / 2 % 16 * 32;
-    for (int64_t index = 0; index < scratch.depth; index += 16, target += kTileElements) {
-      const int64_t count = shape.head_dim - index;
-      const __m512i even = key < num_keys ? widen_row(span.values[key] + index, count) : _mm512_setzero_si512();
-      const __m512i odd = key + 1 < num_keys ? widen_row(span.values[key + 1] + index, count) : _mm512_setzero_si512();
-      _mm512_storeu_si512(target, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-    }
-  }
+// Tiles 0 to 3, or the first `count` of them, one after the other in memory.
+inline void load_four(const float* tiles, int64_t count) {
+  _tile_loadd(0, tiles, 64);
+  if (count > 1) _tile_loadd(1, tiles + 256, 64);
+  if (count > 2) _tile_loadd(2, tiles + 512, 64);
+  if (count > 3) _tile_loadd(3, tiles + 768, 64);
 }
 
-// Tiles 0 to 3, or the first `count` of them, 16 floats of each row apart.
-inline void load_sums(const float* sums, int64_t stride_bytes, int64_t count) {
-  _tile_loadd(0, sums, stride_bytes);
-  if (count > 1) _tile_loadd(1, sums + 16, stride_bytes);
-  if (count > 2) _tile_loadd(2, sums + 32, stride_bytes);
-  if (count > 3) _tile_loadd(3, sums + 48, stride_bytes);
+inline void store_four(float* tiles, int64_t count) {
+  _tile_stored(0, tiles, 64);
+  if (count > 1) _tile_stored(1, tiles + 256, 64);
+  if (count > 2) _tile_stored(2, tiles + 512, 64);
+  if (count > 3) _tile_stored(3, tiles + 768, 64);
 }
 
-inline void store_sums(float* sums, int64_t stride_bytes, int64_t count) {
-  _tile_stored(0, sums, stride_bytes);
-  if (count > 1) _tile_stored(1, sums + 16, stride_bytes);
-  if (count > 2) _tile_stored(2, sums + 32, stride_bytes);
-  if (count > 3) _tile_stored(3, sums + 48, stride_bytes);
-}
-
-// The same tiles += left right[i]; the tiles of right are `stride` elements apart.
-inline void add_products(const bf16* left, int64_t stride_bytes, const bf16* right, int64_t stride, int64_t count) {
-  _tile_loadd(4, left, stride_bytes);
+// The same tiles += left[i] right; the tiles of left are `step` elements apart. aside() after each product: while one is
+// under way, half of the vector unit is free.
+template <class Aside>
+SHUTEYE_INLINE void add_products(const bf16* left, int64_t step, int64_t stride_bytes, const void* right, int64_t count,
+                                 const Aside& aside) {
   _tile_loadd(5, right, 64);
+  _tile_loadd(4, left, stride_bytes);
   _tile_dpbf16ps(0, 4, 5);
-  if (count > 1) { _tile_loadd(6, right + stride, 64); _tile_dpbf16ps(1, 4, 6); }
-  if (count > 2) { _tile_loadd(7, right + 2 * stride, 64); _tile_dpbf16ps(2, 4, 7); }
-  if (count > 3) { _tile_loadd(5, right + 3 * stride, 64); _tile_dpbf16ps(3, 4, 5); }
-}
-
-// Scores of a strip with the first `num_keys` keys, rounded up to 16; aside() between the products.
-template <class Aside>
-inline void score_strip(const TileScratch& scratch, int64_t strip, int64_t num_keys, const Aside& aside) {
-  const bf16* query = scratch.query + strip * kStripRows * scratch.depth;
-  float* scores = scratch.scores_of(strip);
-  for (int64_t key = 0; key < num_keys; key += 64) {
-    const int64_t count = smaller<int64_t>(4, (num_keys - key + 15) / 16);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t index = 0; index < scratch.depth; index += 32) {
-      const bf16* keys = scratch.keys + key * scratch.depth + index * 16;
-      add_products(query + index, scratch.depth * 2, keys, 16 * scratch.depth, count);
-      aside();
-    }
-    store_sums(scores + key, kKeySpan * 4, count);
+  aside();
+  if (count > 1) {
+    _tile_loadd(6, left + step, stride_bytes);
+    _tile_dpbf16ps(1, 6, 5);
+    aside();
   }
-  finish_stores(scores);
+  if (count > 2) {
+    _tile_loadd(7, left + 2 * step, stride_bytes);
+    _tile_dpbf16ps(2, 7, 5);
+    aside();
+  }
+  if (count > 3) {
+    _tile_loadd(4, left + 3 * step, stride_bytes);
+    _tile_dpbf16ps(3, 4, 5);
+    aside();
+  }
 }
 
-// sums += weights values for a strip and the first `num_keys` keys, rounded up to 32; aside() between the products.
+// Scores of a strip with the first `num_keys` keys, rounded up to 16.
 template <class Aside>
-inline void sum_strip(const TileScratch& scratch, int64_t strip, int64_t num_keys, const Aside& aside) {
-  const bf16* weights = scratch.weights_of(strip);
+SHUTEYE_INLINE void score_strip(const TileScratch& scratch, int64_t strip, int64_t num_keys, const Aside& aside) {
+  static_assert(kKeySpan == 64, "four tiles of scores");
+  const bf16* query = scratch.query_of(strip);
+  const int64_t count = (num_keys + 15) / 16;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t index = 0; index < scratch.depth; index += 32)
+    add_products(scratch.keys + index, 16 * scratch.depth, scratch.depth * 2, query + index * kColumns, count, aside);
+  store_four(scratch.scores_of(strip), count);
+  finish_stores(scratch.scores);
+}
+
+// sums += values weights for a strip and the first `num_keys` keys, rounded up to 32.
+template <class Aside>
+SHUTEYE_INLINE void sum_strip(const TileScratch& scratch, int64_t strip, int64_t num_keys, const Aside& aside) {
+  const uint32_t* weights = scratch.weights_of(strip);
+  constexpr int64_t step = kKeySpan / 32 * kTileElements; // from 16 dimensions to the next
   for (int64_t index = 0; index < scratch.depth; index += 64) {
     const int64_t count = smaller<int64_t>(4, (scratch.depth - index) / 16);
-    float* sums = scratch.sums + strip * kStripRows * scratch.depth + index;
-    load_sums(sums, scratch.depth * 4, count);
+    float* sums = scratch.sums_of(strip) + index * kColumns;
+    load_four(sums, count);
     for (int64_t key = 0; key < num_keys; key += 32) {
-      const bf16* values = scratch.values + key * scratch.depth + index * 32;
-      add_products(weights + key, kKeySpan * 2, values, kTileElements, count);
-      aside();
+      const bf16* values = scratch.values + index / 16 * step + key / 32 * kTileElements;
+      add_products(values, step, 64, weights + key / 2 * kColumns, count, aside);
     }
-    store_sums(sums, scratch.depth * 4, count);
+    store_four(sums, count);
   }
   finish_stores(scratch.sums);
 }
 
-// A row that has seen a higher score than before: what it has summed so far weighs less.
-inline void raise_maximum(const TileScratch& scratch, int64_t row, float maximum) {
-  if (scratch.maxima[row] == kNothingSeen) { // and nothing summed
-    scratch.maxima[row] = maximum;
-    return;
-  }
-  const Lanes factor = rough_exp2(broadcast(scratch.maxima[row] - maximum));
-  float* sums = scratch.sums + row * scratch.depth;
-  for (int64_t index = 0; index < scratch.depth; index += 16) store(sums + index, load(sums + index) * factor);
-  store(scratch.totals + row * 16, load(scratch.totals + row * 16) * factor);
-  scratch.maxima[row] = maximum;
-}
+// A strip meets a span of keys.
+struct Meeting {
+  const TileScratch& scratch;
+  int64_t strip;
+  int64_t first_key; // position of the span's first
+  int64_t num_keys;  // up to the last that any row sees, rounded up to 32
 
-// A row's scores to weights, 16 * `parts` of them; what the row does not see weighs nothing.
-template <int parts, bool sees_all>
-inline void weigh_parts(const TileScratch& scratch, int64_t row, const float* scores, Range seen, float scale, bf16* weights) {
-  __mmask16 masks[parts];
-  Lanes lanes[parts], highest = broadcast(kNothingSeen);
-  for (int part = 0; part < parts; part++) {
-    lanes[part] = load(scores + part * 16);
-    if constexpr (sees_all) {
-      highest = max(highest, lanes[part]);
-    } else {
-      masks[part] = lanes_between(seen.begin - part * 16, seen.end - part * 16);
-      highest.v = _mm512_mask_max_ps(highest.v, masks[part], highest.v, lanes[part].v);
+  // The rows that see a key of the span.
+  __mmask16 seeing(int64_t key) const {
+    const __m512i position = _mm512_set1_epi32(static_cast<int32_t>(first_key + key));
+    const Strip& own = scratch.strips[strip];
+    return _mm512_mask_cmpgt_epi32_mask(_mm512_cmple_epi32_mask(own.begins, position), own.ends, position);
+  }
+};
+
+// Raises the references of a strip as far as the scores of a span need it.
+template <bool sees_all>
+void make_room(const Meeting& meeting, float scale) {
+  const float* scores = meeting.scratch.scores_of(meeting.strip);
+  Lanes highest[4];
+  for (Lanes& each : highest) each = broadcast(-3e38f);
+  for (int64_t key = 0; key < meeting.num_keys; key += 4) {
+    for (int64_t each = 0; each < 4; each++) {
+      const Lanes own = load(scores + (key + each) * kColumns);
+      if constexpr (sees_all) highest[each] = max(highest[each], own);
+      else highest[each].v = _mm512_mask_max_ps(highest[each].v, meeting.seeing(key + each), highest[each].v, own.v);
     }
   }
-  const float maximum = largest(highest) * scale;
-  if (maximum > scratch.maxima[row]) raise_maximum(scratch, row, maximum);
-  const Lanes factor = broadcast(scale), lowered = broadcast(-scratch.maxima[row]);
-  Lanes total = load(scratch.totals + row * 16);
-  for (int part = 0; part < parts; part++) {
-    lanes[part] = rough_exp2(fma(lanes[part], factor, lowered));
-    if constexpr (!sees_all) lanes[part].v = _mm512_maskz_mov_ps(masks[part], lanes[part].v);
-    total = total + lanes[part];
-  }
-  for (int part = 0; part < parts; part += 2)
-    _mm512_storeu_si512(weights + part * 16, (__m512i)_mm512_cvtne2ps_pbh(lanes[part + 1].v, lanes[part].v));
-  store(scratch.totals + row * 16, total);
+  const Lanes exponents = max(max(highest[0], highest[1]), max(highest[2], highest[3])) * broadcast(scale);
+  Lanes factors;
+  if (!meeting.scratch.strips[meeting.strip].columns.raise(exponents, factors)) return;
+  float* sums = meeting.scratch.sums_of(meeting.strip);
+  for (int64_t index = 0; index < meeting.scratch.depth * kColumns; index += kColumns)
+    store(sums + index, load(sums + index) * factors);
 }
 
-// `seen` is relative to the span; `num_keys` is what the strip was scored with, rounded up to 32.
-inline void weigh_row(const TileScratch& scratch, int64_t strip, int64_t each, Range seen, int64_t num_keys, float scale) {
-  const int64_t row = strip * kStripRows + each;
-  const float* scores = scratch.scores_of(strip) + each * kKeySpan;
-  bf16* weights = scratch.weights_of(strip) + each * kKeySpan;
-  constexpr int parts = kKeySpan / 16;
-  if (seen.begin >= seen.end) {
-    memset(weights, 0, num_keys * sizeof(bf16));
-  } else if (seen.begin == 0 && seen.end == kKeySpan) {
-    weigh_parts<parts, true>(scratch, row, scores, seen, scale, weights);
-  } else if (num_keys <= kKeySpan / 2) {
-    weigh_parts<parts / 2, false>(scratch, row, scores, seen, scale, weights);
-  } else {
-    weigh_parts<parts, false>(scratch, row, scores, seen, scale, weights);
+// The scores of a meeting on their way to weights, two keys at a time. Lives in registers.
+template <bool sees_all>
+class Weighing {
+ public:
+  SHUTEYE_INLINE Weighing(const Meeting& meeting, float scale)
+      : meeting_(meeting), scores_(meeting.scratch.scores_of(meeting.strip)),
+        weights_(meeting.scratch.weights_of(meeting.strip)), num_keys_(meeting.num_keys), factor_(broadcast(scale)),
+        any_(_mm512_setzero_si512()) {
+    const Columns& columns = meeting.scratch.strips[meeting.strip].columns;
+    totals_ = columns.totals;
+    lowered_ = broadcast(0.0f) - columns.references;
   }
-}
+
+  SHUTEYE_INLINE void some(int64_t num_keys) {
+    for (int64_t each = 0; each < num_keys && key_ < num_keys_; each += 2) weigh_pair();
+  }
+
+  // False: some were too heavy, and nothing is changed but the weights.
+  SHUTEYE_INLINE bool finish() {
+    while (key_ < num_keys_) weigh_pair();
+    finish_stores(weights_);
+    if (sees_all && too_heavy(any_)) return false;
+    meeting_.scratch.strips[meeting_.strip].columns.totals = totals_;
+    return true;
+  }
+
+ private:
+  SHUTEYE_INLINE void weigh_pair() {
+    Lanes pair[2];
+    for (int64_t each = 0; each < 2; each++) {
+      pair[each] = rough_exp2(fma(load(scores_ + (key_ + each) * kColumns), factor_, lowered_));
+      if constexpr (!sees_all) pair[each].v = _mm512_maskz_mov_ps(meeting_.seeing(key_ + each), pair[each].v);
+    }
+    const __m512i weights = pair_of(pair[0], pair[1]);
+    totals_ = add_pair(totals_, weights);
+    any_ = _mm512_or_si512(any_, weights);
+    _mm512_storeu_si512(weights_ + key_ / 2 * kColumns, weights);
+    key_ += 2;
+  }
+
+  const Meeting& meeting_;
+  const float* const scores_;
+  uint32_t* const weights_;
+  const int64_t num_keys_;
+  const Lanes factor_;
+  Lanes lowered_;
+  Lanes totals_;
+  __m512i any_; // of the weights, or-ed together
+  int64_t key_ = 0;
+};
 
 // One task's way through the spans of its keys.
 class TileAttention {
@@ -213,64 +263,110 @@ class TileAttention {
   void run() {
     begin();
     each_span<bf16>(attention_, task_, [&](const Span<bf16>& span, const Span<bf16>& next) {
-      const int64_t num_keys = span.positions.end - span.positions.begin;
-      pack_keys(span, next, num_keys, shape_, scratch_);
-      pack_values(span, next, num_keys, shape_, scratch_);
+      copy_keys(span, shape_.head_dim, scratch_);
+      transpose_values(span, shape_.head_dim, scratch_);
       finish_stores(scratch_.keys);
+      ahead_ = Ahead(next, shape_.head_dim);
       attend_span(span.positions);
     });
-    end_rows();
+    end();
   }
 
  private:
   void begin() {
-    memset(scratch_.query, 0, scratch_.rows * scratch_.depth * sizeof(bf16));
-    memset(scratch_.sums, 0, scratch_.rows * scratch_.depth * sizeof(float));
-    memset(scratch_.totals, 0, scratch_.rows * 16 * sizeof(float));
-    for (int64_t row = 0; row < scratch_.rows; row++) scratch_.maxima[row] = kNothingSeen;
-    for (int64_t row = 0; row < shape_.rows; row++) token_of_[row] = static_cast<int16_t>(row / shape_.heads);
-    read_queries<PairDot>(attention_, task_, shape_, scratch_.query);
+    memset(scratch_.sums, 0, scratch_.num_strips * scratch_.depth * kColumns * sizeof(float));
+    for (int64_t strip = 0; strip < scratch_.num_strips; strip++) begin_strip(strip);
   }
 
-  Range seen_by_row(int64_t row, Range positions) const {
-    if (row >= shape_.rows) return {0, 0};
-    const Range seen = seen_by(attention_, task_, token_of_[row]);
-    return {larger(seen.begin, positions.begin) - positions.begin, smaller(seen.end, positions.end) - positions.begin};
+  void begin_strip(int64_t strip) {
+    const auto* heads = static_cast<const bf16*>(attention_.query) + task_.kv_head * shape_.group * shape_.head_dim;
+    const bf16* queries[kColumns];
+    alignas(64) int32_t begins[kColumns], ends[kColumns];
+    for (int64_t each = 0; each < kColumns; each++) {
+      const int64_t row = smaller(strip * kColumns + each, shape_.rows - 1), token = row / shape_.heads;
+      const Range seen = seen_by(attention_, task_, token);
+      begins[each] = static_cast<int32_t>(seen.begin);
+      ends[each] = static_cast<int32_t>(seen.end);
+      queries[each] = heads + (task_.first_token + token) * attention_.query_stride + row % shape_.heads * shape_.head_dim;
+    }
+    scratch_.strips[strip] = {Columns(), _mm512_load_si512(begins), _mm512_load_si512(ends), ends[kColumns - 1], false};
+    bf16* tile = scratch_.query_of(strip);
+    for (int64_t index = 0; index < scratch_.depth; index += 32, tile += kTileElements) {
+      __m512i rows[16];
+      for (int64_t each = 0; each < kColumns; each++) rows[each] = load_row(queries[each] + index, shape_.head_dim - index);
+      transpose(rows);
+      for (int64_t pair = 0; pair < 16; pair++) _mm512_storeu_si512(tile + pair * 32, rows[pair]);
+    }
   }
 
-  // Tiles of the strips before and after are multiplied while the rows of a strip are weighed.
+  // A strip's rows are weighed while tiles of the strips before and after are multiplied.
+  struct Turn {
+    int64_t strip;
+    int64_t before;    // keys of the strip before
+    int64_t num_keys;  // of this one
+    int64_t following; // of the one after
+
+    Turn next(int64_t keys) const { return {strip + 1, num_keys, following, keys}; }
+  };
+
   void attend_span(Range positions) {
-    const int64_t num_strips = scratch_.rows / kStripRows;
-    const auto keys_of = [&](int64_t strip) { // of a strip's last row, which sees the most
-      const int64_t last = smaller((strip + 1) * kStripRows, shape_.rows) - 1;
-      return larger<int64_t>(0, shuteye::round_up(seen_by_row(last, positions).end, 32));
+    const auto keys_of = [&](int64_t strip) -> int64_t { // relative to the span
+      if (strip < 0 || strip >= scratch_.num_strips) return 0;
+      return larger<int64_t>(0, shuteye::round_up(smaller(scratch_.strips[strip].end, positions.end) - positions.begin, 32));
     };
-    for (int64_t strip = -1; strip <= num_strips; strip++) {
-      const bool weighs = strip >= 0 && strip < num_strips;
-      const int64_t num_keys = weighs ? keys_of(strip) : 0;
-      int64_t each = 0;
-      const int64_t num_rows = num_keys ? kStripRows : 0;
-      const auto weigh = [&](int64_t until) {
-        for (; each < smaller(until, num_rows); each++) {
-          const int64_t row = strip * kStripRows + each;
-          prefetch_row(scratch_.sums + row * scratch_.depth, scratch_.depth); // they are next
-          weigh_row(scratch_, strip, each, seen_by_row(row, positions), num_keys, scale_);
-        }
-      };
-      const auto aside = [&] { weigh(each + 2); };
-      if (strip + 1 < num_strips) score_strip(scratch_, strip + 1, keys_of(strip + 1), aside);
-      if (strip > 0 && keys_of(strip - 1)) sum_strip(scratch_, strip - 1, keys_of(strip - 1), aside);
-      weigh(kStripRows);
-      finish_stores(scratch_.weights);
+    const int64_t lines = 2 * kKeySpan * scratch_.depth / 32 / scratch_.num_strips + 1; // of the next span, each turn
+    Turn turn{-1, 0, 0, keys_of(0)};
+    for (; turn.strip <= scratch_.num_strips; turn = turn.next(keys_of(turn.strip + 2))) {
+      ahead_.fetch(lines);
+      if (turn.num_keys == 0) multiply(turn, [] {});
+      else if (sees_all(scratch_.strips[turn.strip], positions)) take<true>(turn, positions);
+      else take<false>(turn, positions);
     }
   }
 
-  void end_rows() {
-    for (int64_t row = 0; row < shape_.rows; row++) { // as finish_rows and merge want them
-      scratch_.maxima[row] /= kLog2e;
-      scratch_.totals[row] = sum(load(scratch_.totals + row * 16));
+  static bool sees_all(const Strip& strip, Range positions) {
+    const auto lanes = [](int64_t position) { return _mm512_set1_epi32(static_cast<int32_t>(position)); };
+    return positions.end - positions.begin == kKeySpan &&
+           _mm512_cmple_epi32_mask(strip.begins, lanes(positions.begin)) == 0xffff &&
+           _mm512_cmpge_epi32_mask(strip.ends, lanes(positions.end)) == 0xffff;
+  }
+
+  template <bool sees_all>
+  void take(const Turn& turn, Range positions) const {
+    const Meeting meeting{scratch_, turn.strip, positions.begin, turn.num_keys};
+    Strip& strip = scratch_.strips[turn.strip];
+    if (!sees_all || !strip.begun) make_room<sees_all>(meeting, scale_);
+    strip.begun = true;
+    Weighing<sees_all> weighing(meeting, scale_);
+    multiply(turn, [&]() __attribute__((always_inline)) { weighing.some(kKeysAside); });
+    if (weighing.finish()) return;
+    make_room<sees_all>(meeting, scale_);
+    Weighing<sees_all>(meeting, scale_).finish();
+  }
+
+  template <class Aside>
+  SHUTEYE_INLINE void multiply(const Turn& turn, const Aside& aside) const {
+    if (turn.following) score_strip(scratch_, turn.strip + 1, turn.following, aside);
+    if (turn.before) sum_strip(scratch_, turn.strip - 1, turn.before, aside);
+  }
+
+  void end() {
+    for (int64_t strip = 0; strip < scratch_.num_strips; strip++) {
+      const float* sums = scratch_.sums_of(strip);
+      for (int64_t index = 0; index < scratch_.depth; index += 16) {
+        __m512i dims[16];
+        for (int64_t each = 0; each < 16; each++) dims[each] = _mm512_loadu_si512(sums + (index + each) * kColumns);
+        transpose(dims);
+        for (int64_t each = 0; each < kColumns; each++)
+          _mm512_storeu_si512(scratch_.rows + each * scratch_.depth + index, dims[each]);
+      }
+      alignas(64) float maxima[kColumns], totals[kColumns]; // the reference is as good as the maximum
+      store(maxima, scratch_.strips[strip].columns.references * broadcast(1.0f / kLog2e));
+      store(totals, scratch_.strips[strip].columns.totals);
+      for (int64_t each = 0; each < smaller(kColumns, shape_.rows - strip * kColumns); each++)
+        finish_row<bf16>(attention_, shape_, task_, strip * kColumns + each, scratch_.rows + each * scratch_.depth,
+                         maxima[each], totals[each]);
     }
-    finish_rows<bf16>(attention_, shape_, task_, scratch_.sums, scratch_.maxima, scratch_.totals);
   }
 
   const ShuteyeAttention& attention_;
@@ -278,7 +374,7 @@ class TileAttention {
   const AttentionShape shape_;
   const TileScratch scratch_;
   const float scale_; // of scores to exponents of 2
-  int16_t token_of_[shuteye::kMaxAttentionRows]; // of a row: division is slow
+  Ahead ahead_;
 };
 
 } // namespace SHUTEYE_ISA

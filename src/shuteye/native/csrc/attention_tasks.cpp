@@ -9,6 +9,17 @@ T smaller(T left, T right) {
   return left < right ? left : right;
 }
 
+template <class T>
+T larger(T left, T right) {
+  return left > right ? left : right;
+}
+
+// The size of the parts if `count` is cut into as few as possible of at most `most`, all alike.
+int64_t even_share(int64_t count, int64_t most) {
+  const int64_t num_parts = (count + most - 1) / most;
+  return (count + num_parts - 1) / num_parts;
+}
+
 } // namespace
 
 void AttentionTasks::add_tile(const AttentionTask& tile, int64_t rows, int64_t head_dim) {
@@ -35,16 +46,16 @@ void AttentionTasks::plan(const ShuteyeSequences& sequences, const ShuteyeCache&
   num_tiles_ = 0;
   part_keys_ = sequences.num_sequences * cache.num_kv_heads < kEnoughTiles ? kPartKeys : kLongPartKeys;
   const int64_t group = num_heads / cache.num_kv_heads;
-  const int64_t tile_tokens = group < kMaxAttentionRows ? kMaxAttentionRows / group : 1;
+  const int64_t most_tokens = larger(int64_t{1}, kMaxAttentionRows / group);
   for (int64_t sequence = 0; sequence < sequences.num_sequences; sequence++) {
     const int64_t first = sequences.query_starts[sequence], end = sequences.query_starts[sequence + 1];
     const int64_t start = sequences.context_lengths[sequence] - (end - first);
-    const int64_t num_tiles = (end - first + tile_tokens - 1) / tile_tokens;
-    for (int64_t tile = num_tiles - 1; tile >= 0; tile--) { // the last see most keys; what comes at the end should be short
-      const int64_t token = first + tile * tile_tokens, count = smaller(tile_tokens, end - token);
-      const int64_t joined = count == 1 && joined_rows > group ? joined_rows / group : 1;
-      for (int64_t head = 0; head < cache.num_kv_heads; head += joined) {
-        const int64_t heads = smaller(joined, cache.num_kv_heads - head);
+    const int64_t tile_tokens = even_share(end - first, most_tokens);
+    const int64_t joined = end - first == 1 && joined_rows > group ? joined_rows / group : 1;
+    for (int64_t head = 0; head < cache.num_kv_heads; head += joined) { // a head's tiles one after the other: its keys stay near
+      const int64_t heads = smaller(joined, cache.num_kv_heads - head);
+      for (int64_t tile_end = end; tile_end > first; tile_end -= tile_tokens) { // the last see most keys: short ones at the end
+        const int64_t token = larger(first, tile_end - tile_tokens), count = tile_end - token;
         add_tile({sequence, token, count, start + token - first, head, heads, 0, 0, nullptr}, count * heads * group,
                  cache.head_dim);
       }

@@ -49,7 +49,7 @@ struct AttentionTask {
   float* partial; // null: writes the result; else [rows, head_dim + 2] sums, maxima and totals to be merged
 };
 
-constexpr int64_t kMaxAttentionRows = 256; // (token, head) rows per task: keys and values are packed once for all
+constexpr int64_t kMaxAttentionRows = 384; // (token, head) rows per task: keys and values are packed once for all
 constexpr int64_t kKeySpan = 64; // keys per round of the online softmax
 
 struct KernelTable {

@@ -44,7 +44,7 @@ KernelTable amx_table() {
   table.pack_tokens = SHUTEYE_ISA::pack_tokens;
   table.many_rows = SHUTEYE_ISA::many_rows;
   table.attend[SHUTEYE_BFLOAT16] = SHUTEYE_ISA::attend_any;
-  table.joined_rows = SHUTEYE_ISA::kJoinedRows;
+  table.joined_rows = SHUTEYE_ISA::kColumns;
   table.enter = SHUTEYE_ISA::configure_tiles;
   table.leave = SHUTEYE_ISA::release_tiles;
   return table;

@@ -57,17 +57,6 @@ inline Lanes power_of_two(Lanes n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
 }
 
-// 2^x with a relative error below 3e-6, for what is rounded to bfloat16 afterwards; underflows to 0, any finite x.
-// Minimax polynomial of degree 4 on [-1/2, 1/2].
-inline Lanes rough_exp2(Lanes x) {
-  const Lanes n = nearest_integer(x), r = x - n;
-  Lanes p = fma(broadcast(0.009570096619f), r, broadcast(0.055917859077f));
-  p = fma(p, r, broadcast(0.240247443318f));
-  p = fma(p, r, broadcast(0.693121790886f));
-  p = fma(p, r, broadcast(0.999999284744f));
-  return {_mm512_scalef_ps(p.v, n.v)};
-}
-
 // `value` where x >= threshold, else 0.
 inline Lanes zero_below(Lanes value, Lanes x, float threshold) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(threshold), _CMP_GE_OQ), value.v)};
