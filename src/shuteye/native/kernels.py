@@ -154,7 +154,7 @@ def paged_attention(
     sequences = PackedSequences.pack(query_starts, context_lengths, block_tables, block_size=blocks.block_size)
     call = structs.Attention(
         DTYPES[query.dtype], query.shape[1], query.stride(0), layer, window or 0, scale,
-        query.data_ptr(), pointer(out), blocks, sequences.struct,
+        query.data_ptr(), pointer(out), blocks, sequences.struct, 0,
     )  # fmt: skip
     if wrong := load().shuteye_paged_attention(ctypes.byref(call), query.shape[0]):
         raise ValueError(f"paged attention: {wrong.decode()}")

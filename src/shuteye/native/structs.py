@@ -88,6 +88,7 @@ class Attention(Structure):
         *_pointers("query", "out"),
         ("cache", Cache),
         ("sequences", Sequences),
+        *_int64s("packs_out"),
     )
 
 
@@ -110,4 +111,4 @@ PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "shuteye_paged_attention": (ctypes.c_char_p, (POINTER(Attention), c_int64)),
 }
 """Result and arguments of every function of csrc/api.cpp."""
-ABI_VERSION = 1
+ABI_VERSION = 2

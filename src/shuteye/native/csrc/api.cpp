@@ -46,7 +46,7 @@ void share(int64_t units, int64_t scratch_bytes, const Body& body) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int64_t shuteye_abi_version() { return 1; }
+int64_t shuteye_abi_version() { return 2; }
 int64_t shuteye_level_supported(int64_t level) { return level_supported(level); }
 int64_t shuteye_level() { return active_level(); }
 int64_t shuteye_set_level(int64_t level) { return select_level(level); }
@@ -96,7 +96,8 @@ void shuteye_silu_mul(int64_t dtype, const void* gate_up, void* out, int64_t row
 void shuteye_linear(int64_t dtype, const void* x, const void* weight, const void* bias, void* out, int64_t num_tokens,
                     int64_t in_features, int64_t out_features) {
   const Linear linear{dtype,  num_tokens, in_features, out_features, x,   nullptr,      nullptr,
-                      0.0f,   weight,     bias,        nullptr,      out, out_features, Finish::store};
+                      0.0f,   weight,     bias,        nullptr,      out, out_features, Finish::store,
+                      false,  false};
   const int64_t units = (out_features + kTileRows - 1) / kTileRows;
   const auto end_row = [&](int64_t end) { return end * kTileRows < out_features ? end * kTileRows : out_features; };
   if (active_table().takes_many(linear)) {

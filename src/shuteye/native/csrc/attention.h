@@ -294,10 +294,13 @@ inline void write_row(const ShuteyeAttention& attention, const AttentionShape& s
                       int64_t row, const float* sums, float total) {
   const int64_t token = task.first_token + row / shape.heads;
   const int64_t head = task.kv_head * shape.group + row % shape.heads;
-  T* target = static_cast<T*>(attention.out) + (token * attention.num_heads + head) * shape.head_dim;
+  const int64_t width = attention.num_heads * shape.head_dim, first = head * shape.head_dim;
+  T* out = static_cast<T*>(attention.out);
   const Lanes factor = broadcast(1.0f / total);
   for_lanes(shape.head_dim, [&](int64_t index, int64_t count) {
-    store_some(target + index, load_some(sums + index, count) * factor, count);
+    const int64_t offset = attention.packs_out ? shuteye::packed_offset(token, first + index, width)
+                                               : token * width + first + index;
+    store_some(out + offset, load_some(sums + index, count) * factor, count);
   });
 }
 

@@ -68,8 +68,9 @@ Decoder::Decoder(const ShuteyeModel& model)
   hidden_.reserve(rows * model.hidden);
   last_.reserve(rows * model.hidden);
   qkv_.reserve(rows * num_all_heads_ * head_dim);
-  attended_.reserve(rows * model.num_heads * head_dim);
-  activated_.reserve(rows * model.intermediate);
+  const int64_t packed_rows = round_up(model.max_tokens, 16) * itemsize_;
+  attended_.reserve(packed_rows * model.num_heads * head_dim);
+  activated_.reserve(packed_rows * model.intermediate);
   phases_.reset(new Phase[num_phases_]);
 }
 
@@ -106,6 +107,11 @@ void Decoder::reserve_scratch() {
   if (many) nbytes = larger(nbytes, many_scratch_bytes(step_->num_tokens, widest));
   for (int thread = 0; thread < num_threads_; thread++) scratch_[thread].reserve(nbytes);
   if (many) packed_.reserve(packed_bytes(step_->num_tokens, widest));
+}
+
+// Whether what is made for this product may be written as it wants it, instead of being packed afterwards.
+bool Decoder::wants_packed(const Linear& linear) const {
+  return table_->takes_many(linear) && !linear.rows && linear.in_features % 32 == 0 && model_.cache.head_dim % 16 == 0;
 }
 
 void Decoder::embed(const ShuteyeStep& step) {
@@ -151,7 +157,7 @@ void Decoder::compute(const Linear& linear, int thread, Phase* phases, int64_t n
                       const Then& then) {
   void* scratch = scratch_[thread].data;
   const bool many = table_->takes_many(linear);
-  if (many) {
+  if (many && !linear.x_is_packed) {
     phases[0].run((linear.num_tokens + 15) / 16, num_threads_, [&](int64_t first, int64_t end) {
       table_->pack_tokens(linear, packed_.data, scratch, first, end);
     });
@@ -160,7 +166,7 @@ void Decoder::compute(const Linear& linear, int thread, Phase* phases, int64_t n
   const auto rows = [&](int64_t first, int64_t end) {
     const int64_t end_row = smaller(end * unit_rows, linear.out_features);
     if (many) {
-      table_->many_rows(linear, packed_.data, scratch, first * unit_rows, end_row);
+      table_->many_rows(linear, linear.x_is_packed ? linear.x : packed_.data, scratch, first * unit_rows, end_row);
     } else {
       if (!prepared) table_->prepare(linear, scratch);
       prepared = true;
@@ -177,8 +183,6 @@ void Decoder::layer(int64_t index, int thread) {
   Phase* phases = &phases_[index * kPhasesPerLayer];
   query_key_value(index, thread, phases);
   if (is_last && step_->num_sampled == 0) return; // keys and values are written; nothing else is wanted
-  attention(index, thread, phases[2]);
-
   void* hidden = is_last ? last_.data : hidden_.data;
   const int64_t num_tokens = is_last ? step_->num_sampled : step_->num_tokens;
   Linear output = linear(model_.num_heads * model_.cache.head_dim, attended_.data, own.output_weight, own.output_bias,
@@ -187,19 +191,22 @@ void Decoder::layer(int64_t index, int thread) {
   output.rows = is_last ? step_->wanted : nullptr;
   output.residual = hidden_.data;
   output.finish = Finish::add;
+  output.x_is_packed = wants_packed(output);
+  attention(index, thread, phases[2], output.x_is_packed);
   product(output, thread, phases + 3);
 
   Linear gate_up = linear(model_.hidden, hidden, own.gate_up_weight, own.gate_up_bias, model_.intermediate,
                           activated_.data);
   gate_up.num_tokens = num_tokens;
   gate_up.norm = own.post_norm;
-  gate_up.finish = Finish::silu_mul;
-  product(gate_up, thread, phases + 5);
-
   Linear down = linear(model_.intermediate, activated_.data, own.down_weight, own.down_bias, model_.hidden, hidden);
   down.num_tokens = num_tokens;
   down.residual = hidden;
   down.finish = Finish::add;
+  down.x_is_packed = wants_packed(down);
+  gate_up.finish = Finish::silu_mul;
+  gate_up.packs_out = down.x_is_packed;
+  product(gate_up, thread, phases + 5);
   product(down, thread, phases + 7);
 }
 
@@ -214,7 +221,7 @@ void Decoder::query_key_value(int64_t index, int thread, Phase* phases) {
           [&](int64_t first, int64_t end) { table_->rope_heads[model_.dtype](rope, first, end); });
 }
 
-void Decoder::attention(int64_t index, int thread, Phase& phase) {
+void Decoder::attention(int64_t index, int thread, Phase& phase, bool packs_out) {
   const ShuteyeAttention attention{model_.dtype,
                                    model_.num_heads,
                                    num_all_heads_ * model_.cache.head_dim,
@@ -224,7 +231,8 @@ void Decoder::attention(int64_t index, int thread, Phase& phase) {
                                    qkv_.data,
                                    attended_.data,
                                    model_.cache,
-                                   step_->sequences};
+                                   step_->sequences,
+                                   packs_out};
   phase.run(tasks_.size(), num_threads_, [&](int64_t first, int64_t end) {
     tasks_.run(*table_, attention, scratch_[thread].data, first, end);
   });

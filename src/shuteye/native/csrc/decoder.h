@@ -29,12 +29,13 @@ class Decoder {
   void work(int thread); // of every thread: all phases in order
   void layer(int64_t index, int thread);
   void query_key_value(int64_t index, int thread, Phase* phases);
-  void attention(int64_t index, int thread, Phase& phase);
+  void attention(int64_t index, int thread, Phase& phase, bool packs_out);
   void logits(int thread, Phase* phases);
   void product(const Linear& linear, int thread, Phase* phases);
   template <class Then>
   void compute(const Linear& linear, int thread, Phase* phases, int64_t num_units, int64_t unit_rows, const Then& then);
   void reserve_scratch();
+  bool wants_packed(const Linear& linear) const;
   Linear linear(int64_t in_features, const void* x, const void* weight, const void* bias, int64_t out_features,
                 void* out) const;
 
@@ -45,8 +46,8 @@ class Decoder {
   Buffer hidden_;    // [max_tokens, hidden]
   Buffer last_;      // likewise, the wanted tokens of the last layer
   Buffer qkv_;       // [max_tokens, num_all_heads, head_dim]
-  Buffer attended_;  // [max_tokens, num_heads, head_dim]
-  Buffer activated_; // [max_tokens, intermediate]
+  Buffer attended_;  // [max_tokens, num_heads, head_dim], or packed for the next product
+  Buffer activated_; // [max_tokens, intermediate], likewise
   Buffer packed_;    // many tokens, as a product wants them
   Buffer scratch_[kMaxThreads];
   std::unique_ptr<Phase[]> phases_;

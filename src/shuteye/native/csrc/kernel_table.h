@@ -34,6 +34,8 @@ struct Linear {
   void* out; // [num_tokens, out_stride]
   int64_t out_stride;
   Finish finish;
+  bool x_is_packed; // as pack_tokens would have done it: of all tokens, without a norm
+  bool packs_out;   // for the next product
 };
 
 // A tile of queries of one sequence, for one KV head or several, over all or a part of their context.
@@ -84,7 +86,12 @@ inline int64_t linear_scratch_bytes(int64_t num_tokens, int64_t in_features) {
   return tokens * round_up(in_features, kDepthStep) * 4 + 2 * tokens * kTileRows * 4 + 8192;
 }
 
-// Of the tokens that pack_tokens packs, 16 to a tile.
+// Packed tokens are tiles of 16 tokens by 32 features: [tokens / 16][features / 32][16][32]. Features must fill their tiles
+// where a step writes packed tokens; those of the last tile that are no tokens hold anything then.
+inline int64_t packed_offset(int64_t token, int64_t feature, int64_t num_features) {
+  return (token / 16 * (num_features / 32) + feature / 32) * 512 + token % 16 * 32 + feature % 32;
+}
+
 inline int64_t packed_bytes(int64_t num_tokens, int64_t in_features) {
   return round_up(num_tokens, 16) * round_up(in_features, kDepthStep) * 2;
 }

@@ -113,7 +113,9 @@ inline void finish_as(const Linear& linear, Sums sums, Sums upper_sums, int64_t 
   const TileReader<T> tile = tile_reader<T>(linear, sums, first_row);
   const TileReader<T> upper = tile_reader<T>(linear, upper_sums, first_row + linear.out_features);
   for (int64_t index = 0; index < tokens.count; index++) {
-    const int64_t token = tokens.first + index, offset = token * linear.out_stride + first_row;
+    const int64_t token = tokens.first + index;
+    const int64_t offset = linear.packs_out ? shuteye::packed_offset(token, first_row, linear.out_features)
+                                            : token * linear.out_stride + first_row;
     for_lanes(num_rows, [&](int64_t lane, int64_t count) {
       Lanes y = tile.read(index, lane, count);
       if constexpr (finish == Finish::store_float) {

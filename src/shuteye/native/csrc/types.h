@@ -96,8 +96,9 @@ struct ShuteyeAttention {
   int64_t window; // 0: none
   double scale;
   const void* query; // [num_tokens, num_heads, head_dim], with query_stride
-  void* out;         // [num_tokens, num_heads, head_dim], contiguous
+  void* out;         // [num_tokens, num_heads, head_dim], contiguous, unless it is packed
   ShuteyeCache cache;
   ShuteyeSequences sequences;
+  int64_t packs_out; // not 0: out is written as products of many tokens want it, see packed_offset
 };
 }
