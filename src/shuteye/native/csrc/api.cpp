@@ -95,11 +95,20 @@ void shuteye_silu_mul(int64_t dtype, const void* gate_up, void* out, int64_t row
 
 void shuteye_linear(int64_t dtype, const void* x, const void* weight, const void* bias, void* out, int64_t num_tokens,
                     int64_t in_features, int64_t out_features) {
-  const Linear linear{dtype,  num_tokens, in_features, out_features, x,   nullptr,      nullptr,
-                      0.0f,   weight,     bias,        nullptr,      out, out_features, Finish::store,
-                      false,  false};
-  const int64_t units = (out_features + kTileRows - 1) / kTileRows;
-  const auto end_row = [&](int64_t end) { return end * kTileRows < out_features ? end * kTileRows : out_features; };
+  Linear linear{};
+  linear.dtype = dtype;
+  linear.num_tokens = num_tokens;
+  linear.in_features = in_features;
+  linear.out_features = out_features;
+  linear.x = x;
+  linear.weight = weight;
+  linear.bias = bias;
+  linear.out = out;
+  linear.out_stride = out_features;
+  linear.finish = Finish::store;
+  linear.unit_rows = active_table().unit_rows_of(linear);
+  const int64_t unit_rows = linear.unit_rows, units = (out_features + unit_rows - 1) / unit_rows;
+  const auto end_row = [&](int64_t end) { return end * unit_rows < out_features ? end * unit_rows : out_features; };
   if (active_table().takes_many(linear)) {
     std::vector<char> packed(packed_bytes(num_tokens, in_features) + 64);
     void* tiles = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(packed.data()), 64));
@@ -108,7 +117,7 @@ void shuteye_linear(int64_t dtype, const void* x, const void* weight, const void
       table.pack_tokens(linear, tiles, scratch, first, end);
     });
     share(units, scratch_bytes, [&](const KernelTable& table, void* scratch, int64_t first, int64_t end) {
-      table.many_rows(linear, tiles, scratch, first * kTileRows, end_row(end));
+      table.many_rows(linear, tiles, scratch, first * unit_rows, end_row(end));
     });
     return;
   }
@@ -118,7 +127,7 @@ void shuteye_linear(int64_t dtype, const void* x, const void* weight, const void
           void* rest = static_cast<char*>(scratch) + 64;
           if (!prepared) table.prepare(linear, rest);
           prepared = true;
-          table.linear_rows(linear, rest, first * kTileRows, end_row(end));
+          table.linear_rows(linear, rest, first * unit_rows, end_row(end));
         });
 }
 

@@ -15,8 +15,6 @@ namespace {
 constexpr int64_t kPhasesPerLayer = 9; // two for each product, one for attention
 constexpr int64_t kLeastUnits = 8;      // of many tokens: fewer rows at a time would read the tokens too often
 
-int64_t units_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
-
 int64_t larger(int64_t left, int64_t right) { return left > right ? left : right; }
 int64_t smaller(int64_t left, int64_t right) { return left < right ? left : right; }
 
@@ -147,14 +145,14 @@ Linear Decoder::linear(int64_t in_features, const void* x, const void* weight, c
   return linear;
 }
 
-void Decoder::product(const Linear& linear, int thread, Phase* phases) {
-  compute(linear, thread, phases, units_of(linear.out_features), kTileRows, [](int64_t, int64_t) {});
+void Decoder::product(Linear linear, int thread, Phase* phases) {
+  linear.unit_rows = table_->unit_rows_of(linear);
+  compute(linear, thread, phases, [](int64_t, int64_t) {});
 }
 
-// phases[0] packs many tokens, phases[1] computes `num_units` units of rows; then(first, end) follows on each piece.
+// phases[0] packs many tokens, phases[1] computes units of rows; then(first, end) follows on each share of them.
 template <class Then>
-void Decoder::compute(const Linear& linear, int thread, Phase* phases, int64_t num_units, int64_t unit_rows,
-                      const Then& then) {
+void Decoder::compute(const Linear& linear, int thread, Phase* phases, const Then& then) {
   void* scratch = scratch_[thread].data;
   const bool many = table_->takes_many(linear);
   if (many && !linear.x_is_packed) {
@@ -162,6 +160,7 @@ void Decoder::compute(const Linear& linear, int thread, Phase* phases, int64_t n
       table_->pack_tokens(linear, packed_.data, scratch, first, end);
     });
   }
+  const int64_t unit_rows = linear.unit_rows, num_units = (linear.out_features + unit_rows - 1) / unit_rows;
   bool prepared = false;
   const auto rows = [&](int64_t first, int64_t end) {
     const int64_t end_row = smaller(end * unit_rows, linear.out_features);
@@ -217,7 +216,8 @@ void Decoder::query_key_value(int64_t index, int thread, Phase* phases) {
   heads.norm = own.input_norm;
   const ShuteyeRope rope{model_.dtype,   step_->num_tokens, model_.num_heads, index,     model_.eps,   qkv_.data,
                          own.query_norm, own.key_norm,      step_->cos,       step_->sin, step_->slots, model_.cache};
-  compute(heads, thread, phases, num_all_heads_, head_dim,
+  heads.unit_rows = head_dim;
+  compute(heads, thread, phases,
           [&](int64_t first, int64_t end) { table_->rope_heads[model_.dtype](rope, first, end); });
 }
 

@@ -31,9 +31,9 @@ class Decoder {
   void query_key_value(int64_t index, int thread, Phase* phases);
   void attention(int64_t index, int thread, Phase& phase, bool packs_out);
   void logits(int thread, Phase* phases);
-  void product(const Linear& linear, int thread, Phase* phases);
+  void product(Linear linear, int thread, Phase* phases);
   template <class Then>
-  void compute(const Linear& linear, int thread, Phase* phases, int64_t num_units, int64_t unit_rows, const Then& then);
+  void compute(const Linear& linear, int thread, Phase* phases, const Then& then);
   void reserve_scratch();
   bool wants_packed(const Linear& linear) const;
   Linear linear(int64_t in_features, const void* x, const void* weight, const void* bias, int64_t out_features,

@@ -4,7 +4,7 @@
 
 namespace shuteye {
 
-constexpr int64_t kTileRows = 16; // weight rows that are computed together, and the unit of sharing a product
+constexpr int64_t kTileRows = 16; // weight rows that are computed together
 constexpr int64_t kDepthStep = 32;
 constexpr int64_t kGroupTiles = 16;    // of many tokens: weight tiles of 16 rows that are packed at a time
 constexpr int64_t kMaxChunkSteps = 48; // likewise: depth steps that are multiplied at a time
@@ -34,6 +34,7 @@ struct Linear {
   void* out; // [num_tokens, out_stride]
   int64_t out_stride;
   Finish finish;
+  int64_t unit_rows; // of out: shares of the work begin at multiples of it
   bool x_is_packed; // as pack_tokens would have done it: of all tokens, without a norm
   bool packs_out;   // for the next product
 };
@@ -74,6 +75,8 @@ struct KernelTable {
   bool takes_many(const Linear& linear) const {
     return many_tokens && linear.num_tokens >= many_tokens && linear.dtype == SHUTEYE_BFLOAT16;
   }
+  // Shares of a product's rows, unless something else asks for larger ones.
+  int64_t unit_rows_of(const Linear& linear) const { return takes_many(linear) ? 2 * kTileRows : kTileRows; }
   int64_t joined_rows_of(int64_t dtype, const ShuteyeCache& cache) const {
     const bool fits = cache.block_size % 16 == 0 && cache.head_dim % kDepthStep == 0;
     return fits && dtype == SHUTEYE_BFLOAT16 ? joined_rows : 0;

@@ -88,12 +88,19 @@ inline void pack_weight_tile(const Linear& linear, int64_t row, int64_t num_rows
 }
 
 struct Block {
-  const bf16* x;        // of the first token tile
-  const bf16* weight;   // of the first weight tile
+  const bf16* x;        // of the first token tile and step
+  const bf16* weight;   // of the first weight tile and step
   int64_t x_stride;     // elements from one token tile to the next
   int64_t weight_stride;
   int64_t steps;
+  int64_t step = kTileElements; // elements from one step to the next
+
+  Block backwards() const {
+    const int64_t last = (steps - 1) * step;
+    return {x + last, weight + last, x_stride, weight_stride, steps, -step};
+  }
 };
+
 
 // sums[32 tokens, 32 rows] in tiles 0 to 3, one or two tiles each way; aside() after each step.
 template <int token_tiles, int row_tiles, class Aside>
@@ -111,8 +118,8 @@ inline void multiply(const Block& block, const float* before, float* sums, const
     _tile_zero(3);
   }
   for (int64_t step = 0; step < block.steps; step++) {
-    const bf16* x = block.x + step * kTileElements;
-    const bf16* weight = block.weight + step * kTileElements;
+    const bf16* x = block.x + step * block.step;
+    const bf16* weight = block.weight + step * block.step;
     _tile_loadd(4, x, 64);
     _tile_loadd(6, weight, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -199,6 +206,7 @@ inline void compute_group(const Group& group, const bf16* packed, const ManyScra
   const int64_t token_tiles = shuteye::round_up(linear.num_tokens, 16) / 16;
   alignas(64) float own[2][kBlockSums]; // the block that is multiplied and the one that is finished, in turn
   int64_t turn = 0;
+  const bool turns = linear.unit_rows % kBlock == 0; // then the same tiles of weights always meet in a block
   Unfinished<finish> unfinished;
   for (int64_t first = 0; first < depth.steps; first += depth.chunk_steps) {
     const int64_t steps = smaller(depth.chunk_steps, depth.steps - first);
@@ -215,8 +223,9 @@ inline void compute_group(const Group& group, const bf16* packed, const ManyScra
         const Block block{packed + (token_tile * depth.steps + first) * kTileElements,
                           scratch.weight + tile * steps * kTileElements, depth.steps * kTileElements,
                           steps * kTileElements, steps};
+        const bool backwards = turns && tile / 2 % 2; // the tokens that were read last are still near
         float* sums = is_last ? own[turn] : kept;
-        multiply_some(block, token_tile + 1 < token_tiles, tile + 1 < group.num_tiles, first ? kept : nullptr, sums,
+        multiply_some(backwards ? block.backwards() : block, token_tile + 1 < token_tiles, tile + 1 < group.num_tiles, first ? kept : nullptr, sums,
                       [&] { unfinished.some(linear, tokens_per_step); });
         if (!is_last) continue;
         const int64_t token = token_tile * 16;
