@@ -129,6 +129,9 @@ class VerificationFailed(WakeFailed):
     error_type = "VerificationFailedError"
 
 
+CANARY_DISAGREES = "The canary's logits are not finite, or not those recorded when the weights were last known good."
+
+
 class ModelSleeping(ServerError):
     """The weights are needed and are not resident."""
 

@@ -338,6 +338,76 @@ def test_policy_wake_wakes_once(make_rig):
     assert rig.backend.steps.count("commit") == 1
 
 
+def count_passes(rig, monkeypatch):
+    """How many tokens each pass of the model has, from now on."""
+    passes = []
+    forward = rig.worker._model.forward
+
+    def counted(batch, kv_cache):
+        passes.append(len(batch.input_ids))
+        return forward(batch, kv_cache)
+
+    monkeypatch.setattr(rig.worker._model, "forward", counted)
+    return passes
+
+
+def test_policy_wake_reads_the_weights_once_for_canary_and_first_step(make_rig, monkeypatch):
+    """Would catch a canary that runs twice, never, or again with later steps."""
+    rig = make_rig(on_sleeping_request="wake")
+    expected = rig.generate(PROMPT)
+    rig.call(SleepCall(1))
+    passes = count_passes(rig, monkeypatch)
+    assert rig.generate(PROMPT) == expected
+    assert passes == [len(PROMPT) + 8] + [1] * (len(expected) - 1)
+
+
+def test_policy_wake_runs_the_canary_by_itself_before_a_long_first_step(make_rig, monkeypatch):
+    rig = make_rig(on_sleeping_request="wake")
+    prompt = PROMPT * (64 // len(PROMPT) + 1)
+    expected = rig.generate(prompt)
+    rig.call(SleepCall(1))
+    passes = count_passes(rig, monkeypatch)
+    assert rig.generate(prompt) == expected
+    assert passes == [8, len(prompt)] + [1] * (len(expected) - 1)
+
+
+@pytest.mark.parametrize("repeat", [1, 2], ids=["shared step", "step of its own"])
+def test_a_canary_that_disagrees_with_the_first_step_lets_nothing_out(make_rig, repeat):
+    """Would catch tokens of wrong weights: requests fail, nothing is served, and only a whole recovery helps."""
+    rig = make_rig(on_sleeping_request="wake")
+    expected = rig.generate(PROMPT)
+    rig.call(SleepCall(1))
+    frequencies = rig.worker._model.decoder.inverse_frequencies
+    frequencies.mul_(1.5)
+    rig.add("a", PROMPT * repeat)
+    rig.run()
+    assert isinstance(rig.ended["a"], VerificationFailed)
+    assert rig.tokens["a"] == []
+    assert "canary" in rig.core.state.faulted
+    rig.add("b", PROMPT)
+    rig.run()
+    assert isinstance(rig.ended["b"], EngineFaulted)
+    with pytest.raises(VerificationFailed, match="canary"):
+        rig.call(WakeCall())
+    frequencies.div_(1.5)
+    assert rig.call(WakeCall()).verified == "full"
+    assert rig.generate(PROMPT) == expected
+
+
+def test_a_first_step_that_never_came_is_proven_later(make_rig, monkeypatch):
+    rig = make_rig(on_sleeping_request="wake")
+    expected = rig.generate(PROMPT)
+    rig.call(SleepCall(1))
+    rig.add("a", PROMPT)
+    rig.submit(PauseCall("keep"))
+    rig.run()
+    rig.core.abort(["a"])
+    rig.call(ResumeCall())
+    passes = count_passes(rig, monkeypatch)
+    assert rig.generate(PROMPT) == expected
+    assert passes[0] == len(PROMPT) + 8
+
+
 def test_policy_wake_tells_those_who_wait_when_it_fails(make_rig):
     rig = make_rig(on_sleeping_request="wake")
     expected = rig.generate(PROMPT)
@@ -425,9 +495,9 @@ def test_a_wake_that_outlasts_the_deadline_still_serves(make_rig, monkeypatch):
     rig.call(SleepCall(1))
     wake = rig.core._sleep.wake
 
-    def slow(tags):
+    def slow(tags, **options):
         time.sleep(0.1)
-        return wake(tags)
+        return wake(tags, **options)
 
     monkeypatch.setattr(rig.core._sleep, "wake", slow)
     rig.add("a", PROMPT)

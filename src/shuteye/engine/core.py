@@ -36,6 +36,7 @@ from shuteye.errors import (
     ShuteyeError,
     SleepModeDisabled,
     TransitionConflict,
+    VerificationFailed,
 )
 from shuteye.executors.base import Executor
 from shuteye.outputs import (
@@ -195,6 +196,11 @@ class EngineCore:
             self._started += [(request_id, now) for request_id in starts]
         try:
             result = self._executor.execute(plan)
+        except VerificationFailed as error:  # of the canary that went with the first step after a wake
+            self._deltas += self._scheduler.fail_step(plan, info_of(error))
+            self._scheduler.preempt_all()
+            self._scheduler.reset_prefix_cache()
+            self._sleep.fault(error.message)
         except ShuteyeError as error:
             self._deltas += self._scheduler.fail_step(plan, info_of(error))
         else:
@@ -238,7 +244,7 @@ class EngineCore:
             if isinstance(outcome, ShuteyeError):
                 self._deltas += self._held.fail(info_of(outcome))
 
-        self.submit(WakeCall(), answer)
+        self.submit(WakeCall(for_requests=True), answer)
 
     def _give_up_after_fault(self) -> None:
         """Requests in flight outlive a fault in hope of a recovery, but only for `hold_timeout_s`; then they fail."""
@@ -331,14 +337,7 @@ class EngineCore:
             return self._unchanged(begin)
         ended, held = yield from self._closed_by_pause(mode, call.timeout_s)
         self._sleep.set_gate(dozing=True)
-        return SleepReport(
-            changed=True,
-            level=0,
-            residual_bytes=sum(self._executor.call("residual_bytes")),
-            seconds=time.perf_counter() - begin,
-            aborted_requests=ended,
-            held_requests=held,
-        )
+        return replace(self._unchanged(begin), changed=True, aborted_requests=ended, held_requests=held)
 
     def _unchanged(self, begin: float) -> SleepReport:
         level = self._sleep.state.level
@@ -352,7 +351,7 @@ class EngineCore:
 
     def _wake_steps(self, call: WakeCall) -> Steps:
         yield from ()
-        return self._sleep.wake(parse_tags(call.tags))
+        return self._sleep.wake(parse_tags(call.tags), prove_first_step=call.for_requests)
 
     def _pause_steps(self, call: PauseCall) -> Steps:
         mode = parse_mode(call.mode, self.config.default_sleep_mode)

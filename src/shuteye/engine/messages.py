@@ -37,9 +37,13 @@ class SleepCall(msgspec.Struct, frozen=True, tag=True):
 
 
 class WakeCall(msgspec.Struct, frozen=True, tag=True):
-    """`wake_up(tags)`; None means every tag."""
+    """`wake_up(tags)`; None means every tag.
+
+    `for_requests`: they alone asked for it, and the canary goes with their first step.
+    """
 
     tags: tuple[str, ...] | None = None
+    for_requests: bool = False
 
 
 class PauseCall(msgspec.Struct, frozen=True, tag=True):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from shuteye.errors import (
+    CANARY_DISAGREES,
     EngineFaulted,
     ImageFailure,
     InvalidRequest,
@@ -283,8 +284,11 @@ class SleepController:
             seconds=time.perf_counter() - begin,
         )
 
-    def wake(self, tags: Sequence[Tag]) -> WakeReport:
+    def wake(self, tags: Sequence[Tag], *, prove_first_step: bool = False) -> WakeReport:
         """Map, fill, verify; the gate opens by itself once every tag is resident and loaded.
+
+        With `prove_first_step` the canary does not run now but goes with the first step of the model, which fails with
+        `VerificationFailed` if it disagrees; not after a fault.
 
         Raises:
             TransitionConflict: see `plan_wake`.
@@ -302,7 +306,12 @@ class SleepController:
         plan = plan_wake(state.residency("weights"), state.residency("kv_cache"), tags=tags, missing=state.missing)
         if plan == WakePlan():
             return WakeReport(changed=False, missing=state.missing, seconds=time.perf_counter() - begin)
-        report = self._restore(plan, verify="full" if self._distrusted else self._verify)
+        distrusted = self._distrusted
+        report = self._restore(
+            plan,
+            verify="full" if distrusted else self._verify,
+            prove_first_step=prove_first_step and not distrusted,
+        )
         self.set_gate(dozing=False)
         return replace(report, seconds=time.perf_counter() - begin)
 
@@ -335,12 +344,14 @@ class SleepController:
         except ShuteyeError as error:
             raise self.fault(f"the new weights cannot be trusted: {error.message}") from error
 
-    def _restore(self, plan: WakePlan, *, verify: VerifyMode) -> WakeReport:
+    def _restore(self, plan: WakePlan, *, verify: VerifyMode, prove_first_step: bool) -> WakeReport:
         try:
             ranks = self._executor.call("restore", plan)
             self.refresh()
             verified = self._check_bytes(verify) if plan.weights in ("restore", "reload") else 0
-            canary = self._check_canary()
+            canary = not prove_first_step and self._check_canary()
+            if prove_first_step and self._can_run_canary:
+                self._executor.call("prove_first_step")
         except EngineFaulted as error:
             if self.state.faulted is not None:
                 raise
@@ -379,13 +390,15 @@ class SleepController:
 
     def _check_canary(self) -> bool:
         """Run the canary where the model can run at all; True if it ran."""
-        if not self._canary or self.state.is_sleeping:
+        if not self._can_run_canary:
             return False
         if not all(self._executor.call("canary_agrees")):
-            raise VerificationFailed(
-                "The canary's logits are not finite, or not those recorded when the weights were last known good."
-            )
+            raise VerificationFailed(CANARY_DISAGREES)
         return True
+
+    @property
+    def _can_run_canary(self) -> bool:
+        return self._canary and not self.state.is_sleeping
 
     def _undo(self, cause: ShuteyeError) -> None:
         try:

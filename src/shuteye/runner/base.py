@@ -15,6 +15,7 @@ from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.models.binding import BoundModel
 from shuteye.plans import Result
+from shuteye.runner.canary import Prove
 
 
 class ModelRunner(Protocol):
@@ -34,8 +35,8 @@ class ModelRunner(Protocol):
         """Look into the committed KV arena, of no bytes where `kv_bytes_per_token` is 0; called once, before steps."""
         ...
 
-    def execute(self, plan: Any) -> Result:
-        """Run one step of this task's kind of plan."""
+    def execute(self, plan: Any, *, prove: Prove | None = None) -> Result:
+        """Run one step of this task's kind of plan; with `prove`, the canary too, before anything comes of the step."""
         ...
 
     def drop_computed(self) -> None:

@@ -18,6 +18,9 @@ TOLERANCE_ULPS = 4
 Reduction order may change with the number of threads that the system grants; corrupt memory is far outside of this.
 """
 
+Prove = Callable[[torch.Tensor], None]
+"""Is given the canary's numbers, and raises if they are wrong."""
+
 
 def fixed_tokens(vocab_size: int, *, limit: int = NUM_TOKENS) -> tuple[int, ...]:
     """Up to `limit` token ids, spread over the vocabulary."""
@@ -43,11 +46,14 @@ class Canary:
         self._recorded.pop(version, None)
 
     def agrees(self, version: str) -> bool:
-        """Run the pass; True if its numbers match those of this version, or are the first seen of it.
+        """Run the pass; True if its numbers match those of this version, or are the first seen of it."""
+        return self.knows(self._run(), version)
 
-        The first pass of a version is recorded only if all of its numbers are finite.
+    def knows(self, found: torch.Tensor, version: str) -> bool:
+        """`agrees`, for the numbers of a pass that was run elsewhere.
+
+        The first numbers of a version are recorded only if all of them are finite.
         """
-        found = self._run()
         if not bool(torch.isfinite(found).all()):
             return False
         recorded = self._recorded.setdefault(version, found.clone())

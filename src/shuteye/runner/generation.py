@@ -16,9 +16,12 @@ from shuteye.models.loaded import LoadedModel, bind
 from shuteye.outputs import TokenLogprobs
 from shuteye.plans import SCRATCH_BLOCK, Chunk, StepPlan, StepResult
 from shuteye.runner.batch import PackedBatch
-from shuteye.runner.canary import fixed_tokens
+from shuteye.runner.canary import Prove, fixed_tokens
 from shuteye.runner.sampler import Sampler
 from shuteye.runner.scoring import split_scored
+
+MAX_SHARED_TOKENS = 63
+"""Of a step that the canary may share; more are multiplied in another way, and rounded otherwise than its record."""
 
 
 class GenerationRunner:
@@ -29,7 +32,7 @@ class GenerationRunner:
     """
 
     _kv_cache: KVCache  # from `attach_kv_cache` on
-    _canary_batch: PackedBatch
+    _canary: Chunk
 
     def __init__(self, image: WeightImage, weights: Arena, config: EngineConfig, *, num_threads: int) -> None:
         self.model: LoadedModel = bind(image, weights, native=config.kernels == "auto")
@@ -63,24 +66,35 @@ class GenerationRunner:
             dtype=model.dtype,
         )
         token_ids = fixed_tokens(model.vocab_size, limit=self._block_size)
-        chunk = Chunk(request_id="canary", token_ids=token_ids, start=0, block_ids=(SCRATCH_BLOCK,), sample=True)
-        self._canary_batch = PackedBatch.from_plan(StepPlan(chunks=(chunk,)), block_size=self._block_size)
+        self._canary = Chunk("canary", token_ids, start=0, block_ids=(SCRATCH_BLOCK,), sample=True)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, *, prove: Prove | None = None) -> StepResult:
         """Run the packed batch and sample."""
         self._sampler.forget(plan.forget)
         self._sampler.admit(plan.admissions)
-        batch = PackedBatch.from_plan(plan, block_size=self._block_size)
-        logits = self.model.forward(batch, self._kv_cache)
+        logits = self._forward(plan.chunks) if prove is None else self._forward_proven(plan, prove)
         scored: tuple[tuple[TokenLogprobs, ...], ...] = ()
         if any(chunk.scoring is not None for chunk in plan.chunks):
             scored, logits = split_scored(plan, logits)
         sampling = [chunk.request_id for chunk in plan.chunks if chunk.sample]
         return StepResult(self._sampler.sample(logits, sampling, plan.masks) if sampling else (), scored)
 
+    def _forward(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:
+        batch = PackedBatch.from_plan(StepPlan(chunks), block_size=self._block_size)
+        return self.model.forward(batch, self._kv_cache)
+
+    def _forward_proven(self, plan: StepPlan, prove: Prove) -> torch.Tensor:
+        """The plan's logits, and the canary; where both are few tokens, weights are read but once for them."""
+        if plan.num_tokens + len(self._canary.token_ids) > MAX_SHARED_TOKENS:
+            prove(self.canary_pass())
+            return self._forward(plan.chunks)
+        logits = self._forward((*plan.chunks, self._canary))
+        prove(logits[-1:])
+        return logits[:-1]
+
     def drop_computed(self) -> None:
         """See `ModelRunner`: what was computed is in the KV arena; how a request samples is kept."""
 
     def canary_pass(self) -> torch.Tensor:
         """Logits [1, vocab_size] of the last of the fixed tokens."""
-        return self.model.forward(self._canary_batch, self._kv_cache)
+        return self._forward((self._canary,))

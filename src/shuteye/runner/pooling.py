@@ -12,7 +12,7 @@ from shuteye.memory.image import WeightImage
 from shuteye.models.encoder import LoadedEncoder, bind_encoder
 from shuteye.plans import PoolPlan, PoolResult
 from shuteye.request import PoolingParams, PoolInput
-from shuteye.runner.canary import NUM_TOKENS, fixed_tokens
+from shuteye.runner.canary import NUM_TOKENS, Prove, fixed_tokens
 
 
 class PoolingRunner:
@@ -32,8 +32,10 @@ class PoolingRunner:
     def drop_computed(self) -> None:
         """See `ModelRunner`: nothing outlives a step."""
 
-    def execute(self, plan: PoolPlan) -> PoolResult:
+    def execute(self, plan: PoolPlan, *, prove: Prove | None = None) -> PoolResult:
         """Run the batch; rows with the same wishes are finished together."""
+        if prove is not None:
+            prove(self.canary_pass())
         rows = self.model.forward([item.input for item in plan.items])  # [num_items, size]
         wishes: dict[PoolingParams, list[int]] = {}
         for index, item in enumerate(plan.items):

@@ -17,7 +17,7 @@ from shuteye.memory.heap import return_free_heap
 from shuteye.memory.image import WeightImage
 from shuteye.models.speech import SpeechModel, bind_speech
 from shuteye.plans import SpeechAdmission, SpeechPlan, SpeechResult, SpeechStep, SpeechWindow, SpokenToken, WindowRules
-from shuteye.runner.canary import fixed_tokens
+from shuteye.runner.canary import Prove, fixed_tokens
 
 
 @dataclass(slots=True)
@@ -61,8 +61,10 @@ class SpeechRunner:
         """Logits of a few tokens after a window of a few frames."""
         return self.model.short_pass(fixed_tokens(self.model.vocab_size))
 
-    def execute(self, plan: SpeechPlan) -> SpeechResult:
+    def execute(self, plan: SpeechPlan, *, prove: Prove | None = None) -> SpeechResult:
         """Open the plan's windows one by one, then take one step in all others together."""
+        if prove is not None:
+            prove(self.canary_pass())
         for request_id in plan.forget:
             self._listening.pop(request_id, None)
         for admission in plan.admissions:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from shuteye.config import EngineConfig
-from shuteye.errors import InternalError, InvalidRequest, ShuteyeError
+from shuteye.errors import CANARY_DISAGREES, InternalError, InvalidRequest, ShuteyeError, VerificationFailed
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends import open_backend
 from shuteye.memory.backends.base import MemoryBackend
@@ -50,6 +50,7 @@ VERBS = frozenset(
         "reset",
         "verify",
         "canary_agrees",
+        "prove_first_step",
         "states",
         "missing",
         "residual_bytes",
@@ -79,6 +80,7 @@ class Worker:
         self._image = image = self._open_image(config.model)
         self._version = image.identity.key
         self._num_updates = 0
+        self._proves_first_step = False
         self._weights = Arena.reserve(self._backend, tag="weights", nbytes=image.layout.nbytes)
         self._residency = Residency(
             backend=self._backend, weights=self._weights, image=image, spill_dir=config.cache_dir / "spill"
@@ -137,10 +139,16 @@ class Worker:
 
         Raises:
             InternalError: a tag is not resident; nothing was computed.
+            VerificationFailed: the canary that went with it disagrees; nothing was sampled.
         """
         if not self._residency.all_resident:
             raise InternalError("A step was planned while memory is not resident; the gate should have been closed.")
-        return self._runner.execute(plan)
+        return self._runner.execute(plan, prove=self._prove if self._proves_first_step else None)
+
+    def _prove(self, numbers: torch.Tensor) -> None:
+        if not self._canary.knows(numbers, self._version):
+            raise VerificationFailed(CANARY_DISAGREES)
+        self._proves_first_step = False
 
     # --- sleep and wake -------------------------------------------------------------------------
 
@@ -155,6 +163,7 @@ class Worker:
     def release(self, plan: SleepPlan) -> tuple[TagReport, ...]:
         """Give the memory back; on error the rank's state is unknown until `reset`."""
         self._runner.drop_computed()
+        self._proves_first_step = False
         return self._residency.release(plan)
 
     def restore(self, plan: WakePlan) -> tuple[TagReport, ...]:
@@ -170,6 +179,7 @@ class Worker:
 
     def reset(self) -> None:
         """The way back from a fault: release everything again, whatever happened before."""
+        self._proves_first_step = False
         self._residency.reset()
 
     def verify(self, mode: VerifyMode) -> VerifyResult:
@@ -180,6 +190,10 @@ class Worker:
     def canary_agrees(self) -> bool:
         """Run the canary; see `Canary.agrees`."""
         return self._canary.agrees(self._version)
+
+    def prove_first_step(self) -> None:
+        """Let the canary go with the next step; nothing comes of the step if it disagrees."""
+        self._proves_first_step = True
 
     def states(self) -> tuple[TagState, ...]:
         """Where each tag is now."""
