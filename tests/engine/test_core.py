@@ -361,9 +361,11 @@ def test_policy_wake_reads_the_weights_once_for_canary_and_first_step(make_rig, 
     assert passes == [len(PROMPT) + 8] + [1] * (len(expected) - 1)
 
 
-def test_policy_wake_runs_the_canary_by_itself_before_a_long_first_step(make_rig, monkeypatch):
-    rig = make_rig(on_sleeping_request="wake")
-    prompt = PROMPT * (64 // len(PROMPT) + 1)
+@pytest.mark.parametrize(("repeat", "kernels"), [(2, "auto"), (1, "torch")])
+def test_policy_wake_runs_the_canary_by_itself_where_it_would_round_otherwise(make_rig, monkeypatch, repeat, kernels):
+    """Would catch false alarms: a long step, or one without native kernels, adds up in another order."""
+    rig = make_rig(on_sleeping_request="wake", kernels=kernels)
+    prompt = PROMPT * repeat
     expected = rig.generate(prompt)
     rig.call(SleepCall(1))
     passes = count_passes(rig, monkeypatch)

@@ -21,7 +21,7 @@ from shuteye.runner.sampler import Sampler
 from shuteye.runner.scoring import split_scored
 
 MAX_SHARED_TOKENS = 63
-"""Of a step that the canary may share; more are multiplied in another way, and rounded otherwise than its record."""
+"""Of a step that the canary may share: native kernels give it the same numbers then, whatever is beside it."""
 
 
 class GenerationRunner:
@@ -84,8 +84,8 @@ class GenerationRunner:
         return self.model.forward(batch, self._kv_cache)
 
     def _forward_proven(self, plan: StepPlan, prove: Prove) -> torch.Tensor:
-        """The plan's logits, and the canary; where both are few tokens, weights are read but once for them."""
-        if plan.num_tokens + len(self._canary.token_ids) > MAX_SHARED_TOKENS:
+        """The plan's logits; weights are read but once for it and the canary, if the canary comes out the same so."""
+        if plan.num_tokens + len(self._canary.token_ids) > min(MAX_SHARED_TOKENS, self.model.native_tokens):
             prove(self.canary_pass())
             return self._forward(plan.chunks)
         logits = self._forward((*plan.chunks, self._canary))

@@ -95,6 +95,34 @@ inline void prefetch_row(const T* row, int64_t head_dim) {
     __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
 }
 
+// The keys and values that are used next: fetched line by line, in the order in which they lie, which memory answers as
+// fast as one long run; a few at a time, or the fetches wait for each other.
+template <class T>
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const Span<T>& span, int64_t row_elements) // of `span`, which must stay where it is
+      : span_(&span), row_bytes_(row_elements * sizeof(T)), num_keys_(span.size()) {}
+
+  void fetch(int64_t num_lines) {
+    for (; num_lines > 0 && row_ < 2 * num_keys_; num_lines--) { // keys, then values
+      const T* row = row_ < num_keys_ ? span_->keys[row_] : span_->values[row_ - num_keys_];
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + byte_, 0, 2);
+      byte_ += 64;
+      if (byte_ < row_bytes_) continue;
+      byte_ = 0;
+      row_++;
+    }
+  }
+
+ private:
+  const Span<T>* span_ = nullptr;
+  int64_t row_bytes_ = 0;
+  int64_t num_keys_ = 0;
+  int64_t row_ = 0;
+  int64_t byte_ = 0;
+};
+
 template <class Dot>
 void read_queries(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionShape& shape,
                   typename Dot::X* query) {

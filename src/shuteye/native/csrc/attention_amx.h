@@ -266,7 +266,7 @@ class TileAttention {
       copy_keys(span, shape_.head_dim, scratch_);
       transpose_values(span, shape_.head_dim, scratch_);
       finish_stores(scratch_.keys);
-      ahead_ = Ahead(next, shape_.head_dim);
+      ahead_ = Ahead<bf16>(next, shape_.head_dim);
       attend_span(span.positions);
     });
     end();
@@ -374,7 +374,7 @@ class TileAttention {
   const AttentionShape shape_;
   const TileScratch scratch_;
   const float scale_; // of scores to exponents of 2
-  Ahead ahead_;
+  Ahead<bf16> ahead_;
 };
 
 } // namespace SHUTEYE_ISA
