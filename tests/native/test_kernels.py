@@ -161,10 +161,10 @@ def test_paged_attention(level, dtype, head_dim, num_kv_heads, group, block_size
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("course", ["rises", "falls", "leaps"])
 def test_attention_over_scores_far_apart(level, dtype, course):
-    """Would catch weights without room: scores that rise by 60 over a prompt, fall as far, or leap, in some rows."""
+    """Would catch weights without room: scores that rise by 380 over a prompt, fall as far, or leap, in some rows."""
     num_tokens, num_heads, head_dim, block_size = 190, 4, 32, 16
     every = torch.arange(num_tokens)
-    heights = {"rises": every / 3, "falls": -every / 3, "leaps": (every % 50 == 49) * every / 3}[course]
+    heights = {"rises": every, "falls": -every, "leaps": (every % 50 == 49) * every}[course]
     cache = random(12, 1, 2, block_size, 1, head_dim, dtype=dtype, seed=1)
     cache[every // block_size, 0, 0, every % block_size, 0, 0] = heights.to(dtype)
     query = random(num_tokens, num_heads, head_dim, dtype=dtype, seed=2)
@@ -172,7 +172,7 @@ def test_attention_over_scores_far_apart(level, dtype, course):
     table = (tuple(range(12)),)
     found = native.paged_attention(query, cache, [0, num_tokens], [num_tokens], table, layer=0, scale=1.0)
     exact = reference_attention(query, cache, [0, num_tokens], [num_tokens], table, 0, 1.0, None)
-    assert_near(found, exact, dtype, scale=30 if level == "amx" else 10)
+    assert_near(found, exact, dtype, scale=100)
 
 
 def test_attention_refuses_blocks_outside_the_cache(level):
