@@ -32,7 +32,7 @@ class GenerationRunner:
     """
 
     _kv_cache: KVCache  # from `attach_kv_cache` on
-    _canary: Chunk
+    _canary: StepPlan
 
     def __init__(self, image: WeightImage, weights: Arena, config: EngineConfig, *, num_threads: int) -> None:
         self.model: LoadedModel = bind(image, weights, native=config.kernels == "auto")
@@ -66,29 +66,30 @@ class GenerationRunner:
             dtype=model.dtype,
         )
         token_ids = fixed_tokens(model.vocab_size, limit=self._block_size)
-        self._canary = Chunk("canary", token_ids, start=0, block_ids=(SCRATCH_BLOCK,), sample=True)
+        chunk = Chunk(request_id="canary", token_ids=token_ids, start=0, block_ids=(SCRATCH_BLOCK,), sample=True)
+        self._canary = StepPlan(chunks=(chunk,))
 
     def execute(self, plan: StepPlan, *, prove: Prove | None = None) -> StepResult:
         """Run the packed batch and sample."""
         self._sampler.forget(plan.forget)
         self._sampler.admit(plan.admissions)
-        logits = self._forward(plan.chunks) if prove is None else self._forward_proven(plan, prove)
+        logits = self._forward(plan) if prove is None else self._forward_proven(plan, prove)
         scored: tuple[tuple[TokenLogprobs, ...], ...] = ()
         if any(chunk.scoring is not None for chunk in plan.chunks):
             scored, logits = split_scored(plan, logits)
         sampling = [chunk.request_id for chunk in plan.chunks if chunk.sample]
         return StepResult(self._sampler.sample(logits, sampling, plan.masks) if sampling else (), scored)
 
-    def _forward(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:
-        batch = PackedBatch.from_plan(StepPlan(chunks), block_size=self._block_size)
+    def _forward(self, plan: StepPlan) -> torch.Tensor:
+        batch = PackedBatch.from_plan(plan, block_size=self._block_size)
         return self.model.forward(batch, self._kv_cache)
 
     def _forward_proven(self, plan: StepPlan, prove: Prove) -> torch.Tensor:
         """The plan's logits; weights are read but once for it and the canary, if the canary comes out the same so."""
-        if plan.num_tokens + len(self._canary.token_ids) > min(MAX_SHARED_TOKENS, self.model.native_tokens):
+        if plan.num_tokens + self._canary.num_tokens > min(MAX_SHARED_TOKENS, self.model.native_tokens):
             prove(self.canary_pass())
-            return self._forward(plan.chunks)
-        logits = self._forward((*plan.chunks, self._canary))
+            return self._forward(plan)
+        logits = self._forward(StepPlan(chunks=plan.chunks + self._canary.chunks))
         prove(logits[-1:])
         return logits[:-1]
 
@@ -97,4 +98,4 @@ class GenerationRunner:
 
     def canary_pass(self) -> torch.Tensor:
         """Logits [1, vocab_size] of the last of the fixed tokens."""
-        return self._forward((self._canary,))
+        return self._forward(self._canary)

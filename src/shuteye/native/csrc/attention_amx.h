@@ -186,7 +186,7 @@ template <bool sees_all>
 void make_room(const Meeting& meeting, float scale) {
   const float* scores = meeting.scratch.scores_of(meeting.strip);
   Lanes highest[4];
-  for (Lanes& each : highest) each = broadcast(-3e38f);
+  for (Lanes& each : highest) each = broadcast(kNoScore);
   for (int64_t key = 0; key < meeting.num_keys; key += 4) {
     for (int64_t each = 0; each < 4; each++) {
       const Lanes own = load(scores + (key + each) * kColumns);

@@ -2,7 +2,7 @@
 // columns are query heads. Keys are read where they lie, each head's in turn against a tile that is zero outside its own
 // columns; the cache is read in the order in which it stands in memory. Knows nothing of threads.
 //
-// Weights are rounded to bfloat16 before they meet the values, two keys at a time. That leaves the sums of 32 dimensions
+// Weights meet the values two keys at a time, as attention_columns.h makes them. That leaves the sums of 32 dimensions
 // as two vectors, of the lower and the upper fours of each eight; they are put in order at last.
 #pragma once
 #include "attention_columns.h"
@@ -10,7 +10,7 @@
 
 namespace SHUTEYE_ISA {
 
-constexpr int64_t kRowsAtOnce = 4;  // that share the reading of a value
+constexpr int64_t kRowsAtOnce = 4; // that share the reading of a value
 
 class JoinedAttention {
  public:
@@ -99,7 +99,7 @@ class JoinedAttention {
 
   // Scores of keys `own`, relative to the span, to weights[pair of keys, column]; a missing last one weighs nothing.
   void weigh(Range own) {
-    Lanes highest[2] = {broadcast(-3e38f), broadcast(-3e38f)};
+    Lanes highest[2] = {broadcast(kNoScore), broadcast(kNoScore)};
     for (int64_t key = own.begin; key < own.end; key++)
       highest[key % 2] = max(highest[key % 2], load(scores_ + key * kColumns));
     make_room(max(highest[0], highest[1]) * broadcast(scale_));

@@ -46,7 +46,7 @@ inline void pack_tokens(const Linear& linear, void* packed, void* scratch, int64
   const int64_t steps = Depth(linear.in_features).steps;
   const bool as_it_is = !linear.norm && linear.in_features == steps * 32;
   for (int64_t token = first * 16; token < end * 16; token++) {
-    bf16* target = static_cast<bf16*>(packed) + token / 16 * steps * kTileElements + token % 16 * 32;
+    bf16* target = static_cast<bf16*>(packed) + shuteye::packed_offset(token, 0, steps * 32);
     const bool is_token = token < linear.num_tokens;
     const bf16* row = is_token && as_it_is ? row_of<bf16>(linear, token) : static_cast<const bf16*>(scratch);
     if (is_token && !as_it_is) copy_row<bf16>(linear, token, static_cast<bf16*>(scratch), steps * 32);
@@ -100,7 +100,6 @@ struct Block {
     return {x + last, weight + last, x_stride, weight_stride, steps, -step};
   }
 };
-
 
 // sums[32 tokens, 32 rows] in tiles 0 to 3, one or two tiles each way; aside() after each step.
 template <int token_tiles, int row_tiles, class Aside>
@@ -206,7 +205,7 @@ inline void compute_group(const Group& group, const bf16* packed, const ManyScra
   const int64_t token_tiles = shuteye::round_up(linear.num_tokens, 16) / 16;
   alignas(64) float own[2][kBlockSums]; // the block that is multiplied and the one that is finished, in turn
   int64_t turn = 0;
-  const bool turns = linear.unit_rows % kBlock == 0; // then the same tiles of weights always meet in a block
+  const bool alternates = linear.unit_rows % kBlock == 0; // then the same tiles of weights always meet in a block
   Unfinished<finish> unfinished;
   for (int64_t first = 0; first < depth.steps; first += depth.chunk_steps) {
     const int64_t steps = smaller(depth.chunk_steps, depth.steps - first);
@@ -223,10 +222,10 @@ inline void compute_group(const Group& group, const bf16* packed, const ManyScra
         const Block block{packed + (token_tile * depth.steps + first) * kTileElements,
                           scratch.weight + tile * steps * kTileElements, depth.steps * kTileElements,
                           steps * kTileElements, steps};
-        const bool backwards = turns && tile / 2 % 2; // the tokens that were read last are still near
+        const bool backwards = alternates && tile / 2 % 2; // the tokens that were read last are still near
         float* sums = is_last ? own[turn] : kept;
-        multiply_some(backwards ? block.backwards() : block, token_tile + 1 < token_tiles, tile + 1 < group.num_tiles, first ? kept : nullptr, sums,
-                      [&] { unfinished.some(linear, tokens_per_step); });
+        multiply_some(backwards ? block.backwards() : block, token_tile + 1 < token_tiles, tile + 1 < group.num_tiles,
+                      first ? kept : nullptr, sums, [&] { unfinished.some(linear, tokens_per_step); });
         if (!is_last) continue;
         const int64_t token = token_tile * 16;
         unfinished = Unfinished<finish>(group, tile, sums, {token, smaller(kBlock, linear.num_tokens - token)});
