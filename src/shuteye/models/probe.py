@@ -82,7 +82,7 @@ def _run(module: Any, recorder: _Recorder) -> None:
     module(
         input_ids=positions,
         position_ids=positions,
-        past_key_values=_cache_spy(recorder),
+        cache=_cache_spy(recorder),
         use_cache=True,
         logits_to_keep=torch.zeros(1, dtype=torch.int64, device="meta"),
     )

@@ -108,7 +108,7 @@ class SpeechModel(BoundModel[SpeechImageFacts]):
             input_ids=torch.tensor(token_ids),
             position_ids=torch.tensor([list(each) for each in positions]),
             encoder_hidden_states=heard,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         hidden: torch.Tensor = output.last_hidden_state
