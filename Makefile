@@ -15,11 +15,11 @@ VENV ?= .venv
 PEERS ?=
 
 # The set-up is repeated when what it depends on has changed, and otherwise costs nothing.
-SETUP_INPUTS := pyproject.toml requirements/torch.txt tools/setup.sh hatch_build.py \
+SETUP_INPUTS := pyproject.toml requirements/lock.txt requirements/torch.txt tools/setup.sh hatch_build.py \
 	src/shuteye/native/build.py $(sort $(wildcard src/shuteye/native/csrc/*))
 STAMP := $(VENV)/.set-up-$(shell { pwd; cat $(SETUP_INPUTS); } | sha256sum | cut -c1-16)
 
-.PHONY: help setup serve test test-slow test-clients test-gpu test-asan check bench bench-peers bench-sleep docs clean
+.PHONY: help setup lock serve test test-latest test-slow test-clients test-gpu test-asan check bench bench-peers bench-sleep docs clean
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -29,11 +29,18 @@ setup: $(STAMP) ## Create .venv with everything in it; instant when nothing has 
 $(STAMP):
 	@PYTHON='$(PYTHON)' tools/setup.sh '$(VENV)' '$@'
 
+lock: ## Renew requirements/lock.txt: the newest versions that pyproject.toml allows. Then: make test.
+	tools/lock.sh '$(or $(PYTHON),python3)'
+
 serve: setup ## Serve MODEL on 127.0.0.1:8000 with sleep mode, in development mode.
 	SHUTEYE_SERVER_DEV_MODE=1 $(VENV)/bin/shuteye serve '$(MODEL)' --enable-sleep-mode $(ARGS)
 
 test: setup ## Run the tests that need neither minutes nor a GPU.
 	$(VENV)/bin/python -m pytest -m 'not slow and not gpu and not clients' $(ARGS)
+
+test-latest: ## Run the tests on today's newest versions instead of the locked ones, in VENV-latest.
+	@PYTHON='$(PYTHON)' tools/setup.sh --latest '$(VENV)-latest'
+	$(VENV)-latest/bin/python -m pytest -m 'not slow and not gpu and not clients' $(ARGS)
 
 test-slow: setup ## Run the tests that take minutes.
 	$(VENV)/bin/python -m pytest -m 'slow and not gpu and not clients' $(ARGS)
@@ -74,5 +81,5 @@ docs: setup ## Write docs/reference/ from the code: commands, routes, metrics, e
 	$(VENV)/bin/python tools/server_reference.py
 
 clean: ## Remove the set-up and what the tools leave behind; models and images stay in ~/.cache.
-	rm -rf '$(VENV)' build dist .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf '$(VENV)' '$(VENV)-latest' build dist .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
