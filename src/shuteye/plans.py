@@ -20,6 +20,13 @@ RESERVED_BLOCKS = 1
 # --- a step -------------------------------------------------------------------------------------
 
 
+Epoch = tuple[int, ...]
+"""What the memory of each rank holds, as a number that every release, reset, reload and update of weights raises.
+
+K/V, prefix digests and whatever else was computed belong to the epoch in which they were computed, and to no other.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Admission:
     """A request the worker has not seen: what the sampler must know for all of its steps."""
@@ -70,6 +77,7 @@ class StepPlan:
     admissions: tuple[Admission, ...] = ()
     forget: tuple[str, ...] = ()
     masks: tuple[TokenMask, ...] = ()
+    epoch: Epoch = ()
 
     @property
     def num_tokens(self) -> int:
@@ -111,6 +119,7 @@ class PoolPlan:
 
     items: tuple[PoolItem, ...]
     starts: tuple[str, ...] = ()
+    epoch: Epoch = ()
 
     @property
     def num_tokens(self) -> int:
@@ -174,6 +183,7 @@ class SpeechPlan:
     steps: tuple[SpeechStep, ...] = ()
     admissions: tuple[SpeechAdmission, ...] = ()
     forget: tuple[str, ...] = ()
+    epoch: Epoch = ()
 
     @property
     def num_tokens(self) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hearing import noise
 
-from shuteye.engine.messages import PauseCall, ReloadCall, ResumeCall, SleepCall, WakeCall
+from shuteye.engine.messages import PauseCall, ReloadCall, ResumeCall, SleepCall, UpdateCall, WakeCall
 from shuteye.errors import ModelSleeping
 from shuteye.testing import poison
 
@@ -43,7 +43,8 @@ def test_written_weights_survive_level_1_and_not_level_2(rig):
     name = "model.decoder.layer_norm.weight"
     state = {"proj_out.weight", "model.decoder.embed_tokens.weight", name}
     assert all(rig.worker._model.slot_of(each) for each in state), "names of the checkpoint, tied ones included"
-    rig.worker.update_weights([(name, rig.worker._weights.slot_view(rig.worker._image.layout.slots[name]) * -1)])
+    tensor = rig.worker._weights.slot_view(rig.worker._image.layout.slots[name]) * -1
+    rig.call(UpdateCall(named_tensors=[(name, tensor)]))
     changed = rig.transcribe(SAMPLES).stretches
     assert changed != before
     rig.call(SleepCall(1))

@@ -6,7 +6,8 @@ Knows nothing of requests or tensors; who owns a block and which is evicted next
               found by match(),        computed by this  not yet
               shared with others       sequence itself   computed
 
-A block is hashed only when full, and its digest covers every token before it, so equal digests mean equal K/V.
+A block is hashed only when full, and its digest covers every token before it and the root, which stands for weights
+and memory, so equal digests mean equal K/V.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from hashlib import blake2b
 from shuteye.cache.block_pool import BlockPool
 
 DIGEST_SIZE = 16
-_ROOT = b""
 
 
 def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -27,19 +27,29 @@ def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 class HashChain:
-    """The digests of one sequence's full blocks, each computed once; the sequence may only grow."""
+    """The digests of one sequence's full blocks, each computed once; the sequence may only grow.
 
-    __slots__ = ("_block_size", "_digests")
+    `root` stands before its first token: chains of different roots have no digest in common.
+    """
+
+    __slots__ = ("_block_size", "_digests", "root")
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._digests: list[bytes] = []
+        self.root = b""
+
+    def restart(self, root: bytes) -> None:
+        """Count from `root`; what was computed from another one is forgotten."""
+        if root != self.root:
+            self.root = root
+            self._digests.clear()
 
     def digest(self, token_ids: Sequence[int], index: int) -> bytes:
         """The digest of block `index`, i.e. of tokens [0, (index + 1) * block_size), which must all be known."""
         while len(self._digests) <= index:
             start = len(self._digests) * self._block_size
-            parent = self._digests[-1] if self._digests else _ROOT
+            parent = self._digests[-1] if self._digests else self.root
             self._digests.append(block_digest(parent, token_ids[start : start + self._block_size]))
         return self._digests[index]
 

@@ -12,7 +12,7 @@ from shuteye.engine.grammar import Grammars
 from shuteye.engine.scheduler import Scheduler
 from shuteye.errors import ShuteyeError
 from shuteye.outputs import ErrorInfo, RequestDelta, SchedulerStats
-from shuteye.plans import StepPlan, StepResult
+from shuteye.plans import Epoch, StepPlan, StepResult
 from shuteye.request import GenerateRequest
 
 PATIENCE_S = 0.005
@@ -83,6 +83,10 @@ class ConstrainedScheduler:
         """Forget what other requests could have shared: blocks, and compiled grammars if none is in use."""
         self._inner.reset_prefix_cache()
         self._grammars.rest()
+
+    def enter_epoch(self, epoch: Epoch) -> None:
+        """Preempt every running request if memory holds something else now; grammars and tokens stay."""
+        self._inner.enter_epoch(epoch)
 
     def _forgetting(self, deltas: list[RequestDelta]) -> list[RequestDelta]:
         if not self._grammars.is_idle:

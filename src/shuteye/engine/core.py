@@ -6,6 +6,7 @@ Knows nothing of text, processes or sockets; `step` never blocks on anything but
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -188,6 +189,7 @@ class EngineCore:
         self._deltas.append(refusal)
 
     def _run_model(self) -> None:
+        self._scheduler.enter_epoch(self._sleep.state.epoch)
         plan = self._scheduler.schedule()
         if plan is None:
             return
@@ -198,11 +200,10 @@ class EngineCore:
             result = self._executor.execute(plan)
         except VerificationFailed as error:  # of the canary that went with the first step after a wake
             self._deltas += self._scheduler.fail_step(plan, info_of(error))
-            self._scheduler.preempt_all()
-            self._scheduler.reset_prefix_cache()
             self._sleep.fault(error.message)
         except ShuteyeError as error:
             self._deltas += self._scheduler.fail_step(plan, info_of(error))
+            self._refreshed_at = -math.inf  # whatever went wrong, look again where memory is before the next step
         else:
             self._deltas += self._scheduler.update(plan, result)
         self._account()
@@ -370,7 +371,7 @@ class EngineCore:
         return None
 
     def _update_steps(self, call: UpdateCall | ReloadCall) -> Steps:
-        """Between two steps of the model: requests in flight are recomputed, so none mixes old and new weights."""
+        """Between two steps of the model. What was written is another epoch, so requests in flight are recomputed."""
         yield from ()
         state = self._sleep.state
         self._sleep.refuse_if_faulted()
@@ -379,8 +380,6 @@ class EngineCore:
                 f"Weights can only be written while they are mapped, and they are {state.residency('weights')}; "
                 'wake them first: wake_up(tags=["weights"]).'
             )
-        self._scheduler.preempt_all()
-        self._scheduler.reset_prefix_cache()
         try:
             match call:
                 case ReloadCall(path):

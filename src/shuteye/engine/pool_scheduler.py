@@ -14,7 +14,7 @@ from itertools import islice
 
 from shuteye.errors import InvalidRequest, PromptTooLong
 from shuteye.outputs import ErrorInfo, PooledDelta, PoolingInfo, RequestDelta, SchedulerStats
-from shuteye.plans import PoolItem, PoolPlan, PoolResult
+from shuteye.plans import Epoch, PoolItem, PoolPlan, PoolResult
 from shuteye.request import PoolRequest
 
 MAX_PADDING = 0.2
@@ -88,6 +88,7 @@ class PoolScheduler:
         self._pooling = pooling
         self._requests: dict[str, _Pooling] = {}
         self._in_flight: tuple[PoolPlan, tuple[_Waiting, ...]] | None = None
+        self._epoch: Epoch = ()
         self._num_prompt_tokens = 0
         self._num_preemptions = 0
 
@@ -157,6 +158,12 @@ class PoolScheduler:
     def reset_prefix_cache(self) -> None:
         """Nothing is kept between requests."""
 
+    def enter_epoch(self, epoch: Epoch) -> None:
+        """If it is another one, forget the rows computed so far."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self.preempt_all()
+
     # --- a step ----------------------------------------------------------------------------------
 
     def schedule(self) -> PoolPlan | None:
@@ -167,7 +174,7 @@ class PoolScheduler:
             return None
         chosen = self._choose(waiting)
         starts = dict.fromkeys(each.pooling.request_id for each in chosen if not each.pooling.rows)
-        plan = PoolPlan(tuple(each.item for each in chosen), tuple(starts))
+        plan = PoolPlan(tuple(each.item for each in chosen), tuple(starts), self._epoch)
         self._in_flight = plan, tuple(chosen)
         return plan
 

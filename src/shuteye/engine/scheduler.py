@@ -21,7 +21,7 @@ from shuteye.cache.prefix import HashChain, PrefixCache
 from shuteye.engine.sequence import MAX_SCORED_CHUNK, ActiveSequence
 from shuteye.errors import InvalidRequest, PromptTooLong
 from shuteye.outputs import ErrorInfo, FinishReason, RequestDelta, SchedulerStats, TokenLogprobs
-from shuteye.plans import RESERVED_BLOCKS, Admission, Chunk, SampledToken, StepPlan, StepResult
+from shuteye.plans import RESERVED_BLOCKS, Admission, Chunk, Epoch, SampledToken, StepPlan, StepResult
 from shuteye.request import GenerateRequest
 
 
@@ -97,6 +97,8 @@ class Scheduler:
         self._running: list[ActiveSequence] = []
         self._forget: list[str] = []
         self._in_flight: StepPlan | None = None
+        self._epoch: Epoch = ()
+        self._num_resets = 0
         self._totals = _Totals()
 
     # --- requests in and out ---------------------------------------------------------------------
@@ -168,14 +170,21 @@ class Scheduler:
         return count
 
     def reset_prefix_cache(self) -> None:
-        """Forget the content of every block: the weights changed, or the KV memory is gone.
-
-        Running requests keep their blocks and go on; having started from K/V that is now stale, they share no block
-        until they are preempted and computed anew. If the memory is gone, call `preempt_all` first.
-        """
+        """Forget which block holds what. Running requests go on; what they began before is shared with nobody."""
+        self._num_resets += 1
         self._pool.forget_all()
-        for sequence in self._running:
-            sequence.stale = True
+
+    @property
+    def _root(self) -> bytes:
+        """What digests of blocks begin with: nothing from before the last reset, or of another epoch, has it."""
+        return repr((self._epoch, self._num_resets)).encode()
+
+    def enter_epoch(self, epoch: Epoch) -> None:
+        """If it is another one: preempt every request and forget all blocks, since memory holds something else now."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self.preempt_all()
+            self.reset_prefix_cache()
 
     # --- a step ----------------------------------------------------------------------------------
 
@@ -187,7 +196,12 @@ class Scheduler:
             self._schedule_waiting(batch)
         if not batch.chunks:
             return None
-        plan = StepPlan(chunks=tuple(batch.chunks), admissions=tuple(batch.admissions), forget=tuple(self._forget))
+        plan = StepPlan(
+            chunks=tuple(batch.chunks),
+            admissions=tuple(batch.admissions),
+            forget=tuple(self._forget),
+            epoch=self._epoch,
+        )
         self._forget.clear()
         self._in_flight = plan
         return plan
@@ -213,6 +227,7 @@ class Scheduler:
     def _schedule_waiting(self, batch: _Batch) -> None:
         while self._waiting and batch.budget > 0 and len(self._running) < self._max_num_seqs:
             sequence = self._waiting[0]
+            sequence.hashes.restart(self._root)
             # what the cache holds has no logits any more
             matched = () if sequence.to_be_scored else self._prefix.match(sequence.hashes, sequence.token_ids)
             if not self._has_room(sequence, matched):
@@ -237,6 +252,7 @@ class Scheduler:
         sequence.block_ids = matched
         sequence.num_computed = len(matched) * self._block_size
         sequence.running = True
+        sequence.epoch = self._epoch
         self._running.append(sequence)
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
@@ -249,14 +265,12 @@ class Scheduler:
 
     def _append_chunk(self, batch: _Batch, sequence: ActiveSequence, end: int) -> None:
         """Plan tokens [num_computed, end): allocate their blocks and register those that the step will fill."""
+        assert sequence.epoch == self._epoch, "the blocks of a sequence are those of another epoch"
         start = sequence.num_computed
         num_new = self._num_blocks_to_add(sequence, end)
         if num_new > 0:
             sequence.block_ids += tuple(self._pool.allocate() for _ in range(num_new))
-        if not sequence.stale:
-            self._prefix.register(
-                sequence.hashes, sequence.token_ids, block_ids=sequence.block_ids, start=start, end=end
-            )
+        self._prefix.register(sequence.hashes, sequence.token_ids, block_ids=sequence.block_ids, start=start, end=end)
         chunk = Chunk(
             request_id=sequence.request_id,
             token_ids=tuple(sequence.token_ids[start:end]),
@@ -279,6 +293,8 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestDelta]:
         """Take the step's tokens; one delta per request that got one, in the order of the plan."""
         self._land(plan)
+        if plan.epoch != self._epoch:
+            return []
         sampled, scored = iter(result.sampled), iter(result.scored)
         deltas = []
         for chunk in plan.chunks:
@@ -350,7 +366,6 @@ class Scheduler:
         sequence.block_ids = ()
         sequence.num_computed = 0
         sequence.running = False
-        sequence.stale = False
 
     def _remove(self, sequence: ActiveSequence) -> None:
         if sequence.running:

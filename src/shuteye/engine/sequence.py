@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 
 from shuteye.cache.prefix import HashChain
-from shuteye.plans import Scoring
+from shuteye.plans import Epoch, Scoring
 from shuteye.request import GenerateRequest
 
 MAX_SCORED_CHUNK = 256
@@ -25,7 +25,7 @@ class ActiveSequence:
         max_length: prompt plus output at which it finishes with "length".
         block_ids: the block table, covering at least [0, num_computed); empty while waiting.
         num_cached: prompt tokens found in the prefix cache when first scheduled; None before that.
-        stale: its K/V is not of the current weights, so that its blocks must not be shared.
+        epoch: in which its blocks were taken; only then do they hold its K/V.
         scored: log-probabilities of the prompt's tokens are wanted.
         num_scored: how many positions of the prompt have told what follows them.
         max_chunk: most tokens computed in one step.
@@ -40,7 +40,7 @@ class ActiveSequence:
     num_computed: int = 0
     num_cached: int | None = None
     running: bool = False
-    stale: bool = False
+    epoch: Epoch = ()
     scored: bool = False
     num_scored: int = 0
     max_chunk: int = sys.maxsize

@@ -34,7 +34,7 @@ from shuteye.outputs import (
     TagState,
     WakeReport,
 )
-from shuteye.plans import SleepPlan, VerifyMode, WakePlan
+from shuteye.plans import Epoch, SleepPlan, VerifyMode, WakePlan
 from shuteye.request import DrainMode
 
 # --- the table ----------------------------------------------------------------------------------
@@ -157,6 +157,7 @@ class SleepState:
         dozing: a `sleep(level=0)` is in force: a pause that `wake_up` lifts.
         draining: requests in flight are being finished before a transition.
         faulted: why nothing can be served.
+        epoch: what the memory of every rank holds.
     """
 
     tags: tuple[TagState, ...] = ()
@@ -165,6 +166,7 @@ class SleepState:
     dozing: bool = False
     draining: bool = False
     faulted: str | None = None
+    epoch: Epoch = ()
 
     def residency(self, tag: Tag) -> Residency:
         """Where a tag's bytes are."""
@@ -225,9 +227,11 @@ class SleepController:
         try:
             ranks: list[tuple[TagState, ...]] = self._executor.call("states")
             missing = self._executor.call("missing")
+            epoch = tuple(self._executor.call("epoch"))
         except ShuteyeError as error:
             raise self.fault(f"a rank cannot tell where its memory is: {error.message}") from error
-        self._set(tags=tuple(map(_sum_states, zip(*ranks, strict=True))), missing=tuple(sorted({*sum(missing, ())})))
+        tags = tuple(map(_sum_states, zip(*ranks, strict=True)))
+        self._set(tags=tags, missing=tuple(sorted({*sum(missing, ())})), epoch=epoch)
 
     def set_gate(self, *, paused: bool | None = None, dozing: bool | None = None, draining: bool | None = None) -> None:
         """Change what the gate depends on beside residency; None leaves it."""

@@ -19,6 +19,7 @@ from shuteye.engine.speech_windows import num_final, split_window
 from shuteye.errors import InvalidRequest
 from shuteye.outputs import ErrorInfo, RequestDelta, SchedulerStats, SpokenTokens, TranscriptDelta
 from shuteye.plans import (
+    Epoch,
     SpeechAdmission,
     SpeechFacts,
     SpeechPlan,
@@ -51,7 +52,7 @@ class _Recording:
         num_shown: how many of them were given out.
         drawn: tokens sampled in all windows.
         admitted: the worker has the recording. `known`: it may have some of it. `open`: it has this window.
-        epoch: raised by a preemption; what is on its way for an earlier one is ignored.
+        attempt: raised by a preemption; what is on its way for an earlier one is ignored.
     """
 
     request: TranscribeRequest
@@ -69,7 +70,7 @@ class _Recording:
     admitted: bool = False
     known: bool = False
     open: bool = False
-    epoch: int = 0
+    attempt: int = 0
 
     @property
     def request_id(self) -> str:
@@ -96,6 +97,7 @@ class SpeechScheduler:
         self._running: list[_Recording] = []
         self._forget: list[str] = []
         self._in_flight: tuple[SpeechPlan, tuple[tuple[_Recording, int], ...]] | None = None
+        self._epoch: Epoch = ()
         self._num_prompt_tokens = 0
         self._num_tokens = 0
         self._num_preemptions = 0
@@ -191,7 +193,7 @@ class SpeechScheduler:
         count = len(self._running)
         for recording in reversed(self._running):
             recording.admitted = recording.open = False
-            recording.epoch += 1
+            recording.attempt += 1
             self._waiting.appendleft(recording)
         self._running.clear()
         self._num_preemptions += count
@@ -199,6 +201,12 @@ class SpeechScheduler:
 
     def reset_prefix_cache(self) -> None:
         """Nothing is kept between requests."""
+
+    def enter_epoch(self, epoch: Epoch) -> None:
+        """If it is another one, preempt every request."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self.preempt_all()
 
     def _remove(self, recording: _Recording) -> None:
         del self._recordings[recording.request_id]
@@ -224,11 +232,12 @@ class SpeechScheduler:
             steps=tuple(SpeechStep(each.request_id, each.token_ids[-1], each.drawn) for each in stepping),
             admissions=tuple(_admission(each) for each in admitted),
             forget=tuple(self._forget),
+            epoch=self._epoch,
         )
         for each in admitted:
             each.admitted = each.known = True
         self._forget.clear()
-        self._in_flight = (plan, tuple((each, each.epoch) for each in [*opening, *stepping]))
+        self._in_flight = (plan, tuple((each, each.attempt) for each in [*opening, *stepping]))
         return plan
 
     def _next_to_open(self) -> list[_Recording]:
@@ -262,8 +271,8 @@ class SpeechScheduler:
     def update(self, plan: SpeechPlan, result: SpeechResult) -> list[TranscriptDelta]:
         """Take the step's tokens; a delta per request for which something is new."""
         deltas = []
-        for (recording, epoch), token in zip(self._land(plan), result.tokens, strict=True):
-            if recording.request_id not in self._recordings or recording.epoch != epoch:
+        for (recording, attempt), token in zip(self._land(plan), result.tokens, strict=True):
+            if recording.request_id not in self._recordings or recording.attempt != attempt:
                 continue  # aborted or preempted while the step ran
             assert token.request_id == recording.request_id, "results are not in the order of the plan"
             delta = self._advance(recording, token)

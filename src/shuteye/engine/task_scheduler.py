@@ -16,7 +16,7 @@ from shuteye.engine.scheduler import Scheduler
 from shuteye.engine.speech_scheduler import SpeechScheduler
 from shuteye.errors import InvalidRequest
 from shuteye.outputs import Delta, ErrorInfo, RequestDelta, SchedulerStats
-from shuteye.plans import ModelFacts, Plan, PoolPlan, StepPlan
+from shuteye.plans import Epoch, ModelFacts, Plan, PoolPlan, StepPlan
 from shuteye.request import GenerateRequest, PoolRequest, Request, TranscribeRequest
 
 
@@ -68,6 +68,10 @@ class TaskScheduler(Protocol):
 
     def reset_prefix_cache(self) -> None:
         """Forget what other requests could have shared."""
+        ...
+
+    def enter_epoch(self, epoch: Epoch) -> None:
+        """What memory holds: if it is not what it was, nothing computed so far is used; later plans carry `epoch`."""
         ...
 
     def schedule(self) -> Any:

@@ -78,6 +78,7 @@ class Residency:
         self._saved: frozenset[int] | None = None
         self._last_restore: _Restored | None = None
         self._rota = ExtentRota(SAMPLE_BYTES)
+        self._epoch = 0
 
     # --- what there is ---------------------------------------------------------------------------
 
@@ -95,6 +96,11 @@ class Residency:
     def missing(self) -> tuple[str, ...]:
         """After `blank`: the slots not yet written, in layout order."""
         return tuple(name for name in self.layout.slots if name in self._missing)
+
+    @property
+    def epoch(self) -> int:
+        """Raised before memory or its content changes; what was computed in an earlier epoch is not to be used."""
+        return self._epoch
 
     @property
     def all_resident(self) -> bool:
@@ -180,6 +186,7 @@ class Residency:
 
     def _release_weights(self, *, discard: bool) -> TagReport:
         before = self._weights
+        self._epoch += 1
         saved = frozenset[int]() if discard else self._require_saved()
         self._weights = before.discarded() if discard else before.offloaded(saved)
         self._settle()
@@ -204,6 +211,7 @@ class Residency:
 
     def _release_kv_cache(self) -> TagReport:
         arena, before, self._kv = self._require_kv_cache(), self._kv, "discarded"
+        self._epoch += 1
         started = time.perf_counter()
         freed = freed_by_release(arena) if before == "resident" else 0
         return TagReport("kv_cache", "discarded", freed_bytes=freed, seconds=time.perf_counter() - started)
@@ -240,6 +248,7 @@ class Residency:
         kv = self._require_kv_cache() if plan.kv_cache == "commit" and self._kv == "discarded" else None
         self._require_memory(target, kv)
         change = _Restored(self._weights if target else None, kv_cache=kv is not None)
+        self._epoch += 1
         try:
             reports = self._bring_back(target, kv)
         except BaseException:
@@ -320,6 +329,7 @@ class Residency:
         """Release what `change` mapped. Weights that were mapped before it are lost: the kernel keeps one mapping."""
         before = change.weights_before
         replaced = before is not None and before.is_mapped
+        self._epoch += 1
         try:
             if before is not None:
                 self._weights = before.discarded() if replaced else before
@@ -347,6 +357,7 @@ class Residency:
             raise InvalidRequest(f"The model has no tensor {name!r}.", param="name")
         if not self._weights.is_mapped:
             raise TransitionConflict(f"Tensor {name!r} cannot be written: the weights are {self._weights.residency}.")
+        self._epoch += 1
         self._missing.discard(slot_name)
         if not self._missing:
             self._weights = self._weights.restored()
@@ -403,6 +414,7 @@ class Residency:
             BackendFailure: the kernel refused; calling again is safe.
         """
         self._settle()
+        self._epoch += 1
         self._weights = self._weights_after_reset()
         self._missing.clear()
         self._kv = "discarded"

@@ -16,7 +16,16 @@ from shuteye.memory.arena import Arena
 from shuteye.memory.heap import return_free_heap
 from shuteye.memory.image import WeightImage
 from shuteye.models.speech import SpeechModel, bind_speech
-from shuteye.plans import SpeechAdmission, SpeechPlan, SpeechResult, SpeechStep, SpeechWindow, SpokenToken, WindowRules
+from shuteye.plans import (
+    Epoch,
+    SpeechAdmission,
+    SpeechPlan,
+    SpeechResult,
+    SpeechStep,
+    SpeechWindow,
+    SpokenToken,
+    WindowRules,
+)
 from shuteye.runner.canary import Prove, fixed_tokens
 
 
@@ -47,6 +56,7 @@ class SpeechRunner:
     def __init__(self, image: WeightImage, weights: Arena) -> None:
         self.model: SpeechModel = bind_speech(image, weights)
         self._listening: dict[str, _Listening] = {}
+        self._epoch: Epoch = ()
 
     def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
         """See `ModelRunner`; the arena has no bytes."""
@@ -65,6 +75,9 @@ class SpeechRunner:
         """Open the plan's windows one by one, then take one step in all others together."""
         if prove is not None:
             prove(self.canary_pass())
+        if plan.epoch != self._epoch:
+            self._epoch = plan.epoch
+            self.drop_computed()
         for request_id in plan.forget:
             self._listening.pop(request_id, None)
         for admission in plan.admissions:

@@ -52,6 +52,7 @@ VERBS = frozenset(
         "canary_agrees",
         "prove_first_step",
         "states",
+        "epoch",
         "missing",
         "residual_bytes",
         "weights_source",
@@ -138,11 +139,15 @@ class Worker:
         """Run one step of the model; the result goes with the plan's type.
 
         Raises:
-            InternalError: a tag is not resident; nothing was computed.
+            InternalError: a tag is not resident, or the plan is of another epoch; nothing was computed.
             VerificationFailed: the canary that went with it disagrees; nothing was sampled.
         """
         if not self._residency.all_resident:
             raise InternalError("A step was planned while memory is not resident; the gate should have been closed.")
+        if plan.epoch != (self._residency.epoch,):
+            raise InternalError(
+                f"A step builds on epoch {plan.epoch} of this memory, which is in epoch ({self._residency.epoch},)."
+            )
         return self._runner.execute(plan, prove=self._prove if self._proves_first_step else None)
 
     def _prove(self, numbers: torch.Tensor) -> None:
@@ -198,6 +203,10 @@ class Worker:
     def states(self) -> tuple[TagState, ...]:
         """Where each tag is now."""
         return self._residency.states()
+
+    def epoch(self) -> int:
+        """What memory holds now; see `plans.Epoch`."""
+        return self._residency.epoch
 
     def missing(self) -> tuple[str, ...]:
         """Tensors that must still be written before the weights are loaded."""

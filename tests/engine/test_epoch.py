@@ -1,0 +1,244 @@
+"""What was computed belongs to the epoch of the memory that it was computed in, and is never used in another.
+
+Each layer is tried by itself, and then with the others broken on purpose: a request may fail, but no token is wrong.
+"""
+
+from dataclasses import replace
+
+import pytest
+from rigs import GREEDY
+from test_faults import bring_awake
+
+from shuteye.cache.block_pool import BlockPool
+from shuteye.engine.messages import ReloadCall, ResetPrefixCacheCall, SleepCall, UpdateCall, WakeCall
+from shuteye.engine.scheduler import Scheduler
+from shuteye.errors import InternalError, ShuteyeError
+from shuteye.memory.residency import Residency
+from shuteye.plans import SleepPlan, WakePlan
+from shuteye.runner.worker import Worker
+
+PROMPT = tuple(range(5, 45))
+NAME = "model.norm.weight"
+NUM_BEFORE = 4
+
+
+def negate(rig):
+    rig.call(UpdateCall(named_tensors=[(NAME, -rig.tensors()[NAME].clone())]))
+
+
+def fault_and_recover(rig):
+    rig.core._sleep.fault("a test says so")
+    rig.call(WakeCall())
+
+
+def sleep_and_wake(level, tags=None):
+    def change(rig):
+        rig.call(SleepCall(level, tags, "keep"))
+        rig.call(WakeCall())
+
+    return change
+
+
+def rewrite_after_level_2(rig):
+    tensors = [(name, tensor.clone()) for name, tensor in rig.tensors().items()]
+    rig.call(SleepCall(2, None, "keep"))
+    rig.call(WakeCall(("weights",)))
+    rig.call(UpdateCall(named_tensors=tensors))
+    rig.call(WakeCall())
+
+
+CHANGES = {
+    # name: (what is done while a request runs, the weights that this leads to from the image's and from negated ones)
+    "sleep 1": (sleep_and_wake(1), ("image", "negated")),
+    "sleep 1 kv_cache": (sleep_and_wake(1, ("kv_cache",)), ("image", "negated")),
+    "sleep 1 weights": (sleep_and_wake(1, ("weights",)), ("image", "negated")),
+    "sleep 2": (sleep_and_wake(2), ("image", "image")),
+    "update": (negate, ("negated", "image")),
+    "reload": (lambda rig: rig.call(ReloadCall()), ("image", "image")),
+    "rewrite after level 2": (rewrite_after_level_2, ("image", "negated")),
+    "fault and recovery": (fault_and_recover, ("image", "image")),
+}
+
+
+@pytest.fixture
+def truth(make_rig):
+    """What a fresh engine without a prefix cache says on some weights: `truth(weights, prompt, num_tokens)`."""
+
+    def generate(weights, prompt, num_tokens):
+        rig = make_rig(enable_prefix_caching=False)
+        if weights == "negated":
+            negate(rig)
+        return rig.generate(prompt, replace(GREEDY, max_tokens=num_tokens))
+
+    return generate
+
+
+def run_through(rig, apply, *, negated):
+    """A request before, one in flight during, and one after `apply`, of the same prompt; the tokens until then."""
+    if negated:
+        negate(rig)
+    rig.generate(PROMPT)  # leaves its blocks for others to find
+    rig.add("in flight", PROMPT)
+    while len(rig.tokens["in flight"]) < NUM_BEFORE:
+        rig.step()
+    before = list(rig.tokens["in flight"])
+    apply(rig)
+    rig.add("new", PROMPT)
+    rig.run()
+    return before
+
+
+@pytest.mark.parametrize("negated", [False, True], ids=["image", "negated"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_nothing_computed_before_a_change_is_used_after_it(make_rig, truth, name, negated):
+    """Would catch blocks or prefixes that outlive the memory or the weights they were computed with."""
+    apply, leads_to = CHANGES[name]
+    rig = make_rig()
+    before = run_through(rig, apply, negated=negated)
+    weights = leads_to[negated]
+    assert rig.tokens["new"] == truth(weights, PROMPT, GREEDY.max_tokens)
+    rest = GREEDY.max_tokens - NUM_BEFORE
+    assert rig.tokens["in flight"] == before + truth(weights, (*PROMPT, *before), rest)
+
+
+MUTATIONS = {
+    "the core tells the scheduler nothing": (Scheduler, "enter_epoch", lambda _self, _epoch: None),
+    "the scheduler resets no prefixes": (Scheduler, "reset_prefix_cache", lambda _self: None),
+    "the pool forgets nothing": (BlockPool, "forget_all", lambda _self: None),
+    "no rank tells": (Worker, "epoch", lambda _self: 2),  # as it is once loaded
+    "nothing is preempted": (Scheduler, "preempt_all", lambda _self: 0),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("name", CHANGES)
+def test_without_one_of_the_guards_a_request_fails_but_no_token_is_wrong(make_rig, monkeypatch, truth, name, mutation):
+    """Would catch a design whose right answers depend on somebody who remembers to reset something."""
+    apply, (weights, _) = CHANGES[name]
+    right = truth(weights, PROMPT, GREEDY.max_tokens)
+    rig = make_rig()
+
+    def apply_broken(rig):
+        monkeypatch.setattr(*MUTATIONS[mutation])
+        apply(rig)
+
+    if mutation == "nothing is preempted":
+        with pytest.raises(AssertionError, match="another epoch"):
+            run_through(rig, apply_broken, negated=False)
+        return
+    before = run_through(rig, apply_broken, negated=False)
+    monkeypatch.undo()
+    continued = before + truth(weights, (*PROMPT, *before), GREEDY.max_tokens - NUM_BEFORE)
+    for request_id, expected in [("new", right), ("in flight", continued)]:
+        ended, tokens = rig.ended[request_id], rig.tokens[request_id]
+        refused = isinstance(ended, InternalError)
+        assert not refused or "epoch" in ended.message
+        assert tokens == expected[: len(tokens)], "tokens of another epoch were served"
+        assert refused or len(tokens) == len(expected)
+
+
+def test_a_request_that_was_refused_over_an_epoch_does_not_stop_the_next_one(rig):
+    """Would catch an engine that never looks again where its memory is, once it was wrong about it."""
+    before = rig.generate(PROMPT)
+    rig.worker._residency.release(SleepPlan(kv_cache="discard"))  # behind the engine's back
+    rig.worker._residency.restore(WakePlan(kv_cache="commit"))
+    with pytest.raises(InternalError, match="epoch"):
+        rig.generate(PROMPT)
+    assert rig.generate(PROMPT) == before
+
+
+def test_an_update_that_was_refused_leaves_requests_where_they_are(rig):
+    """Would catch work that is thrown away although nothing was written."""
+    rig.add("in flight", PROMPT)
+    while len(rig.tokens["in flight"]) < 4:
+        rig.step()
+    with pytest.raises(Exception, match="not a tensor"):
+        rig.call(UpdateCall(named_tensors=[("no such", rig.tensors()[NAME])]))
+    rig.run()
+    assert rig.core.stats.num_preemptions_total == 0
+    assert rig.tokens["in flight"] == rig.generate(PROMPT, GREEDY)
+
+
+def test_resetting_the_prefix_cache_is_no_other_epoch(rig):
+    """Would catch running requests that are computed again because somebody cleared what others may share."""
+    rig.add("in flight", PROMPT)
+    rig.step()
+    rig.call(ResetPrefixCacheCall())
+    rig.run()
+    assert rig.core.stats.num_preemptions_total == 0
+
+
+@pytest.mark.parametrize(
+    ("setup", "call", "verb"),
+    [
+        ((), SleepCall(1, None, "keep"), "release"),
+        ((), SleepCall(2, None, "keep"), "release"),
+        ((), SleepCall(1, ("kv_cache",), "keep"), "release"),
+        ((), ReloadCall(), "reload_weights"),
+        ((), ReloadCall(), "verify"),
+        ((), ReloadCall(), "canary_agrees"),
+        ((SleepCall(1, None, "keep"),), WakeCall(), "restore"),
+        ((SleepCall(2, None, "keep"),), WakeCall(), "canary_agrees"),
+        ((SleepCall(1, ("kv_cache",), "keep"),), WakeCall(), "canary_agrees"),
+    ],
+)
+def test_requests_in_flight_outlive_a_rank_that_fails_after_it_did_everything(make_rig, monkeypatch, setup, call, verb):
+    """Would catch running requests that go on with blocks which the recovery has thrown away."""
+    rig = make_rig()
+    before = rig.generate(PROMPT)
+    rig.add("in flight", PROMPT)
+    while len(rig.tokens["in flight"]) < NUM_BEFORE:
+        rig.step()
+    for one in setup:
+        rig.call(one)
+    original = getattr(Worker, verb)
+
+    def fail_once(worker, *args):
+        monkeypatch.setattr(Worker, verb, original)
+        original(worker, *args)
+        raise RuntimeError("a test says so")
+
+    monkeypatch.setattr(Worker, verb, fail_once)
+    with pytest.raises(ShuteyeError, match="a test says so"):
+        rig.call(call)
+    bring_awake(rig)
+    rig.run()
+    assert (rig.ended["in flight"], rig.tokens["in flight"]) == ("length", before)
+    assert rig.generate(PROMPT) == before
+
+
+class TestResidency:
+    @pytest.mark.parametrize(
+        ("setup", "act"),
+        [
+            ((), lambda r: r.release(SleepPlan(kv_cache="discard"))),
+            ((), lambda r: r.release(SleepPlan(weights="discard"))),
+            ((lambda r: r.save(SleepPlan(weights="offload")),), lambda r: r.release(SleepPlan(weights="offload"))),
+            ((lambda r: r.release(SleepPlan(kv_cache="discard")),), lambda r: r.restore(WakePlan(kv_cache="commit"))),
+            ((lambda r: r.release(SleepPlan(weights="discard")),), lambda r: r.restore(WakePlan(weights="reload"))),
+            ((lambda r: r.release(SleepPlan(weights="discard")),), lambda r: r.restore(WakePlan(weights="blank"))),
+            ((), lambda r: r.mark_written(NAME)),
+            ((), Residency.reset),
+        ],
+        ids=["release kv", "discard", "offload", "commit", "reload", "blank", "write", "reset"],
+    )
+    def test_whatever_changes_memory_raises_the_epoch(self, rig, setup, act):
+        """A change that raises nothing would let what was computed before it be used."""
+        residency = rig.worker._residency
+        for one in setup:
+            one(residency)
+        before = residency.epoch
+        act(residency)
+        assert residency.epoch > before
+
+    def test_a_release_that_fails_raises_it_all_the_same(self, rig):
+        """Half of the memory may be gone: blocks that were in it must not be trusted."""
+        residency = rig.worker._residency
+        before = residency.epoch
+        rig.backend.clear()
+        rig.backend.fail_at(0, when="after")
+        with pytest.raises(Exception, match="Injected"):
+            residency.release(SleepPlan(kv_cache="discard"))
+        assert residency.epoch > before
+        rig.backend.clear()
+        residency.reset()
