@@ -19,7 +19,7 @@ SETUP_INPUTS := pyproject.toml requirements/lock.txt requirements/torch.txt tool
 	src/shuteye/native/build.py $(sort $(wildcard src/shuteye/native/csrc/*))
 STAMP := $(VENV)/.set-up-$(shell { pwd; cat $(SETUP_INPUTS); } | sha256sum | cut -c1-16)
 
-.PHONY: help setup lock serve test test-latest test-slow test-clients test-gpu test-asan check bench bench-peers bench-sleep docs clean
+.PHONY: help setup lock serve test test-latest test-slow test-clients test-gpu test-asan chaos check bench bench-peers bench-sleep docs clean
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -51,6 +51,9 @@ test-clients: setup ## Run litellm and lm-eval against the server, in environmen
 
 test-gpu: setup ## Run the tests that need a CUDA device.
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
+
+chaos: setup ## Break a server in every known way for ten minutes; ARGS='--minutes 2 --seed 7'. Needs root.
+	$(VENV)/bin/python tools/chaos $(ARGS)
 
 # Python itself leaks by design, so leaks are not looked for; torch must be loaded after the sanitizer's runtime.
 test-asan: setup ## Run the native kernels' tests under AddressSanitizer and UBSan.
