@@ -61,6 +61,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
+    """What the caller wants."""
     parser = argparse.ArgumentParser(prog="tools/chaos", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: 10)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="repeats the order of events")
