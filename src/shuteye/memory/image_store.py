@@ -70,6 +70,17 @@ class ImageStore:
         _note_use(path / INDEX_FILE)
         return image
 
+    def open_key(self, key: str) -> WeightImage:
+        """The image that was there under this very key a moment ago.
+
+        Raises:
+            ImageFailure: it was removed meanwhile, or is damaged.
+        """
+        try:
+            return WeightImage.open(self._root / key)
+        except FileNotFoundError as error:
+            raise ImageFailure(f"The weight image {key} was removed meanwhile. Try again.") from error
+
     def open_or_build(self, identity: ImageIdentity, build: Callable[[ImageWriter], None]) -> WeightImage:
         """The image of `identity`, built first if there is none that can be used.
 
@@ -78,18 +89,19 @@ class ImageStore:
         Raises:
             ImageFailure: it cannot be written. Whatever `build` raises passes through; no image is left then.
         """
-        image = self._open_usable(identity)
+        image = self.open_usable(identity)
         if image is not None:
             return image
         with self._exclusive(identity.key):
-            image = self._open_usable(identity)
+            image = self.open_usable(identity)
             if image is None:
                 self._build(identity, build)
                 image = self.open(identity)
         assert image is not None, "an image cannot be removed while its lock is held"
         return image
 
-    def _open_usable(self, identity: ImageIdentity) -> WeightImage | None:
+    def open_usable(self, identity: ImageIdentity) -> WeightImage | None:
+        """`open`, but a damaged image counts as none."""
         try:
             return self.open(identity)
         except ImageFailure:
@@ -206,11 +218,7 @@ class ImageStore:
         Raises:
             ImageFailure: no such image, an ambiguous prefix, or it cannot even be opened.
         """
-        key = self._resolve(key)
-        try:
-            image = WeightImage.open(self._root / key)
-        except FileNotFoundError as error:
-            raise ImageFailure(f"The weight image {key} was removed meanwhile.") from error
+        image = self.open_key(self._resolve(key))
         try:
             image.read_buffers()
             return VerifyResult(verified_bytes=image.layout.nbytes, bad_extents=image.damaged_extents())
