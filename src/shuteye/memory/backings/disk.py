@@ -30,16 +30,16 @@ class DiskBacking(SpillBacking):
         return f"the spill directory {self._directory}"
 
     def free_bytes(self) -> int:
-        """See `Backing`. What an unprivileged process may still write to the file system."""
+        """See `Backing`. What an unprivileged process may still write to the file system; nothing is made for it."""
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            status = os.statvfs(self._directory)
+            status = os.statvfs(next(path for path in (self._directory, *self._directory.parents) if path.exists()))
         except OSError as error:
             raise failure_of(f"Reading the free space of {self}", error.errno, advice=_ADVICE) from error
         return status.f_bavail * status.f_frsize
 
     def _create(self, nbytes: int) -> int:
         try:
+            self._directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(prefix="shuteye-", suffix=".spill", dir=self._directory) as file:
                 os.ftruncate(file.fileno(), nbytes)
                 fd = os.dup(file.fileno())
