@@ -1,6 +1,7 @@
 """Fixtures of the whole suite: a tiny checkpoint for most tests, the real one for those marked `model`."""
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import shuteye
 from shuteye import LLM, AsyncEngine, EngineConfig
 from shuteye.config import default_cache_dir
+from shuteye.models import converter
 from shuteye.models.sources import ModelSource, resolve_source
 from shuteye.testing import tiny_model
 
@@ -19,6 +21,17 @@ NUM_THREADS = 1
 def few_threads() -> None:
     """More threads than idle cores make every operation wait at a barrier: fifty times slower on a busy machine."""
     torch.set_num_threads(NUM_THREADS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def convert_here() -> Iterator[None]:
+    """Convert in this process: a tiny model takes less time than a process that imports transformers to begin.
+
+    `tests/models/test_converter.py` has the process of its own; so has every server that tests start.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(converter, "make_apart", converter.make)
+        yield
 
 
 @pytest.fixture(scope="session")

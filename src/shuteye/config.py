@@ -5,6 +5,7 @@ Knows nothing of where values come from; environment, files and flags are read i
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,13 @@ def default_cache_dir() -> Path:
     return Path.home() / ".cache" / "shuteye"
 
 
+def _path_text(name: str, value: object, *, meaning: str) -> str:
+    """The text of a path that was given as one, or as text."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise InvalidRequest(f"{name} must name {meaning}, got {value!r}.", param=name)
+    return str(os.fspath(value))
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything an engine needs to know; field names are the command line's flags.
@@ -43,6 +51,7 @@ class EngineConfig:
         drain_timeout_s: how long `mode="wait"` waits for requests in flight.
         verify_wake: how much of the weights is compared with checksums before the gate opens.
         canary: whether a short forward pass must reproduce its recorded logits before the gate opens.
+        cache_dir: where images and fetched wheels live; text is taken as well, and `~` is the user's home.
         num_threads: compute threads; None takes all cores.
         kernels: `auto` uses the native kernels where they can be used, `torch` never.
 
@@ -78,6 +87,10 @@ class EngineConfig:
     offline: bool = False
 
     def __post_init__(self) -> None:
+        model = _path_text("model", self.model, meaning="a directory, a .gguf file, a hub id or an alias")
+        cache_dir = _path_text("cache_dir", self.cache_dir, meaning="a directory")
+        object.__setattr__(self, "model", model)
+        object.__setattr__(self, "cache_dir", Path(cache_dir).expanduser())
         positive = {
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,
@@ -97,8 +110,6 @@ class EngineConfig:
             raise InvalidRequest(
                 f"kv_cache_memory must be 0 or more, got {self.kv_cache_memory}.", param="kv_cache_memory"
             )
-        if not self.model:
-            raise InvalidRequest("model must name a directory, a .gguf file, a hub id or an alias.", param="model")
 
     def resolve(self, facts: ModelFacts) -> EngineConfig:
         """A complete copy: dtype, context length and KV cache size decided from what was loaded.

@@ -388,6 +388,8 @@ class ModelInfo:
         image_dir: the weight image in use.
         kv_bytes_per_token: KV cache bytes of one token on one rank, all layers; 0 without a KV cache.
         pooling: what a model that embeds or scores makes of an input; None for the others.
+        source: where the weights come from, such as `hub: owner/name at 12fd25f77366` or `path: /models/x`.
+        source_format: how they were stored there, such as `GGUF Q4_1`; `dtype` is what they are served in.
     """
 
     model: str
@@ -406,3 +408,12 @@ class ModelInfo:
     kv_bytes_per_token: int
     default_sampling: dict[str, float] = field(default_factory=dict)
     pooling: PoolingInfo | None = None
+    source: str = ""
+    source_format: str = ""
+
+    @property
+    def weights_are(self) -> str:
+        """What is served, from where and in what bits, in words."""
+        stored, served = self.source_format, self.dtype
+        cast = "" if stored.endswith(f" {served}") else f", served as {served}"
+        return f"{stored}{cast}, from {self.source}" if self.source else served

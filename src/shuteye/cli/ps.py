@@ -77,6 +77,8 @@ def _ps_one(remote: Remote, *, as_json: bool) -> int:
         show_json(seen.as_json())
         return 0
     show(f"{seen.url}  shuteye {seen.version}  {', '.join(server.models)}  {_status(server)}")
+    if server.model is not None:
+        show(f"Weights: {server.model.weights_are}")
     if server.state.tags:
         show(table(("TAG", "IS", "RESIDENT ", "SIZE ", "OTHERWISE IN"), map(_row, server.state.tags)))
         show(_wake_cost(server))

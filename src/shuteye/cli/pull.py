@@ -34,13 +34,13 @@ def pull(
     ] = None,
 ) -> None:
     """Fetch a model and build its weight image."""
-    from shuteye.memory.image_store import ImageStore
-    from shuteye.models import sources
-    from shuteye.models.loader import open_image
+    from shuteye.models.binding import Origin
+    from shuteye.models.converter import Order, obtain_image
 
     directory = cache_dir or default_cache_dir()
     with ProgressBars() as progress:
-        source = sources.pull(model, revision=revision, cache_dir=directory, progress=progress)
-        image = open_image(source, dtype=dtype, store=ImageStore(directory), progress=progress)
-    show(f"{source.name} is ready: {format_size(image.layout.nbytes)} of weights in {image.path}")
+        image = obtain_image(Order(model, str(directory), revision, dtype), progress)
+    origin = Origin.of(image)
+    show(f"{model} is ready: {origin.source_format} from {origin.source}")
+    show(f"{format_size(image.layout.nbytes)} of weights in {image.identity.dtype} in {image.path}")
     image.close()

@@ -31,4 +31,6 @@ def model_info(config: EngineConfig, facts: ModelFacts, num_blocks: int) -> Mode
         kv_bytes_per_token=facts.kv_bytes_per_token,
         default_sampling=facts.default_sampling,
         pooling=facts.pooling,
+        source=facts.source,
+        source_format=facts.source_format,
     )

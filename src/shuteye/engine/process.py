@@ -6,8 +6,6 @@ frame, from stdin.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -20,8 +18,8 @@ from shuteye.config import EngineConfig
 from shuteye.engine.loop import run_engine
 from shuteye.engine.messages import FromEngine, ToEngine
 from shuteye.executors.wire import Decoder, connect_pair, encode
+from shuteye.parent import die_with_parent
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 MAX_POLL_MS = 1 << 30
 
 
@@ -50,16 +48,9 @@ class ZmqChannel:
         self._socket.send(encode(message))
 
 
-def _die_with_parent(parent_pid: int) -> None:
-    """Linux: no engine outlives the server that started it, however that ended. In a container its id may well be 1."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        sys.exit("the parent process has gone already")
-
-
 def main() -> None:
     """Serve one engine until told to shut down."""
-    _die_with_parent(int(sys.argv[2]))
+    die_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides when we end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.configure(logs.LogSettings(cast(logs.LogFormat, sys.argv[3]), cast(logs.LogLevel, sys.argv[4])))

@@ -13,7 +13,7 @@ from shuteye.errors import BackendFailure, MemoryExhausted
 _NO_ROOM = frozenset({errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
-def failure_of(what: str, code: int | None) -> BackendFailure | MemoryExhausted:
+def failure_of(what: str, code: int | None, *, advice: str = "") -> BackendFailure | MemoryExhausted:
     """The error to raise when `what` failed with errno `code`: exhaustion if there was no room, else a failure."""
     kind = MemoryExhausted if code in _NO_ROOM else BackendFailure
-    return kind(f"{what} failed: {os.strerror(code or 0)} (errno {code}).")
+    return kind(f"{what} failed: {os.strerror(code or 0)} (errno {code}). {advice}".rstrip())

@@ -6,12 +6,12 @@ Two locks, both flock(2), so both die with their process:
     `<key>.lock`, exclusive: held by whoever builds, replaces or removes `<key>`.
     `<key>/weights.rank0.bin`, shared: held by whoever uses the image.
 An image appears by one rename of a finished, synced directory; a crash leaves only `.<key>.*`, which the next to hold
-the key's lock sweeps away.
+the key's lock sweeps away (`orphans.py` does so for every key).
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import mmap
 import os
 import shutil
@@ -24,6 +24,8 @@ from pathlib import Path
 from shuteye.errors import ImageFailure
 from shuteye.memory.image import INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage, read_index
 from shuteye.memory.image_writer import ImageWriter, reporting_write_errors
+from shuteye.memory.locks import lock_file, try_lock
+from shuteye.memory.orphans import tree_bytes
 from shuteye.plans import VerifyResult
 
 
@@ -65,9 +67,19 @@ class ImageStore:
         if image.identity != identity:
             image.close()
             raise ImageFailure(f"The weight image {path} was made from {image.identity}, not from {identity}.")
-        with suppress(PermissionError):  # a cache shared read-only keeps no time of last use
-            os.utime(path / INDEX_FILE)
+        _note_use(path / INDEX_FILE)
         return image
+
+    def open_key(self, key: str) -> WeightImage:
+        """The image that was there under this very key a moment ago.
+
+        Raises:
+            ImageFailure: it was removed meanwhile, or is damaged.
+        """
+        try:
+            return WeightImage.open(self._root / key)
+        except FileNotFoundError as error:
+            raise ImageFailure(f"The weight image {key} was removed meanwhile. Try again.") from error
 
     def open_or_build(self, identity: ImageIdentity, build: Callable[[ImageWriter], None]) -> WeightImage:
         """The image of `identity`, built first if there is none that can be used.
@@ -77,18 +89,19 @@ class ImageStore:
         Raises:
             ImageFailure: it cannot be written. Whatever `build` raises passes through; no image is left then.
         """
-        image = self._open_usable(identity)
+        image = self.open_usable(identity)
         if image is not None:
             return image
         with self._exclusive(identity.key):
-            image = self._open_usable(identity)
+            image = self.open_usable(identity)
             if image is None:
                 self._build(identity, build)
                 image = self.open(identity)
         assert image is not None, "an image cannot be removed while its lock is held"
         return image
 
-    def _open_usable(self, identity: ImageIdentity) -> WeightImage | None:
+    def open_usable(self, identity: ImageIdentity) -> WeightImage | None:
+        """`open`, but a damaged image counts as none."""
         try:
             return self.open(identity)
         except ImageFailure:
@@ -132,7 +145,7 @@ class ImageStore:
         path = self._root / f"{key}.lock"
         with reporting_write_errors(path):
             self._root.mkdir(parents=True, exist_ok=True)
-            fd = _lock_file(path)
+            fd = lock_file(path)
         try:
             yield
         finally:
@@ -156,7 +169,7 @@ class ImageStore:
 
     def _summarize(self, key: str) -> ImageSummary:
         path = self._root / key
-        nbytes = _tree_bytes(path)
+        nbytes = tree_bytes(path)
         index_path = path / INDEX_FILE
         last_used = (index_path if index_path.exists() else path).stat().st_mtime
         try:
@@ -179,7 +192,7 @@ class ImageStore:
             yield True
             return
         try:
-            yield _try_lock(fd)
+            yield try_lock(fd)
         finally:
             os.close(fd)
 
@@ -194,7 +207,7 @@ class ImageStore:
             if not unused:
                 raise ImageFailure(f"The weight image {key} is in use. Stop the server that uses it first.")
             with reporting_write_errors(self._root / key):
-                nbytes = _tree_bytes(self._root / key)
+                nbytes = tree_bytes(self._root / key)
                 self._set_aside(key)
             self._sweep(key)
             return nbytes
@@ -205,11 +218,7 @@ class ImageStore:
         Raises:
             ImageFailure: no such image, an ambiguous prefix, or it cannot even be opened.
         """
-        key = self._resolve(key)
-        try:
-            image = WeightImage.open(self._root / key)
-        except FileNotFoundError as error:
-            raise ImageFailure(f"The weight image {key} was removed meanwhile.") from error
+        image = self.open_key(self._resolve(key))
         try:
             image.read_buffers()
             return VerifyResult(verified_bytes=image.layout.nbytes, bad_extents=image.damaged_extents())
@@ -225,27 +234,13 @@ class ImageStore:
         return found[0]
 
 
-def _tree_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-
-
-def _try_lock(fd: int) -> bool:
+def _note_use(path: Path) -> None:
+    """Make now the file's time; where nothing can be written, as in a shared cache, no time of last use is kept."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _lock_file(path: Path) -> int:
-    """An exclusively locked descriptor of the file that `path` names, also after waiting."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(fd)):
-                return fd
-        os.close(fd)  # its holder deleted it on leaving, and we locked a file without a name
+        os.utime(path)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
 
 
 def _sync_directory(path: Path) -> None:

@@ -5,6 +5,7 @@ Knows nothing of where the directory ends up, nor of checkpoints.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -31,6 +32,7 @@ from shuteye.memory.layout import Layout, Slot, TensorSpec, plan_layout
 
 WeightData: TypeAlias = torch.Tensor | bytes | bytearray | memoryview
 
+_OWN_FILES = "/proc/self/fd"
 _SPARE_BYTES = 64 << 20
 """Disk space that must be left over: the index, the tokenizer, and some air."""
 
@@ -83,7 +85,7 @@ class ImageWriter:
         assert layout.slots, "an image needs at least one tensor"
         with reporting_write_errors(self.directory):
             self._require_space(layout.nbytes)
-            self._fd = os.open(self.directory / WEIGHTS_FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._fd = _create(self.directory)
             os.ftruncate(self._fd, layout.nbytes)
         self._layout, self._missing = layout, set(layout.slots)
         self._aliases, self._metadata = dict(aliases or {}), dict(metadata or {})
@@ -143,6 +145,7 @@ class ImageWriter:
                 created=time.time(),
             )
             (self.directory / INDEX_FILE).write_bytes(encode_index(index))
+            _give_name(self._fd, self.directory / WEIGHTS_FILE)
             sync_tree(self.directory)
 
     def _write_buffers(self) -> tuple[tuple[Slot, ...], str]:
@@ -162,6 +165,25 @@ class ImageWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _create(directory: Path) -> int:
+    """A file for the weights, without a name where the file system can: a killed process then leaves none of it."""
+    flags = os.O_RDWR | os.O_CLOEXEC
+    if Path(_OWN_FILES).is_dir():
+        try:
+            return os.open(directory, flags | os.O_TMPFILE, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+                raise
+    return os.open(directory / WEIGHTS_FILE, flags | os.O_CREAT | os.O_EXCL, 0o600)
+
+
+def _give_name(fd: int, path: Path) -> None:
+    """Name a file that has no name yet. Source: open(2), O_TMPFILE."""
+    if os.fstat(fd).st_nlink == 0:
+        # With a directory given, though an absolute path needs none, Python follows the link to the file itself.
+        os.link(f"{_OWN_FILES}/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
 
 
 def _bytes_for(slot: Slot, data: WeightData) -> memoryview:

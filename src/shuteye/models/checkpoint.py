@@ -5,7 +5,6 @@ Knows nothing of images or arenas.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,10 +16,22 @@ import torch
 from shuteye.config import DType
 from shuteye.errors import UnsupportedModel
 from shuteye.models.blueprint import build_module, quiet, tied_names
+from shuteye.models.checkpoint_files import (
+    gguf_formats,
+    main_formats,
+    open_weights,
+    read_json,
+    refusing,
+    require_json,
+    stored_formats,
+    weight_files,
+)
 from shuteye.models.sources import ModelSource
 from shuteye.models.tasks import model_class, model_options
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WIDE = frozenset({"float32", "float64"})
+_NARROW = frozenset({"bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,42 +62,59 @@ def resolve_dtype(source: ModelSource, wanted: DType) -> torch.dtype:
         return _DTYPES[wanted]
     if source.kind == "gguf":
         return torch.bfloat16
-    config = json.loads((source.path / "config.json").read_text())
-    named = config.get("dtype") or config.get("torch_dtype") or _stored_dtype(source.path)
-    return torch.float32 if named in ("float32", "F32", "float64", "F64") else torch.bfloat16
+    path = source.path / "config.json"
+    config = read_json(path)
+    named = config.get("dtype") or config.get("torch_dtype")
+    named = named.removeprefix("torch.") if isinstance(named, str) else "auto"
+    if named not in _NARROW | _WIDE | {"auto"}:
+        raise UnsupportedModel(
+            f"{path} names the dtype {named!r}, which is not served; expected {', '.join(sorted(_NARROW | _WIDE))}."
+        )
+    return torch.float32 if (_stored_dtype(source) if named == "auto" else named) in _WIDE else torch.bfloat16
 
 
-def _stored_dtype(directory: Path) -> str:
-    """The dtype of the first tensor of numbers of the first safetensors file, as its header spells it."""
-    with min(directory.glob("*.safetensors")).open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    dtypes = (entry["dtype"] for name, entry in header.items() if name != "__metadata__")
-    return next((dtype for dtype in dtypes if "F" in dtype), "BF16")
+def _stored_dtype(source: ModelSource) -> str:
+    """The dtype that most numbers are stored in."""
+    with ExitStack() as stack:
+        counts = stored_formats(open_weights(weight_files(source.path), stack))
+    return counts.most_common(1)[0][0] if counts else "bfloat16"
+
+
+def stored_as(source: ModelSource) -> str:
+    """How the checkpoint's numbers are stored: `GGUF Q4_1`, `safetensors bfloat16`. Opens every file that matters.
+
+    Raises:
+        UnsupportedModel: one of them is damaged.
+    """
+    if source.kind == "gguf":
+        return f"GGUF {main_formats(gguf_formats(source.path))}"
+    require_json(source.path)
+    with ExitStack() as stack:
+        return f"safetensors {main_formats(stored_formats(open_weights(weight_files(source.path), stack)))}"
 
 
 def read_config(source: ModelSource) -> Any:
     """The transformers config of a checkpoint.
 
     Raises:
-        UnsupportedModel: transformers does not know the model type without running code from the checkpoint.
+        UnsupportedModel: it is damaged, or transformers does not know the model type without running code from the
+            checkpoint.
     """
     from transformers import AutoConfig
 
     where, extra = _location(source)
-    with quiet():
-        try:
-            return AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=True, **extra)
-        except ValueError as error:
-            raise UnsupportedModel(f"{source.name}: its configuration cannot be used: {error}") from error
+    with quiet(), refusing(f"{source.name}: its configuration cannot be used"):
+        return AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=True, **extra)
 
 
 def read_generation_config(source: ModelSource) -> dict[str, Any]:
-    """generation_config.json as it is, or nothing."""
+    """generation_config.json as it is, or nothing.
+
+    Raises:
+        UnsupportedModel: it is damaged.
+    """
     path = source.path / "generation_config.json"
-    if source.kind == "gguf" or not path.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    return {} if source.kind == "gguf" or not path.is_file() else read_json(path)
 
 
 def save_tokenizer(source: ModelSource, directory: Path) -> None:
@@ -130,11 +158,8 @@ def _read_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     where, extra = _location(source)
-    with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=True, **extra)
-        except (ValueError, OSError, ImportError) as error:
-            raise UnsupportedModel(f"{source.name}: its tokenizer cannot be read: {error}") from error
+    with quiet(), refusing(f"{source.name}: its tokenizer cannot be read"):
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=True, **extra)
     if not tokenizer.is_fast:
         raise UnsupportedModel(
             f"{source.name}: {type(tokenizer).__name__} is not a fast tokenizer; only those with a tokenizer.json "
@@ -178,9 +203,10 @@ def _stream(
         for name, parameter in module.named_parameters(remove_duplicate=False)
         if name not in ties
     }
-    stored = _open_files(source.path, stack)
-    if stored is None or not _is_plain(module, wanted, stored, dtype):
+    stored = open_weights(weight_files(source.path), stack)
+    if not _is_plain(module, wanted, stored, dtype):
         return None
+    _require_floats(source, stored)
 
     def read(name: str) -> torch.Tensor:
         tensor: torch.Tensor = stored[name].get_tensor(name)
@@ -189,19 +215,15 @@ def _stream(
     return CheckpointTensors({name: (shape, dtype) for name, shape in wanted.items()}, ties, read, {})
 
 
-def _open_files(directory: Path, stack: ExitStack) -> dict[str, Any] | None:
-    """Tensor name → the open file that holds it; the files are those that transformers would read."""
-    from safetensors import safe_open
-
-    index = directory / "model.safetensors.index.json"
-    if (directory / "model.safetensors").is_file():
-        files = [directory / "model.safetensors"]
-    elif index.is_file():
-        files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    else:
-        return None
-    opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118  not a mapping
+def _require_floats(source: ModelSource, stored: dict[str, Any]) -> None:
+    """Refuse whole numbers, whose scales the checkpoint does not tell; cast, they would be served as weights."""
+    for name, file in stored.items():
+        kind = file.get_slice(name).get_dtype()
+        if "F" not in kind:
+            raise UnsupportedModel(
+                f"{source.name}: {name} is stored as {kind}, expected a floating-point format. If the checkpoint is "
+                "quantized, use the unquantized one or a .gguf file."
+            )
 
 
 def _is_plain(module: Any, wanted: dict[str, tuple[int, ...]], stored: dict[str, Any], dtype: torch.dtype) -> bool:
@@ -242,7 +264,13 @@ def _load_whole(source: ModelSource, config: Any, dtype: torch.dtype, *, task: s
     extra |= model_options(found, task)
     with quiet():
         model, report = found.from_pretrained(
-            where, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, **extra
+            where,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, by name, and refused
+            **extra,
         )
     _check_report(source, report)
     parameters: dict[str, torch.Tensor] = {}

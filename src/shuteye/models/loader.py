@@ -15,12 +15,13 @@ import msgspec
 import torch
 
 from shuteye.config import DType
+from shuteye.errors import UnsupportedModel
 from shuteye.memory.arena import dtype_name
 from shuteye.memory.image import ImageIdentity, WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.memory.image_writer import ImageWriter
 from shuteye.memory.layout import TensorSpec
-from shuteye.models.binding import CONFIG_DIR, TOKENIZER_DIR
+from shuteye.models.binding import CONFIG_DIR, TOKENIZER_DIR, Origin
 from shuteye.models.blueprint import build_module, quiet
 from shuteye.models.capabilities import check
 from shuteye.models.checkpoint import (
@@ -30,7 +31,9 @@ from shuteye.models.checkpoint import (
     read_generation_config,
     resolve_dtype,
     save_tokenizer,
+    stored_as,
 )
+from shuteye.models.checkpoint_files import refusing
 from shuteye.models.encoder import EncoderFacts, examine_encoder
 from shuteye.models.fused import INVERSE_FREQUENCIES, FusedFacts, recognise
 from shuteye.models.layout_order import group_of, layout_order
@@ -44,7 +47,7 @@ from shuteye.models.tasks import task_of
 
 __all__ = ["LoadedModel", "bind", "identity_of", "open_image"]
 
-RECIPE = 2
+RECIPE = 3
 """Part of every image's identity: to be raised when the same checkpoint is to give another image."""
 
 _SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -61,8 +64,19 @@ class _Conversion:
     streaming: bool = True
 
     def write(self, writer: ImageWriter) -> None:
-        """Build the image; what cannot be served is refused before anything large is read."""
+        """Build the image; what cannot be served is refused before anything large is read, and by name."""
+        name = self.source.name
+        try:
+            with refusing(f"{name} cannot be converted"):
+                self._write(writer)
+        except UnsupportedModel as error:
+            if name in error.message:
+                raise
+            raise UnsupportedModel(f"{name}: {error.message}") from error
+
+    def _write(self, writer: ImageWriter) -> None:
         self.progress.start(f"Reading the configuration and tokenizer of {self.source.name}", None)
+        stored = stored_as(self.source)
         config = read_config(self.source)
         task = task_of(config, sentence_transformers=has_pooling(self.source.path))
         facts, buffers = self._examine(config, task)
@@ -75,7 +89,8 @@ class _Conversion:
         with open_checkpoint(self.source, config, dtype=self.dtype, streaming=self.streaming, task=task) as tensors:
             self.progress.finish()
             order = layout_order(list(tensors.parameters))
-            writer.begin(_specs(order, tensors), aliases=tensors.aliases, metadata=msgspec.to_builtins(facts))
+            metadata = msgspec.to_builtins(facts) | Origin(self.source.origin, stored).as_metadata()
+            writer.begin(_specs(order, tensors), aliases=tensors.aliases, metadata=metadata)
             self.progress.start(f"Writing the weight image of {self.source.name}", tensors.nbytes)
             self._write_tensors(writer, order, tensors)
             for name, buffer in buffers.items():

@@ -29,6 +29,10 @@ class Progress(Protocol):
         """The current step is done."""
         ...
 
+    def fail(self, reason: str) -> None:
+        """The current step came to nothing; what is done about it is another step, or an error."""
+        ...
+
 
 class NoProgress:
     """Tells nobody."""
@@ -40,6 +44,9 @@ class NoProgress:
         """Nothing."""
 
     def finish(self) -> None:
+        """Nothing."""
+
+    def fail(self, reason: str) -> None:
         """Nothing."""
 
 
@@ -69,3 +76,7 @@ class LoggedProgress:
     def finish(self) -> None:
         """See `Progress`."""
         logger.info("%s: done in %.1f s", self._label, time.monotonic() - self._begin)
+
+    def fail(self, reason: str) -> None:
+        """See `Progress`."""
+        logger.warning("%s: failed after %.1f s: %s", self._label, time.monotonic() - self._begin, reason)

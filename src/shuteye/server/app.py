@@ -155,4 +155,5 @@ async def _start(context: ServerContext) -> None:
         logger.exception("The model %r failed to load because of a bug of ours.", engine.config.model)
         raise
     else:
-        logger.info("The model %r is ready after %.1f s.", engine.config.model, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        logger.info("The model %r is ready after %.1f s: %s.", engine.config.model, seconds, engine.info.weights_are)

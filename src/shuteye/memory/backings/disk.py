@@ -14,6 +14,8 @@ from shuteye.memory.backings.base import BackingName
 from shuteye.memory.backings.spill import SpillBacking
 from shuteye.memory.failures import failure_of
 
+_ADVICE = "Changed weights are kept there while asleep: choose a --cache-dir that can be written, or sleep at level 2."
+
 
 class DiskBacking(SpillBacking):
     """A `Backing` in `directory`, which is made if need be."""
@@ -28,19 +30,19 @@ class DiskBacking(SpillBacking):
         return f"the spill directory {self._directory}"
 
     def free_bytes(self) -> int:
-        """See `Backing`. What an unprivileged process may still write to the file system."""
+        """See `Backing`. What an unprivileged process may still write to the file system; nothing is made for it."""
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            status = os.statvfs(self._directory)
+            status = os.statvfs(next(path for path in (self._directory, *self._directory.parents) if path.exists()))
         except OSError as error:
-            raise failure_of(f"Reading the free space of {self}", error.errno) from error
+            raise failure_of(f"Reading the free space of {self}", error.errno, advice=_ADVICE) from error
         return status.f_bavail * status.f_frsize
 
     def _create(self, nbytes: int) -> int:
         try:
-            fd, path = tempfile.mkstemp(prefix="shuteye-", suffix=".spill", dir=self._directory)
-            Path(path).unlink()
-            os.ftruncate(fd, nbytes)
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(prefix="shuteye-", suffix=".spill", dir=self._directory) as file:
+                os.ftruncate(file.fileno(), nbytes)
+                fd = os.dup(file.fileno())
         except OSError as error:
-            raise failure_of(f"Making a file in {self}", error.errno) from error
+            raise failure_of(f"Making a file in {self}", error.errno, advice=_ADVICE) from error
         return fd

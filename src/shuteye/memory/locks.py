@@ -1,0 +1,69 @@
+"""Lock files: held by flock(2), so that a lock ends with the process that holds it, and deleted by their last holder.
+
+Knows nothing of what they protect.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def lock_file(path: Path) -> int:
+    """An exclusively locked descriptor of the file that `path` names, also after waiting.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    while True:
+        fd = _open(path)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if _is_named(fd, path):
+            return fd
+        os.close(fd)  # its holder deleted it on leaving, and we locked a file without a name
+
+
+def try_lock_file(path: Path) -> int | None:
+    """`lock_file` without waiting; None if somebody holds it.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    fd = _open(path)
+    if try_lock(fd) and _is_named(fd, path):
+        return fd
+    os.close(fd)
+    return None
+
+
+def try_lock(fd: int) -> bool:
+    """Lock an open file exclusively, if nobody holds it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock; writes nothing, so that it can be asked of a read-only directory."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return not try_lock(fd)
+    finally:
+        os.close(fd)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
+def _is_named(fd: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    return False

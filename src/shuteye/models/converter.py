@@ -1,0 +1,249 @@
+"""Weight images for whoever serves them: opened if there, else fetched and converted in a process of its own.
+
+Knows nothing of arenas. Converting takes transformers, and several times the memory that serving does; all of it is
+given back when the process ends. `python -m shuteye.models.converter PARENT ORDER` is that process: ORDER is JSON, and
+what it has to tell goes to stdout, one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from shuteye.config import DType
+from shuteye.errors import ImageFailure, InternalError, MemoryExhausted, ModelNotFound, ShuteyeError, rebuild
+from shuteye.memory.image import WeightImage
+from shuteye.memory.image_store import ImageStore
+from shuteye.memory.orphans import sweep_orphans
+from shuteye.models.progress import Progress
+from shuteye.parent import die_with_parent
+
+END_GRACE_S = 10.0
+"""How long a process that is told to end may take to delete what it has begun."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Which image is wanted; the fields are those of `EngineConfig`, `cache_dir` as text so that it can travel."""
+
+    model: str
+    cache_dir: str
+    revision: str | None = None
+    dtype: DType = "auto"
+    offline: bool = False
+
+
+class Started(msgspec.Struct, frozen=True, tag=True):
+    """`Progress.start`."""
+
+    label: str
+    total: int | None
+
+
+class Advanced(msgspec.Struct, frozen=True, tag=True):
+    """`Progress.advance`."""
+
+    amount: int
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    """`Progress.finish`."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """`Progress.fail`."""
+
+    reason: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The end: an error, by class name."""
+
+    kind: str
+    message: str
+    param: str | None
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """The end: the image is there, under this key."""
+
+    key: str
+
+
+Line = Started | Advanced | Finished | Failed | Refused | Done
+
+
+def obtain_image(order: Order, progress: Progress) -> WeightImage:
+    """The image of `order`, opened; made first, in a process of its own, if there is none that can be used.
+
+    Raises:
+        ModelNotFound: nothing of that name; the message says what was tried.
+        UnsupportedModel: it cannot be served, or its files are damaged.
+        ImageFailure: the image cannot be written, or the process that makes it was ended by something else.
+        MemoryExhausted: there was not enough memory to convert it.
+    """
+    cache_dir = Path(order.cache_dir)
+    sweep_orphans(cache_dir)
+    store = ImageStore(cache_dir)
+    return _open_present(order, store) or store.open_key(make_apart(order, progress))
+
+
+def _open_present(order: Order, store: ImageStore) -> WeightImage | None:
+    """The image, if it is there and its checkpoint is known without asking anybody."""
+    from shuteye.models.checkpoint import resolve_dtype
+    from shuteye.models.loader import identity_of
+    from shuteye.models.sources import resolve_source
+
+    try:
+        source = resolve_source(order.model, revision=order.revision, cache_dir=Path(order.cache_dir), offline=True)
+    except ModelNotFound:
+        if order.offline:
+            raise
+        return None
+    return store.open_usable(identity_of(source, resolve_dtype(source, order.dtype)))
+
+
+def make(order: Order, progress: Progress) -> str:
+    """Fetch and convert in this process; the image's key."""
+    from shuteye.models.sources import resolve_source
+
+    cache_dir = Path(order.cache_dir)
+    source = resolve_source(
+        order.model, revision=order.revision, cache_dir=cache_dir, offline=order.offline, progress=progress
+    )
+    from shuteye.models.loader import open_image  # torch takes seconds, which a name that is wrong need not
+
+    image = open_image(source, dtype=order.dtype, store=ImageStore(cache_dir), progress=progress)
+    image.close()
+    return image.identity.key
+
+
+def make_apart(order: Order, progress: Progress) -> str:
+    """`make` in a process of its own, which ends with this one."""
+    with _ended(subprocess.Popen(_command(order), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)) as process:
+        assert process.stdout is not None
+        last = _follow(process.stdout, progress)
+        code = process.wait()
+    if isinstance(last, Done):
+        return last.key
+    if isinstance(last, Refused):
+        raise rebuild(last.kind, last.message, last.param)
+    raise _unexpected_end(order.model, code)
+
+
+def _command(order: Order) -> tuple[str, ...]:
+    return (sys.executable, "-m", "shuteye.models.converter", str(os.getpid()), msgspec.json.encode(order).decode())
+
+
+def _unexpected_end(model: str, code: int) -> ShuteyeError:
+    what = f"The process that converted {model!r}"
+    if code == -signal.SIGKILL:
+        return MemoryExhausted(
+            f"{what} was killed (SIGKILL), as the system does when memory runs out. "
+            "Free memory, or convert with `shuteye pull` where there is more."
+        )
+    if code < 0:
+        return ImageFailure(f"{what} was ended by {signal.Signals(-code).name} before it was done. Try again.")
+    return InternalError(f"{what} ended with status {code} before it was done; stderr says why.")
+
+
+@contextmanager
+def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """Whatever happens here, such as Ctrl-C, the process is gone afterwards, and what it had begun is deleted."""
+    with process:
+        try:
+            yield process
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(END_GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+
+
+def _follow(lines: IO[bytes], progress: Progress) -> Line | None:
+    """Pass on what is told of progress; the last line is what came of it, or None if there was none."""
+    decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
+    for line in lines:
+        match decoder.decode(line):
+            case Started(label, total):
+                progress.start(label, total)
+            case Advanced(amount):
+                progress.advance(amount)
+            case Finished():
+                progress.finish()
+            case Failed(reason):
+                progress.fail(reason)
+            case Refused() | Done() as end:
+                return end
+    return None
+
+
+# --- the process itself -----------------------------------------------------------------------------
+
+
+class _Teller:
+    """Writes lines; a `Progress`."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def tell(self, line: Line) -> None:
+        self._file.write(msgspec.json.encode(line) + b"\n")
+        self._file.flush()
+
+    def start(self, label: str, total: int | None) -> None:
+        """See `Progress`."""
+        self.tell(Started(label, total))
+
+    def advance(self, amount: int) -> None:
+        """See `Progress`."""
+        self.tell(Advanced(amount))
+
+    def finish(self) -> None:
+        """See `Progress`."""
+        self.tell(Finished())
+
+    def fail(self, reason: str) -> None:
+        """See `Progress`."""
+        self.tell(Failed(reason))
+
+
+def _stdout_for_us_alone() -> IO[bytes]:
+    """Our own copy of stdout; whatever else prints there goes to stderr."""
+    file = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return file
+
+
+def _outcome(order: Order, teller: _Teller) -> Line:
+    try:
+        return Done(make(order, teller))
+    except ShuteyeError as error:
+        return Refused(type(error).__name__, error.message, error.param)
+    except MemoryError:
+        return Refused(MemoryExhausted.__name__, f"There is not enough memory to convert {order.model!r}.", None)
+
+
+def main() -> None:
+    """Make one image, tell how it goes, and end."""
+    die_with_parent(int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; whoever started us decides
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was begun is deleted
+    teller = _Teller(_stdout_for_us_alone())
+    order = msgspec.json.decode(sys.argv[2], type=Order)
+    teller.tell(_outcome(order, teller))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Conversion in a process of its own: what it tells, how it ends, and what stays behind of it."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from shuteye.errors import ImageFailure, InternalError, MemoryExhausted, ModelNotFound, UnsupportedModel
+from shuteye.memory.image_store import ImageStore
+from shuteye.models import converter
+from shuteye.models.binding import Origin
+from shuteye.models.converter import Advanced, Done, Failed, Finished, Order, Refused, Started, obtain_image
+from shuteye.models.progress import NoProgress
+
+really_apart = converter.make_apart
+"""What the suite replaces by a conversion in its own process."""
+
+
+class Told:
+    def __init__(self) -> None:
+        self.steps: list[tuple[object, ...]] = []
+
+    def start(self, label: str, total: int | None) -> None:
+        self.steps.append(("start", label, total))
+
+    def advance(self, amount: int) -> None:
+        self.steps.append(("advance", amount))
+
+    def finish(self) -> None:
+        self.steps.append(("finish",))
+
+    def fail(self, reason: str) -> None:
+        self.steps.append(("fail", reason))
+
+
+ENGINE = """
+    import sys
+    from shuteye.models.converter import Order, obtain_image
+
+    class Progress:
+        def start(self, label, total):
+            print("start", label)
+        def advance(self, amount):
+            print("advance")
+        def finish(self):
+            print("finish")
+
+    image = obtain_image(Order(sys.argv[1], sys.argv[2]), Progress())
+    print(image.identity.key, "transformers" in sys.modules)
+"""
+
+
+def test_nothing_of_a_conversion_stays_in_the_process_that_wanted_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Would catch an engine that sleeps with hundreds of megabytes of transformers and its leftovers."""
+    command = [sys.executable, "-c", textwrap.dedent(ENGINE), str(tiny_checkpoint), str(tmp_path)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout.splitlines()
+    (image,) = ImageStore(tmp_path).list()
+    assert lines[-1] == f"{image.key} False"
+    assert lines[0] == f"start Reading the configuration and tokenizer of {tiny_checkpoint}"
+    assert lines.count("advance") > 10, "every tensor"
+    assert lines[-2] == "finish"
+
+
+def test_an_error_of_the_other_process_arrives_as_it_was(tmp_path: Path) -> None:
+    """Would catch a wrong name that ends in a traceback or as a bug of ours."""
+    with pytest.raises(ModelNotFound, match="No model 'no-such-model'") as caught:
+        really_apart(Order("no-such-model", str(tmp_path)), NoProgress())
+    assert caught.value.param == "model"
+
+
+def test_an_image_that_is_there_is_opened_without_another_process(tiny_checkpoint, tmp_path, monkeypatch) -> None:
+    order = Order(str(tiny_checkpoint), str(tmp_path))
+    first = obtain_image(order, NoProgress())
+    assert Origin.of(first) == Origin(f"path: {tiny_checkpoint}", "safetensors float32")
+    monkeypatch.setattr(converter, "make_apart", None)
+    second = obtain_image(order, NoProgress())
+    assert second.path == first.path
+    first.close()
+    second.close()
+
+
+def test_orphans_are_swept_by_whoever_wants_an_image(tiny_checkpoint, tmp_path) -> None:
+    """Would catch what a killed build left that stays until the same model is built again."""
+    left = tmp_path / "images" / ".other-bfloat16-0123.abcd"
+    left.mkdir(parents=True)
+    obtain_image(Order(str(tiny_checkpoint), str(tmp_path)), NoProgress()).close()
+    assert not left.exists()
+
+
+def test_offline_a_model_that_is_not_here_is_refused_at_once(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(converter, "make_apart", None)
+    with pytest.raises(ModelNotFound, match="offline"):
+        obtain_image(Order("no-one/nothing", str(tmp_path), offline=True), NoProgress())
+
+
+def test_what_is_told_is_passed_on_up_to_the_end() -> None:
+    lines = [Started("Reading", None), Finished(), Started("Writing", 7), Advanced(7), Failed("full"), Done("key")]
+    told = Told()
+    file = io.BytesIO(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+    assert converter._follow(file, told) == Done("key")
+    assert told.steps == [
+        ("start", "Reading", None),
+        ("finish",),
+        ("start", "Writing", 7),
+        ("advance", 7),
+        ("fail", "full"),
+    ]
+    assert converter._follow(io.BytesIO(), told) is None
+
+
+@pytest.mark.parametrize(
+    ("program", "expected", "says"),
+    [
+        ("raise SystemExit(3)", InternalError, "status 3"),
+        ("import os; os.kill(os.getpid(), 9)", MemoryExhausted, "SIGKILL"),
+        ("import os; os.kill(os.getpid(), 15)", ImageFailure, "SIGTERM"),
+        (
+            """print('{"type":"Refused","kind":"UnsupportedModel","message":"no","param":null}')""",
+            UnsupportedModel,
+            "no",
+        ),
+    ],
+)
+def test_however_the_process_ends_the_error_is_ours(monkeypatch, tmp_path, program, expected, says) -> None:
+    """Would catch a conversion that was killed for memory and is told as "engine died"."""
+    monkeypatch.setattr(converter, "_command", lambda _order: (sys.executable, "-S", "-c", program))
+    with pytest.raises(expected, match=says) as caught:
+        really_apart(Order("m", str(tmp_path)), NoProgress())
+    assert type(caught.value) is expected
+
+
+def test_an_interrupt_ends_the_process_and_what_it_had_begun(monkeypatch, tmp_path) -> None:
+    """Would catch Ctrl-C that leaves a conversion running, or its files."""
+    begun = tmp_path / "begun"
+    program = f"""
+        import pathlib, signal, sys, time
+        begun = pathlib.Path({str(begun)!r})
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        begun.touch()
+        print('{{"type":"Started","label":"x","total":null}}', flush=True)
+        try:
+            time.sleep(60)
+        finally:
+            begun.unlink()
+    """
+    monkeypatch.setattr(converter, "_command", lambda _order: (sys.executable, "-S", "-c", textwrap.dedent(program)))
+
+    class Interrupting(Told):
+        def start(self, label: str, total: int | None) -> None:
+            assert begun.exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        really_apart(Order("m", str(tmp_path)), Interrupting())
+    assert not begun.exists()
+
+
+def test_the_command_names_the_parent_and_the_order(tmp_path) -> None:
+    *_, parent, order = converter._command(Order("m", str(tmp_path), dtype="float32"))
+    assert int(parent) == os.getpid()
+    assert msgspec.json.decode(order, type=Order) == Order("m", str(tmp_path), dtype="float32")
+
+
+def test_a_refusal_is_told_by_name(tmp_path, monkeypatch) -> None:
+    def refuse(_order: Order, _progress: object) -> str:
+        raise UnsupportedModel("no", param="model")
+
+    monkeypatch.setattr(converter, "make", refuse)
+    teller = converter._Teller(io.BytesIO())
+    assert converter._outcome(Order("m", str(tmp_path)), teller) == Refused("UnsupportedModel", "no", "model")

@@ -1,0 +1,50 @@
+"""What ties a process to its parent."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import pytest
+
+from shuteye import parent
+
+
+@pytest.fixture
+def no_prctl(monkeypatch):
+    """The test's own process must not be tied to its parent."""
+    libc = types.SimpleNamespace(prctl=lambda *_args: 0)
+    monkeypatch.setattr(parent.ctypes, "CDLL", lambda *_args, **_options: libc)
+
+
+def test_a_server_may_be_process_1(no_prctl, monkeypatch):
+    """Would catch an engine that takes the server of a container, which has process id 1, for init."""
+    monkeypatch.setattr(parent.os, "getppid", lambda: 1)
+    parent.die_with_parent(1)
+
+
+def test_a_process_whose_parent_has_gone_ends(no_prctl, monkeypatch):
+    monkeypatch.setattr(parent.os, "getppid", lambda: 1)
+    with pytest.raises(SystemExit):
+        parent.die_with_parent(4711)
+
+
+PARENT = """
+    import os, subprocess, sys
+    code = f"import time; from shuteye.parent import die_with_parent; die_with_parent({os.getpid()}); "
+    child = subprocess.Popen([sys.executable, "-c", code + "print(1, flush=True); time.sleep(60)"], stdout=-1)
+    child.stdout.readline()
+    print(child.pid, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_process_dies_with_its_killed_parent():
+    """Would catch an engine, or a conversion, that goes on for minutes after its server was killed."""
+    command = [sys.executable, "-c", textwrap.dedent(PARENT)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)  # returns once both have closed it
+    status = Path(f"/proc/{done.stdout.strip()}/stat")
+    assert done.returncode == -signal.SIGKILL
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
