@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from shuteye.cli.flags import TIMEOUT_VARIABLE, URL_VARIABLE
 from shuteye.client import DEFAULT_TIMEOUT_S, DEFAULT_URL, AsyncClient, Client
 
 TagName = Literal["weights", "kv_cache"]
@@ -22,13 +23,13 @@ AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print the s
 class Remote:
     """A running server."""
 
-    url: Annotated[str, Parameter(help="The server's address, without /v1.", env_var="SHUTEYE_URL")] = DEFAULT_URL
+    url: Annotated[str, Parameter(help="The server's address, without /v1.", env_var=URL_VARIABLE)] = DEFAULT_URL
     admin_api_key: Annotated[
         str | None,
         Parameter(help="As given to `shuteye serve --admin-api-key`.", env_var="SHUTEYE_ADMIN_API_KEY"),
     ] = None
     timeout_s: Annotated[
-        float, Parameter(help="How long to wait for the answer, in seconds.", env_var="SHUTEYE_TIMEOUT_S")
+        float, Parameter(help="How long to wait for the answer, in seconds.", env_var=TIMEOUT_VARIABLE)
     ] = DEFAULT_TIMEOUT_S
 
     def connect(self) -> Client:
