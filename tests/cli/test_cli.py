@@ -219,6 +219,12 @@ WAKE_REPORT = WakeReport(
 )
 
 
+def answer(report):
+    """What a server answers for this report."""
+    measured = asdict(report)
+    return {"status": "sleeping", "tags": None, "tag_reports": measured.pop("tags"), **measured}
+
+
 @pytest.fixture
 def server():
     """A real HTTP server with canned answers by path; `asked` records what came."""
@@ -250,7 +256,7 @@ def server():
 
 def test_sleep_prints_what_was_measured(server, capsys):
     """Catches bytes printed as something else, flags that are not sent, and aborted requests not mentioned."""
-    server.answers["/sleep"] = (200, asdict(SLEEP_REPORT))
+    server.answers["/sleep"] = (200, answer(SLEEP_REPORT))
     command = [
         "sleep",
         "--url",
@@ -274,7 +280,7 @@ def test_sleep_prints_what_was_measured(server, capsys):
 
 def test_sleep_and_wake_as_json_are_the_whole_answer(server, capsys):
     """Catches a script losing fields, or getting colours."""
-    server.answers |= {"/sleep": (200, asdict(SLEEP_REPORT)), "/wake_up": (200, asdict(WAKE_REPORT))}
+    server.answers |= {"/sleep": (200, answer(SLEEP_REPORT)), "/wake_up": (200, answer(WAKE_REPORT))}
     for command, report in (("sleep", SLEEP_REPORT), ("wake", WAKE_REPORT)):
         assert cli.run([command, "--json", "--url", server.url]) == 0
         assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(asdict(report)))
@@ -284,13 +290,13 @@ def test_wake_says_how_it_was_verified_and_what_is_missing(server, capsys, monke
     """Catches a wake that looks complete but cannot serve."""
     monkeypatch.setenv("SHUTEYE_URL", server.url)
     monkeypatch.setenv("SHUTEYE_ADMIN_API_KEY", "secret")
-    server.answers["/wake_up"] = (200, asdict(WAKE_REPORT))
+    server.answers["/wake_up"] = (200, answer(WAKE_REPORT))
     assert cli.run(["wake"]) == 0
     out = capsys.readouterr().out
     assert "Woken in 20.0 ms: 256.0 MiB brought back from image." in out
     assert "Checksums of 16.0 MiB agree (sample); the canary gave the same logits." in out
     assert server.asked == [("POST", "/wake_up", "Bearer secret")]
-    server.answers["/wake_up"] = (200, asdict(WakeReport(changed=True, missing=("lm_head", "norm"))))
+    server.answers["/wake_up"] = (200, answer(WakeReport(changed=True, missing=("lm_head", "norm"))))
     assert cli.run(["wake", "--tags", "weights"]) == 0
     out = capsys.readouterr().out
     assert "Not serving yet: 2 tensors must be written first, lm_head among them." in out
@@ -300,8 +306,8 @@ def test_wake_says_how_it_was_verified_and_what_is_missing(server, capsys, monke
 def test_calls_that_change_nothing_say_so(server, capsys):
     """Catches a no-op reported as a sleep of zero bytes."""
     server.answers |= {
-        "/sleep": (200, asdict(SleepReport(changed=False, level=1))),
-        "/wake_up": (200, asdict(WakeReport(changed=False))),
+        "/sleep": (200, answer(SleepReport(changed=False, level=1))),
+        "/wake_up": (200, answer(WakeReport(changed=False))),
     }
     assert cli.run(["sleep", "--url", server.url]) == cli.run(["wake", "--url", server.url]) == 0
     assert capsys.readouterr().out == "Nothing to do: already asleep at level 1.\nNothing to do: already awake.\n"

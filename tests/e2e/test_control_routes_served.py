@@ -22,7 +22,7 @@ OPEN_ROUTES = ("GET /health", "GET /ready", "GET /ping", "GET /version")
 
 
 def tags(report, field="residency"):
-    return {tag["tag"]: tag[field] for tag in report["tags"]}
+    return {tag["tag"]: tag[field] for tag in report["tag_reports"]}
 
 
 def image_pages(server):

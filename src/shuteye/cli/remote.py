@@ -15,7 +15,7 @@ from shuteye.client import DEFAULT_TIMEOUT_S, DEFAULT_URL, AsyncClient, Client
 
 TagName = Literal["weights", "kv_cache"]
 
-AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print the server's answer as JSON.")]
+AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print everything as JSON.")]
 
 
 @Parameter(name="*")

@@ -125,6 +125,16 @@ def _as(kind: type[T]) -> Callable[[int, bytes], T]:
     return lambda _status, body: msgspec.json.decode(body, type=kind)
 
 
+def _report(kind: type[T]) -> Callable[[int, bytes], T]:
+    """Reads the answer of /sleep or /wake_up, whose `tags` are the names that were asked for, as in vLLM's answers."""
+
+    def parse(_status: int, body: bytes) -> T:
+        answer = msgspec.json.decode(body)
+        return msgspec.convert(answer | {"tags": answer["tag_reports"]}, type=kind)
+
+    return parse
+
+
 def _field(name: str, kind: type[T]) -> Callable[[int, bytes], T]:
     return lambda _status, body: msgspec.convert(msgspec.json.decode(body)[name], type=kind)
 
@@ -141,11 +151,11 @@ def _sleep(
     level: int, mode: str | None, tags: Sequence[str] | None, drain_timeout_s: float | None
 ) -> _Call[SleepReport]:
     params = _params(level=level, mode=mode, tags=_listed(tags), timeout=drain_timeout_s)
-    return _Call("POST", "/sleep", _as(SleepReport), params)
+    return _Call("POST", "/sleep", _report(SleepReport), params)
 
 
 def _wake_up(tags: Sequence[str] | None) -> _Call[WakeReport]:
-    return _Call("POST", "/wake_up", _as(WakeReport), _params(tags=_listed(tags)))
+    return _Call("POST", "/wake_up", _report(WakeReport), _params(tags=_listed(tags)))
 
 
 def _pause(mode: str | None, drain_timeout_s: float | None) -> _Call[None]:
