@@ -92,7 +92,7 @@ def test_variables_of_others_are_left_alone():
 def test_every_variable_of_every_command_is_known():
     """Catches a warning about a variable that a command does read."""
     read = set()
-    for module in ("serve", "pull", "sleep", "wake", "restart", "ps", "bench", "images"):
+    for module in ("serve", "pull", "sleep", "wake", "pause", "resume", "restart", "ps", "bench", "images"):
         loaded = importlib.import_module(f"shuteye.cli.{module}")
         commands = (
             [loaded.app[name].default_command for name in ("ls", "rm", "verify")]

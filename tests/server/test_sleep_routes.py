@@ -278,6 +278,20 @@ def test_state_tells_what_waking_would_cost(client):
     assert client.get("/state").json()["waking"]["last_wake_s"] == 0.02
 
 
+def test_the_pace_of_a_wake_is_that_of_the_last_wake_of_weights(client):
+    """`The last wake took 0.0 ms` after one that lifted a pause, or brought back only the cache."""
+    client.post("/sleep")
+    client.post("/wake_up")
+    client.post("/sleep?tags=kv_cache")
+    assert client.get("/state").json()["waking"]["expected_s"] is None
+    client.post("/wake_up")
+    client.post("/sleep?level=2")
+    client.post("/wake_up?tags=weights")
+    client.post("/sleep?level=2")
+    waking = client.get("/state").json()["waking"]
+    assert (waking["last_wake_s"], waking["expected_s"]) == (0.02, 0.02)
+
+
 # --- policies -----------------------------------------------------------------------------------
 
 

@@ -31,6 +31,8 @@ app.command("shuteye.cli.serve:serve", name="serve", help="Load a model and serv
 app.command("shuteye.cli.pull:pull", name="pull", help="Fetch a model and build its weight image.")
 app.command("shuteye.cli.sleep:sleep", name="sleep", help="Put a served model to sleep.")
 app.command("shuteye.cli.wake:wake", name="wake", help="Wake a served model.")
+app.command("shuteye.cli.pause:pause", name="pause", help="Stop a served model's requests, keeping its memory.")
+app.command("shuteye.cli.resume:resume", name="resume", help="Let a paused model's requests run again.")
 app.command("shuteye.cli.restart:restart", name="restart", help="Start a server's dead engine anew.")
 app.command("shuteye.cli.ps:ps", name="ps", help="Show whether served models sleep, and where their memory is.")
 app.command("shuteye.cli.bench:bench", name="bench", help="Put load on a running server, and time it.")

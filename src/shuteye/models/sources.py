@@ -129,6 +129,7 @@ def pull(
     *,
     revision: str | None = None,
     cache_dir: Path,
+    offline: bool = False,
     progress: Progress,
 ) -> ModelSource:
     """Fetch `model` so that later runs need no network; same as `resolve_source`, for people who watch.
@@ -136,7 +137,7 @@ def pull(
     Raises:
         ModelNotFound: nothing of that name; the message says what was tried.
     """
-    return resolve_source(model, revision=revision, cache_dir=cache_dir, progress=progress)
+    return resolve_source(model, revision=revision, cache_dir=cache_dir, offline=offline, progress=progress)
 
 
 def _local(path: Path) -> ModelSource:
