@@ -1,6 +1,7 @@
 """The command line: where values come from, how errors end it, and what the commands print."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -176,6 +177,22 @@ def test_errors_are_one_line_and_a_status(arguments, status, says, capsys):
     assert says in captured.err
     assert one_line(captured.err)
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("serve", "pull", "sleep", "wake", "pause", "resume", "restart", "ps", "bench"),
+        *("images", "images ls", "images rm", "images verify"),
+    ],
+)
+def test_the_help_of_every_command_has_an_example_that_works(command, capsys):
+    """Catches help that leaves a newcomer to guess, and an example with a flag that is gone."""
+    assert cli.run([*command.split(), "--help"]) == 0
+    example = capsys.readouterr().out.partition("Example: ")[2]
+    name, *arguments = shlex.split(example)
+    assert (name, " ".join(arguments[: len(command.split())])) == ("shuteye", command)
+    cli.app.parse_args(arguments, exit_on_error=False, print_error=False)
 
 
 def test_pull_offline_fetches_nothing(tmp_path, capsys):

@@ -20,7 +20,7 @@ from shuteye.errors import ImageFailure, InvalidRequest
 if TYPE_CHECKING:
     from shuteye.memory.image_store import ImageStore, ImageSummary
 
-app = App(name="images", help="List, remove and verify weight images.")
+app = App(name="images", help="List, remove and verify weight images.", help_epilogue="Example: shuteye images ls")
 
 CacheDir = Annotated[Path | None, Parameter(help="Where images live.", env_var="SHUTEYE_CACHE_DIR")]
 Keys = Annotated[tuple[str, ...], Parameter(help="Keys as `ls` shows them, or the beginning of one.", negative="")]
@@ -32,7 +32,7 @@ def _store(cache_dir: Path | None) -> ImageStore:
     return ImageStore(cache_dir or default_cache_dir())
 
 
-@app.command(name="ls")
+@app.command(name="ls", help_epilogue="Example: shuteye images ls --json")
 def list_images(
     *,
     as_json: Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")] = False,
@@ -54,7 +54,7 @@ def _row(image: ImageSummary) -> tuple[str, ...]:
     return (image.key, image.source, image.dtype, format_size(image.nbytes), used, state)
 
 
-@app.command(name="rm")
+@app.command(name="rm", help_epilogue="Example: shuteye images rm --all")
 def remove_images(
     keys: Keys = (),
     /,
@@ -72,7 +72,7 @@ def remove_images(
         show(f"Removed {key}: {format_size(store.remove(key))}.")
 
 
-@app.command(name="verify")
+@app.command(name="verify", help_epilogue="Example: shuteye images verify")
 def verify_images(keys: Keys = (), /, *, cache_dir: CacheDir = None) -> int:
     """Read whole images, all if none is named, and compare them with their checksums; exit status 1 if any differs."""
     store = _store(cache_dir)

@@ -26,16 +26,29 @@ app = App(
     name="shuteye",
     help="An LLM engine and OpenAI-compatible server whose models can sleep, and prove that they woke the same.",
     version=__version__,
+    help_epilogue="Begin with: shuteye serve",
 )
-app.command("shuteye.cli.serve:serve", name="serve", help="Load a model and serve it over an OpenAI-compatible API.")
-app.command("shuteye.cli.pull:pull", name="pull", help="Fetch a model and build its weight image.")
-app.command("shuteye.cli.sleep:sleep", name="sleep", help="Put a served model to sleep.")
-app.command("shuteye.cli.wake:wake", name="wake", help="Wake a served model.")
-app.command("shuteye.cli.pause:pause", name="pause", help="Stop a served model's requests, keeping its memory.")
-app.command("shuteye.cli.resume:resume", name="resume", help="Let a paused model's requests run again.")
-app.command("shuteye.cli.restart:restart", name="restart", help="Start a server's dead engine anew.")
-app.command("shuteye.cli.ps:ps", name="ps", help="Show whether served models sleep, and where their memory is.")
-app.command("shuteye.cli.bench:bench", name="bench", help="Put load on a running server, and time it.")
+_COMMANDS = {
+    "serve": (
+        "Load a model and serve it over an OpenAI-compatible API.",
+        "shuteye serve smollm2-135m --enable-sleep-mode --dev-mode",
+    ),
+    "pull": ("Fetch a model and build its weight image.", "shuteye pull smollm2-135m"),
+    "sleep": ("Put a served model to sleep.", "shuteye sleep --level 1 --mode wait"),
+    "wake": ("Wake a served model.", "shuteye wake --url http://127.0.0.1:8000"),
+    "pause": ("Stop a served model's requests, keeping its memory.", "shuteye pause --mode keep"),
+    "resume": ("Let a paused model's requests run again.", "shuteye resume"),
+    "restart": ("Start a server's dead engine anew.", "shuteye restart"),
+    "ps": (
+        "Show whether served models sleep, and where their memory is.",
+        "shuteye ps http://127.0.0.1:8000 http://127.0.0.1:8001",
+    ),
+    "bench": ("Put load on a running server, and time it.", "shuteye bench --requests 16 --concurrency 4"),
+}
+"""What each command is for, and an example of it."""
+
+for _name, (_help, _example) in _COMMANDS.items():
+    app.command(f"shuteye.cli.{_name}:{_name}", name=_name, help=_help, help_epilogue=f"Example: {_example}")
 app.command("shuteye.cli.images:app", name="images", help="List, remove and verify weight images.")
 
 

@@ -21,10 +21,7 @@ def pause(
     ] = None,
     remote: Remote | None = None,
 ) -> None:
-    """Stop a served model's requests; those that come wait for `shuteye resume`. No memory is given back.
-
-    Example: `shuteye pause --mode keep`
-    """
+    """Stop a served model's requests; those that come wait for `shuteye resume`. No memory is given back."""
     with (remote or Remote()).connect() as client:
         client.pause(mode)
     show("Paused; `shuteye resume` lets requests run again.")

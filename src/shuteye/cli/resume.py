@@ -10,10 +10,7 @@ from shuteye.cli.terminal import show
 
 
 def resume(*, remote: Remote | None = None) -> None:
-    """Let a paused model's requests run again; a sleeping one must be woken first.
-
-    Example: `shuteye resume`
-    """
+    """Let a paused model's requests run again; a sleeping one must be woken first."""
     with (remote or Remote()).connect() as client:
         was_paused = client.is_paused()
         client.resume()
