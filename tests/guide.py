@@ -26,7 +26,9 @@ MADE_SERVER = f"SHUTEYE_SERVER_DEV_MODE=1 shuteye serve {MODEL} --enable-sleep-m
 
 TIMEOUT_S = 60.0
 PRELUDE = 'set -euo pipefail\ncurl() { command curl --silent --show-error --fail-with-body "$@"; }\n'
-_BLOCK = re.compile(r"^(?:<!-- (?P<mark>[^\n]*?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(
+    r"^(?:<!-- (?P<mark>[^\n]*?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+)
 _RUN = {"sh", "python"}
 
 

@@ -390,10 +390,16 @@ def recording(answers):
     return handler, asked
 
 
+def answered(report):
+    """As a server answers it: what was asked for under `tags`, what was measured under `tag_reports`."""
+    measured = asdict(report)
+    return {"status": "sleeping", "tags": ["weights"], "tag_reports": measured.pop("tags"), **measured}
+
+
 def control_answers():
     return {
-        "/sleep": httpx2.Response(200, json={**asdict(SLEEP_REPORT), "field_of_a_newer_server": 1}),
-        "/wake_up": httpx2.Response(200, json=asdict(WakeReport(changed=True, missing=("a",)))),
+        "/sleep": httpx2.Response(200, json={**answered(SLEEP_REPORT), "field_of_a_newer_server": 1}),
+        "/wake_up": httpx2.Response(200, json=answered(WakeReport(changed=True, missing=("a",)))),
         "/is_sleeping": httpx2.Response(200, json={"is_sleeping": True}),
         "/is_paused": httpx2.Response(200, json={"is_paused": False}),
         "/pause": httpx2.Response(200, json={}),

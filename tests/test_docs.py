@@ -9,17 +9,17 @@ import shlex
 import time
 from pathlib import Path
 
-import msgspec
 import pytest
+from pydantic import TypeAdapter
 from starlette.testclient import TestClient
 
 from shuteye import LLM, AsyncEngine, EngineConfig, errors
 from shuteye.errors import ModelSleeping, TransitionConflict
 from shuteye.models.blueprint import quiet
-from shuteye.outputs import SleepReport
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
 from shuteye.server.errors import error_body
+from shuteye.server.protocol.answers import SleepAnswer
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "shuteye"
@@ -138,7 +138,7 @@ def test_curl_commands_are_answered(page, tiny_options, tiny_checkpoint):
 def test_the_answers_shown_are_the_answers_given():
     """A field that was renamed, or a body that is not the contract's."""
     report, refusal = map(json.loads, blocks(SLEEP, "json"))
-    assert json.loads(msgspec.json.encode(msgspec.convert(report, SleepReport))) == report
+    assert TypeAdapter(SleepAnswer).validate_python(report).model_dump() == report
     assert refusal == error_body(ModelSleeping())
 
 

@@ -5,6 +5,7 @@ Knows nothing of where values come from; environment, files and flags are read i
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,8 +105,8 @@ class EngineConfig:
             "drain_timeout_s": self.drain_timeout_s,
         }
         for name, value in positive.items():
-            if value is not None and value <= 0:
-                raise InvalidRequest(f"{name} must be positive, got {value}.", param=name)
+            if value is not None and not 0 < value < math.inf:
+                raise InvalidRequest(f"{name} must be a positive number, got {value}.", param=name)
         if self.kv_cache_memory is not None and self.kv_cache_memory < 0:
             raise InvalidRequest(
                 f"kv_cache_memory must be 0 or more, got {self.kv_cache_memory}.", param="kv_cache_memory"

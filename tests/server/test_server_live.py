@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import httpx2
 import openai
@@ -174,7 +173,7 @@ class Process:
     """`serve_engine` in a process of its own."""
 
     def __init__(self, options="{}", *, port=0, grace=10, log_format="text"):
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [
                 sys.executable,
@@ -313,6 +312,7 @@ def test_the_grace_period_ends(serve):
     assert server.end() == 0, server.log
     assert 0.5 < time.monotonic() - began < 8
     thread.join()
+    assert "ServerStoppingError" in "".join(map(str, results)), "who was cut is told that the engine died"
     assert server.log.rstrip().endswith("closed")
 
 
@@ -348,6 +348,10 @@ def test_a_model_that_cannot_load_ends_the_server(serve, error):
     assert "'tiny' failed to load" in server.log
     assert "the image is damaged" in server.log
     assert ("Traceback" in server.log) is error.startswith("Zero")
+    if error.startswith("Image"):
+        *_, cause, closed = server.log.rstrip().splitlines()
+        assert "the image is damaged" in cause, "the last line is about something else"
+        assert closed == "closed"
 
 
 def test_a_port_in_use_is_said_clearly(serve):

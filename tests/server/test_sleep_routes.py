@@ -174,7 +174,7 @@ def test_sleep_answers_with_the_report(client):
     report = client.post("/sleep?level=1&mode=abort").json()
     assert report["changed"] is True
     assert (report["level"], report["freed_bytes"], report["residual_bytes"]) == (1, 1500, 77)
-    assert [tag["tag"] for tag in report["tags"]] == ["weights", "kv_cache"]
+    assert [tag["tag"] for tag in report["tag_reports"]] == ["weights", "kv_cache"]
     assert client.get("/is_sleeping").json() == {"is_sleeping": True}
     assert client.post("/sleep").json()["changed"] is False
     woken = client.post("/wake_up").json()
@@ -189,8 +189,8 @@ def test_sleep_answers_with_the_report(client):
 def test_tags_may_be_repeated_or_joined(client, query):
     """Only the last of several tags woken."""
     client.post("/sleep")
-    assert len(client.post(f"/wake_up?{query}").json()["tags"]) == 2
-    assert len(client.post(f"/sleep?{query}").json()["tags"]) == 2
+    assert len(client.post(f"/wake_up?{query}").json()["tag_reports"]) == 2
+    assert len(client.post(f"/sleep?{query}").json()["tag_reports"]) == 2
 
 
 def test_one_tag_at_a_time(client):
@@ -276,6 +276,20 @@ def test_state_tells_what_waking_would_cost(client):
     assert asleep["waking"]["backings"] == {"weights": "image", "kv_cache": None}
     client.post("/wake_up")
     assert client.get("/state").json()["waking"]["last_wake_s"] == 0.02
+
+
+def test_the_pace_of_a_wake_is_that_of_the_last_wake_of_weights(client):
+    """`The last wake took 0.0 ms` after one that lifted a pause, or brought back only the cache."""
+    client.post("/sleep")
+    client.post("/wake_up")
+    client.post("/sleep?tags=kv_cache")
+    assert client.get("/state").json()["waking"]["expected_s"] is None
+    client.post("/wake_up")
+    client.post("/sleep?level=2")
+    client.post("/wake_up?tags=weights")
+    client.post("/sleep?level=2")
+    waking = client.get("/state").json()["waking"]
+    assert (waking["last_wake_s"], waking["expected_s"]) == (0.02, 0.02)
 
 
 # --- policies -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from shuteye.cli.remote import AsJson, Remote
 from shuteye.cli.sizes import format_seconds, format_size
@@ -23,10 +24,14 @@ FAILED = 1
 
 def bench(
     *,
-    requests: Annotated[int, Parameter(help="How many requests; 0 for none but those of --sleep-wake.")] = 32,
-    concurrency: Annotated[int, Parameter(help="How many of them at once.")] = 4,
-    prompt_words: Annotated[int, Parameter(help="Random words in a prompt, about a token each.")] = 128,
-    max_tokens: Annotated[int, Parameter(help="Tokens to generate for each.")] = 128,
+    requests: Annotated[
+        int, Parameter(help="How many requests; 0 for none but those of --sleep-wake.", validator=Number(gte=0))
+    ] = 32,
+    concurrency: Annotated[int, Parameter(help="How many of them at once.", validator=Number(gte=1))] = 4,
+    prompt_words: Annotated[
+        int, Parameter(help="Random words in a prompt, about a token each.", validator=Number(gte=1))
+    ] = 128,
+    max_tokens: Annotated[int, Parameter(help="Tokens to generate for each.", validator=Number(gte=1))] = 128,
     route: Annotated[Literal["completions", "chat"], Parameter(help="Which of OpenAI's routes.")] = "completions",
     ignore_eos: Annotated[
         bool, Parameter(help="Always generate --max-tokens; servers that refuse the field need --no-ignore-eos.")
@@ -37,7 +42,11 @@ def bench(
     ] = None,
     api_key: Annotated[str | None, Parameter(help="The server's key for inference.", env_var="SHUTEYE_API_KEY")] = None,
     sleep_wake: Annotated[
-        int, Parameter(help="Afterwards, so often: sleep, wake, and wait for the first token. Needs the admin key.")
+        int,
+        Parameter(
+            help="Afterwards, so often: sleep, wake, and wait for the first token. Needs the admin key.",
+            validator=Number(gte=0),
+        ),
     ] = 0,
     sleep_level: Annotated[Literal[1, 2], Parameter(help="How deep these sleeps are.")] = 1,
     as_json: AsJson = False,

@@ -16,6 +16,8 @@ from cyclopts import Group, Parameter, Token
 from shuteye.cli.sizes import format_size, parse_size
 
 ENV_PREFIX = "SHUTEYE_"
+URL_VARIABLE, TIMEOUT_VARIABLE = f"{ENV_PREFIX}URL", f"{ENV_PREFIX}TIMEOUT_S"
+"""Read by the commands that talk to a server; their other variables are also flags of `serve`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shuteye.memory.image_store import ImageStore, ImageSummary
     from shuteye.memory.orphans import Orphan
 
-app = App(name="images", help="List, remove and verify weight images.")
+app = App(name="images", help="List, remove and verify weight images.", help_epilogue="Example: shuteye images ls")
 
 CacheDir = Annotated[Path | None, Parameter(help="Where images live.", env_var="SHUTEYE_CACHE_DIR")]
 Keys = Annotated[tuple[str, ...], Parameter(help="Keys as `ls` shows them, or the beginning of one.", negative="")]
@@ -39,7 +39,7 @@ def _orphans(cache_dir: Path | None) -> tuple[Orphan, ...]:
     return find_orphans(cache_dir or default_cache_dir())
 
 
-@app.command(name="ls")
+@app.command(name="ls", help_epilogue="Example: shuteye images ls --json")
 def list_images(
     *,
     orphans: Annotated[
@@ -87,7 +87,7 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
-@app.command(name="rm")
+@app.command(name="rm", help_epilogue="Example: shuteye images rm --all")
 def remove_images(
     keys: Keys = (),
     /,
@@ -124,7 +124,7 @@ def _remove_orphans(orphans: tuple[Orphan, ...]) -> None:
             raise ImageFailure(f"{orphan.path} cannot be removed: {error}. Check the permissions there.") from error
 
 
-@app.command(name="verify")
+@app.command(name="verify", help_epilogue="Example: shuteye images verify")
 def verify_images(keys: Keys = (), /, *, cache_dir: CacheDir = None) -> int:
     """Read whole images, all if none is named, and compare them with their checksums; exit status 1 if any differs."""
     store = _store(cache_dir)

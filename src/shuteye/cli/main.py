@@ -5,62 +5,88 @@ Knows nothing of what a subcommand does; each is imported only when it is called
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from cyclopts import App, ArgumentCollection, CycloptsError
-from cyclopts.config import Toml
+from cyclopts import App, CycloptsError
 
 from shuteye import __version__
-from shuteye.cli.terminal import show_error
-from shuteye.errors import InvalidRequest, ShuteyeError
+from shuteye.cli import serve
+from shuteye.cli.flags import TIMEOUT_VARIABLE, URL_VARIABLE
+from shuteye.cli.settings import Settings, unread_variables
+from shuteye.cli.terminal import show_error, show_warning
+from shuteye.errors import AuthenticationFailed, InvalidRequest, PermissionRefused, ShuteyeError
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
-
-
-def _config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Fill what flags and environment left unset from the TOML file of `--config`, if there is one."""
-    for argument in arguments:
-        if "--config" in argument.names and argument.tokens:
-            path = Path(argument.tokens[-1].value)
-            if not path.is_file():
-                raise CycloptsError(msg=f"--config {path} is not a file.")
-            Toml(path)(app, commands, arguments)
+KEYS = "The key is given with --admin-api-key or SHUTEYE_ADMIN_API_KEY."
 
 
 app = App(
     name="shuteye",
     help="An LLM engine and OpenAI-compatible server whose models can sleep, and prove that they woke the same.",
     version=__version__,
-    config=_config_file,
+    help_epilogue="Begin with: shuteye serve",
 )
-app.command("shuteye.cli.serve:serve", name="serve", help="Load a model and serve it over an OpenAI-compatible API.")
-app.command("shuteye.cli.pull:pull", name="pull", help="Fetch a model and build its weight image.")
-app.command("shuteye.cli.sleep:sleep", name="sleep", help="Put a served model to sleep.")
-app.command("shuteye.cli.wake:wake", name="wake", help="Wake a served model.")
-app.command("shuteye.cli.restart:restart", name="restart", help="Start a server's dead engine anew.")
-app.command("shuteye.cli.ps:ps", name="ps", help="Show whether served models sleep, and where their memory is.")
-app.command("shuteye.cli.bench:bench", name="bench", help="Put load on a running server, and time it.")
+_COMMANDS = {
+    "serve": (
+        "Load a model and serve it over an OpenAI-compatible API.",
+        "shuteye serve smollm2-135m --enable-sleep-mode --dev-mode",
+    ),
+    "pull": ("Fetch a model and build its weight image.", "shuteye pull smollm2-135m"),
+    "sleep": ("Put a served model to sleep.", "shuteye sleep --level 1 --mode wait"),
+    "wake": ("Wake a served model.", "shuteye wake --url http://127.0.0.1:8000"),
+    "pause": ("Stop a served model's requests, keeping its memory.", "shuteye pause --mode keep"),
+    "resume": ("Let a paused model's requests run again.", "shuteye resume"),
+    "restart": ("Start a server's dead engine anew.", "shuteye restart"),
+    "ps": (
+        "Show whether served models sleep, and where their memory is.",
+        "shuteye ps http://127.0.0.1:8000 http://127.0.0.1:8001",
+    ),
+    "bench": ("Put load on a running server, and time it.", "shuteye bench --requests 16 --concurrency 4"),
+}
+"""What each command is for, and an example of it."""
+
+for _name, (_help, _example) in _COMMANDS.items():
+    app.command(f"shuteye.cli.{_name}:{_name}", name=_name, help=_help, help_epilogue=f"Example: {_example}")
 app.command("shuteye.cli.images:app", name="images", help="List, remove and verify weight images.")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status: 0, 1 for a failure, 2 for a wrong call."""
+    app.config = settings = Settings()
+    for line in unread_variables(os.environ, known_variables()):
+        show_warning(line)
     try:
         result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        show_error(f"{error} See --help.")
+        show_error(f"{_with_source(error)} See --help.")
         return MISUSED
     except InvalidRequest as error:
-        show_error(error.message)
+        show_error(settings.explained(error.message, error.param))
         return MISUSED if type(error) is InvalidRequest else FAILED
+    except (AuthenticationFailed, PermissionRefused) as error:
+        show_error(f"{error.message} {KEYS}")
+        return FAILED
     except ShuteyeError as error:
         show_error(error.message)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     return result if isinstance(result, int) else 0
+
+
+def _with_source(error: CycloptsError) -> str:
+    """What is wrong, and in which file, if it is in one."""
+    message, token = str(error), getattr(error, "token", None)
+    if token is None or token.source in ("", "cli", "env") or token.source in message:
+        return message
+    return f"{token.source}: {message}"
+
+
+def known_variables() -> frozenset[str]:
+    """Every environment variable that some command reads."""
+    return frozenset({*serve.variables(), URL_VARIABLE, TIMEOUT_VARIABLE})
 
 
 def main() -> None:

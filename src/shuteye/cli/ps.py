@@ -18,6 +18,8 @@ from shuteye.errors import ShuteyeError
 from shuteye.outputs import TagState
 
 UNREACHABLE = 1
+ENDED = ("failed", "dead", "closed")
+"""Statuses of a server without an engine: what it knew of memory is past."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +79,14 @@ def _ps_one(remote: Remote, *, as_json: bool) -> int:
         show_json(seen.as_json())
         return 0
     show(f"{seen.url}  shuteye {seen.version}  {', '.join(server.models)}  {_status(server)}")
+    if server.status in ENDED:
+        show("Its engine is gone, and the model's memory with it: `shuteye restart` starts it anew.")
+        return 0
     if server.model is not None:
         show(f"Weights: {server.model.weights_are}")
     if server.state.tags:
         show(table(("TAG", "IS", "RESIDENT ", "SIZE ", "OTHERWISE IN"), map(_row, server.state.tags)))
-        show(_wake_cost(server))
+        show(_next_step(server))
     return 0
 
 
@@ -90,6 +95,8 @@ def _line(seen: _Seen) -> tuple[str, ...]:
     server = seen.server
     if server is None:
         return (seen.url, "–", type(seen.error).__name__, "–", "–", "–")
+    if server.status in ENDED:
+        return (seen.url, ", ".join(server.models), _status(server), "–", "–", "–")
     resident = sum(tag.resident_bytes for tag in server.state.tags)
     asleep = server.state.is_sleeping
     away, expected = server.waking.restore_bytes, server.waking.expected_s
@@ -129,12 +136,22 @@ def _activity(server: ServerState) -> str:
     return "awake, serving" if server.ready else f"awake, gate {state.gate}"
 
 
+def _next_step(server: ServerState) -> str:
+    """What keeps requests from running, and what ends that."""
+    if server.state.faulted is not None:
+        return "`shuteye wake` tries to recover it."
+    if server.state.is_sleeping:
+        paused = " It is paused, too: `shuteye resume` after the wake." if server.state.paused else ""
+        return _wake_cost(server) + paused
+    return "Nothing to wake; `shuteye resume` ends the pause." if server.state.paused else "Nothing to wake."
+
+
 def _wake_cost(server: ServerState) -> str:
     """What a full wake would have to bring back, and how long it should take if one was measured; no other guess."""
-    if not server.state.is_sleeping:
-        return "Nothing to wake."
     parts = "; ".join(_tag_cost(tag) for tag in server.state.tags if tag.residency != "resident")
     last, expected = server.waking.last_wake_s, server.waking.expected_s
+    if server.waking.restore_bytes == 0:  # the last wake of weights says nothing about this one
+        return f"Waking: {parts}."
     pace = f" Expected: {format_seconds(expected)}." if expected is not None else ""
     return f"Waking: {parts}." + ("" if last is None else f" The last wake took {format_seconds(last)}.") + pace
 
@@ -143,7 +160,10 @@ def _tag_cost(tag: TagState) -> str:
     if tag.tag == "kv_cache":
         return f"kv_cache is mapped empty ({format_size(tag.nbytes)}, taking memory only as it fills)"
     if tag.residency == "blank":
-        return f"{tag.tag} wait to be written by update_weights or reload_weights"
+        return (
+            f"{tag.tag} wait to be written by update_weights or reload_weights "
+            "(or `shuteye sleep --level 2`, then `shuteye wake`, to load them from the image)"
+        )
     if tag.residency == "discarded":
         return f"{tag.tag} are loaded again, {format_size(tag.nbytes)} from the image or checkpoint"
     return f"{tag.tag} are brought back, {format_size(tag.nbytes)} from {tag.backing or 'their backing'}"

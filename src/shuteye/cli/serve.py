@@ -146,6 +146,12 @@ def _signature() -> inspect.Signature:
 _SIGNATURE = _signature()
 
 
+def variables() -> frozenset[str]:
+    """The environment variables that set these flags."""
+    details = (one for flag in _SIGNATURE.parameters.values() for one in flag.annotation.__metadata__)
+    return frozenset(name for one in details for name in one.env_var)
+
+
 def serve(*arguments: Any, **flags: Any) -> int:
     """Load a model and serve it over an OpenAI-compatible API.
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from shuteye.cli.remote import AsJson, Remote, TagName
+from shuteye.cli.remote import AsJson, Remote, tags_parameter
 from shuteye.cli.sizes import format_seconds, format_size
 from shuteye.cli.terminal import show, show_json, table
 from shuteye.outputs import SleepReport
@@ -26,10 +26,7 @@ def sleep(
         Literal["abort", "wait", "keep"] | None,
         Parameter(help="Requests in flight: end them, let them finish, or resume them after the wake."),
     ] = None,
-    tags: Annotated[
-        tuple[TagName, ...] | None,
-        Parameter(help="Release only these.", consume_multiple=True, negative=""),
-    ] = None,
+    tags: Annotated[tuple[str, ...] | None, tags_parameter("Release only these")] = None,
     as_json: AsJson = False,
     remote: Remote | None = None,
 ) -> None:
@@ -45,6 +42,9 @@ def sleep(
 def _show(report: SleepReport) -> None:
     if not report.changed:
         show(f"Nothing to do: already asleep at level {report.level}.")
+        return
+    if report.level == 0:
+        show("Paused: no memory is given back at level 0. `shuteye wake` or `shuteye resume` lets requests run.")
         return
     show(
         f"Asleep at level {report.level} in {format_seconds(report.seconds)}: {format_size(report.freed_bytes)} given "

@@ -1,4 +1,4 @@
-"""What commands print: results on stdout, one red line per error on stderr.
+"""What commands print: results on stdout, one red line per error on stderr, one yellow per warning.
 
 Knows nothing of what is printed.
 """
@@ -26,8 +26,17 @@ def show_json(value: Any) -> None:
 
 def show_error(message: str) -> None:
     """Print one red line on stderr."""
+    _complain(message, style="red")
+
+
+def show_warning(message: str) -> None:
+    """Print one yellow line on stderr."""
+    _complain(f"warning: {message}", style="yellow")
+
+
+def _complain(message: str, *, style: str) -> None:
     line = " ".join(message.split())
-    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"shuteye: {line}", style="red"))
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"shuteye: {line}", style=style))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Text:

@@ -8,36 +8,43 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated
 
-from cyclopts import Parameter
-
-from shuteye.cli.remote import AsJson, Remote, TagName
+from shuteye.cli.remote import AsJson, Remote, tags_parameter
 from shuteye.cli.sizes import format_seconds, format_size
 from shuteye.cli.terminal import show, show_json, table
-from shuteye.outputs import WakeReport
+from shuteye.outputs import EngineState, WakeReport
 
 
 def wake(
     *,
-    tags: Annotated[
-        tuple[TagName, ...] | None,
-        Parameter(help="Wake only these.", consume_multiple=True, negative=""),
-    ] = None,
+    tags: Annotated[tuple[str, ...] | None, tags_parameter("Wake only these")] = None,
     as_json: AsJson = False,
     remote: Remote | None = None,
 ) -> None:
     """Wake a served model; prints what was brought back, and how it was verified."""
     with (remote or Remote()).connect() as client:
         report = client.wake_up(tags)
-    if as_json:
+        state = None if as_json else client.state().state
+    if state is None:
         show_json(asdict(report))
     else:
-        _show(report)
+        _show(report, state)
 
 
-def _show(report: WakeReport) -> None:
-    if not report.changed:
+def _show(report: WakeReport, state: EngineState) -> None:
+    if report.changed:
+        _show_wake(report)
+    elif not state.is_sleeping:
         show("Nothing to do: already awake.")
-        return
+    else:
+        show("Nothing to do: what was to be woken is awake.")
+    away = [tag.tag for tag in state.tags if tag.residency not in ("resident", "blank")]
+    if away:
+        show(f"Still asleep: {' and '.join(away)}. `shuteye wake` wakes all of it.")
+    if state.paused:
+        show("Still paused: `shuteye resume` lets requests run.")
+
+
+def _show_wake(report: WakeReport) -> None:
     source = f" from {report.weights_source}" if report.weights_source else ""
     show(f"Woken in {format_seconds(report.seconds)}: {format_size(report.restored_bytes)} brought back{source}.")
     show(_verification(report))

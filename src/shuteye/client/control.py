@@ -15,7 +15,7 @@ import httpx2
 import msgspec
 
 from shuteye.client.answers import error_from_response
-from shuteye.errors import InternalError, ModelNotFound, ServerUnreachable, SleepModeDisabled
+from shuteye.errors import InternalError, InvalidRequest, ModelNotFound, ServerUnreachable, SleepModeDisabled
 from shuteye.outputs import EngineState, ModelInfo, SchedulerStats, SleepReport, UpdateReport, WakeReport
 
 T = TypeVar("T")
@@ -66,10 +66,12 @@ class ServerState:
 
 
 @contextmanager
-def _translated(base_url: str) -> Iterator[None]:
-    """Turn httpx2's errors into ours."""
+def translated(base_url: str) -> Iterator[None]:
+    """Turn httpx2's errors into ours, which name the server."""
     try:
         yield
+    except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+        raise InvalidRequest(f"{base_url} is not an address like {DEFAULT_URL} ({error}).", param="url") from error
     except httpx2.TimeoutException as error:
         raise ServerUnreachable(f"The server at {base_url} did not answer in time ({error!r}).") from error
     except httpx2.TransportError as error:
@@ -125,6 +127,16 @@ def _as(kind: type[T]) -> Callable[[int, bytes], T]:
     return lambda _status, body: msgspec.json.decode(body, type=kind)
 
 
+def _report(kind: type[T]) -> Callable[[int, bytes], T]:
+    """Reads the answer of /sleep or /wake_up, whose `tags` are the names that were asked for, as in vLLM's answers."""
+
+    def parse(_status: int, body: bytes) -> T:
+        answer = msgspec.json.decode(body)
+        return msgspec.convert(answer | {"tags": answer["tag_reports"]}, type=kind)
+
+    return parse
+
+
 def _field(name: str, kind: type[T]) -> Callable[[int, bytes], T]:
     return lambda _status, body: msgspec.convert(msgspec.json.decode(body)[name], type=kind)
 
@@ -141,11 +153,11 @@ def _sleep(
     level: int, mode: str | None, tags: Sequence[str] | None, drain_timeout_s: float | None
 ) -> _Call[SleepReport]:
     params = _params(level=level, mode=mode, tags=_listed(tags), timeout=drain_timeout_s)
-    return _Call("POST", "/sleep", _as(SleepReport), params)
+    return _Call("POST", "/sleep", _report(SleepReport), params)
 
 
 def _wake_up(tags: Sequence[str] | None) -> _Call[WakeReport]:
-    return _Call("POST", "/wake_up", _as(WakeReport), _params(tags=_listed(tags)))
+    return _Call("POST", "/wake_up", _report(WakeReport), _params(tags=_listed(tags)))
 
 
 def _pause(mode: str | None, drain_timeout_s: float | None) -> _Call[None]:
@@ -185,15 +197,21 @@ _READY = _Call("GET", "/ready", _is_ok, accept=frozenset({503}))
 _VERSION = _Call("GET", "/version", _field("version", str))
 
 
-def _bearer(key: str | None) -> dict[str, str]:
-    return {} if key is None else {"Authorization": f"Bearer {key}"}
+def bearer(key: str | None) -> dict[bytes, bytes]:
+    """The header that carries `key`, in the bytes that the server compares; none without a key."""
+    return {} if key is None else {b"Authorization": b"Bearer " + key.encode()}
+
+
+def server_root(url: str) -> str:
+    """`url` without the /v1 that OpenAI's clients want at its end."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 class Client:
     """The control routes of one server. Every method raises the `ShuteyeError` that the server answered with.
 
     Args:
-        base_url: the server's root, without `/v1`.
+        base_url: the server's root; a `/v1` at its end is left out.
         admin_api_key: as given to `shuteye serve --admin-api-key`.
         timeout_s: for each call.
         transport: instead of real connections, for tests.
@@ -211,11 +229,11 @@ class Client:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        self._base_url = base_url.rstrip("/")
-        self._http = httpx2.Client(headers=_bearer(admin_api_key), timeout=timeout_s, transport=transport)
+        self._base_url = server_root(base_url)
+        self._http = httpx2.Client(headers=bearer(admin_api_key), timeout=timeout_s, transport=transport)
 
     def _run(self, call: _Call[T]) -> T:
-        with _translated(self._base_url):
+        with translated(self._base_url):
             response = self._http.request(call.method, self._base_url + call.path, **call.payload)
         return call.result(self._base_url, response)
 
@@ -321,11 +339,11 @@ class AsyncClient:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        self._base_url = base_url.rstrip("/")
-        self._http = httpx2.AsyncClient(headers=_bearer(admin_api_key), timeout=timeout_s, transport=transport)
+        self._base_url = server_root(base_url)
+        self._http = httpx2.AsyncClient(headers=bearer(admin_api_key), timeout=timeout_s, transport=transport)
 
     async def _run(self, call: _Call[T]) -> T:
-        with _translated(self._base_url):
+        with translated(self._base_url):
             response = await self._http.request(call.method, self._base_url + call.path, **call.payload)
         return call.result(self._base_url, response)
 

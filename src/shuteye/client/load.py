@@ -17,8 +17,8 @@ from typing import Any, Literal
 import httpx2
 
 from shuteye.client.answers import error_from_response
-from shuteye.client.control import AsyncClient
-from shuteye.errors import InternalError, InvalidRequest, ServerUnreachable, ShuteyeError
+from shuteye.client.control import AsyncClient, bearer, server_root, translated
+from shuteye.errors import InternalError, InvalidRequest, ShuteyeError
 
 Route = Literal["completions", "chat"]
 
@@ -135,7 +135,7 @@ class LoadGenerator:
     """Asks one server; an async context manager.
 
     Args:
-        base_url: the server's root, without `/v1`.
+        base_url: the server's root; a `/v1` at its end is left out.
         transport: instead of real connections, for tests.
     """
 
@@ -147,10 +147,9 @@ class LoadGenerator:
         timeout_s: float = 600.0,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        self._base_url = base_url.rstrip("/")
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._base_url = server_root(base_url)
         limits = httpx2.Limits(max_connections=None)
-        self._http = httpx2.AsyncClient(headers=headers, timeout=timeout_s, limits=limits, transport=transport)
+        self._http = httpx2.AsyncClient(headers=bearer(api_key), timeout=timeout_s, limits=limits, transport=transport)
 
     async def __aenter__(self) -> LoadGenerator:
         return self
@@ -165,10 +164,8 @@ class LoadGenerator:
             ShuteyeError: there is no server, or it is none that serves models.
         """
         url = f"{self._base_url}/v1/models"
-        try:
+        with translated(self._base_url):
             response = await self._http.get(url)
-        except httpx2.TransportError as error:
-            raise ServerUnreachable(f"Cannot reach {self._base_url} ({error!r}). Is a server running there?") from error
         if not response.is_success:
             raise error_from_response(response.status_code, response.content)
         try:

@@ -115,12 +115,12 @@ class AsyncEngine:
         self._link = ThreadLink(self._given_config, on_message=on_message, on_death=on_death)
         self._link.start()
 
-    async def close(self) -> None:
-        """End the engine; requests in flight fail with EngineDead. Idempotent."""
+    async def close(self, reason: ShuteyeError | None = None) -> None:
+        """End the engine; requests in flight fail with `reason`, else with EngineDead. Idempotent."""
         link, self._link = self._link, None
         if link is None:
             return
-        self._frontend.fail(EngineDead("The engine was closed."), status="closed")
+        self._frontend.fail(reason or EngineDead("The engine was closed."), status="closed")
         if isinstance(link, ProcessLink):
             await link.close()
         else:

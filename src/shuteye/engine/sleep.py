@@ -132,7 +132,7 @@ def plan_wake(weights: Residency, kv_cache: Residency, *, tags: Sequence[Tag], m
     if move not in _WAKE_MOVES or ("kv_cache" in tags and kv_cache != "resident" and not loaded_after):
         raise TransitionConflict(
             f"The weights are {weights} and must be loaded before the KV cache can wake: {_name_some(missing)}. "
-            "Use update_weights or reload_weights, or wake_up() from level 2 without tags."
+            "Use update_weights or reload_weights; or load the image's: sleep at level 2, then wake_up() without tags."
         )
     commit_kv = "kv_cache" in tags and kv_cache != "resident"
     return WakePlan(weights=move, kv_cache="commit" if commit_kv else "keep")  # type: ignore[arg-type]

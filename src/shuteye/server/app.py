@@ -29,6 +29,7 @@ from shuteye.server.request_ids import RequestIds
 from shuteye.server.routes import (
     chat,
     completions,
+    docs,
     embeddings,
     health,
     invocations,
@@ -58,7 +59,14 @@ def create_app(engine: ServedEngine, config: ServerConfig, *, tracer: Tracer | N
     Raises:
         InvalidRequest: the config asks for spans, and OpenTelemetry is not installed.
     """
-    app = FastAPI(title="shuteye", version=__version__, lifespan=_lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="shuteye",
+        version=__version__,
+        lifespan=_lifespan,
+        redirect_slashes=False,
+        docs_url=None,  # FastAPI's own pages fetch scripts from elsewhere
+        redoc_url=None,
+    )
     model_name = (config.served_model_name or (engine.config.model,))[0]
     tracer = tracer or _configured_tracer(config, model_name)
     measured = Metrics(engine, model_name, tracer=tracer, log_requests=config.log_requests)
@@ -69,7 +77,7 @@ def create_app(engine: ServedEngine, config: ServerConfig, *, tracer: Tracer | N
     install_openapi(app)
     for module in (chat, completions, responses, embeddings, scores, transcriptions, invocations):
         app.include_router(module.router)
-    for module in (models, tokenize, health, metrics):
+    for module in (models, tokenize, health, metrics, docs):
         app.include_router(module.router)
     app.include_router(health.keyed)
     if control_routes_exist(config, enable_sleep_mode=engine.config.enable_sleep_mode):

@@ -5,6 +5,7 @@ Knows nothing of engines; where values come from is the command line's business.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,11 +79,11 @@ class ServerConfig:
                 param="admin_api_key",
             )
         for name in ("max_body_bytes", "max_audio_s", "max_header_count", "max_header_bytes"):
-            if getattr(self, name) <= 0:
-                raise InvalidRequest(f"{name} must be positive, got {getattr(self, name)}.", param=name)
-        if self.shutdown_grace_s < 0:
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidRequest(f"{name} must be a positive number, got {getattr(self, name)}.", param=name)
+        if not 0 <= self.shutdown_grace_s < math.inf:
             raise InvalidRequest(
-                f"shutdown_grace_s must not be negative, got {self.shutdown_grace_s}.", param="shutdown_grace_s"
+                f"shutdown_grace_s must be 0 or more seconds, got {self.shutdown_grace_s}.", param="shutdown_grace_s"
             )
         if not all(self.served_model_name):
             raise InvalidRequest("served_model_name must not hold an empty name.", param="served_model_name")

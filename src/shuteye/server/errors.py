@@ -108,7 +108,9 @@ def _param(location: Sequence[str | int]) -> str | None:
 def _message(error: Mapping[str, Any], param: str | None) -> str:
     kind = error["type"]
     if kind == "json_invalid":
-        return f"The body is not valid JSON: {error['ctx']['error']} at character {error['loc'][-1]}."
+        position = error["loc"][-1]
+        where = f" at character {position}" if isinstance(position, int) else ""  # else the message says where
+        return f"The body is not valid JSON: {error['ctx']['error']}{where}."
     if kind == "extra_forbidden":
         return f"Unknown field '{param}'. Check its spelling, or remove it."
     if kind == "missing" and param is None:

@@ -50,7 +50,7 @@ class Metrics:
         self._model = model_name
         self._tracer = tracer
         self._log_requests = log_requests
-        self._last_wake: WakeReport | None = None
+        self._last_wake: tuple[float, int] | None = None  # seconds, and bytes of weights that came back
         self._define_requests()
         self._define_transitions()
         self.registry.register(SnapshotCollector(engine, model_name))
@@ -177,15 +177,15 @@ class Metrics:
 
     @property
     def last_wake_s(self) -> float | None:
-        """How long the last wake took that changed anything, whatever caused it."""
-        return self._last_wake.seconds if self._last_wake else None
+        """How long the last wake took that brought weights back, whatever caused it."""
+        return self._last_wake[0] if self._last_wake else None
 
     def expected_wake_s(self, restore_bytes: int) -> float | None:
-        """How long bringing `restore_bytes` of weights back should take, at the last wake's pace; None before one."""
-        last = self._last_wake
-        if last is None:
+        """How long bringing `restore_bytes` of weights back should take, at the last wake's pace; None if unknown."""
+        if self._last_wake is None or restore_bytes == 0:
             return None
-        return last.seconds * (restore_bytes / last.restored_bytes) if last.restored_bytes > 0 else last.seconds
+        seconds, restored_bytes = self._last_wake
+        return seconds * (restore_bytes / restored_bytes)
 
     async def transition(self, kind: str, work: Awaitable[Report]) -> Report:
         """The result of `work`, timed and counted as a transition of this kind."""
@@ -218,9 +218,17 @@ class Metrics:
             self._residual.labels(self._model).set(report.residual_bytes)
         if isinstance(report, WakeReport) and report.changed:
             self._restored.labels(self._model).inc(report.restored_bytes)
-            self._last_wake = report
+            self._keep_pace(report)
         if isinstance(report, UpdateReport):
             self._updated.labels(self._model).inc(report.updated_bytes)
+
+    def _keep_pace(self, report: WakeReport) -> None:
+        """Remember a wake that brought weights back; not one of level 0, of the KV cache alone, or to blank weights."""
+        restored = sum(
+            one.restored_bytes for one in report.tags if one.tag == "weights" and one.residency == "resident"
+        )
+        if restored > 0:
+            self._last_wake = (report.seconds, restored)
 
 
 def _figures_of(report: object) -> dict[str, Any]:

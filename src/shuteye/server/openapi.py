@@ -5,7 +5,7 @@ Knows nothing of engines. A route that is not listed here keeps what FastAPI say
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from fastapi import FastAPI
@@ -13,7 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import iter_route_contexts
 from pydantic import TypeAdapter
 
-from shuteye.outputs import TAGS, SleepReport, UpdateReport, WakeReport
+from shuteye.outputs import TAGS, UpdateReport
 from shuteye.request import DrainMode
 from shuteye.server.admission import ModelRoute
 from shuteye.server.auth import ControlRoute, InferenceRoute
@@ -42,8 +42,8 @@ ANSWERS: Mapping[str, Any] = {
     "GET /version": answers.VersionAnswer,
     "GET /ready": answers.ReadyAnswer,
     "GET /state": answers.StateAnswer,
-    "POST /sleep": SleepReport,
-    "POST /wake_up": WakeReport,
+    "POST /sleep": answers.SleepAnswer,
+    "POST /wake_up": answers.WakeAnswer,
     "GET /is_sleeping": answers.SleepingAnswer,
     "POST /pause": answers.DoneAnswer,
     "POST /resume": answers.DoneAnswer,
@@ -112,7 +112,7 @@ _CHOICES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "mode": ("string", {"enum": list(get_args(DrainMode))}),
     "tags": ("array", {"items": {"enum": list(TAGS)}, "minItems": 1}),
 }
-"""Query parameters whose values the engine checks, by name: their type, and what it may be."""
+"""Parameters of control calls whose values the engine checks, by name: their type, and what it may be."""
 
 _EVENT: Mapping[str, Any] = {
     "type": "object",
@@ -149,7 +149,7 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
     for schema in schemas.values():
         _narrow_fields(schema.get("properties", {}))
     for name, route_class, operation in _operations(app, document):
-        _narrow_parameters(operation.get("parameters", ()))
+        _narrow_parameters(operation)
         responses = operation["responses"]
         responses.pop("422", None)  # never: a bad value is 400
         responses["200"] |= _success(name, responses["200"], schemas)
@@ -193,10 +193,14 @@ def _refuse_empty(prompt: dict[str, Any]) -> None:
                 _refuse_empty(alternative["items"])
 
 
-def _narrow_parameters(parameters: Iterable[Mapping[str, Any]]) -> None:
-    for parameter in parameters:
-        if parameter["name"] in _CHOICES:
-            _narrow(parameter["schema"], *_CHOICES[parameter["name"]])
+def _narrow_parameters(operation: Mapping[str, Any]) -> None:
+    """Of the query, and of a body that may take its place."""
+    schemas = {parameter["name"]: parameter["schema"] for parameter in operation.get("parameters", ())}
+    body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+    fields = body.get("properties", {})
+    for name in _CHOICES.keys() & schemas.keys():
+        for schema in (schemas[name], fields.get(name, {})):
+            _narrow(schema, *_CHOICES[name])
 
 
 def _narrow(schema: dict[str, Any], kind: str, limits: Mapping[str, Any]) -> None:

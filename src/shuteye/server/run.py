@@ -23,6 +23,7 @@ from uvicorn.server import HANDLED_SIGNALS
 
 from shuteye import logs
 from shuteye.config import EngineConfig
+from shuteye.errors import ServerStopping
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
@@ -57,6 +58,7 @@ def serve_engine(engine: ServedEngine, config: ServerConfig) -> int:
         _log_address(listener, config)
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(server.serve_until_stopped(listener))
+        _log_cause(engine, failed=server.exit_code == FAILED)
         return server.exit_code
 
 
@@ -77,6 +79,12 @@ def _log_bind_error(config: ServerConfig, error: OSError) -> None:
         config.port,
         error.strerror or error,
     )
+
+
+def _log_cause(engine: ServedEngine, *, failed: bool) -> None:
+    """Say last what ended the server, for whoever sees only the end of the log."""
+    if failed and engine.failure is not None:
+        logger.error("Stopped, because the model %r failed to load: %s", engine.config.model, engine.failure.message)
 
 
 def _log_address(listener: socket.socket, config: ServerConfig) -> None:
@@ -151,7 +159,9 @@ class _Server(uvicorn.Server):
         """An engine that closes answers its requests with an error; uvicorn would cut their connections."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._waited_enough.wait(), self._grace_left_s)
-        await self._engine.close()
+        await self._engine.close(
+            ServerStopping("The server was stopped before this request was finished; send it again to another one.")
+        )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, a second one of either kind does not wait."""

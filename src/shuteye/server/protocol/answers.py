@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from shuteye.outputs import EngineState, ModelInfo, SchedulerStats
+from shuteye.outputs import EngineState, ModelInfo, SchedulerStats, TagReport
 
 
 class ErrorDetail(BaseModel):
@@ -241,6 +241,37 @@ class StateAnswer(BaseModel):
     waking: dict[str, Any]
     model: ModelInfo | None
     stats: SchedulerStats
+
+
+class SleepAnswer(BaseModel):
+    """Answer of POST /sleep: vLLM's `status` and `level`, the tags that were asked for, and what was measured."""
+
+    status: Literal["sleeping"]
+    tags: list[str] | None
+    tag_reports: list[TagReport]
+    changed: bool
+    level: int
+    freed_bytes: int
+    residual_bytes: int
+    seconds: float
+    aborted_requests: int
+    held_requests: int
+
+
+class WakeAnswer(BaseModel):
+    """Answer of POST /wake_up: vLLM's `status` and `tags` (those that were asked for), and what was measured."""
+
+    status: Literal["awake", "sleeping"]
+    tags: list[str] | None
+    tag_reports: list[TagReport]
+    changed: bool
+    restored_bytes: int
+    verified: str
+    verified_bytes: int
+    canary: bool
+    weights_source: str | None
+    missing: list[str]
+    seconds: float
 
 
 class SleepingAnswer(BaseModel):

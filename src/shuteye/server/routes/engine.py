@@ -8,13 +8,14 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict
 
 from shuteye.errors import InvalidRequest, TransitionConflict
 from shuteye.server.admission import refuse_if_stopping
 from shuteye.server.auth import ControlRoute
 from shuteye.server.context import Context
+from shuteye.server.json_body import with_body
 from shuteye.server.routes.sleep import NoQuery
 
 router = APIRouter(route_class=ControlRoute)
@@ -42,8 +43,9 @@ async def collective_rpc(_query: Annotated[NoQuery, Query()], body: RpcBody, con
 
 
 @router.post("/restart_engine")
-async def restart_engine(_query: Annotated[NoQuery, Query()], context: Context) -> dict[str, Any]:
+async def restart_engine(query: Annotated[NoQuery, Query()], request: Request, context: Context) -> dict[str, Any]:
     """Starts a dead engine anew, in the same server; answers once the model is loaded."""
+    await with_body(query, request)
     refuse_if_stopping(context)
     engine = context.engine
     if engine.failure is None:

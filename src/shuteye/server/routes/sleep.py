@@ -8,32 +8,44 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from shuteye.outputs import SleepReport, WakeReport
 from shuteye.server.auth import ControlRoute
 from shuteye.server.context import Context
+from shuteye.server.json_body import documented_body, with_body
 
 router = APIRouter(route_class=ControlRoute)
 
 
 class _Query(BaseModel):
+    """Parameters of a call, in the query or as a JSON body."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class SleepQuery(_Query):
+class _Tags(_Query):
+    tags: list[str] | None = None
+
+    @field_validator("tags")
+    @classmethod
+    def _split(cls, tags: list[str] | None) -> list[str] | None:
+        if tags is None:
+            return None
+        return [tag.strip() for joined in tags for tag in joined.split(",") if tag.strip()]
+
+
+class SleepQuery(_Tags):
     """`tags` may be repeated, or separated by commas; `timeout` is in seconds, for mode `wait`."""
 
     level: int = 1
     mode: str | None = None
-    tags: list[str] | None = None
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
-class WakeQuery(_Query):
+class WakeQuery(_Tags):
     """`tags` may be repeated, or separated by commas."""
-
-    tags: list[str] | None = None
 
 
 class PauseQuery(_Query):
@@ -57,23 +69,26 @@ class ReloadBody(BaseModel):
     path: str | None = None
 
 
-def _split(tags: list[str] | None) -> list[str] | None:
-    if tags is None:
-        return None
-    return [tag.strip() for joined in tags for tag in joined.split(",") if tag.strip()]
+def _answer(report: SleepReport | WakeReport, *, status: str, tags: list[str] | None) -> dict[str, Any]:
+    """The report with vLLM's keys: `tags` are the names that were asked for, so what was measured is `tag_reports`."""
+    measured = asdict(report)
+    return {"status": status, "tags": tags, "tag_reports": measured.pop("tags"), **measured}
 
 
-@router.post("/sleep")
-async def sleep(query: Annotated[SleepQuery, Query()], context: Context) -> dict[str, Any]:
-    """Gives memory back; answers once the system says that it came back."""
-    work = context.engine.sleep(query.level, tags=_split(query.tags), mode=query.mode, timeout_s=query.timeout)
-    return asdict(await context.metrics.transition("sleep", work))
+@router.post("/sleep", openapi_extra=documented_body(SleepQuery))
+async def sleep(query: Annotated[SleepQuery, Query()], request: Request, context: Context) -> dict[str, Any]:
+    """Gives memory back; answers once the system says that it came back. Parameters may also be a JSON body."""
+    call = await with_body(query, request)
+    work = context.engine.sleep(call.level, tags=call.tags, mode=call.mode, timeout_s=call.timeout)
+    return _answer(await context.metrics.transition("sleep", work), status="sleeping", tags=call.tags)
 
 
-@router.post("/wake_up")
-async def wake_up(query: Annotated[WakeQuery, Query()], context: Context) -> dict[str, Any]:
-    """Brings memory back; answers once the model is verified."""
-    return asdict(await context.metrics.transition("wake_up", context.engine.wake_up(_split(query.tags))))
+@router.post("/wake_up", openapi_extra=documented_body(WakeQuery))
+async def wake_up(query: Annotated[WakeQuery, Query()], request: Request, context: Context) -> dict[str, Any]:
+    """Brings memory back; answers once the model is verified. Parameters may also be a JSON body."""
+    call = await with_body(query, request)
+    report = await context.metrics.transition("wake_up", context.engine.wake_up(call.tags))
+    return _answer(report, status="sleeping" if context.engine.is_sleeping else "awake", tags=call.tags)
 
 
 @router.get("/is_sleeping")
@@ -82,19 +97,21 @@ async def is_sleeping(_query: Annotated[NoQuery, Query()], context: Context) -> 
     return {"is_sleeping": context.engine.is_sleeping}
 
 
-@router.post("/pause")
-async def pause(query: Annotated[PauseQuery, Query()], context: Context) -> dict[str, str]:
-    """Stops running requests, keeping all memory."""
-    mode = "wait" if query.mode is None and query.wait_for_inflight_requests else query.mode
-    await context.metrics.transition("pause", context.engine.pause(mode, timeout_s=query.timeout))
-    if query.clear_cache and mode != "keep":
+@router.post("/pause", openapi_extra=documented_body(PauseQuery))
+async def pause(query: Annotated[PauseQuery, Query()], request: Request, context: Context) -> dict[str, str]:
+    """Stops running requests, keeping all memory. Parameters may also be a JSON body."""
+    call = await with_body(query, request)
+    mode = "wait" if call.mode is None and call.wait_for_inflight_requests else call.mode
+    await context.metrics.transition("pause", context.engine.pause(mode, timeout_s=call.timeout))
+    if call.clear_cache and mode != "keep":
         await context.engine.reset_prefix_cache()
     return {"status": "paused"}
 
 
 @router.post("/resume")
-async def resume(_query: Annotated[NoQuery, Query()], context: Context) -> dict[str, str]:
+async def resume(query: Annotated[NoQuery, Query()], request: Request, context: Context) -> dict[str, str]:
     """Undoes `/pause`."""
+    await with_body(query, request)
     await context.metrics.transition("resume", context.engine.resume())
     return {"status": "resumed"}
 
@@ -115,7 +132,8 @@ async def reload_weights(
 
 
 @router.post("/reset_prefix_cache")
-async def reset_prefix_cache(_query: Annotated[NoQuery, Query()], context: Context) -> dict[str, str]:
+async def reset_prefix_cache(query: Annotated[NoQuery, Query()], request: Request, context: Context) -> dict[str, str]:
     """Forgets which prompts the KV cache holds."""
+    await with_body(query, request)
     await context.engine.reset_prefix_cache()
     return {"status": "reset"}

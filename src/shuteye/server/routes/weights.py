@@ -9,14 +9,14 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from shuteye.errors import InvalidRequest
 from shuteye.outputs import UpdateReport
 from shuteye.server.auth import ControlRoute
 from shuteye.server.body_limit import limited
 from shuteye.server.context import Context, ServerContext
-from shuteye.server.errors import invalid_request
+from shuteye.server.json_body import media_type, read_json
 from shuteye.server.routes.sleep import NoQuery
 from shuteye.server.uploads import received_file
 
@@ -50,7 +50,7 @@ _DOCUMENTED = {
 @router.post(PATH, openapi_extra=_DOCUMENTED)
 async def update_weights(_query: Annotated[NoQuery, Query()], request: Request, context: Context) -> dict[str, Any]:
     """Writes tensors by their checkpoint names; requests in flight are computed again with the new weights."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request)
     if kind == UPLOAD:
         return asdict(await _uploaded(request, context))
     if kind != "application/json":
@@ -75,7 +75,4 @@ async def _uploaded(request: Request, context: ServerContext) -> UpdateReport:
 
 async def _json_body(request: Request, context: ServerContext) -> UpdateBody:
     receive = limited(request.scope, request.receive, max_bytes=context.config.max_body_bytes)
-    try:
-        return UpdateBody.model_validate_json(await Request(request.scope, receive).body())
-    except ValidationError as error:
-        raise invalid_request([one | {"loc": ("body", *one["loc"])} for one in error.errors()]) from error
+    return read_json(UpdateBody, await Request(request.scope, receive).body())

@@ -1,0 +1,130 @@
+"""Where a command's values come from: flags, then environment variables, then the TOML file of `--config`.
+
+Knows nothing of what the values mean. What nobody reads is refused in a file, and warned of in the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App, ArgumentCollection, CycloptsError, Token
+from cyclopts.config import Dict
+
+from shuteye.cli.flags import ENV_PREFIX
+
+CONFIG_FLAG = "--config"
+TEST_PREFIX = "SHUTEYE_TEST_"
+"""Of the variables that the project's own tests read."""
+
+
+class Settings:
+    """Fills what flags and environment left unset from a file, and remembers what gave each value."""
+
+    def __init__(self) -> None:
+        self._origins: dict[str, str] = {}
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        """What cyclopts calls once it has read flags and environment."""
+        path = _config_path(arguments)
+        if path is not None:
+            table = _table(path, commands, _keys(arguments))
+            Dict(_nested(commands, table), source=str(path))(app, commands, arguments)
+        for argument in arguments:
+            if argument.tokens:
+                self._origins[argument.field_info.name] = _origin(argument.name, argument.tokens[-1], path)
+
+    def explained(self, message: str, param: str | None) -> str:
+        """`message` about the value of `param`, beginning with where that value was given."""
+        origin = self._origins.get(param or "")
+        return message if origin is None else f"{origin}: {message}"
+
+
+def _config_path(arguments: ArgumentCollection) -> Path | None:
+    tokens = next((one.tokens for one in arguments if CONFIG_FLAG in one.names), None)
+    return Path(tokens[-1].value) if tokens else None
+
+
+def _origin(name: str, token: Token, path: Path | None) -> str:
+    if token.source == "cli":
+        return token.keyword or name.removeprefix("--").upper()
+    return str(token.keyword) if token.source == "env" else f"{name.removeprefix('--')} in {path}"
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+def _keys(arguments: ArgumentCollection) -> frozenset[str]:
+    """The keys that a table may have, as flags are written."""
+    return frozenset(one.name.removeprefix("--") for one in arguments if CONFIG_FLAG not in one.names)
+
+
+def _table(path: Path, commands: tuple[str, ...], keys: frozenset[str]) -> Mapping[str, Any]:
+    """The table of this command in the file.
+
+    Raises:
+        CycloptsError: the file cannot be read, lacks the table, or has anything that nobody reads.
+    """
+    document, name = _document(path), commands[-1]
+    for key, value in document.items():
+        if key != name:
+            raise CycloptsError(msg=_unknown_table(path, key, value, name, keys))
+    if name not in document:
+        raise CycloptsError(msg=f"{path} has no table [{name}]; put the settings under that line.")
+    table = document[name]
+    if not isinstance(table, dict):
+        raise CycloptsError(msg=f"{name} in {path} must be a table: write [{name}], and its keys below.")
+    seen: dict[str, str] = {}
+    for key in table:
+        flag = key.replace("_", "-")
+        if flag not in keys:
+            raise CycloptsError(msg=f"{path} has an unknown key {key!r} in [{name}]{_nearest(flag, keys)}.")
+        if flag in seen:
+            raise CycloptsError(msg=f"{path} sets {seen[flag]!r} and {key!r} in [{name}], which are the same key.")
+        seen[flag] = key
+    return table
+
+
+def _document(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CycloptsError(msg=f"{CONFIG_FLAG} {path} is not a file.")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # not TOML, or not even text
+        raise CycloptsError(msg=f"{path} cannot be read as TOML: {error}.") from error
+
+
+def _unknown_table(path: Path, key: str, value: object, name: str, keys: frozenset[str]) -> str:
+    if isinstance(value, dict):
+        return f"{path} has an unknown table [{key}]; the one that is read is [{name}]."
+    if key.replace("_", "-") in keys:
+        return f"{path} sets {key!r} outside of a table; put it below a line [{name}]."
+    return f"{path} has an unknown key {key!r} outside of a table; settings belong below a line [{name}]."
+
+
+def _nested(commands: tuple[str, ...], table: Mapping[str, Any]) -> dict[str, Any]:
+    nested: Mapping[str, Any] = table
+    for command in reversed(commands):
+        nested = {command: nested}
+    return dict(nested)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; the nearest is {found[0]!r}" if found else "; see `shuteye serve --help`"
+
+
+# --- the environment ----------------------------------------------------------------------------
+
+
+def unread_variables(environment: Iterable[str], known: frozenset[str]) -> list[str]:
+    """One line for each variable that looks like one of ours and that no command reads."""
+    unread = (name for name in sorted(environment) if name.startswith(ENV_PREFIX) and name not in known)
+    return [
+        f"The environment variable {name} is not one of shuteye's and has no effect{_nearest(name, known)}."
+        for name in unread
+        if not name.startswith(TEST_PREFIX)
+    ]

@@ -1,0 +1,107 @@
+"""Settings in a file and in the environment: nothing that was written there is ignored in silence."""
+
+import importlib
+import inspect
+
+import pytest
+from cyclopts import App
+
+from shuteye.cli import main as cli
+from shuteye.cli.settings import unread_variables
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[serve]\nprot = 1\n", "unknown key 'prot' in [serve]; the nearest is 'port'"),
+        ("[serve]\nno-canary = true\n", "the nearest is 'canary'"),
+        ('[serve]\nconfig = "x"\n', "unknown key 'config' in [serve]"),
+        ("[serve]\nport = 1\n[srve]\nhost = 'x'\n", "unknown table [srve]; the one that is read is [serve]"),
+        ("[server]\nport = 1\n", "unknown table [server]"),
+        ("port = 1\n", "sets 'port' outside of a table; put it below a line [serve]"),
+        ("prot = 1\n", "unknown key 'prot' outside of a table"),
+        ("", "has no table [serve]"),
+        ("serve = 1\n", "serve in"),
+        ("[serve\n", "cannot be read as TOML: Expected ']'"),
+        ("[serve]\nmax-num-seqs = 1\nmax_num_seqs = 2\n", "which are the same key"),
+        ('[serve]\nport = "x"\n', "unable to convert"),
+        ("[serve]\nport = 99999\n", "port in "),
+        ('[serve]\nkv-cache-memory = "3 parsec"\n', "is not a size"),
+        ('[serve]\ndtype = "int3"\n', "float32"),
+        ("[serve.port]\nx = 1\n", "port"),
+    ],
+)
+def test_a_file_with_anything_wrong_is_refused(content, says, tmp_path, capsys, served):
+    """Catches a misspelt key or table being ignored, a traceback, and an error that does not name the file."""
+    file = tmp_path / "shuteye.toml"
+    file.write_text(content)
+    assert cli.run(["serve", "--config", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert str(file) in said
+    assert said.count("\n") == 1
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path, capsys, served):
+    """Catches a traceback about an encoding."""
+    file = tmp_path / "shuteye.toml"
+    file.write_bytes(b"\xff")
+    assert cli.run(["serve", "--config", str(file)]) == 2
+    assert f"{file} cannot be read as TOML" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_refused(capsys, served):
+    """Catches a mistyped path being ignored."""
+    assert cli.run(["serve", "--config", "/no/such.toml"]) == 2
+    assert "/no/such.toml is not a file" in capsys.readouterr().err
+
+
+def test_a_bad_value_is_reported_where_it_was_given(tmp_path, monkeypatch, capsys, served):
+    """Catches an error that leaves the reader to guess which of flag, variable and file to mend."""
+    file = tmp_path / "shuteye.toml"
+    file.write_text("[serve]\nport = 70000\n")
+    cli.run(["serve", "--port", "70001"])
+    monkeypatch.setenv("SHUTEYE_PORT", "70002")
+    cli.run(["serve"])
+    monkeypatch.delenv("SHUTEYE_PORT")
+    cli.run(["serve", "--config", str(file)])
+    flag, variable, key = capsys.readouterr().err.splitlines()
+    assert flag.startswith("shuteye: --port: port must be between")
+    assert variable.startswith("shuteye: SHUTEYE_PORT: port must be between")
+    assert key.startswith(f"shuteye: port in {file}: port must be between")
+
+
+def test_a_misspelt_variable_is_warned_of(monkeypatch, capsys, served):
+    """Catches a server that listens elsewhere, or without its key, because a variable was misspelt."""
+    monkeypatch.setenv("SHUTEYE_ADMIN_API_KY", "secret")
+    monkeypatch.setenv("SHUTEYE_PORT", "5")
+    assert served()[1].admin_api_key is None
+    captured = capsys.readouterr()
+    assert "SHUTEYE_ADMIN_API_KY" in captured.err
+    assert "the nearest is 'SHUTEYE_ADMIN_API_KEY'" in captured.err
+    assert "secret" not in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_variables_of_others_are_left_alone():
+    """Catches a warning at every test run, and one for a variable that is not ours."""
+    assert unread_variables(["SHUTEYE_TEST_LIBRARY", "SHUTEYE_PORT", "PATH"], frozenset({"SHUTEYE_PORT"})) == []
+
+
+def test_every_variable_of_every_command_is_known():
+    """Catches a warning about a variable that a command does read."""
+    read = set()
+    for module in ("serve", "pull", "sleep", "wake", "pause", "resume", "restart", "ps", "bench", "images"):
+        loaded = importlib.import_module(f"shuteye.cli.{module}")
+        commands = (
+            [loaded.app[name].default_command for name in ("ls", "rm", "verify")]
+            if isinstance(getattr(loaded, "app", None), App)
+            else [getattr(loaded, module)]
+        )
+        for command in commands:
+            assert inspect.signature(command)
+            collection = App(default_command=command).assemble_argument_collection(parse_docstring=False)
+            read |= {name for argument in collection for name in argument.parameter.env_var or ()}
+    assert {name for name in read if name.startswith("SHUTEYE_")} <= cli.known_variables()
+    assert "SHUTEYE_URL" in read
