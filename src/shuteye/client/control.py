@@ -97,6 +97,11 @@ class _Call(Generic[T]):
 
     def result(self, base_url: str, response: httpx2.Response) -> T:
         status, body = response.status_code, response.content
+        if response.is_redirect:
+            raise ServerUnreachable(
+                f"{base_url}{self.path} redirects to {response.headers.get('location')!r}; control calls follow no "
+                "redirect, for the admin key is meant for one server. If that is yours, give its address."
+            )
         if response.is_success or status in self.accept:
             try:
                 return self.parse(status, body)
@@ -212,7 +217,9 @@ class Client:
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self._base_url = base_url.rstrip("/")
-        self._http = httpx2.Client(headers=_bearer(admin_api_key), timeout=timeout_s, transport=transport)
+        self._http = httpx2.Client(
+            headers=_bearer(admin_api_key), timeout=timeout_s, transport=transport, follow_redirects=False
+        )
 
     def _run(self, call: _Call[T]) -> T:
         with _translated(self._base_url):
@@ -322,7 +329,9 @@ class AsyncClient:
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self._base_url = base_url.rstrip("/")
-        self._http = httpx2.AsyncClient(headers=_bearer(admin_api_key), timeout=timeout_s, transport=transport)
+        self._http = httpx2.AsyncClient(
+            headers=_bearer(admin_api_key), timeout=timeout_s, transport=transport, follow_redirects=False
+        )
 
     async def _run(self, call: _Call[T]) -> T:
         with _translated(self._base_url):
