@@ -83,6 +83,10 @@ SERVER_FLAGS = {
         "Control routes without a key. For development: anyone who can reach the port can put the model to sleep.",
         env=("SHUTEYE_SERVER_DEV_MODE", "SHUTEYE_DEV_MODE", "VLLM_SERVER_DEV_MODE"),
     ),
+    "allowed_hosts": Flag(
+        "Names by which control routes without a key may be called, besides localhost and this machine's addresses: "
+        "a web page that had its own name resolved to this machine could call them otherwise."
+    ),
     "tool_call_parser": Flag("How the model writes tool calls. auto asks its chat template; Hermes' format if unsure."),
     "reasoning_parser": Flag(
         "How the model writes reasoning, which answers then carry apart from their content: deepseek_r1 takes all up "

@@ -10,12 +10,11 @@ from typing import Literal
 
 from shuteye.errors import InvalidRequest
 from shuteye.logs import LogFormat, LogLevel
+from shuteye.server.hosts import is_address, is_loopback_name
 from shuteye.server.reading.reasoning import ReasoningParserName
 from shuteye.server.reading.tool_formats import ToolFormat
 
 ToolCallParser = Literal["auto"] | ToolFormat
-
-LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +26,7 @@ class ServerConfig:
         api_key: required on inference routes when set, as `Authorization: Bearer`.
         admin_api_key: required on control routes when set; it opens inference routes too.
         dev_mode: control routes exist without an admin key.
+        allowed_hosts: names by which control routes without a key may be called, besides localhost and addresses.
         served_model_name: names that requests may use; empty means the model string as given.
         allowed_origins: web pages of these origins may call; empty: of none but the server's own. `*` is every origin.
         allowed_methods, allowed_headers: what those pages may use.
@@ -49,6 +49,7 @@ class ServerConfig:
     api_key: str | None = None
     admin_api_key: str | None = None
     dev_mode: bool = False
+    allowed_hosts: tuple[str, ...] = ()
     served_model_name: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     allowed_methods: tuple[str, ...] = ("*",)
@@ -104,4 +105,13 @@ class ServerConfig:
     @property
     def is_loopback(self) -> bool:
         """True if only this machine can reach the server."""
-        return self.host in LOOPBACK_HOSTS or self.host.startswith("127.")
+        return is_loopback_name(self.host.lower())
+
+    def may_be_called(self, name: str) -> bool:
+        """Whether control routes without a key answer when the server is called by `name`, in lower case.
+
+        Never by a name that somebody else's name server could have given to this machine.
+        """
+        if is_loopback_name(name) or name in (allowed.lower() for allowed in self.allowed_hosts):
+            return True
+        return not self.is_loopback and (is_address(name) or name == self.host.lower())

@@ -77,7 +77,7 @@ TEXT: Mapping[str, tuple[str, ...]] = {
 _MEANINGS: Mapping[int, str] = {
     400: "A bad value, a missing or unknown field, or a request that does not fit.",
     401: "No key, or a wrong one.",
-    403: "The key is for inference, or a web page of another origin asked.",
+    403: "The key is for inference; or without keys, a web page of another origin asked, or one of a strange name.",
     404: "No model of this name.",
     409: "The transition table forbids this move.",
     413: "The body is too large.",
