@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -35,7 +33,8 @@ from shuteye.engine.messages import (
 )
 from shuteye.engine.pooling import PoolInputs, Prompt, Texts, as_list, embeddings_of, score_job
 from shuteye.engine.process_link import ProcessLink
-from shuteye.errors import EngineDead, InvalidRequest, ShuteyeError
+from shuteye.errors import EngineDead, InvalidRequest, MemoryExhausted, ShuteyeError
+from shuteye.executors.handover import NamelessFile
 from shuteye.outputs import (
     EmbeddingRequestOutput,
     EngineState,
@@ -376,9 +375,16 @@ class AsyncEngine:
         if self._in_process:
             report: UpdateReport = await self._call(UpdateCall(named_tensors=list(named_tensors)))
             return report
-        with _tensor_file(named_tensors) as path:
-            report = await self._call(UpdateCall(path=path))
-            return report
+        file = NamelessFile()
+        try:
+            _write_tensors(file, named_tensors)
+            answer = self._frontend.call(UpdateCall(path=file.path))
+        except BaseException:
+            file.close()
+            raise
+        answer.add_done_callback(lambda _answer: file.close())  # not before: the engine may still open the path
+        report = await asyncio.wrap_future(answer)
+        return report
 
     async def update_weights_from_file(self, path: str) -> UpdateReport:
         """`update_weights` with every tensor of a safetensors file, or of all such files in a directory.
@@ -419,19 +425,13 @@ async def _encoded(texts: Sequence[Prompt], encode: Callable[[], T]) -> T:
     return encode()
 
 
-@contextlib.contextmanager
-def _tensor_file(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-    """Tensors on their way to another process: a safetensors file in shared memory, gone afterwards."""
-    from safetensors.torch import save_file
+def _write_tensors(file: NamelessFile, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    from shuteye.models.tensor_files import safetensors_chunks
 
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, given in named_tensors:
-        tensor = given.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if storage in storages else tensor  # the format refuses shared memory
-        storages.add(storage)
-    directory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.NamedTemporaryFile(prefix="shuteye-update-", suffix=".safetensors", dir=directory) as file:
-        save_file(tensors, file.name)
-        yield file.name
+    try:
+        for chunk in safetensors_chunks(named_tensors):
+            file.write(chunk)
+    except OSError as error:
+        raise MemoryExhausted(
+            f"The tensors do not fit in shared memory ({error.strerror}); update fewer at once, or from a file."
+        ) from error
