@@ -1,5 +1,8 @@
 """The engine process's own start."""
 
+import signal
+import subprocess
+import sys
 import types
 
 import pytest
@@ -24,3 +27,38 @@ def test_an_engine_whose_server_has_gone_ends(no_prctl, monkeypatch):
     monkeypatch.setattr(process.os, "getppid", lambda: 1)
     with pytest.raises(SystemExit):
         process._die_with_parent(4711)
+
+
+LOAD = """
+import time
+from shuteye.engine.process import _stop_loading_on_sigterm
+from shuteye.engine.pulse import Pulse
+pulse = Pulse()
+_stop_loading_on_sigterm(pulse)
+if {loaded}:
+    pulse.working()
+try:
+    print("loading", flush=True)
+    input()
+finally:
+    print("swept", flush=True)
+"""
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_sigterm_ends_loading_in_order_and_nothing_else(loaded):
+    """Would catch a half-written image of gigabytes that stays, and a signal to all that ends an engine in service."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOAD.format(loaded=loaded)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGTERM)
+    if loaded:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.2)
+    assert process.communicate("\n" if loaded else None, timeout=60)[0] == "swept\n"
+    assert process.returncode == 0

@@ -61,6 +61,13 @@ ENGINE_FLAGS = {
     "max_num_batched_tokens": Flag("Most tokens computed in one step. Longer prompts are cut into several steps."),
     "block_size": Flag("Tokens per KV cache block, the unit of sharing and of prefix caching."),
     "enable_prefix_caching": Flag("Reuse the KV cache of prompts that begin alike."),
+    "hang_timeout_s": Flag(
+        "An engine process that gives no sign of life for so many seconds counts as hung: /health is 503 and requests "
+        "are refused until it goes on, or is restarted."
+    ),
+    "step_timeout_s": Flag(
+        "So does an engine that takes longer for one step, in seconds: of the model, or of a sleep or a wake."
+    ),
     "seed": Flag("For requests that bring no seed of their own."),
     "num_threads": Flag("Compute threads. By default all cores."),
     "kernels": Flag("auto uses the native kernels where they can be used; torch never does."),
