@@ -65,7 +65,10 @@ def test_matrix(make_engine, client_of, *, dev_mode, sleep_mode, with_admin_key,
         for method, path in CONTROL:
             found = ask(client, method, path, key).status_code
             expected = expected_of_control(
-                name, exists=sleep_mode and (with_admin_key or dev_mode), keyed=with_admin_key, api=with_api_key
+                name,
+                exists=(sleep_mode or path == "/restart_engine") and (with_admin_key or dev_mode),
+                keyed=with_admin_key,
+                api=with_api_key,
             )
             assert (found if found in (401, 403, 404) else 200) == expected, (name, path, found)
 
@@ -169,8 +172,10 @@ def test_development_mode_warns(make_engine, client_of, caplog):
         assert "DANGER" in caplog.text
         caplog.clear()
         client_of(make_engine(), dev_mode=True, admin_api_key=ADMIN)
-        client_of(make_engine(enable_sleep_mode=False), dev_mode=True)
         assert caplog.text == ""
+        client_of(make_engine(enable_sleep_mode=False), dev_mode=True)
+        assert "/restart_engine" in caplog.text
+        assert "/sleep" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -182,6 +187,8 @@ def test_development_mode_warns(make_engine, client_of, caplog):
         ({"port": 70000}, "port"),
         ({"max_body_bytes": 0}, "max_body_bytes"),
         ({"shutdown_grace_s": -1}, "shutdown_grace_s"),
+        ({"engine_restarts": -1}, "engine_restarts"),
+        ({"engine_restart_delay_s": -1.0}, "engine_restart_delay_s"),
         ({"served_model_name": ("",)}, "served_model_name"),
     ],
 )

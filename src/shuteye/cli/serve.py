@@ -111,6 +111,14 @@ SERVER_FLAGS = {
     "max_audio_s": Flag("Longer recordings, in seconds, are answered with 400."),
     "max_header_count": Flag("More request headers are answered with 431."),
     "max_header_bytes": Flag("Larger request headers, all of them together, are answered with 431.", size=True),
+    "engine_restarts": Flag(
+        "How often an engine that died is restarted by itself within ten minutes; when it dies once more, the server "
+        "exits with status 1, so that a supervisor can act. 0 never restarts it."
+    ),
+    "engine_restart_delay_s": Flag(
+        "How long to wait before the first of these restarts, in seconds; twice as long before every further one, and "
+        "a minute at most."
+    ),
     "shutdown_grace_s": Flag(
         "After the first Ctrl-C or SIGTERM, how long running requests may go on, in seconds; new ones get 503.",
         alias="--shutdown-timeout",

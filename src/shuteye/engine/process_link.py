@@ -171,7 +171,7 @@ class ProcessLink:
         if not self._closing:
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
             self._on_death(
-                EngineDead(f"The engine process ended by {how}; its requests are lost. Restart it or the server.")
+                EngineDead(f"The engine process ended by {how}; its requests are lost. It must be restarted.")
             )
 
 

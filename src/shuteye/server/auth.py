@@ -53,9 +53,9 @@ def behind_inference_key(handle: Handler) -> Handler:
     return checked
 
 
-def control_routes_exist(config: ServerConfig, *, enable_sleep_mode: bool) -> bool:
-    """True if `/sleep` and its kin are served at all."""
-    return enable_sleep_mode and (config.admin_api_key is not None or config.dev_mode)
+def control_routes_exist(config: ServerConfig) -> bool:
+    """True if there is anyone who may control the server; what needs sleep mode needs that, too."""
+    return config.admin_api_key is not None or config.dev_mode
 
 
 def _require_inference_key(request: Request, config: ServerConfig) -> None:

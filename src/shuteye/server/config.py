@@ -34,6 +34,8 @@ class ServerConfig:
         max_body_bytes: larger request bodies are answered with 413.
         max_audio_s: longer recordings are answered with 400.
         max_header_count, max_header_bytes: more or larger request headers are answered with 431.
+        engine_restarts: how often a dead engine is restarted within ten minutes before the server ends; 0: never.
+        engine_restart_delay_s: before the first of these restarts; twice as long before every further one.
         shutdown_grace_s: how long running requests may go on after the first signal.
         log_requests: a line for every request that was served, without its text.
         tool_call_parser: how the model writes tool calls; `auto` asks its chat template.
@@ -59,6 +61,8 @@ class ServerConfig:
     max_audio_s: float = 3600.0
     max_header_count: int = 128
     max_header_bytes: int = 64 * 1024
+    engine_restarts: int = 3
+    engine_restart_delay_s: float = 1.0
     shutdown_grace_s: float = 30.0
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
@@ -81,10 +85,9 @@ class ServerConfig:
         for name in ("max_body_bytes", "max_audio_s", "max_header_count", "max_header_bytes"):
             if getattr(self, name) <= 0:
                 raise InvalidRequest(f"{name} must be positive, got {getattr(self, name)}.", param=name)
-        if self.shutdown_grace_s < 0:
-            raise InvalidRequest(
-                f"shutdown_grace_s must not be negative, got {self.shutdown_grace_s}.", param="shutdown_grace_s"
-            )
+        for name in ("shutdown_grace_s", "engine_restarts", "engine_restart_delay_s"):
+            if getattr(self, name) < 0:
+                raise InvalidRequest(f"{name} must not be negative, got {getattr(self, name)}.", param=name)
         if not all(self.served_model_name):
             raise InvalidRequest("served_model_name must not hold an empty name.", param="served_model_name")
         self._check_strangers()
