@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from served import shuteye, stop_all, wait_for
+from served import Served, children_of, is_running, shuteye, stop_all, wait_for
 
 from shuteye.client import Client
 
@@ -77,8 +77,9 @@ def test_collective_rpc(server):
 
 
 def test_a_killed_engine_is_restarted_by_command(launch, right):
-    """A server that has to be restarted because of its engine; requests of before that come back to life."""
-    server = launch("--dev-mode").wait_until_ready()
+    """A server that has to be restarted because its engine died or hangs; requests of before that come back to life."""
+    flags = ("--dev-mode", "--engine-restart-delay-s", "60", "--hang-timeout-s", "1")
+    server = launch(*flags).wait_until_ready()
     try:
         assert shuteye("restart", "--url", server.url).returncode == 1
         os.kill(server.engine_pid, signal.SIGKILL)
@@ -89,6 +90,39 @@ def test_a_killed_engine_is_restarted_by_command(launch, right):
         assert server.complete("a prompt") == right("a prompt")
         assert server.done("/sleep")["changed"]
         assert server.done("/wake_up")["changed"]
+        (pid,) = children_of(server.process.pid)
+        for goes_on in (True, False):
+            os.kill(pid, signal.SIGSTOP)
+            wait_for(lambda: server.get("/health").status_code == 503, "the hang to be noticed", 60)
+            assert server.get("/health").json()["status"] == "hung"
+            assert server.refused("/v1/completions", **server.request("x"))[:2] == (503, "EngineHungError")
+            if goes_on:
+                os.kill(pid, signal.SIGCONT)
+                wait_for(lambda: server.get("/health").status_code == 200, "the engine to go on", 60)
+        done = shuteye("restart", "--url", server.url)
+        assert done.returncode == 0, done.stderr
+        assert not is_running(pid)
+        assert server.complete("a prompt") == right("a prompt")
+    finally:
+        stop_all([server])
+
+
+def test_a_killed_engine_is_restarted_by_itself_and_then_the_server_ends(tiny_checkpoint, image_cache, right):
+    """Without sleep mode: a server that answers 503 for good, and whose supervisor never hears of it."""
+    flags = ("--num-threads", "1", "--engine-restarts", "1", "--engine-restart-delay-s", "0.1")
+    server = Served(tiny_checkpoint, *flags, cache_dir=image_cache).wait_until_ready()
+    server.may_end_with = 1
+    try:
+        for _ in range(2):
+            assert server.complete("a prompt") == right("a prompt")
+            assert server.get("/health").json() == {"status": "ok"}
+            (pid,) = children_of(server.process.pid)
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: server.process.poll() is not None or server.get("/health").status_code == 503, "its death")
+            if server.process.poll() is None and server.metric("shuteye_transitions_total", transition="restart") == 0:
+                wait_for(lambda: server.get("/ready").status_code == 200, "the restart", 60)
+        assert server.ended() == 1
+        assert "--engine-restarts" in server.log
     finally:
         stop_all([server])
 

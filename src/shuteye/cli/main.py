@@ -39,7 +39,7 @@ app.command("shuteye.cli.serve:serve", name="serve", help="Load a model and serv
 app.command("shuteye.cli.pull:pull", name="pull", help="Fetch a model and build its weight image.")
 app.command("shuteye.cli.sleep:sleep", name="sleep", help="Put a served model to sleep.")
 app.command("shuteye.cli.wake:wake", name="wake", help="Wake a served model.")
-app.command("shuteye.cli.restart:restart", name="restart", help="Start a server's dead engine anew.")
+app.command("shuteye.cli.restart:restart", name="restart", help="Start a server's dead or hung engine anew.")
 app.command("shuteye.cli.ps:ps", name="ps", help="Show whether served models sleep, and where their memory is.")
 app.command("shuteye.cli.bench:bench", name="bench", help="Put load on a running server, and time it.")
 app.command("shuteye.cli.images:app", name="images", help="List, remove and verify weight images.")

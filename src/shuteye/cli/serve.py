@@ -113,7 +113,7 @@ SERVER_FLAGS = {
     "max_header_bytes": Flag("Larger request headers, all of them together, are answered with 431.", size=True),
     "engine_restarts": Flag(
         "How often an engine that died is restarted by itself within ten minutes; when it dies once more, the server "
-        "exits with status 1, so that a supervisor can act. 0 never restarts it."
+        "exits with status 1, so that a supervisor can act. 0: it exits at the first death."
     ),
     "engine_restart_delay_s": Flag(
         "How long to wait before the first of these restarts, in seconds; twice as long before every further one, and "

@@ -46,8 +46,8 @@ class ServerState:
     """The answer of GET /state.
 
     Attributes:
-        status: `starting`, `ready`, `failed`, `dead` or `closed`.
-        failure: why the engine failed or died, or None.
+        status: `starting`, `ready`, `hung`, `failed`, `dead` or `closed`.
+        failure: why the engine failed, died or hangs, or None.
         models: the names that requests may use.
         ready: whether a request sent now would run now.
         model: None until it is loaded.
@@ -109,9 +109,10 @@ class _Call(Generic[T]):
                 raise InternalError(f"{base_url}{self.path} is not a shuteye server's answer ({error}).") from error
         failure = error_from_response(status, body)
         if isinstance(failure, ModelNotFound):  # no control route names a model: the route itself is missing
+            mode = "" if self.path == _RESTART_ENGINE.path else "--enable-sleep-mode, and with "
             raise SleepModeDisabled(
-                f"{base_url} has no route {self.path}. Start the server with --enable-sleep-mode, and with "
-                f"--admin-api-key or in development mode (SHUTEYE_SERVER_DEV_MODE=1)."
+                f"{base_url} has no route {self.path}. Start the server with {mode}--admin-api-key or in development "
+                f"mode (SHUTEYE_SERVER_DEV_MODE=1)."
             )
         raise failure
 
@@ -285,7 +286,7 @@ class Client:
         return self._run(_collective_rpc(method, args))
 
     def restart_engine(self) -> float:
-        """Start an engine that died anew, and wait until it is loaded; how many seconds that took."""
+        """Start an engine anew that is dead or hangs, and wait until it is loaded; how many seconds that took."""
         return self._run(_RESTART_ENGINE)
 
     def state(self) -> ServerState:
@@ -293,7 +294,7 @@ class Client:
         return self._run(_STATE)
 
     def health(self) -> bool:
-        """True if the server and its engine are alive, asleep or not."""
+        """True if the model is loaded and its engine is well, asleep or not."""
         return self._run(_HEALTH)
 
     def ready(self) -> bool:

@@ -34,7 +34,7 @@ class ServerConfig:
         max_body_bytes: larger request bodies are answered with 413.
         max_audio_s: longer recordings are answered with 400.
         max_header_count, max_header_bytes: more or larger request headers are answered with 431.
-        engine_restarts: how often a dead engine is restarted within ten minutes before the server ends; 0: never.
+        engine_restarts: how often a dead engine is restarted within ten minutes before the server ends.
         engine_restart_delay_s: before the first of these restarts; twice as long before every further one.
         shutdown_grace_s: how long running requests may go on after the first signal.
         log_requests: a line for every request that was served, without its text.
