@@ -50,7 +50,7 @@ def safetensors_chunks(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Ite
     encoded += b" " * (-len(encoded) % 8)
     yield memoryview(len(encoded).to_bytes(8, "little") + encoded)
     for tensor in filter(torch.numel, tensors.values()):
-        yield memoryview(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+        yield tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _dtype_of(name: str, tensor: torch.Tensor) -> str:
