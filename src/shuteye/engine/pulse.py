@@ -63,7 +63,8 @@ class Pulse:
 
     def waiting(self) -> None:
         """The engine has nothing in hand."""
-        self._counters[_TURNS] += self.turns % 2
+        if self.turns == 0 or self.turns % 2:
+            self._counters[_TURNS] += 2 - self.turns % 2
 
     def working(self) -> None:
         """The engine has taken up a step, or whatever it does between two looks at its messages."""
