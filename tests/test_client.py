@@ -545,3 +545,85 @@ def test_nobody_there_and_nobody_answering():
     client = Client(URL, transport=httpx2.MockTransport(slow))
     with client, pytest.raises(errors.ServerUnreachable, match="in time"):
         client.sleep()
+
+
+# --- redirects ------------------------------------------------------------------------------------
+
+
+class Redirecting:
+    """A server that sends everyone on to another origin, where a model "sleeps"; who was asked, and with which key."""
+
+    def __init__(self, to):
+        self.to = to
+        self.asked = []
+
+    def __call__(self, request):
+        self.asked.append((request.url.host, request.url.path, request.headers.get("authorization")))
+        if request.url.host == "test":
+            return httpx2.Response(307, headers={"Location": f"{self.to}{request.url.path}"})
+        if request.url.path == "/wake_up":
+            return httpx2.Response(200, json=asdict(WakeReport(changed=True)))
+        return httpx2.Response(503, json=SLEEPING, headers={"Retry-After": "0"})
+
+    async def handle_async(self, request):
+        return self(request)
+
+    @property
+    def strangers_got(self):
+        """What other hosts than the caller's were asked for, and with which key."""
+        return [(path, key) for host, path, key in self.asked if host != "test"]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_the_admin_key_does_not_follow_a_redirect_to_another_origin(kind):
+    """Catches whoever can make a server redirect being handed the admin key, by claiming that a model sleeps."""
+    server = Redirecting("http://evil.example")
+
+    async def ask():
+        async with async_http(server, admin_api_key="sk-admin") as http:
+            return await http.post("/v1/completions", content="x", follow_redirects=True)
+
+    if kind == "sync":
+        with sync_http(server, admin_api_key="sk-admin") as http:
+            answer = http.post("/v1/completions", content="x", follow_redirects=True)
+    else:
+        answer = asyncio.run(ask())
+    assert server.strangers_got == [("/v1/completions", None)]
+    found = answer.json()["error"]
+    assert (answer.status_code, found["type"]) == (503, "WakeFailedError")
+    assert "http://evil.example" in found["message"]
+
+
+def test_a_redirect_within_the_origin_is_woken():
+    """Catches a pin that is too tight: a proxy that moves paths about."""
+    server = FakeServer(admin_key="sk-admin")
+
+    def moved(request):
+        if request.url.path == "/old":
+            return httpx2.Response(307, headers={"Location": "/v1/completions"})
+        return server(request)
+
+    with httpx2.Client(
+        transport=WakingTransport(httpx2.MockTransport(moved), admin_api_key="sk-admin"), base_url=URL
+    ) as http:
+        assert http.post("/old", content="x", follow_redirects=True).json() == {"echo": "x"}
+    assert server.wakes == 1
+
+
+def test_control_calls_follow_no_redirect():
+    """Catches the admin key sent on, and a redirect read as a report or as a bare status."""
+    server = Redirecting("https://test.example")
+    with (
+        Client(URL, admin_api_key="sk-admin", transport=httpx2.MockTransport(server)) as client,
+        pytest.raises(errors.ServerUnreachable, match=r"https://test\.example/sleep"),
+    ):
+        client.sleep()
+
+    async def main():
+        transport = httpx2.MockTransport(server.handle_async)
+        async with AsyncClient(URL, admin_api_key="sk-admin", transport=transport) as client:
+            await client.sleep()
+
+    with pytest.raises(errors.ServerUnreachable, match=r"https://test\.example/sleep"):
+        asyncio.run(main())
+    assert server.strangers_got == []

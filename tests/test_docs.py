@@ -125,7 +125,7 @@ def test_curl_commands_are_answered(page, tiny_options, tiny_checkpoint):
     server = ServerConfig(dev_mode=True, served_model_name=("smollm2-135m",))
     commands = list(curl_commands(page))
     assert len(commands) >= 4
-    with TestClient(create_app(AsyncEngine(config, in_process=True), server)) as client:
+    with TestClient(create_app(AsyncEngine(config, in_process=True), server), "http://localhost") as client:
         while client.get("/ready").json().get("reason") == "loading":
             time.sleep(0.01)
         for method, path, headers, body in commands:

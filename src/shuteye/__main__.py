@@ -1,11 +1,29 @@
-"""`python -m shuteye` is the `shuteye` command.
+"""The `shuteye` command, and `python -m shuteye`: what must be in place before anything else is imported.
 
-Knows nothing else.
+Knows nothing of subcommands but that one of them is asked to stop by a signal.
 """
 
 from __future__ import annotations
 
-from shuteye.cli.main import main
+import os
+import signal
+import sys
+from types import FrameType
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    os._exit(0)  # asked to stop, and nothing was begun that would have to be ended
+
+
+def main() -> None:
+    """The console script."""
+    if sys.argv[1:2] == ["serve"]:  # until `server/run.py` handles them
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _end)
+    from shuteye.cli.main import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -53,6 +53,8 @@ class EngineConfig:
         verify_wake: how much of the weights is compared with checksums before the gate opens.
         canary: whether a short forward pass must reproduce its recorded logits before the gate opens.
         cache_dir: where images and fetched wheels live; text is taken as well, and `~` is the user's home.
+        hang_timeout_s: a loaded engine process that gives no sign of life for so long counts as hung.
+        step_timeout_s: so does one that takes longer for one step: of the model, or of a sleep or a wake.
         num_threads: compute threads; None takes all cores.
         kernels: `auto` uses the native kernels where they can be used, `torch` never.
 
@@ -77,6 +79,8 @@ class EngineConfig:
     drain_timeout_s: float = 60.0
     verify_wake: VerifyMode = "sample"
     canary: bool = True
+    hang_timeout_s: float = 10.0
+    step_timeout_s: float = 600.0
     seed: int = 0
     num_threads: int | None = None
     kernels: Kernels = "auto"
@@ -103,6 +107,8 @@ class EngineConfig:
             "hold_queue_size": self.hold_queue_size,
             "hold_timeout_s": self.hold_timeout_s,
             "drain_timeout_s": self.drain_timeout_s,
+            "hang_timeout_s": self.hang_timeout_s,
+            "step_timeout_s": self.step_timeout_s,
         }
         for name, value in positive.items():
             if value is not None and not 0 < value < math.inf:

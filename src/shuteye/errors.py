@@ -25,6 +25,7 @@ Knows nothing of HTTP libraries: `server/errors.py` turns these into OpenAI-shap
         ├── ServerStopping              503  told to stop: what runs is finished, nothing new is begun
         ├── EngineFaulted               503  a transition could not be rolled back
         ├── EngineDead                  503  the engine process is gone
+        ├── EngineHung                  503  it gives no sign of life, and may go on or must be restarted
         ├── MemoryExhausted             503  the system will not give the bytes
         ├── BackendFailure              503  a call to the kernel or driver failed
         ├── ImageFailure                503  a weight image is damaged, busy or unreadable
@@ -190,6 +191,13 @@ class EngineDead(ServerError):
 
     status_code = 503
     error_type = "EngineDeadError"
+
+
+class EngineHung(ServerError):
+    """The engine process gives no sign of life, or is stuck in one step; it may go on, or must be restarted."""
+
+    status_code = 503
+    error_type = "EngineHungError"
 
 
 class MemoryExhausted(ServerError):

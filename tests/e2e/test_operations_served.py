@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from served import shuteye, stop_all, wait_for
+from served import Served, children_of, is_running, shuteye, stop_all, wait_for
 
 from shuteye.client import Client
 
@@ -76,19 +76,52 @@ def test_collective_rpc(server):
     assert server.refused("/collective_rpc", method="reset")[0] == 400
 
 
-def test_a_killed_engine_is_restarted_by_command(launch, right):
-    """A server that has to be restarted because of its engine; requests of before that come back to life."""
-    server = launch("--dev-mode").wait_until_ready()
+def test_a_hung_engine_goes_on_or_is_restarted_by_command(launch, right):
+    """A server that has to be restarted because its engine hangs; a state of before that comes back to life."""
+    server = launch("--dev-mode", "--hang-timeout-s", "1").wait_until_ready()
+    pid = server.engine_pid
     try:
         assert shuteye("restart", "--url", server.url).returncode == 1
-        os.kill(server.engine_pid, signal.SIGKILL)
-        wait_for(lambda: server.get("/health").status_code == 503, "the death to be noticed")
+        server.done("/sleep")
+        for goes_on in (True, False):
+            os.kill(pid, signal.SIGSTOP)
+            wait_for(lambda: server.get("/health").status_code == 503, "the hang to be noticed", 60)
+            assert server.get("/health").json()["status"] == "hung"
+            for path in ("/v1/completions", "/wake_up"):
+                body = server.request("x") if path == "/v1/completions" else {}
+                assert server.refused(path, **body)[:2] == (503, "EngineHungError")
+            if goes_on:
+                os.kill(pid, signal.SIGCONT)
+                wait_for(lambda: server.get("/health").status_code == 200, "the engine to go on", 60)
         done = shuteye("restart", "--url", server.url)
         assert done.returncode == 0, done.stderr
         assert "The engine is loaded again after" in done.stdout
+        assert not is_running(pid)
+        state = server.get("/state").json()
+        assert (state["is_sleeping"], {tag["residency"] for tag in state["state"]["tags"]}) == (False, {"resident"})
         assert server.complete("a prompt") == right("a prompt")
         assert server.done("/sleep")["changed"]
         assert server.done("/wake_up")["changed"]
+    finally:
+        stop_all([server])
+
+
+def test_a_killed_engine_is_restarted_by_itself_and_then_the_server_ends(tiny_checkpoint, image_cache, right):
+    """Without sleep mode: a server that answers 503 for good, and whose supervisor never hears of it."""
+    flags = ("--num-threads", "1", "--engine-restarts", "1", "--engine-restart-delay-s", "0.1")
+    server = Served(tiny_checkpoint, *flags, cache_dir=image_cache).wait_until_ready()
+    server.may_end_with = 1
+    try:
+        for _ in range(2):
+            assert server.complete("a prompt") == right("a prompt")
+            assert server.get("/health").json() == {"status": "ok"}
+            (pid,) = children_of(server.process.pid)
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: server.process.poll() is not None or server.get("/health").status_code == 503, "its death")
+            if server.process.poll() is None and server.metric("shuteye_transitions_total", transition="restart") == 0:
+                wait_for(lambda: server.get("/ready").status_code == 200, "the restart", 60)
+        assert server.ended() == 1
+        assert "--engine-restarts" in server.log
     finally:
         stop_all([server])
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from asking import ask, asking, in_flight
-from served import is_running, shuteye, stop_all, wait_for
+from served import Served, children_of, is_running, shuteye, stop_all, wait_for
 
 LONG = 400
 AT_ONCE_S = 3.0
@@ -18,7 +18,8 @@ AT_ONCE_S = 3.0
 def mortal_servers(launch):
     """Servers that their tests end, started together."""
     started = {
-        "killed": launch("--dev-mode"),
+        "killed": launch("--dev-mode", "--engine-restart-delay-s", "60"),
+        "slain": launch("--dev-mode"),
         "interrupted": launch("--dev-mode", "--shutdown-grace-s", "10"),
         "stuck": launch("--dev-mode", "--shutdown-grace-s", "1", policy="hold"),
         "forced": launch("--dev-mode", "--shutdown-grace-s", "30", policy="hold"),
@@ -86,6 +87,40 @@ def test_an_engine_that_is_killed_is_noticed_at_once(mortal_servers, right):
 
     server.tell(signal.SIGTERM)
     assert quickly(server.ended) == 0
+
+
+def test_a_killed_server_leaves_nothing(mortal_servers):
+    """An engine that outlives its server, a socket's directory or shared memory that stays, for want of a last word."""
+    server = mortal_servers["slain"]
+    server.kill()
+    wait_for(lambda: not is_running(server.engine_pid), "the engine's end")
+
+
+MOMENTS = {
+    "at once": lambda _server: True,
+    "importing": lambda server: time.monotonic() > server.started + 0.3,
+    "listening": lambda server: "Listening" in server.log,
+    "starting the engine": lambda server: children_of(server.process.pid),
+    "converting": lambda server: "Reading" in server.log,
+}
+
+
+@pytest.mark.parametrize("when", MOMENTS)
+def test_sigterm_at_any_moment_of_the_start_ends_it_in_order(tiny_checkpoint, tmp_path, when):
+    """A traceback, an engine without a server, a file left, or a supervisor told of a failure, if stopped too early."""
+    server = Served(tiny_checkpoint, "--num-threads", "1", cache_dir=tmp_path)
+    try:
+        wait_for(lambda: MOMENTS[when](server) or server.process.poll() is not None, when, 60)
+        children = children_of(server.process.pid)
+        server.tell(signal.SIGTERM)
+        code = server.ended()
+        assert code == 0 or (code == -signal.SIGTERM and when == "at once"), server.log  # Python itself was starting
+        assert not any(map(is_running, children))
+        assert "failed to load" not in server.log
+        assert not list(tmp_path.glob("images/.*")), "a half-written image is left"
+        server.may_end_with = code
+    finally:
+        server.stop()
 
 
 def test_ctrl_c_lets_streams_finish(mortal_servers, right):

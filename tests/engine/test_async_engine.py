@@ -9,6 +9,8 @@ import time
 import pytest
 
 from shuteye import AsyncEngine, EngineConfig, SamplingParams
+from shuteye.engine.frontend import Frontend
+from shuteye.engine.messages import UpdateCall
 from shuteye.errors import (
     EngineDead,
     EngineNotReady,
@@ -282,6 +284,36 @@ def test_tensors_that_share_memory_travel(config, tiny_checkpoint):
             assert (await engine.update_weights(overlapping)).updated == 2
 
     asyncio.run(scenario())
+
+
+def test_tensors_travel_in_a_file_without_a_name(config, tiny_checkpoint, monkeypatch):
+    """Would catch shared memory that is never given back because the server was killed during an update."""
+    links = []
+    call = Frontend.call
+
+    def watched(frontend, message):
+        if isinstance(message, UpdateCall):
+            links.append(os.stat(message.path).st_nlink)
+        return call(frontend, message)
+
+    monkeypatch.setattr(Frontend, "call", watched)
+
+    async def scenario():
+        from safetensors import safe_open
+
+        async with AsyncEngine(config) as engine:
+            with safe_open(tiny_checkpoint / "model.safetensors", framework="pt") as file:
+                norm = file.get_tensor("model.norm.weight")
+            open_before = len(os.listdir("/proc/self/fd"))
+            assert (await engine.update_weights([("model.norm.weight", norm)])).updated == 1
+            update = asyncio.create_task(engine.update_weights([("model.norm.weight", norm)]))
+            await asyncio.sleep(0)
+            update.cancel()  # the engine opens the file all the same
+            assert (await complete(engine)).finished
+            assert len(os.listdir("/proc/self/fd")) == open_before
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+    assert links == [0, 0]
 
 
 def test_an_engine_is_started_once(config):

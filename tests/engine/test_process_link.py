@@ -1,11 +1,15 @@
 """An engine process's start and end, when they do not go as planned."""
 
 import asyncio
+import os
+import signal
+import tempfile
+from dataclasses import replace
 
 import pytest
 
-from shuteye import AsyncEngine, EngineConfig
-from shuteye.errors import EngineDead
+from shuteye import AsyncEngine, EngineConfig, SamplingParams
+from shuteye.errors import EngineDead, EngineHung, InvalidRequest
 
 
 @pytest.fixture
@@ -52,5 +56,88 @@ def test_closing_while_the_process_starts_leaves_none_behind(config, monkeypatch
         with pytest.raises(EngineDead):
             await starting
         await asyncio.wait_for(started[0].wait(), 5)
+
+    asyncio.run(scenario())
+
+
+async def until(condition, what):
+    """Return once `condition()` holds; the limit is for a machine far slower than any."""
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.01)
+    assert condition(), what
+
+
+def test_the_sockets_directory_is_gone_once_both_have_met(config, tmp_path, monkeypatch):
+    """Would catch a directory that stays behind when the server is killed."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+
+    async def scenario():
+        engine = AsyncEngine(config)
+        starting = asyncio.create_task(engine.start())
+        await until(lambda: list((tmp_path / "tmp").iterdir()), "a directory")
+        await until(lambda: not list((tmp_path / "tmp").iterdir()), "its end")
+        await starting
+        assert [output async for output in engine.generate([5, 6], SamplingParams(max_tokens=2))][-1].finished
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_nowhere_to_put_the_socket_is_told_and_closed(config, tmp_path, monkeypatch):
+    """Would catch a bare OSError or ZMQError, for a full disk or a path too long for a socket."""
+    (tmp_path / ("long" * 25)).mkdir()
+    for where in (tmp_path / "nowhere", tmp_path / ("long" * 25)):
+        monkeypatch.setattr(tempfile, "tempdir", str(where))
+
+        async def scenario():
+            engine = AsyncEngine(config)
+            with pytest.raises(EngineDead, match="could not be started"):
+                await engine.start()
+            await engine.close()
+
+        asyncio.run(scenario())
+        assert not where.exists() or not list(where.iterdir())
+
+
+HANGING = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+
+
+def test_a_stopped_engine_is_noticed_goes_on_and_can_be_restarted(config, tmp_path_factory):
+    """Would catch requests that wait for ever for an engine that is stopped, and one that cannot be ended."""
+    cache_dir = tmp_path_factory.getbasetemp() / "rig-cache"
+
+    async def scenario():
+        async with AsyncEngine(replace(config, hang_timeout_s=1.0, cache_dir=cache_dir)) as engine:
+            pid = engine.engine_pid
+            stream = engine.generate([5, 6], HANGING)
+            await anext(stream)
+            with pytest.raises(InvalidRequest, match="alive"):
+                await engine.restart()
+            os.kill(pid, signal.SIGSTOP)
+            await until(lambda: engine.status == "hung", "the hang to be noticed")
+            assert "no sign of life" in engine.hang
+            with pytest.raises(EngineHung, match="no sign of life"):
+                await anext(engine.generate([5, 6], HANGING))
+            with pytest.raises(EngineHung):
+                await engine.resume()
+            await engine.abort("unknown")
+            os.kill(pid, signal.SIGCONT)
+            await until(lambda: engine.status == "ready", "the engine to go on")
+            assert len([output async for output in stream][-1].outputs[0].token_ids) == 400
+
+            stream = engine.generate([5, 6], HANGING)
+            await anext(stream)
+            os.kill(pid, signal.SIGSTOP)
+            await until(lambda: engine.status == "hung", "the second hang to be noticed")
+            restarting = asyncio.create_task(engine.restart())
+            with pytest.raises(EngineDead, match="hung"):
+                async for _output in stream:
+                    pass
+            await restarting
+            assert engine.engine_pid != pid
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
 
     asyncio.run(scenario())

@@ -44,7 +44,7 @@ def client_of() -> Iterator[Callable[..., TestClient]]:
 
         def open_client(engine: Any, *, wait: bool = True, **config: Any) -> TestClient:
             app = create_app(engine, ServerConfig(**({"dev_mode": True} | config)))
-            client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
+            client = stack.enter_context(TestClient(app, "http://localhost", raise_server_exceptions=False))
             while wait and client.get("/ready").status_code != 200:
                 time.sleep(0.002)
             return client

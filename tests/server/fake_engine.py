@@ -101,6 +101,7 @@ class FakeEngine:
     def __post_init__(self) -> None:
         self.status: Literal["starting", "ready", "failed", "dead", "closed"] = "starting"
         self.failure: ShuteyeError | None = None
+        self.hang: str | None = None
         self.state = EngineState()
         self.stats = SchedulerStats(num_blocks=10, num_free_blocks=10)
         self.running: dict[str, Request] = {}
@@ -139,7 +140,7 @@ class FakeEngine:
 
     async def restart(self) -> None:
         self.restarts += 1
-        self.status, self.failure = "starting", None
+        self.status, self.failure, self.hang = "starting", None, None
         await self.start()
 
     def listen_to_own_wakes(self, listener) -> None:

@@ -53,6 +53,18 @@ def test_a_dead_engine_is_restarted_in_the_same_server(make_engine, client_of):
     assert 'outcome="changed",transition="restart"} 1.0' in client.get("/metrics").text
 
 
+@pytest.mark.parametrize("sleep_mode", [False, True])
+def test_a_hung_engine_is_restarted_with_and_without_sleep_mode(make_engine, client_of, sleep_mode):
+    """An engine that hangs for good because nobody may end it but with the server."""
+    engine = make_engine(enable_sleep_mode=sleep_mode)
+    client = client_of(engine, dev_mode=False, admin_api_key="sk-admin")
+    engine.status, engine.hang = "hung", "one step has taken more than 600 seconds"
+    assert client.post("/restart_engine").status_code == 401
+    response = client.post("/restart_engine", headers={"Authorization": "Bearer sk-admin"})
+    assert (response.status_code, response.json()["status"]) == (200, "ready")
+    assert engine.restarts == 1
+
+
 def test_a_restart_that_fails_says_why_and_can_be_tried_again(make_engine, client_of):
     """A failed restart taken for a dead server, or for a success."""
     engine = make_engine()

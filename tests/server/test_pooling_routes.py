@@ -155,7 +155,9 @@ def test_a_real_engine_behind_the_routes(tmp_path):
         str(checkpoint), enable_sleep_mode=True, num_threads=1, dtype="float32", cache_dir=tmp_path / "cache"
     )
     texts = ["a", "the quick brown fox", "jumps"]
-    with TestClient(create_app(AsyncEngine(config, in_process=True), ServerConfig(dev_mode=True))) as client:
+    with TestClient(
+        create_app(AsyncEngine(config, in_process=True), ServerConfig(dev_mode=True)), "http://localhost"
+    ) as client:
         while client.get("/ready").status_code != 200:
             pass
         before = client.post("/v1/embeddings", json={"input": texts}).json()["data"]

@@ -90,7 +90,10 @@ def test_matrix(make_engine, client_of, *, dev_mode, sleep_mode, with_admin_key,
         for method, path in CONTROL:
             found = ask(client, method, path, key).status_code
             expected = expected_of_control(
-                name, exists=sleep_mode and (with_admin_key or dev_mode), keyed=with_admin_key, api=with_api_key
+                name,
+                exists=(sleep_mode or path == "/restart_engine") and (with_admin_key or dev_mode),
+                keyed=with_admin_key,
+                api=with_api_key,
             )
             assert (found if found in (401, 403, 404) else 200) == expected, (name, path, found)
 
@@ -130,11 +133,58 @@ def test_a_key_is_checked_before_the_body_and_before_sleep(client_of, engine):
         assert client.post("/v1/completions", content=content).status_code == 401
 
 
-@pytest.mark.parametrize(("origin", "code"), [("http://evil.example", 403), ("null", 403), ("http://testserver", 200)])
+@pytest.mark.parametrize(("origin", "code"), [("http://evil.example", 403), ("null", 403), ("http://localhost", 200)])
 def test_without_a_key_web_pages_of_other_origins_control_nothing(client, origin, code):
     """Any web page a developer visits putting the model on localhost to sleep."""
     assert client.post("/sleep", headers={"Origin": origin}).status_code == code
     assert client.get("/is_sleeping").json() == {"is_sleeping": code == 200}
+
+
+LOOPBACK_NAMES = ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "127.8.9.1", "[::1]:8000")
+STRANGE_NAMES = (
+    "evil.example",
+    "evil.example:8000",
+    "localhost.evil.example",
+    "127.0.0.1.evil.example",
+    "",
+    "a@localhost",
+)
+
+
+@pytest.mark.parametrize("with_origin", [False, True])
+@pytest.mark.parametrize(
+    ("host", "code"), [*((name, 200) for name in LOOPBACK_NAMES), *((name, 403) for name in STRANGE_NAMES)]
+)
+def test_without_a_key_only_names_of_this_machine_control_it(client, host, code, with_origin):
+    """DNS rebinding: a web page whose own name was made to mean 127.0.0.1 is no other origin than the server."""
+    headers = {"Host": host} | ({"Origin": f"http://{host}"} if with_origin else {})
+    response = client.post("/sleep", headers=headers)
+    assert response.status_code == code
+    assert client.get("/is_sleeping").json() == {"is_sleeping": code == 200}
+    if code == 403:
+        assert "--allowed-hosts" in error(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("config", "host", "code"),
+    [
+        ({"host": "127.0.0.1", "allowed_hosts": ("Box.lan",)}, "box.lan:8000", 200),
+        ({"host": "127.0.0.1"}, "192.168.0.7", 403),
+        ({"host": "0.0.0.0"}, "192.168.0.7:8000", 200),
+        ({"host": "0.0.0.0"}, "[fe80::1]", 200),
+        ({"host": "0.0.0.0"}, "box.lan", 403),
+        ({"host": "0.0.0.0", "allowed_hosts": ("box.lan",)}, "box.lan", 200),
+        ({"host": "box.lan"}, "box.lan:8000", 200),
+        ({"admin_api_key": ADMIN}, "evil.example", 200),
+    ],
+)
+def test_whoever_listens_elsewhere_is_called_by_address_or_by_names_that_were_given(
+    make_engine, client_of, config, host, code
+):
+    """A server on purpose reachable by another name that cannot be controlled by it, or by every name."""
+    client = client_of(make_engine(), **config)
+    headers = {"Host": host, "Authorization": f"Bearer {ADMIN}"}
+    assert client.post("/sleep", headers=headers).status_code == code
 
 
 def test_development_mode_warns(make_engine, client_of, caplog):
@@ -147,8 +197,10 @@ def test_development_mode_warns(make_engine, client_of, caplog):
         assert "DANGER" in caplog.text
         caplog.clear()
         client_of(make_engine(), dev_mode=True, admin_api_key=ADMIN)
-        client_of(make_engine(enable_sleep_mode=False), dev_mode=True)
         assert caplog.text == ""
+        client_of(make_engine(enable_sleep_mode=False), dev_mode=True)
+        assert "/restart_engine" in caplog.text
+        assert "/sleep" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -160,6 +212,8 @@ def test_development_mode_warns(make_engine, client_of, caplog):
         ({"port": 70000}, "port"),
         ({"max_body_bytes": 0}, "max_body_bytes"),
         ({"shutdown_grace_s": -1}, "shutdown_grace_s"),
+        ({"engine_restarts": -1}, "engine_restarts"),
+        ({"engine_restart_delay_s": -1.0}, "engine_restart_delay_s"),
         ({"served_model_name": ("",)}, "served_model_name"),
     ],
 )

@@ -115,11 +115,14 @@ def test_ready_says_why_not(client, engine):
     assert client.get("/ready").json() == {"ready": False, "reason": "dead"}
 
 
-def test_loading_is_alive_but_not_ready(make_engine, client_of):
-    """A restart loop, because a model that loads for minutes is taken for dead."""
+def test_loading_is_alive_but_neither_healthy_nor_ready(make_engine, client_of):
+    """Requests sent as soon as /health says 200, and refused; a process that loads for minutes taken for dead."""
     engine = make_engine(start_gate=asyncio.Event())
     client = client_of(engine, wait=False)
-    assert client.get("/health").status_code == 200
+    health = client.get("/health")
+    assert (health.status_code, health.json()) == (503, {"status": "loading"})
+    assert int(health.headers["retry-after"]) > 0
+    assert (client.get("/ping").status_code, client.post("/ping").status_code) == (200, 200)
     assert client.get("/ready").json() == {"ready": False, "reason": "loading"}
     assert client.get("/v1/models").json()["data"][0]["max_model_len"] is None
     assert client.get("/state").json()["model"] is None
@@ -129,6 +132,35 @@ def test_loading_is_alive_but_not_ready(make_engine, client_of):
     assert (response.status_code, "retry-after" in response.headers) == (503, True)
     assert error(client.post("/tokenize", json={"prompt": "a"}))["type"] == "EngineNotReadyError"
     client.portal.call(engine.start_gate.set)
+    while client.get("/ready").status_code != 200:
+        pass
+    assert (client.get("/health").status_code, client.get("/health").json()) == (200, {"status": "ok"})
+
+
+def unhealthy(client):
+    """The status and the error of a 503 of /health; a process that answers is alive all the same."""
+    response = client.get("/health")
+    assert response.status_code == 503
+    assert response.json().keys() == {"status", "error"}
+    assert client.get("/ping").status_code == 200
+    return response.json()["status"], response.json()["error"]
+
+
+@pytest.mark.parametrize(("path", "body"), PROTECTED[:4])
+def test_a_hung_engine_is_told_and_refuses_until_it_goes_on(client, engine, path, body):
+    """Requests that queue for ever behind a process that is stopped; a probe that finds it healthy."""
+    engine.status, engine.hang = "hung", "its process has given no sign of life for 10 seconds"
+    response = client.post(path, json=body)
+    found = error(response)
+    assert (found["code"], found["type"], "retry-after" in response.headers) == (503, "EngineHungError", True)
+    assert "no sign of life" in found["message"]
+    assert unhealthy(client) == ("hung", found)
+    assert client.get("/ready").json() == {"ready": False, "reason": "hung"}
+    state = client.get("/state").json()
+    assert (state["status"], state["failure"]) == ("hung", engine.hang)
+    engine.status, engine.hang = "ready", None
+    assert client.get("/health").status_code == 200
+    assert client.get("/ready").status_code == 200
 
 
 @pytest.mark.parametrize(("path", "body"), PROTECTED[:4])
@@ -138,7 +170,8 @@ def test_a_dead_engine_is_told_from_a_sleeping_one(client, engine, path, body):
     found = error(client.post(path, json=body))
     assert (found["code"], found["type"]) == (503, "EngineDeadError")
     assert "signal 9" in found["message"]
-    assert error(client.get("/health"))["type"] == "EngineDeadError"
+    status, told = unhealthy(client)
+    assert (status, told["type"]) == ("dead", "EngineDeadError")
 
 
 def test_faulted_is_told_by_health_and_requests(client, engine):
@@ -147,7 +180,8 @@ def test_faulted_is_told_by_health_and_requests(client, engine):
 
     engine.state = replace(engine.state, faulted="munmap failed", gate="closed")
     assert error(client.post("/v1/completions", json=COMPLETION))["type"] == "EngineFaultedError"
-    assert "munmap failed" in error(client.get("/health"))["message"]
+    status, told = unhealthy(client)
+    assert (status, "munmap failed" in told["message"]) == ("faulted", True)
     assert client.get("/ready").json()["reason"] == "faulted"
 
 
@@ -159,9 +193,11 @@ def test_failed_loading_is_told_with_its_reason(make_engine, client_of):
     while client.get("/ready").json()["reason"] == "loading":
         pass
     assert client.get("/ready").json()["reason"] == "failed"
-    for response in (client.get("/health"), client.post("/v1/completions", json=COMPLETION)):
-        assert error(response)["code"] == 503
-        assert "no such architecture" in response.json()["error"]["message"]
+    status, told = unhealthy(client)
+    assert status == "failed"
+    for found in (told, error(client.post("/v1/completions", json=COMPLETION))):
+        assert found["code"] == 503
+        assert "no such architecture" in found["message"]
     assert client.get("/state").json()["failure"] == "no such architecture"
     assert client.get("/v1/models").status_code == 200
 

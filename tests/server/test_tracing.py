@@ -37,7 +37,7 @@ def traced(make_engine, exporter):
     def open_client(**options):
         tracer = OpenTelemetryTracer(exporter, "tiny", batched=False)
         app = create_app(make_engine(**options), ServerConfig(dev_mode=True), tracer=tracer)
-        client = TestClient(app, raise_server_exceptions=False)
+        client = TestClient(app, "http://localhost", raise_server_exceptions=False)
         client.__enter__()
         clients.append(client)
         while client.get("/ready").status_code != 200:
@@ -186,7 +186,7 @@ def test_spans_reach_a_collector(make_engine):
         threading.Thread(target=collector.serve_forever, args=(0.01,)).start()
         endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
         app = create_app(make_engine(), ServerConfig(otlp_traces_endpoint=endpoint))
-        with TestClient(app) as client:
+        with TestClient(app, "http://localhost") as client:
             while client.get("/ready").status_code != 200:
                 time.sleep(0.002)
             client.post("/v1/completions", json=COMPLETION)

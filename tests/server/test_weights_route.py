@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 from test_chat_route import error
+
+from shuteye.server.disconnect import unabandoned
 
 UPLOAD = {"Content-Type": "application/octet-stream"}
 
@@ -30,14 +33,61 @@ def test_from_a_path(client, engine, file):
     assert 'shuteye_weights_updated_bytes_total{model_name="tiny"} 7.0' in text
 
 
-def test_uploaded_in_pieces(client, engine):
-    """Bytes lost or reordered between two pieces; a file left behind."""
+def test_uploaded_in_pieces(client, engine, monkeypatch):
+    """Bytes lost or reordered between two pieces; a file that stays when the server is killed, or afterwards."""
+    links = []
+    read = engine.update_weights_from_file
+
+    async def update(path):
+        links.append(Path(path).stat().st_nlink)
+        return await read(path)
+
+    monkeypatch.setattr(engine, "update_weights_from_file", update)
     response = client.post("/update_weights", content=iter([b"ten", b"", b"sors"]), headers=UPLOAD)
     assert response.status_code == 200
     path, content = engine.updated[0]
     assert content == b"tensors"
-    assert path.endswith(".safetensors")
+    assert links == [0], "the file has a name"
     assert not Path(path).exists()
+
+
+def test_what_does_not_fit_is_503(client, engine, monkeypatch):
+    """A bare OSError, and no word of the other way."""
+
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shuteye.executors.handover.os.write", full)
+    response = client.post("/update_weights", content=b"tensors", headers=UPLOAD)
+    assert (response.status_code, error(response)["type"]) == (503, "MemoryExhaustedError")
+    assert "No space left" in error(response)["message"]
+    assert engine.updated == []
+
+
+def test_an_upload_outlives_whoever_waited_for_its_update():
+    """A path that leads to another file by the time the engine opens it, because the handler was cancelled."""
+
+    async def scenario():
+        events = []
+
+        async def work():
+            await asyncio.sleep(0.05)
+            events.append("opened")
+
+        async def handler():
+            try:
+                await unabandoned(work())
+            finally:
+                events.append("closed")
+
+        task = asyncio.create_task(handler())
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled()
+        assert events == ["opened", "closed"]
+
+    asyncio.run(scenario())
 
 
 def test_an_upload_may_be_larger_than_other_bodies_but_not_than_the_model(make_engine, client_of, monkeypatch):

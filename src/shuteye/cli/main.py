@@ -38,7 +38,7 @@ _COMMANDS = {
     "wake": ("Wake a served model.", "shuteye wake --url http://127.0.0.1:8000"),
     "pause": ("Stop a served model's requests, keeping its memory.", "shuteye pause --mode keep"),
     "resume": ("Let a paused model's requests run again.", "shuteye resume"),
-    "restart": ("Start a server's dead engine anew.", "shuteye restart"),
+    "restart": ("Start a server's dead or hung engine anew.", "shuteye restart"),
     "ps": (
         "Show whether served models sleep, and where their memory is.",
         "shuteye ps http://127.0.0.1:8000 http://127.0.0.1:8001",

@@ -61,6 +61,13 @@ ENGINE_FLAGS = {
     "max_num_batched_tokens": Flag("Most tokens computed in one step. Longer prompts are cut into several steps."),
     "block_size": Flag("Tokens per KV cache block, the unit of sharing and of prefix caching."),
     "enable_prefix_caching": Flag("Reuse the KV cache of prompts that begin alike."),
+    "hang_timeout_s": Flag(
+        "An engine process that gives no sign of life for so many seconds counts as hung: /health is 503 and requests "
+        "are refused until it goes on, or is restarted."
+    ),
+    "step_timeout_s": Flag(
+        "So does an engine that takes longer for one step, in seconds: of the model, or of a sleep or a wake."
+    ),
     "seed": Flag("For requests that bring no seed of their own."),
     "num_threads": Flag("Compute threads. By default all cores."),
     "kernels": Flag("auto uses the native kernels where they can be used; torch never does."),
@@ -83,6 +90,10 @@ SERVER_FLAGS = {
         "Control routes without a key. For development: anyone who can reach the port can put the model to sleep.",
         env=("SHUTEYE_SERVER_DEV_MODE", "SHUTEYE_DEV_MODE", "VLLM_SERVER_DEV_MODE"),
     ),
+    "allowed_hosts": Flag(
+        "Names by which control routes without a key may be called, besides localhost and this machine's addresses: "
+        "a web page that had its own name resolved to this machine could call them otherwise."
+    ),
     "tool_call_parser": Flag("How the model writes tool calls. auto asks its chat template; Hermes' format if unsure."),
     "reasoning_parser": Flag(
         "How the model writes reasoning, which answers then carry apart from their content: deepseek_r1 takes all up "
@@ -100,6 +111,14 @@ SERVER_FLAGS = {
     "max_audio_s": Flag("Longer recordings, in seconds, are answered with 400."),
     "max_header_count": Flag("More request headers are answered with 431."),
     "max_header_bytes": Flag("Larger request headers, all of them together, are answered with 431.", size=True),
+    "engine_restarts": Flag(
+        "How often an engine that died is restarted by itself within ten minutes; when it dies once more, the server "
+        "exits with status 1, so that a supervisor can act. 0: it exits at the first death."
+    ),
+    "engine_restart_delay_s": Flag(
+        "How long to wait before the first of these restarts, in seconds; twice as long before every further one, and "
+        "a minute at most."
+    ),
     "shutdown_grace_s": Flag(
         "After the first Ctrl-C or SIGTERM, how long running requests may go on, in seconds; new ones get 503.",
         alias="--shutdown-timeout",

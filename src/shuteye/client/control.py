@@ -46,8 +46,8 @@ class ServerState:
     """The answer of GET /state.
 
     Attributes:
-        status: `starting`, `ready`, `failed`, `dead` or `closed`.
-        failure: why the engine failed or died, or None.
+        status: `starting`, `ready`, `hung`, `failed`, `dead` or `closed`.
+        failure: why the engine failed, died or hangs, or None.
         models: the names that requests may use.
         ready: whether a request sent now would run now.
         model: None until it is loaded.
@@ -99,6 +99,11 @@ class _Call(Generic[T]):
 
     def result(self, base_url: str, response: httpx2.Response) -> T:
         status, body = response.status_code, response.content
+        if response.is_redirect:
+            raise ServerUnreachable(
+                f"{base_url}{self.path} redirects to {response.headers.get('location')!r}; control calls follow no "
+                "redirect, for the admin key is meant for one server. If that is yours, give its address."
+            )
         if response.is_success or status in self.accept:
             try:
                 return self.parse(status, body)
@@ -106,9 +111,10 @@ class _Call(Generic[T]):
                 raise InternalError(f"{base_url}{self.path} is not a shuteye server's answer ({error}).") from error
         failure = error_from_response(status, body)
         if isinstance(failure, ModelNotFound):  # no control route names a model: the route itself is missing
+            mode = "" if self.path == _RESTART_ENGINE.path else "--enable-sleep-mode, and with "
             raise SleepModeDisabled(
-                f"{base_url} has no route {self.path}. Start the server with --enable-sleep-mode, and with "
-                f"--admin-api-key or in development mode (SHUTEYE_SERVER_DEV_MODE=1)."
+                f"{base_url} has no route {self.path}. Start the server with {mode}--admin-api-key or in development "
+                f"mode (SHUTEYE_SERVER_DEV_MODE=1)."
             )
         raise failure
 
@@ -230,7 +236,9 @@ class Client:
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self._base_url = server_root(base_url)
-        self._http = httpx2.Client(headers=bearer(admin_api_key), timeout=timeout_s, transport=transport)
+        self._http = httpx2.Client(
+            headers=bearer(admin_api_key), timeout=timeout_s, transport=transport, follow_redirects=False
+        )
 
     def _run(self, call: _Call[T]) -> T:
         with translated(self._base_url):
@@ -296,7 +304,7 @@ class Client:
         return self._run(_collective_rpc(method, args))
 
     def restart_engine(self) -> float:
-        """Start an engine that died anew, and wait until it is loaded; how many seconds that took."""
+        """Start an engine anew that is dead or hangs, and wait until it is loaded; how many seconds that took."""
         return self._run(_RESTART_ENGINE)
 
     def state(self) -> ServerState:
@@ -304,7 +312,7 @@ class Client:
         return self._run(_STATE)
 
     def health(self) -> bool:
-        """True if the server and its engine are alive, asleep or not."""
+        """True if the model is loaded and its engine is well, asleep or not."""
         return self._run(_HEALTH)
 
     def ready(self) -> bool:
@@ -340,7 +348,9 @@ class AsyncClient:
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self._base_url = server_root(base_url)
-        self._http = httpx2.AsyncClient(headers=bearer(admin_api_key), timeout=timeout_s, transport=transport)
+        self._http = httpx2.AsyncClient(
+            headers=bearer(admin_api_key), timeout=timeout_s, transport=transport, follow_redirects=False
+        )
 
     async def _run(self, call: _Call[T]) -> T:
         with translated(self._base_url):

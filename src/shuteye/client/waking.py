@@ -58,6 +58,25 @@ _Outcome = _Answer | httpx2.TransportError | None
 """How a wake ended: the 503 that its waiters get, the error that they raise, or None if the model is awake."""
 
 
+_SENT_TO = "shuteye_sent_to"
+"""The extension of a request that says where its caller sent it; whatever follows a redirect inherits it."""
+
+
+def _redirected_from(request: httpx2.Request) -> httpx2.URL | None:
+    """Where the caller had sent a request that a redirect has brought to another origin; None for any other."""
+    sent_to: httpx2.URL = request.extensions.setdefault(_SENT_TO, request.url)
+    return None if sent_to.origin == request.url.origin else sent_to
+
+
+def _not_woken(request: httpx2.Request, sent_to: httpx2.URL) -> _Answer:
+    """For a sleeping model that a redirect led to: whoever answers there was not meant to get the admin key."""
+    there, here = (str(url.copy_with(path="/", query=None, fragment=None)) for url in (request.url, sent_to))
+    return _wake_failed(
+        f"The model is asleep and was not woken: {here} redirected the request to {there}, and the admin key is sent "
+        f"to no other origin than the caller's. If the model is served there, use {there} as base URL."
+    )
+
+
 def _settle(outcome: _Outcome) -> _Answer | None:
     if isinstance(outcome, httpx2.TransportError):
         raise outcome
@@ -72,16 +91,19 @@ def _outcome(response: httpx2.Response) -> _Answer | None:
     if status == WakeFailed.status_code:
         return _Answer.of(response)
     refusal = error_from_response(status, content)
-    body = {
-        "message": f"The model is asleep, and the server refused to wake it ({status}: {refusal.message}). Check the "
-        f"transport's admin_api_key, and that the server runs with --enable-sleep-mode.",
-        "type": WakeFailed.error_type,
-        "param": None,
-        "code": WakeFailed.status_code,
-    }
-    # the openai client retries every 503 unless told not to, and a refusal will not change by itself
+    return _wake_failed(
+        f"The model is asleep, and the server refused to wake it ({status}: {refusal.message}). Check the "
+        f"transport's admin_api_key, and that the server runs with --enable-sleep-mode."
+    )
+
+
+def _wake_failed(message: str) -> _Answer:
+    """Our own 503, for what no retry of the same request can change."""
+    kind = WakeFailed
+    body = {"message": message, "type": kind.error_type, "param": None, "code": kind.status_code}
+    # the openai client retries every 503 unless told not to,
     headers = (("content-type", "application/json"), ("x-should-retry", "false"))
-    return _Answer(WakeFailed.status_code, headers, json.dumps({"error": body}).encode())
+    return _Answer(kind.status_code, headers, json.dumps({"error": body}).encode())
 
 
 def _backoff_s(response: httpx2.Response, attempt: int) -> float | None:
@@ -203,7 +225,8 @@ class WakingTransport(httpx2.BaseTransport):
 
     Args:
         inner: the transport that really sends; by default a new `httpx2.HTTPTransport`.
-        admin_api_key: sent with the wake, to whichever server said that its model sleeps.
+        admin_api_key: sent with the wake, to the origin that the caller sent the request to and to no other: a model
+            that a redirect to another origin leads to is not woken.
         wake_path: the wake route on that server.
         wake_timeout_s: for the wake itself.
     """
@@ -222,6 +245,7 @@ class WakingTransport(httpx2.BaseTransport):
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send `request`, waking the model in between if it sleeps."""
+        sent_to = _redirected_from(request)
         flights = self._flights[self._wake.url(request)]
         if _fits_into_memory(request):
             request.read()  # from here on its body is bytes
@@ -235,6 +259,8 @@ class WakingTransport(httpx2.BaseTransport):
             wait_s = _backoff_s(response, attempt)
             if wait_s is None or not is_sleeping(response.status_code, response.content):
                 return _Answer.of(response).response(request)
+            if sent_to is not None:
+                return _not_woken(request, sent_to).response(request)
             time.sleep(wait_s)
             failure = self._wake_once(flights, seen, self._wake.url(request))
             if failure is not None:
@@ -282,6 +308,7 @@ class AsyncWakingTransport(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send `request`, waking the model in between if it sleeps."""
+        sent_to = _redirected_from(request)
         flights = self._flights[self._wake.url(request)]
         if _fits_into_memory(request):
             await request.aread()  # from here on its body is bytes
@@ -295,6 +322,8 @@ class AsyncWakingTransport(httpx2.AsyncBaseTransport):
             wait_s = _backoff_s(response, attempt)
             if wait_s is None or not is_sleeping(response.status_code, response.content):
                 return _Answer.of(response).response(request)
+            if sent_to is not None:
+                return _not_woken(request, sent_to).response(request)
             await anyio.sleep(wait_s)
             failure = await self._wake_once(flights, seen, self._wake.url(request))
             if failure is not None:

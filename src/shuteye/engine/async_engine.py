@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -20,6 +18,8 @@ from shuteye.config import EngineConfig
 from shuteye.engine.following import outputs_of
 from shuteye.engine.frontend import Frontend, Status
 from shuteye.engine.messages import (
+    AddRequests,
+    Control,
     ControlCall,
     FromEngine,
     PauseCall,
@@ -35,7 +35,8 @@ from shuteye.engine.messages import (
 )
 from shuteye.engine.pooling import PoolInputs, Prompt, Texts, as_list, embeddings_of, score_job
 from shuteye.engine.process_link import ProcessLink
-from shuteye.errors import EngineDead, InvalidRequest, ShuteyeError
+from shuteye.errors import EngineDead, EngineHung, InvalidRequest, ShuteyeError
+from shuteye.executors.handover import tensor_file
 from shuteye.outputs import (
     EmbeddingRequestOutput,
     EngineState,
@@ -127,7 +128,7 @@ class AsyncEngine:
             await asyncio.to_thread(link.close)
 
     async def restart(self) -> None:
-        """Start anew after the engine died or failed to load; nothing of its memory is reused.
+        """Start anew after the engine died, hung or failed to load; nothing of its memory is reused.
 
         Raises:
             InvalidRequest: the engine is alive.
@@ -135,7 +136,11 @@ class AsyncEngine:
         """
         async with self._restarting:
             if self._frontend.failure is None:
-                raise InvalidRequest("The engine is alive; only a dead one can be restarted.")
+                hang = self.hang
+                if hang is None:
+                    raise InvalidRequest("The engine is alive; only one that is dead or hangs can be restarted.")
+                lost = EngineDead(f"The engine hung ({hang}) and was ended; its requests are lost. Send them again.")
+                self._frontend.fail(lost, status="dead")
             await self.close()
             self._frontend = self._new_frontend()
             await self.start()
@@ -167,6 +172,8 @@ class AsyncEngine:
     def _post(self, message: ToEngine) -> None:
         if self._link is None:
             raise EngineDead("The engine is not running; call start() first.")
+        if isinstance(message, AddRequests | Control) and self.hang is not None:
+            raise EngineHung(f"The engine hangs: {self.hang}. It takes nothing new until it goes on or is restarted.")
         self._link.post(message)
 
     def _on_death(self, error: ShuteyeError) -> None:
@@ -201,8 +208,14 @@ class AsyncEngine:
 
     @property
     def status(self) -> Status:
-        """Whether the engine is starting, ready, failed, dead or closed."""
-        return self._frontend.status
+        """Whether the engine is starting, ready, hung, failed, dead or closed."""
+        status = self._frontend.status
+        return "hung" if status == "ready" and self.hang is not None else status
+
+    @property
+    def hang(self) -> str | None:
+        """Why the engine counts as hung; None while it does not. It may go on by itself; `restart` ends it for sure."""
+        return self._link.hang if isinstance(self._link, ProcessLink) else None
 
     @property
     def failure(self) -> ShuteyeError | None:
@@ -376,9 +389,15 @@ class AsyncEngine:
         if self._in_process:
             report: UpdateReport = await self._call(UpdateCall(named_tensors=list(named_tensors)))
             return report
-        with _tensor_file(named_tensors) as path:
-            report = await self._call(UpdateCall(path=path))
-            return report
+        file = tensor_file(named_tensors)
+        try:
+            answer = self._frontend.call(UpdateCall(path=file.path))
+        except BaseException:
+            file.close()
+            raise
+        answer.add_done_callback(lambda _answer: file.close())  # not before: the engine may still open the path
+        report = await asyncio.wrap_future(answer)
+        return report
 
     async def update_weights_from_file(self, path: str) -> UpdateReport:
         """`update_weights` with every tensor of a safetensors file, or of all such files in a directory.
@@ -417,21 +436,3 @@ async def _encoded(texts: Sequence[Prompt], encode: Callable[[], T]) -> T:
     if sum(len(text) for text in texts) > LONG_TEXT:
         return await asyncio.to_thread(encode)
     return encode()
-
-
-@contextlib.contextmanager
-def _tensor_file(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
-    """Tensors on their way to another process: a safetensors file in shared memory, gone afterwards."""
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, given in named_tensors:
-        tensor = given.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if storage in storages else tensor  # the format refuses shared memory
-        storages.add(storage)
-    directory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.NamedTemporaryFile(prefix="shuteye-update-", suffix=".safetensors", dir=directory) as file:
-        save_file(tensors, file.name)
-        yield file.name

@@ -49,7 +49,7 @@ from shuteye.outputs import EngineState, ErrorInfo, ModelInfo, SchedulerStats, W
 from shuteye.request import OutputKind, PoolingParams, PoolInput, Request, SamplingParams, TranscribeParams
 from shuteye.tokenizer import Tokenizer
 
-Status = Literal["starting", "ready", "failed", "dead", "closed"]
+Status = Literal["starting", "ready", "hung", "failed", "dead", "closed"]
 Deliver = Callable[[Any], None]
 """Takes the outputs of one request, of whatever its kind yields, and at last a finished one or a ShuteyeError."""
 

@@ -121,6 +121,10 @@ ToEngine = AddRequests | AbortRequests | Control | Shutdown
 # --- from the engine ----------------------------------------------------------------------------
 
 
+class Connected(msgspec.Struct, frozen=True, tag=True):
+    """The first word of an engine process: both sides of the socket are there."""
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """Loaded: the model's facts and the completed config."""
 
@@ -188,7 +192,7 @@ class ErrorReply(msgspec.Struct, frozen=True, tag=True):
 
 
 Reply = SleepReply | WakeReply | UpdateReply | PlainReply | ErrorReply
-FromEngine = Ready | Failed | Stepped | StateChanged | Reply
+FromEngine = Connected | Ready | Failed | Stepped | StateChanged | Reply
 
 
 def reply_with(call_id: int, report: object) -> Reply:

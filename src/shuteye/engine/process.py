@@ -1,7 +1,7 @@
 """The engine in a process of its own: what that process runs.
 
-Knows nothing of HTTP. `python -m shuteye.engine.process ENDPOINT PARENT LOG_FORMAT LOG_LEVEL` reads its config, one
-frame, from stdin.
+Knows nothing of HTTP. `python -m shuteye.engine.process ENDPOINT PARENT PULSE LOG_FORMAT LOG_LEVEL` reads its config,
+one frame, from stdin; PULSE is the descriptor of a `Pulse`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, cast
 
 import zmq
@@ -16,7 +17,8 @@ import zmq
 from shuteye import logs
 from shuteye.config import EngineConfig
 from shuteye.engine.loop import run_engine
-from shuteye.engine.messages import FromEngine, ToEngine
+from shuteye.engine.messages import Connected, FromEngine, ToEngine
+from shuteye.engine.pulse import Pulse
 from shuteye.executors.wire import Decoder, connect_pair, encode
 from shuteye.parent import die_with_parent
 
@@ -26,12 +28,20 @@ MAX_POLL_MS = 1 << 30
 class ZmqChannel:
     """The engine's end of a ZeroMQ pair (see `loop.Channel`)."""
 
-    def __init__(self, socket: zmq.Socket[Any]) -> None:
+    def __init__(self, socket: zmq.Socket[Any], pulse: Pulse) -> None:
         self._socket = socket
+        self._pulse = pulse
         self._decoder: Decoder[ToEngine] = Decoder(ToEngine)
 
     def receive(self, timeout_s: float | None) -> Sequence[ToEngine]:
         """Everything that has arrived; waits for the first message."""
+        self._pulse.waiting()
+        try:
+            return self._received(timeout_s)
+        finally:
+            self._pulse.working()
+
+    def _received(self, timeout_s: float | None) -> list[ToEngine]:
         messages: list[ToEngine] = []
         timeout_ms = None if timeout_s is None else min(int(timeout_s * 1000), MAX_POLL_MS)
         if self._socket.poll(timeout_ms):
@@ -48,19 +58,35 @@ class ZmqChannel:
         self._socket.send(encode(message))
 
 
+def _stop_loading_on_sigterm(pulse: Pulse) -> None:
+    """Let SIGTERM end us, with all that is half-written swept away, until we listen to what the server says."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        if pulse.turns == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            sys.exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 def main() -> None:
     """Serve one engine until told to shut down."""
     die_with_parent(int(sys.argv[2]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides when we end
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logs.configure(logs.LogSettings(cast(logs.LogFormat, sys.argv[3]), cast(logs.LogLevel, sys.argv[4])))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when we end, whoever else gets the signal
+    pulse = Pulse(int(sys.argv[3]))
+    pulse.beat_in_background()
+    _stop_loading_on_sigterm(pulse)
+    logs.configure(logs.LogSettings(cast(logs.LogFormat, sys.argv[4]), cast(logs.LogLevel, sys.argv[5])))
     config: EngineConfig = Decoder[EngineConfig](EngineConfig).decode(sys.stdin.buffer.read())
     context: zmq.Context[Any] = zmq.Context()
     socket = connect_pair(context, sys.argv[1])
     socket.linger = 5_000  # milliseconds: the last words, such as Failed, must get through
+    channel = ZmqChannel(socket, pulse)
+    channel.send(Connected())
     try:
-        run_engine(config, ZmqChannel(socket))
+        run_engine(config, channel)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         socket.close()
         context.term()
 

@@ -1,27 +1,31 @@
 """An engine in a process of its own, seen from the asyncio process that started it.
 
-Knows nothing of requests; notices at once when the engine process ends.
+Knows nothing of requests; notices at once when the engine process ends, and soon when it hangs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
-import shutil
 import signal
 import sys
-import tempfile
+import time
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 import zmq.asyncio
 
 from shuteye import logs
 from shuteye.config import EngineConfig
-from shuteye.engine.messages import FromEngine, Shutdown, ToEngine
+from shuteye.engine.messages import Connected, FromEngine, Ready, Shutdown, ToEngine
+from shuteye.engine.pulse import LOOK_S, HangWatch, Pulse
+from shuteye.engine.rendezvous import Rendezvous
 from shuteye.errors import EngineDead, InvalidRequest, ShuteyeError
 from shuteye.executors.wire import Decoder, bind_pair, encode
+
+logger = logging.getLogger(__name__)
 
 SHUTDOWN_GRACE_S = 10.0
 LAST_WORDS_S = 0.05
@@ -45,6 +49,9 @@ class ProcessLink:
         self._checker: Decoder[ToEngine] = Decoder(ToEngine)
         self._process: asyncio.subprocess.Process | None = None
         self._closing = False
+        self._listens = False  # to us: it does not while it loads
+        self._hang: str | None = None
+        self._opened = contextlib.ExitStack()
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -52,29 +59,53 @@ class ProcessLink:
         """The engine process's id; None until it was started."""
         return self._process.pid if self._process else None
 
+    @property
+    def hang(self) -> str | None:
+        """Why the engine counts as hung; None while it does not. It may go on by itself."""
+        return self._hang
+
     async def start(self) -> None:
         """Start loading; Ready or Failed follows.
 
         Raises:
             EngineDead: there is no process to load in.
         """
-        self._directory = Path(tempfile.mkdtemp(prefix="shuteye-"))
-        endpoint = f"ipc://{self._directory}/engine"
-        self._context = zmq.asyncio.Context()
-        self._socket = bind_pair(self._context, endpoint)
+        self._open()
         logged = logs.settings()
-        arguments = (endpoint, str(os.getpid()), logged.format, logged.level)
+        arguments = (self._rendezvous.endpoint, str(os.getpid()), str(self._pulse.fd), logged.format, logged.level)
         command = (sys.executable, "-m", "shuteye.engine.process", *arguments)
         try:
-            process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=(self._pulse.fd,),
+                start_new_session=True,  # a terminal's Ctrl-C is for the server alone
+            )
             if self._closing:
                 process.kill()
                 raise EngineDead("The engine was closed while its process was being started.")
             self._process = process
-            self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch(process))]
+            work = (self._listen(), self._watch(process), self._watch_pulse())
+            self._tasks = [asyncio.create_task(one) for one in work]
             await self._give_config(process)
         except OSError as error:
             raise EngineDead(f"The engine process could not be started: {error}.") from error
+
+    def _open(self) -> None:
+        """Make everything that the two processes share."""
+        with contextlib.ExitStack() as stack:
+            try:
+                self._rendezvous = Rendezvous()
+                stack.callback(self._rendezvous.close)
+                self._pulse = Pulse()
+                stack.callback(self._pulse.close)
+                self._context = zmq.asyncio.Context()
+                stack.callback(self._context.term)
+                self._socket = bind_pair(self._context, self._rendezvous.endpoint)
+                stack.callback(self._socket.close)
+            except (OSError, zmq.ZMQError) as error:
+                raise EngineDead(f"The engine process could not be started: {error}.") from error
+            self._opened = stack.pop_all()
 
     async def _give_config(self, process: asyncio.subprocess.Process) -> None:
         stdin = process.stdin
@@ -99,21 +130,40 @@ class ProcessLink:
         self._socket.send(frame)
 
     async def close(self) -> None:
-        """Stop the engine after its current step; kill it if that takes longer than the grace."""
-        self.post(Shutdown())
+        """Stop the engine after its current step; kill it if that takes longer than the grace, or if it hangs."""
+        process = self._process
+        if process is not None:
+            if self._listens:
+                self.post(Shutdown())
+            elif process.returncode is None:
+                process.terminate()  # it stops loading, and leaves nothing half-written
         self._closing = True
-        if self._process is not None:
-            await _end(self._process)
+        if process is not None:
+            await _end(process, SHUTDOWN_GRACE_S if self._hang is None else 0.0)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._socket.close()
-        self._context.term()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._opened.close()
 
     async def _listen(self) -> None:
         while True:
-            self._on_message(self._decoder.decode(await self._socket.recv()))
+            message = self._decoder.decode(await self._socket.recv())
+            if isinstance(message, Connected):
+                self._rendezvous.close()
+                continue
+            self._listens = self._listens or isinstance(message, Ready)
+            self._on_message(message)
+
+    async def _watch_pulse(self) -> None:
+        watch = HangWatch(self._pulse, self._config.hang_timeout_s, self._config.step_timeout_s)
+        while True:
+            found = watch.look(time.monotonic())
+            if found is not None and self._hang is None:
+                logger.error("The engine hangs: %s. It may go on by itself; a restart kills it.", found)
+            if found is None and self._hang is not None:
+                logger.warning("The engine goes on.")
+            self._hang = found
+            await asyncio.sleep(LOOK_S)
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
@@ -121,13 +171,13 @@ class ProcessLink:
         if not self._closing:
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
             self._on_death(
-                EngineDead(f"The engine process ended by {how}; its requests are lost. Restart it or the server.")
+                EngineDead(f"The engine process ended by {how}; its requests are lost. It must be restarted.")
             )
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    try:
-        await asyncio.wait_for(process.wait(), SHUTDOWN_GRACE_S)
-    except TimeoutError:
-        process.send_signal(signal.SIGKILL)
+async def _end(process: asyncio.subprocess.Process, grace_s: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(process.wait(), grace_s)
+    if process.returncode is None:
+        process.kill()  # ends a stopped process, too
         await process.wait()

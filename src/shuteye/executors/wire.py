@@ -46,7 +46,11 @@ class Decoder(Generic[T]):
 def bind_pair(context: zmq.Context[S], endpoint: str) -> S:
     """The side that was there first."""
     socket = _pair(context)
-    socket.bind(endpoint)
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError:
+        socket.close()
+        raise
     return socket
 
 

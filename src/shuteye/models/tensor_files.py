@@ -1,4 +1,4 @@
-"""Tensors of safetensors files on their way into a running model.
+"""Tensors of safetensors files on their way into a running model, and back into such a file.
 
 Knows nothing of models; names are those of the checkpoint.
 """
@@ -6,13 +6,57 @@ Knows nothing of models; names are those of the checkpoint.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from shuteye.errors import InvalidRequest
+
+_DTYPES: Mapping[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def safetensors_chunks(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[memoryview]:
+    """A safetensors file of tensors, which may share memory, piece by piece: the header, then every tensor's bytes.
+
+    Written here because the library's own writer makes a second file and renames it, or a copy of everything in memory;
+    the format is at https://github.com/huggingface/safetensors#format.
+
+    Raises:
+        InvalidRequest: a number format that the file format has not.
+    """
+    tensors = {name: tensor.detach() for name, tensor in named_tensors}
+    header: dict[str, object] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _dtype_of(name, tensor), "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    yield memoryview(len(encoded).to_bytes(8, "little") + encoded)
+    for tensor in filter(torch.numel, tensors.values()):
+        yield tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _dtype_of(name: str, tensor: torch.Tensor) -> str:
+    if tensor.dtype not in _DTYPES:
+        raise InvalidRequest(f"{name} is of {tensor.dtype}, which safetensors files cannot hold; cast it.", param=name)
+    return _DTYPES[tensor.dtype]
 
 
 @contextlib.contextmanager
@@ -40,4 +84,4 @@ def _open(path: Path) -> safe_open:
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be read on the server's host: {error}.", param="path") from error
     except SafetensorError as error:
-        raise InvalidRequest(f"{path.name} is not a safetensors file: {error}.", param="path") from error
+        raise InvalidRequest(f"{path} is not a safetensors file: {error}.", param="path") from error

@@ -1,4 +1,4 @@
-"""Refuses work for the model as early as possible: while loading, asleep, faulted, dead or stopping.
+"""Refuses work for the model as early as possible: while loading, asleep, faulted, hung, dead or stopping.
 
 Knows nothing of bodies or tokens; the engine core decides again, and for good, when a request reaches it.
 """
@@ -10,7 +10,15 @@ from typing import Any
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 
-from shuteye.errors import EngineDead, EngineFaulted, EngineNotReady, InvalidRequest, ModelSleeping, ServerStopping
+from shuteye.errors import (
+    EngineDead,
+    EngineFaulted,
+    EngineHung,
+    EngineNotReady,
+    InvalidRequest,
+    ModelSleeping,
+    ServerStopping,
+)
 from shuteye.server.auth import Handler, behind_inference_key
 from shuteye.server.context import ServerContext, context_of
 from shuteye.server.engine_protocol import ServedEngine
@@ -48,12 +56,15 @@ def refuse_unless_alive(engine: ServedEngine) -> None:
     Raises:
         EngineNotReady: it failed to load.
         EngineDead: its process is gone, or it was closed.
+        EngineHung: its process gives no sign of life; it may go on.
         EngineFaulted: a transition could not be rolled back.
     """
     if engine.status == "failed":
         raise EngineNotReady(f"The model failed to load: {_reason(engine)}")
     if engine.status in {"dead", "closed"}:
         raise EngineDead(f"The engine is {engine.status}: {_reason(engine)}")
+    if engine.hang is not None:
+        raise EngineHung(f"The engine hangs: {engine.hang}. It may go on by itself; POST /restart_engine ends it.")
     if engine.state.faulted is not None:
         raise EngineFaulted(f"The engine is faulted ({engine.state.faulted}); POST /wake_up tries to recover it.")
 

@@ -51,7 +51,8 @@ logger = logging.getLogger(__name__)
 def create_app(engine: ServedEngine, config: ServerConfig, *, tracer: Tracer | None = None) -> FastAPI:
     """An application that starts `engine` in the background when it starts, and closes it when it ends.
 
-    Control routes exist only if the engine has sleep mode on and there is an admin key or development mode.
+    Control routes exist only if there is an admin key or development mode; all of them but `/restart_engine` only if
+    the engine has sleep mode on, too.
 
     Args:
         tracer: what makes spans, in place of the one that the config asks for.
@@ -80,10 +81,12 @@ def create_app(engine: ServedEngine, config: ServerConfig, *, tracer: Tracer | N
     for module in (models, tokenize, health, metrics, docs):
         app.include_router(module.router)
     app.include_router(health.keyed)
-    if control_routes_exist(config, enable_sleep_mode=engine.config.enable_sleep_mode):
-        for module in (sleep, weights, engine_routes):
-            app.include_router(module.router)
-        _warn_of_open_control_routes(config)
+    if control_routes_exist(config):
+        app.include_router(engine_routes.restarting)
+        if engine.config.enable_sleep_mode:
+            for module in (sleep, weights, engine_routes):
+                app.include_router(module.router)
+        _warn_of_open_control_routes(config, enable_sleep_mode=engine.config.enable_sleep_mode)
     return app
 
 
@@ -120,16 +123,15 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
         )
 
 
-def _warn_of_open_control_routes(config: ServerConfig) -> None:
+def _warn_of_open_control_routes(config: ServerConfig, *, enable_sleep_mode: bool) -> None:
     if config.admin_api_key is not None:
         return
-    logger.warning(
-        "Development mode: the control routes (/sleep, /wake_up, …) are open to every caller, without a key."
-    )
+    routes = "routes (/sleep, /wake_up, …) are" if enable_sleep_mode else "route /restart_engine is"
+    logger.warning("Development mode: the control %s open to every caller, without a key.", routes)
     if not config.is_loopback:
         logger.warning(
-            "DANGER: development mode on %s, which other machines can reach: anyone there can put this model to "
-            "sleep. Use --admin-api-key, or listen on 127.0.0.1.",
+            "DANGER: development mode on %s, which other machines can reach: anyone there can control "
+            "this model. Use --admin-api-key, or listen on 127.0.0.1.",
             config.host,
         )
 
@@ -155,7 +157,7 @@ async def _start(context: ServerContext) -> None:
         await engine.start()
     except ShuteyeError as error:
         # the engine keeps its failure: every route answers with it, and `serve` stops because of it
-        if engine.status != "closed":
+        if engine.status != "closed" and not context.stopping.begun:  # whoever stops us may stop the engine, too
             context.loading.failed = True
             logger.error("The model %r failed to load: %s", engine.config.model, error.message)  # noqa: TRY400
     except Exception:
@@ -163,5 +165,6 @@ async def _start(context: ServerContext) -> None:
         logger.exception("The model %r failed to load because of a bug of ours.", engine.config.model)
         raise
     else:
+        context.loading.done = True
         seconds = time.perf_counter() - began
         logger.info("The model %r is ready after %.1f s: %s.", engine.config.model, seconds, engine.info.weights_are)

@@ -16,6 +16,7 @@ from fastapi.routing import APIRoute
 from shuteye.errors import AuthenticationFailed, PermissionRefused
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import context_of
+from shuteye.server.hosts import host_name
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -52,9 +53,9 @@ def behind_inference_key(handle: Handler) -> Handler:
     return checked
 
 
-def control_routes_exist(config: ServerConfig, *, enable_sleep_mode: bool) -> bool:
-    """True if `/sleep` and its kin are served at all."""
-    return enable_sleep_mode and (config.admin_api_key is not None or config.dev_mode)
+def control_routes_exist(config: ServerConfig) -> bool:
+    """True if there is anyone who may control the server; what needs sleep mode needs that, too."""
+    return config.admin_api_key is not None or config.dev_mode
 
 
 def _require_inference_key(request: Request, config: ServerConfig) -> None:
@@ -68,6 +69,7 @@ def _require_inference_key(request: Request, config: ServerConfig) -> None:
 def _require_admin_key(request: Request, config: ServerConfig) -> None:
     if config.admin_api_key is None:
         assert config.dev_mode, "control routes are registered only with an admin key or in development mode"
+        _refuse_strangers_names(request, config)
         _refuse_other_origins(request)
         return
     given = _bearer_token(request)
@@ -76,6 +78,19 @@ def _require_admin_key(request: Request, config: ServerConfig) -> None:
     if _same(given, config.api_key):
         raise PermissionRefused("This key is for inference; control routes need the admin key (--admin-api-key).")
     raise _unauthenticated(given, "admin key")
+
+
+def _refuse_strangers_names(request: Request, config: ServerConfig) -> None:
+    # a page whose name is resolved to this machine only after it was loaded is of the same origin as this server
+    host = request.headers.get("host")
+    name = host_name(host)
+    if name is not None and config.may_be_called(name):
+        return
+    raise PermissionRefused(
+        f"Control routes without an admin key must be called by a name that no web page can take, such as localhost or "
+        f"127.0.0.1, and this request was for host {host!r}. Call the server by such a name, list this one in "
+        "--allowed-hosts, or use --admin-api-key."
+    )
 
 
 def _refuse_other_origins(request: Request) -> None:

@@ -11,12 +11,11 @@ from typing import Literal
 
 from shuteye.errors import InvalidRequest
 from shuteye.logs import LogFormat, LogLevel
+from shuteye.server.hosts import is_address, is_loopback_name
 from shuteye.server.reading.reasoning import ReasoningParserName
 from shuteye.server.reading.tool_formats import ToolFormat
 
 ToolCallParser = Literal["auto"] | ToolFormat
-
-LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +27,7 @@ class ServerConfig:
         api_key: required on inference routes when set, as `Authorization: Bearer`.
         admin_api_key: required on control routes when set; it opens inference routes too.
         dev_mode: control routes exist without an admin key.
+        allowed_hosts: names by which control routes without a key may be called, besides localhost and addresses.
         served_model_name: names that requests may use; empty means the model string as given.
         allowed_origins: web pages of these origins may call; empty: of none but the server's own. `*` is every origin.
         allowed_methods, allowed_headers: what those pages may use.
@@ -35,6 +35,8 @@ class ServerConfig:
         max_body_bytes: larger request bodies are answered with 413.
         max_audio_s: longer recordings are answered with 400.
         max_header_count, max_header_bytes: more or larger request headers are answered with 431.
+        engine_restarts: how often a dead engine is restarted within ten minutes before the server ends.
+        engine_restart_delay_s: before the first of these restarts; twice as long before every further one.
         shutdown_grace_s: how long running requests may go on after the first signal.
         log_requests: a line for every request that was served, without its text.
         tool_call_parser: how the model writes tool calls; `auto` asks its chat template.
@@ -50,6 +52,7 @@ class ServerConfig:
     api_key: str | None = None
     admin_api_key: str | None = None
     dev_mode: bool = False
+    allowed_hosts: tuple[str, ...] = ()
     served_model_name: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     allowed_methods: tuple[str, ...] = ("*",)
@@ -59,6 +62,8 @@ class ServerConfig:
     max_audio_s: float = 3600.0
     max_header_count: int = 128
     max_header_bytes: int = 64 * 1024
+    engine_restarts: int = 3
+    engine_restart_delay_s: float = 1.0
     shutdown_grace_s: float = 30.0
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
@@ -81,10 +86,9 @@ class ServerConfig:
         for name in ("max_body_bytes", "max_audio_s", "max_header_count", "max_header_bytes"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidRequest(f"{name} must be a positive number, got {getattr(self, name)}.", param=name)
-        if not 0 <= self.shutdown_grace_s < math.inf:
-            raise InvalidRequest(
-                f"shutdown_grace_s must be 0 or more seconds, got {self.shutdown_grace_s}.", param="shutdown_grace_s"
-            )
+        for name in ("shutdown_grace_s", "engine_restarts", "engine_restart_delay_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InvalidRequest(f"{name} must be 0 or more, got {getattr(self, name)}.", param=name)
         if not all(self.served_model_name):
             raise InvalidRequest("served_model_name must not hold an empty name.", param="served_model_name")
         self._check_strangers()
@@ -105,4 +109,13 @@ class ServerConfig:
     @property
     def is_loopback(self) -> bool:
         """True if only this machine can reach the server."""
-        return self.host in LOOPBACK_HOSTS or self.host.startswith("127.")
+        return is_loopback_name(self.host.lower())
+
+    def may_be_called(self, name: str) -> bool:
+        """Whether control routes without a key answer when the server is called by `name`, in lower case.
+
+        Never by a name that somebody else's name server could have given to this machine.
+        """
+        if is_loopback_name(name) or name in (allowed.lower() for allowed in self.allowed_hosts):
+            return True
+        return not self.is_loopback and (is_address(name) or name == self.host.lower())

@@ -21,8 +21,9 @@ from shuteye.server.spans import Tracer
 
 @dataclass(slots=True)
 class Loading:
-    """How the engine's start went; `failed` is set when it ended in an error."""
+    """How the engine's first start went: `done` when the model was loaded, `failed` when it ended in an error."""
 
+    done: bool = False
     failed: bool = False
 
 

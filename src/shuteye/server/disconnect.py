@@ -1,4 +1,4 @@
-"""Races work against the client's going away, so that nobody computes for nobody.
+"""Races work against the client's going away, so that nobody computes for nobody; or sees it through all the same.
 
 Knows nothing of what the work is.
 """
@@ -37,6 +37,16 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         task.cancel()
         listener.cancel()
         await asyncio.gather(task, listener, return_exceptions=True)
+
+
+async def unabandoned(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is not cancelled with its caller: that one goes on only once the work has ended."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -27,7 +27,7 @@ from shuteye.outputs import (
 from shuteye.request import OutputKind, PoolingParams, SamplingParams, TranscribeParams
 from shuteye.tokenizer import Tokenizer
 
-EngineStatus = Literal["starting", "ready", "failed", "dead", "closed"]
+EngineStatus = Literal["starting", "ready", "hung", "failed", "dead", "closed"]
 
 
 class ServedEngine(Protocol):
@@ -47,6 +47,8 @@ class ServedEngine(Protocol):
     def status(self) -> EngineStatus: ...
     @property
     def failure(self) -> ShuteyeError | None: ...
+    @property
+    def hang(self) -> str | None: ...
     @property
     def is_sleeping(self) -> bool: ...
     @property

@@ -15,6 +15,8 @@ from starlette.exceptions import HTTPException
 
 from shuteye.errors import (
     AuthenticationFailed,
+    EngineDead,
+    EngineHung,
     EngineNotReady,
     InternalError,
     InvalidRequest,
@@ -33,6 +35,8 @@ RETRY_AFTER_S: Mapping[type[ShuteyeError], int] = {
     WakeFailed: 2,
     MemoryExhausted: 5,
     EngineNotReady: 5,
+    EngineDead: 5,
+    EngineHung: 5,
     ServerStopping: 5,
 }
 """Errors worth a retry, and after how many seconds; subclasses inherit."""
@@ -72,10 +76,11 @@ def error_json(error: ShuteyeError) -> bytes:
 
 def error_response(error: ShuteyeError) -> Response:
     """The whole answer: status, body, and the headers that go with them."""
-    return _json_response(error.status_code, error_body(error), _headers(error))
+    return _json_response(error.status_code, error_body(error), error_headers(error))
 
 
-def _headers(error: ShuteyeError) -> dict[str, str]:
+def error_headers(error: ShuteyeError) -> dict[str, str]:
+    """The headers that go with an error's answer."""
     if isinstance(error, AuthenticationFailed):
         return {"WWW-Authenticate": "Bearer"}
     for kind, seconds in RETRY_AFTER_S.items():

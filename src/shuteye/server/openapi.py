@@ -77,7 +77,7 @@ TEXT: Mapping[str, tuple[str, ...]] = {
 _MEANINGS: Mapping[int, str] = {
     400: "A bad value, a missing or unknown field, or a request that does not fit.",
     401: "No key, or a wrong one.",
-    403: "The key is for inference, or a web page of another origin asked.",
+    403: "The key is for inference; or without keys, a web page of another origin asked, or one of a strange name.",
     404: "No model of this name.",
     409: "The transition table forbids this move.",
     413: "The body is too large.",
@@ -91,6 +91,9 @@ _STATUSES: Mapping[type, tuple[int, ...]] = {
     ControlRoute: (400, 401, 403, 404, 409, 413, 431, 500, 503),
 }
 """Errors by class of route; other routes (liveness) answer 431 and 503 alone."""
+
+_OWN_503: Mapping[str, type] = {"GET /ready": answers.ReadyAnswer, "GET /health": answers.UnhealthyAnswer}
+"""Routes whose 503 is no error, or more than one."""
 
 _LIMITS: Mapping[str, Mapping[str, Any]] = {
     "n": {"minimum": 1, "maximum": 128},
@@ -144,7 +147,8 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
-    _schema_of(answers.ErrorAnswer, schemas)
+    for answer in (answers.ErrorAnswer, *_OWN_503.values()):
+        _schema_of(answer, schemas)
     document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     for schema in schemas.values():
         _narrow_fields(schema.get("properties", {}))
@@ -233,8 +237,8 @@ def _schema_of(answer: Any, schemas: dict[str, Any]) -> dict[str, Any]:
 def _errors(name: str, route_class: type) -> dict[str, Any]:
     statuses = next((found for kind, found in _STATUSES.items() if issubclass(route_class, kind)), (431, 503))
     errors = {str(status): _error(status) for status in statuses}
-    if name == "GET /ready":
-        errors["503"]["content"]["application/json"]["schema"] = {"$ref": _REFS.format(model="ReadyAnswer")}
+    if name in _OWN_503:
+        errors["503"]["content"]["application/json"]["schema"] = {"$ref": _REFS.format(model=_OWN_503[name].__name__)}
     return errors
 
 

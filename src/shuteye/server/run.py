@@ -1,6 +1,7 @@
 """Serves an engine on a socket until a signal says stop: binds, listens while the model loads, drains, closes.
 
-Knows nothing of routes. Exit codes: 0 stopped as asked, 1 could not listen or load, 130 forced by a second signal.
+Knows nothing of routes. Exit codes: 0 stopped as asked, 1 could not listen or load or keep the engine alive, 130 forced
+by a second signal.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
 from shuteye.server.engine_protocol import ServedEngine
+from shuteye.server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ def _log_address(listener: socket.socket, config: ServerConfig) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which also stops when the model cannot be loaded, and leaves exit codes to us.
+    """uvicorn's server, which also stops when the model cannot be loaded or kept alive, and leaves exit codes to us.
 
     After the first signal it goes on listening, so that probes and clients are told that it stops instead of finding
     nobody; it ends once nothing is being answered any more, or when the grace is over.
@@ -117,7 +119,8 @@ class _Server(uvicorn.Server):
         )
         self._engine = engine
         self._context: ServerContext = app.state.context
-        self._load_failed = False
+        self._supervisor = Supervisor(self._context)
+        self._failed = False
         self._grace_s = config.shutdown_grace_s
         self._grace_ends: float | None = None  # monotonic seconds; from the first signal on
         self._waited_enough = asyncio.Event()
@@ -125,22 +128,26 @@ class _Server(uvicorn.Server):
     @property
     def exit_code(self) -> int:
         """What the process should exit with, once the server has stopped."""
-        if self._load_failed:
+        if self._failed:
             return FAILED
         return FORCED if self.force_exit else STOPPED
 
     async def serve_until_stopped(self, listener: socket.socket) -> None:
         """Serve; whatever ends it, the engine is closed."""
+        watching = asyncio.create_task(self._supervisor.watch())
         try:
             await self.serve(sockets=[listener])
         finally:
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
             await self._engine.close()
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""
-        self._load_failed = self._context.loading.failed
+        self._failed = self._context.loading.failed or self._supervisor.gave_up
         drained = self._grace_ends is not None and (not self.server_state.tasks or self._grace_left_s <= 0)
-        return self._load_failed or drained or await super().on_tick(counter)
+        return self._failed or drained or await super().on_tick(counter)
 
     @property
     def _grace_left_s(self) -> float:
@@ -148,6 +155,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's, except that whoever outlasts the grace is answered, and that a forced end is in order too."""
+        self._context.stopping.begun = True
         closing = asyncio.create_task(self._close_engine_when_grace_ends())
         await super().shutdown(sockets)
         self._waited_enough.set()

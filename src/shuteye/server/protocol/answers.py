@@ -210,9 +210,16 @@ class TextAnswer(BaseModel):
 
 
 class AliveAnswer(BaseModel):
-    """Answer of GET /health and /ping."""
+    """Answer of GET /ping, and of GET /health with 200."""
 
     status: Literal["ok"]
+
+
+class UnhealthyAnswer(BaseModel):
+    """Answer of GET /health with 503; `error` is there unless the model loads."""
+
+    status: Literal["loading", "faulted", "hung", "dead", "failed", "closed"]
+    error: ErrorDetail | None = None
 
 
 class VersionAnswer(BaseModel):
@@ -231,7 +238,7 @@ class ReadyAnswer(BaseModel):
 class StateAnswer(BaseModel):
     """Answer of GET /state."""
 
-    status: Literal["starting", "ready", "failed", "dead", "closed"]
+    status: Literal["starting", "ready", "hung", "failed", "dead", "closed"]
     failure: str | None
     models: list[str]
     is_sleeping: bool

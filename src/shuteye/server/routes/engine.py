@@ -1,4 +1,4 @@
-"""POST /collective_rpc and /restart_engine: questions to every rank, and the way back from a dead engine.
+"""POST /collective_rpc and /restart_engine: questions to every rank; the way back from a dead or hung engine.
 
 Knows nothing of ranks or processes.
 """
@@ -19,6 +19,8 @@ from shuteye.server.json_body import with_body
 from shuteye.server.routes.sleep import NoQuery
 
 router = APIRouter(route_class=ControlRoute)
+restarting = APIRouter(route_class=ControlRoute)
+"""Served without sleep mode, too."""
 
 
 class RpcBody(BaseModel):
@@ -42,14 +44,14 @@ async def collective_rpc(_query: Annotated[NoQuery, Query()], body: RpcBody, con
     return {"results": await context.engine.collective_rpc(body.method, body.args)}
 
 
-@router.post("/restart_engine")
+@restarting.post("/restart_engine")
 async def restart_engine(query: Annotated[NoQuery, Query()], request: Request, context: Context) -> dict[str, Any]:
-    """Starts a dead engine anew, in the same server; answers once the model is loaded."""
+    """Starts an engine anew that is dead or hangs, in the same server; answers once the model is loaded."""
     await with_body(query, request)
     refuse_if_stopping(context)
     engine = context.engine
-    if engine.failure is None:
-        raise TransitionConflict(f"The engine is {engine.status}; only one that died can be restarted.")
+    if engine.failure is None and engine.hang is None:
+        raise TransitionConflict(f"The engine is {engine.status}; only one that is dead or hangs can be restarted.")
     began = time.perf_counter()
     await context.metrics.transition("restart", engine.restart())
     return {"status": engine.status, "seconds": time.perf_counter() - began}

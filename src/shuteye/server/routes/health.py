@@ -5,17 +5,20 @@ Knows nothing of how states change.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Response
 
 from shuteye import __version__
+from shuteye.errors import EngineNotReady, ServerError
 from shuteye.outputs import EngineState
 from shuteye.server.admission import refuse_unless_alive
 from shuteye.server.auth import InferenceRoute
 from shuteye.server.context import Context
 from shuteye.server.engine_protocol import ServedEngine
+from shuteye.server.errors import error_body, error_headers
 from shuteye.server.metrics import Metrics
 from shuteye.server.protocol.chunks import encode_json
 
@@ -23,12 +26,28 @@ router = APIRouter()
 keyed = APIRouter(route_class=InferenceRoute)
 
 
-@router.get("/health")
+@router.get("/health", response_model=None)
+async def health(context: Context) -> Response:
+    """200 once the model is loaded, asleep or not; 503 while it loads, or is faulted, hung or dead."""
+    engine = context.engine
+    if engine.status == "starting":
+        return _unhealthy({"status": "loading"}, error_headers(EngineNotReady("loading")))
+    try:
+        refuse_unless_alive(engine)
+    except ServerError as error:
+        status = "faulted" if engine.status == "ready" else engine.status
+        return _unhealthy({"status": status, **error_body(error)}, error_headers(error))
+    return Response(encode_json({"status": "ok"}), media_type="application/json")
+
+
+def _unhealthy(body: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
+    return Response(encode_json(body), 503, headers=headers, media_type="application/json")
+
+
 @router.get("/ping")
 @router.post("/ping", include_in_schema=False)
-async def health(context: Context) -> dict[str, str]:
-    """200 while the process can serve now or later (loading and sleeping included), else 503 with the reason."""
-    refuse_unless_alive(context.engine)
+async def ping() -> dict[str, str]:
+    """200 as long as the server itself answers, whatever its engine does."""
     return {"status": "ok"}
 
 
@@ -53,7 +72,7 @@ async def state(context: Context) -> dict[str, Any]:
     loaded = engine.status != "starting" and engine.failure is None
     return {
         "status": engine.status,
-        "failure": engine.failure.message if engine.failure else None,
+        "failure": engine.failure.message if engine.failure else engine.hang,
         "models": context.model_names,
         "is_sleeping": engine.is_sleeping,
         "is_paused": engine.is_paused,

@@ -16,6 +16,7 @@ from shuteye.outputs import UpdateReport
 from shuteye.server.auth import ControlRoute
 from shuteye.server.body_limit import limited
 from shuteye.server.context import Context, ServerContext
+from shuteye.server.disconnect import unabandoned
 from shuteye.server.json_body import media_type, read_json
 from shuteye.server.routes.sleep import NoQuery
 from shuteye.server.uploads import received_file
@@ -69,8 +70,8 @@ async def _update(context: ServerContext, path: str) -> UpdateReport:
 async def _uploaded(request: Request, context: ServerContext) -> UpdateReport:
     """No update can be larger than the model in its widest form: eight bytes for every two of bfloat16."""
     limit = 4 * context.engine.info.weights_bytes + SLACK_BYTES
-    async with received_file(request, suffix=".safetensors", max_bytes=limit) as path:
-        return await _update(context, path)
+    async with received_file(request, max_bytes=limit) as path:
+        return await unabandoned(_update(context, path))  # the engine may open the path up to its answer
 
 
 async def _json_body(request: Request, context: ServerContext) -> UpdateBody:

@@ -1,0 +1,147 @@
+"""Restarts of an engine that died: how often, how late, and what then."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+from fake_engine import FakeEngine
+
+from shuteye.config import EngineConfig
+from shuteye.errors import ImageFailure
+from shuteye.server import supervisor as module
+from shuteye.server.app import create_app
+from shuteye.server.config import ServerConfig
+from shuteye.server.supervisor import Supervisor
+
+
+class Rig:
+    """A supervised engine, and the delays before each restart, which take no time."""
+
+    def __init__(self, monkeypatch, **config):
+        self.engine = FakeEngine(EngineConfig(model="tiny"))
+        self.context = create_app(self.engine, ServerConfig(**config)).state.context
+        self.context.loading.done = True
+        self.delays = []
+        self.now = 1000.0
+        self.supervisor = Supervisor(self.context)
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(module, "asyncio", SimpleNamespace(sleep=self._sleep))
+
+    async def _sleep(self, seconds):
+        if seconds != module.LOOK_S:
+            self.delays.append(seconds)
+        await asyncio.sleep(0)
+
+    async def __aenter__(self):
+        await self.engine.start()
+        self.task = asyncio.create_task(self.supervisor.watch())
+        return self
+
+    async def __aexit__(self, *_error):
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+
+    async def die(self):
+        """Die, and wait for what follows."""
+        await self.engine.die()
+        for _ in range(50):
+            await asyncio.sleep(0)
+
+
+def test_later_and_later_and_then_no_more(monkeypatch, caplog):
+    """A dead engine that stays dead; one restarted for ever; a server that stays without an engine."""
+
+    async def scenario():
+        async with Rig(monkeypatch, engine_restarts=3, engine_restart_delay_s=2.0) as rig:
+            for count in (1, 2, 3):
+                await rig.die()
+                assert (rig.engine.status, rig.engine.restarts) == ("ready", count)
+            assert rig.delays == [2.0, 4.0, 8.0]
+            await rig.die()
+            assert (rig.engine.status, rig.engine.restarts) == ("dead", 3)
+            assert rig.supervisor.gave_up
+            assert rig.task.done()
+
+    asyncio.run(scenario())
+    assert "--engine-restarts" in caplog.text
+    assert "signal 9" in caplog.text
+
+
+def test_restarts_of_long_ago_are_forgotten(monkeypatch):
+    """A server ended by the fourth death within a year; a delay that only ever grows."""
+
+    async def scenario():
+        async with Rig(monkeypatch, engine_restarts=1) as rig:
+            for count in (1, 2, 3):
+                await rig.die()
+                assert rig.engine.restarts == count
+                rig.now += module.WINDOW_S
+            assert rig.delays == [1.0, 1.0, 1.0]
+            assert not rig.supervisor.gave_up
+
+    asyncio.run(scenario())
+
+
+def test_0_never_restarts(monkeypatch):
+    """A setting that means something else than it says."""
+
+    async def scenario():
+        async with Rig(monkeypatch, engine_restarts=0) as rig:
+            await rig.die()
+            assert (rig.engine.restarts, rig.supervisor.gave_up) == (0, True)
+
+    asyncio.run(scenario())
+
+
+def test_a_restart_that_fails_counts(monkeypatch, caplog):
+    """A model that cannot be loaded any more, tried for ever or once."""
+
+    async def scenario():
+        async with Rig(monkeypatch, engine_restarts=3) as rig:
+            rig.engine.start_error = ImageFailure("the image is damaged")
+            await rig.die()
+            assert (rig.engine.restarts, rig.supervisor.gave_up) == (3, True)
+
+    asyncio.run(scenario())
+    assert caplog.text.count("could not be restarted: the image is damaged") == 3
+
+
+@pytest.mark.parametrize("how", ["stopping", "loading", "hung"])
+def test_what_is_left_alone(monkeypatch, how):
+    """A restart of an engine that is being stopped, that never was there, or that somebody looks at in a debugger."""
+
+    async def scenario():
+        async with Rig(monkeypatch) as rig:
+            rig.context.stopping.begun = how == "stopping"
+            rig.context.loading.done = how != "loading"
+            if how == "hung":
+                rig.engine.status, rig.engine.hang = "hung", "no sign of life"
+                await asyncio.sleep(0.01)
+            else:
+                await rig.die()
+            assert (rig.engine.restarts, rig.supervisor.gave_up) == (0, False)
+
+    asyncio.run(scenario())
+
+
+def test_it_does_not_interfere_with_a_restart_by_hand(monkeypatch):
+    """Two engines, or a restart of the engine that somebody has just restarted."""
+
+    async def scenario():
+        async with Rig(monkeypatch) as rig:
+            by_hand = rig._sleep
+
+            async def meanwhile(seconds):
+                if seconds == 1.0:
+                    await rig.engine.restart()
+                await by_hand(seconds)
+
+            monkeypatch.setattr(module, "asyncio", SimpleNamespace(sleep=meanwhile))
+            await rig.die()
+            assert (rig.engine.restarts, rig.engine.status) == (1, "ready")
+
+    asyncio.run(scenario())
