@@ -6,6 +6,38 @@ import sys
 
 import pytest
 
+from shuteye.engine import process
+from shuteye.engine.pulse import Pulse
+
+
+class WatchedSocket:
+    """Says what the pulse tells while the engine waits for it."""
+
+    def __init__(self, pulse):
+        self.pulse = pulse
+        self.seen = []
+
+    def poll(self, _timeout_ms):
+        self.seen.append(self.pulse.turns % 2)
+        return 0
+
+
+def test_the_pulse_tells_work_from_waiting():
+    """Would catch an idle engine taken for one whose step never returns, or the other way round."""
+    pulse = Pulse()
+    socket = WatchedSocket(pulse)
+    channel = process.ZmqChannel(socket, pulse)
+    try:
+        assert pulse.turns == 0
+        for _ in range(3):
+            channel.receive(0.0)
+            assert pulse.turns % 2 == 1
+        assert socket.seen == [0, 0, 0]
+        assert pulse.turns == 7
+    finally:
+        pulse.close()
+
+
 LOAD = """
 import time
 from shuteye.engine.process import _stop_loading_on_sigterm
@@ -24,17 +56,17 @@ finally:
 @pytest.mark.parametrize("state", ["", "pulse.waiting()", "pulse.working()"], ids=["loading", "waiting", "working"])
 def test_sigterm_ends_loading_in_order_and_nothing_else(state):
     """Would catch a half-written image of gigabytes that stays, and a signal to all that ends an engine in service."""
-    process = subprocess.Popen(
+    child = subprocess.Popen(
         [sys.executable, "-c", LOAD.format(state=state)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert process.stdout.readline() == "loading\n"
-    process.send_signal(signal.SIGTERM)
+    assert child.stdout.readline() == "loading\n"
+    child.send_signal(signal.SIGTERM)
     if state:
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.2)
-    assert process.communicate("\n" if state else None, timeout=60)[0] == "swept\n"
-    assert process.returncode == 0
+            child.wait(0.2)
+    assert child.communicate("\n" if state else None, timeout=60)[0] == "swept\n"
+    assert child.returncode == 0

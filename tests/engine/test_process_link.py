@@ -127,14 +127,13 @@ def test_a_stopped_engine_is_noticed_goes_on_and_can_be_restarted(config, tmp_pa
             await until(lambda: engine.status == "ready", "the engine to go on")
             assert len([output async for output in stream][-1].outputs[0].token_ids) == 400
 
-            stream = engine.generate([5, 6], HANGING)
-            await anext(stream)
             os.kill(pid, signal.SIGSTOP)
+            waiting = asyncio.create_task(anext(engine.generate([5, 6], HANGING)))
             await until(lambda: engine.status == "hung", "the second hang to be noticed")
+            assert not waiting.done()
             restarting = asyncio.create_task(engine.restart())
             with pytest.raises(EngineDead, match="hung"):
-                async for _output in stream:
-                    pass
+                await waiting
             await restarting
             assert engine.engine_pid != pid
             with pytest.raises(ProcessLookupError):

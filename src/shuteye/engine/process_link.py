@@ -85,7 +85,7 @@ class ProcessLink:
                 process.kill()
                 raise EngineDead("The engine was closed while its process was being started.")
             self._process = process
-            work = (self._listen(), self._watch(process), self._watch_pulse())
+            work = (self._listen(), self._watch(process), self._watch_pulse(process))
             self._tasks = [asyncio.create_task(one) for one in work]
             await self._give_config(process)
         except OSError as error:
@@ -154,9 +154,9 @@ class ProcessLink:
             self._listens = self._listens or isinstance(message, Ready)
             self._on_message(message)
 
-    async def _watch_pulse(self) -> None:
+    async def _watch_pulse(self, process: asyncio.subprocess.Process) -> None:
         watch = HangWatch(self._pulse, self._config.hang_timeout_s, self._config.step_timeout_s)
-        while True:
+        while process.returncode is None:  # a dead engine does not hang
             found = watch.look(time.monotonic())
             if found is not None and self._hang is None:
                 logger.error("The engine hangs: %s. It may go on by itself; a restart kills it.", found)
@@ -164,6 +164,7 @@ class ProcessLink:
                 logger.warning("The engine goes on.")
             self._hang = found
             await asyncio.sleep(LOOK_S)
+        self._hang = None
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()

@@ -40,7 +40,10 @@ def safetensors_chunks(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Ite
     Raises:
         InvalidRequest: a number format that the file format has not.
     """
-    tensors = {name: tensor.detach() for name, tensor in named_tensors}
+    given = {name: tensor.detach() for name, tensor in named_tensors}
+    tensors = dict(
+        sorted(given.items(), key=lambda item: -item[1].element_size())
+    )  # so each is aligned to its elements
     header: dict[str, object] = {}
     end = 0
     for name, tensor in tensors.items():
