@@ -121,11 +121,17 @@ def test_wake_says_how_it_was_verified_and_what_is_missing(server, capsys, monke
     assert "Woken in 20.0 ms: 256.0 MiB brought back from image." in out
     assert "Checksums of 16.0 MiB agree (sample); the canary gave the same logits." in out
     assert server.asked[0] == ("POST", "/wake_up", "Bearer secret")
-    server.answers["/wake_up"] = (200, answer(WakeReport(changed=True, missing=("lm_head", "norm"))))
+    blank = (TagReport("weights", "blank"),)
+    report = WakeReport(changed=True, tags=blank, weights_source="image", missing=("lm_head", "norm"))
+    state = replace(ASLEEP, tags=(TagState("weights", "blank", None, MIB, 0), ASLEEP.tags[1]), missing=report.missing)
+    server.answers |= {"/wake_up": (200, answer(report)), "/state": (200, server_state(state))}
     assert cli.run(["wake", "--tags", "weights"]) == 0
     out = capsys.readouterr().out
-    assert "Not serving yet: 2 tensors must be written first, lm_head among them." in out
+    assert "Woken in 0.0 ms: 0 B brought back.\n" in out
+    assert "Not serving yet: 2 tensors must be written first, lm_head among them" in out
     assert "Checksums were not compared; no canary ran." in out
+    assert "`shuteye sleep --level 2`, then `shuteye wake`" in out
+    assert "wakes all of it" not in out, "a full wake from here is a conflict"
 
 
 def test_calls_that_change_nothing_say_so(server, capsys):
@@ -260,6 +266,13 @@ def test_a_wake_that_changes_nothing_says_what_is_still_away(server, capsys):
     server.answers["/state"] = (200, server_state(replace(AWAKE, gate="closed", paused=True)))
     assert cli.run(["wake", "--url", server.url]) == 0
     assert "Still paused: `shuteye resume`" in capsys.readouterr().out
+
+
+def test_a_wake_from_level_0_is_no_wake_of_memory(server, capsys):
+    """Catches `Woken in 0.0 ms: 0 B brought back` for a pause that was lifted."""
+    server.answers |= {"/wake_up": (200, answer(WakeReport(changed=True))), "/state": (200, server_state(AWAKE))}
+    assert cli.run(["wake", "--url", server.url]) == 0
+    assert capsys.readouterr().out == "Awake again; at level 0 no memory had been given back.\n"
 
 
 def test_pause_and_resume(server, capsys):

@@ -323,6 +323,7 @@ def test_the_pace_of_a_wake_is_that_of_the_last_wake_of_weights(client):
     client.post("/wake_up")
     client.post("/sleep?level=2")
     client.post("/wake_up?tags=weights")
+    assert client.get("/state").json()["waking"]["expected_s"] is None, "blank weights wait for who writes them"
     client.post("/sleep?level=2")
     waking = client.get("/state").json()["waking"]
     assert (waking["last_wake_s"], waking["expected_s"]) == (0.02, 0.02)

@@ -31,25 +31,31 @@ def wake(
 
 
 def _show(report: WakeReport, state: EngineState) -> None:
-    if report.changed:
+    if report.changed and report.tags:
         _show_wake(report)
+    elif report.changed:
+        show("Awake again; at level 0 no memory had been given back.")
     elif not state.is_sleeping:
         show("Nothing to do: already awake.")
     else:
         show("Nothing to do: what was to be woken is awake.")
     away = [tag.tag for tag in state.tags if tag.residency not in ("resident", "blank")]
-    if away:
+    if state.missing:
+        show(
+            f"Not serving yet: {len(state.missing)} tensors must be written first, {state.missing[0]} among them, by "
+            "update_weights or reload_weights. To load the image's: `shuteye sleep --level 2`, then `shuteye wake`."
+        )
+    elif away:
         show(f"Still asleep: {' and '.join(away)}. `shuteye wake` wakes all of it.")
     if state.paused:
         show("Still paused: `shuteye resume` lets requests run.")
 
 
 def _show_wake(report: WakeReport) -> None:
-    source = f" from {report.weights_source}" if report.weights_source else ""
+    has_weights = any(tag.tag == "weights" and tag.residency == "resident" for tag in report.tags)
+    source = f" from {report.weights_source}" if has_weights and report.weights_source else ""
     show(f"Woken in {format_seconds(report.seconds)}: {format_size(report.restored_bytes)} brought back{source}.")
     show(_verification(report))
-    if report.missing:
-        show(f"Not serving yet: {len(report.missing)} tensors must be written first, {report.missing[0]} among them.")
     rows = [
         (tag.tag, tag.residency, format_size(tag.restored_bytes), format_seconds(tag.seconds)) for tag in report.tags
     ]

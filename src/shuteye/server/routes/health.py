@@ -104,10 +104,14 @@ def _waking_cost(state: EngineState, metrics: Metrics) -> dict[str, Any]:
     `expected_s` goes by the pace of the last wake, and is None before there was one.
     """
     missing = {tag.tag: tag.nbytes - tag.resident_bytes for tag in state.tags if tag.residency != "resident"}
+    kept = {
+        tag.tag for tag in state.tags if tag.residency in ("offloaded", "discarded")
+    }  # blank ones wait for a writer
+    restore_bytes = missing.get("weights", 0) if "weights" in kept else 0
     return {
-        "restore_bytes": missing.get("weights", 0),
+        "restore_bytes": restore_bytes,
         "tags": missing,
         "backings": {tag.tag: tag.backing for tag in state.tags if tag.tag in missing},
         "last_wake_s": metrics.last_wake_s,
-        "expected_s": metrics.expected_wake_s(missing.get("weights", 0)) if missing else None,
+        "expected_s": metrics.expected_wake_s(restore_bytes),
     }
