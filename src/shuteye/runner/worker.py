@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from shuteye.config import EngineConfig
-from shuteye.errors import CANARY_DISAGREES, InternalError, InvalidRequest, ShuteyeError, VerificationFailed
+from shuteye.errors import CANARY_DISAGREES, InternalError, InvalidRequest, VerificationFailed
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends import open_backend
 from shuteye.memory.backends.base import MemoryBackend
@@ -20,6 +20,7 @@ from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.memory.residency import Residency
 from shuteye.models.binding import TOKENIZER_DIR
+from shuteye.models.image_difference import refuse_other_model
 from shuteye.models.loader import open_image
 from shuteye.models.progress import LoggedProgress
 from shuteye.models.sources import resolve_source
@@ -246,10 +247,10 @@ class Worker:
             return self.update_weights(named_tensors)
 
     def reload_weights(self, path: str | None) -> UpdateReport:
-        """Replace every weight by those of the image, or of another checkpoint with the same layout.
+        """Replace every weight by those of the image, or of another checkpoint of the same model.
 
         Raises:
-            InvalidRequest: the checkpoint's tensors differ in name, shape or dtype; nothing has changed.
+            InvalidRequest: the checkpoint differs in more than the values of its weights; nothing has changed.
             ShuteyeError: mapping failed; the weights are discarded and `wake_up` brings them back.
         """
         begin = time.perf_counter()
@@ -262,8 +263,9 @@ class Worker:
     def _replace_image(self, path: str) -> None:
         image = self._open_image(path)
         try:
+            refuse_other_model(self._image, image)
             self._residency.replace_image(image)
-        except ShuteyeError:
+        except BaseException:
             image.close()
             raise
         self._image = image
