@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -208,6 +209,49 @@ def test_no_room_for_saving_is_found_by_the_estimate_and_by_save(make_world) -> 
         with pytest.raises(MemoryExhausted, match=f"{PAGE:,} bytes"):
             move(LEVEL_1)
     assert (world.where["weights"], world.weight_bytes) == ("resident", changed)
+
+
+def fill_the_disk(world: World, monkeypatch) -> None:
+    """Whatever is free now is taken; what the spill file owns and gives back is free again."""
+    backing = world.residency._backing
+    owned = lambda: os.fstat(backing._fd).st_blocks * 512 if backing._fd >= 0 else 0  # noqa: E731
+    total = owned()
+    monkeypatch.setattr(backing, "free_bytes", lambda: total - owned())
+
+
+@pytest.mark.parametrize("backing", ["disk", "host"])
+def test_changes_are_saved_again_in_place_on_a_full_disk(make_world, monkeypatch, backing: str) -> None:
+    """Would catch a model that can be put to sleep once, and never again, because its own file fills the disk."""
+    world = make_world(backing)
+    world.write(0, 1)
+    world.sleep(LEVEL_1)
+    world.wake(WAKE)
+    fill_the_disk(world, monkeypatch)
+    world.write(0, 2)
+    changed = world.weight_bytes
+    assert world.residency.estimate(LEVEL_1).save_bytes == PAGE
+    world.sleep(LEVEL_1)
+    world.wake(WAKE)
+    assert world.weight_bytes == changed
+    world.write(PAGE, 2)
+    for move in (world.residency.estimate, world.residency.save):
+        with pytest.raises(MemoryExhausted):
+            move(LEVEL_1)
+
+
+@pytest.mark.parametrize("backing", ["disk", "host"])
+def test_a_save_that_was_not_followed_by_a_release_is_room_for_the_next(make_world, monkeypatch, backing: str) -> None:
+    """Would catch a retry that is refused because of what the first attempt wrote."""
+    world = make_world(backing)
+    world.write(0, 1)
+    world.residency.save(LEVEL_1)
+    fill_the_disk(world, monkeypatch)
+    world.write(0, 2)
+    changed = world.weight_bytes
+    world.residency.estimate(LEVEL_1)
+    world.sleep(LEVEL_1)
+    world.wake(WAKE)
+    assert world.weight_bytes == changed
 
 
 def test_estimating_touches_nothing(world: World) -> None:

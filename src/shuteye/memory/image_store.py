@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shuteye.errors import ImageFailure
+from shuteye.memory.failures import closing_on_error
 from shuteye.memory.image import INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage, read_index
 from shuteye.memory.image_writer import ImageWriter, reporting_write_errors
 from shuteye.plans import VerifyResult
@@ -65,7 +66,7 @@ class ImageStore:
         if image.identity != identity:
             image.close()
             raise ImageFailure(f"The weight image {path} was made from {image.identity}, not from {identity}.")
-        with suppress(PermissionError):  # a cache shared read-only keeps no time of last use
+        with suppress(OSError):  # a cache that cannot be written keeps no time of last use
             os.utime(path / INDEX_FILE)
         return image
 
@@ -136,7 +137,7 @@ class ImageStore:
         try:
             yield
         finally:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # one that stays is nobody's lock, and is locked by the next
                 path.unlink()
             os.close(fd)
 
@@ -241,10 +242,11 @@ def _lock_file(path: Path) -> int:
     """An exclusively locked descriptor of the file that `path` names, also after waiting."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(fd)):
-                return fd
+        with closing_on_error(fd):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(fd)):
+                    return fd
         os.close(fd)  # its holder deleted it on leaving, and we locked a file without a name
 
 

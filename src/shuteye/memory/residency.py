@@ -133,13 +133,8 @@ class Residency:
         """
         self._require_sleep(plan)
         dirty = self._dirty_extents() if plan.weights == "offload" else ()
-        estimate = SleepEstimate(sum(extent.nbytes for extent in dirty), self._backing.free_bytes())
-        if estimate.save_bytes > estimate.free_backing_bytes:
-            raise MemoryExhausted(
-                f"Going to sleep must save {estimate.save_bytes:,} bytes of changed weights and {self._backing} has "
-                f"{estimate.free_backing_bytes:,} left. Free space there, or sleep at level 2."
-            )
-        return estimate
+        self._backing.require_room(dirty)
+        return SleepEstimate(sum(extent.nbytes for extent in dirty), self._backing.growth_bytes(dirty))
 
     def save(self, plan: SleepPlan) -> None:
         """Write the extents that no backing holds truly. On error nothing has changed and a retry works.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 
 import torch
 
@@ -78,16 +79,20 @@ class Worker:
         torch.set_num_threads(num_threads)
         self._backend = backend or open_backend(config.memory_backend)
         self._store = ImageStore(config.cache_dir)
-        self._image = image = self._open_image(config.model)
-        self._version = image.identity.key
         self._num_updates = 0
         self._proves_first_step = False
-        self._weights = Arena.reserve(self._backend, tag="weights", nbytes=image.layout.nbytes)
-        self._residency = Residency(
-            backend=self._backend, weights=self._weights, image=image, spill_dir=config.cache_dir / "spill"
-        )
-        self._residency.restore(WakePlan(weights="reload"))
-        self._runner = open_runner(image, self._weights, config, num_threads=num_threads)
+        with ExitStack() as undo:
+            self._image = image = self._open_image(config.model)
+            undo.callback(image.close)
+            self._version = image.identity.key
+            self._weights = Arena.reserve(self._backend, tag="weights", nbytes=image.layout.nbytes)
+            self._residency = Residency(
+                backend=self._backend, weights=self._weights, image=image, spill_dir=config.cache_dir / "spill"
+            )
+            undo.callback(self._residency.close)
+            self._residency.restore(WakePlan(weights="reload"))
+            self._runner = open_runner(image, self._weights, config, num_threads=num_threads)
+            undo.pop_all()
         self._model = self._runner.model
 
     # --- loading --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 from shuteye.memory.backends.base import MemoryBackend
 from shuteye.memory.backings.base import BackingName
 from shuteye.memory.backings.spill import SpillBacking
-from shuteye.memory.failures import failure_of
+from shuteye.memory.failures import closing_on_error, failure_of
 
 
 class DiskBacking(SpillBacking):
@@ -28,7 +28,7 @@ class DiskBacking(SpillBacking):
         return f"the spill directory {self._directory}"
 
     def free_bytes(self) -> int:
-        """See `Backing`. What an unprivileged process may still write to the file system."""
+        """See `SpillBacking`. What an unprivileged process may still write to the file system."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             status = os.statvfs(self._directory)
@@ -38,9 +38,11 @@ class DiskBacking(SpillBacking):
 
     def _create(self, nbytes: int) -> int:
         try:
+            self._directory.mkdir(parents=True, exist_ok=True)
             fd, path = tempfile.mkstemp(prefix="shuteye-", suffix=".spill", dir=self._directory)
-            Path(path).unlink()
-            os.ftruncate(fd, nbytes)
+            with closing_on_error(fd):
+                Path(path).unlink()
+                os.ftruncate(fd, nbytes)
         except OSError as error:
             raise failure_of(f"Making a file in {self}", error.errno) from error
         return fd
