@@ -18,7 +18,7 @@ from shuteye.memory.image import ImageIdentity
 from shuteye.memory.image_store import ImageStore
 
 IDENTITY = ImageIdentity("test/world-1", "1", "bfloat16")
-OS_CALLS = "open fstat stat utime unlink rename fsync ftruncate pread pwrite fchmod".split()
+OS_CALLS = ["open", "fstat", "stat", "utime", "unlink", "rename", "fsync", "ftruncate", "pread", "pwrite", "chmod"]
 CALLS = [(fcntl, "flock"), *((os, name) for name in OS_CALLS)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -129,6 +130,31 @@ SLOW_BUILDER = """
 
     ImageStore(Path(sys.argv[1])).open_or_build(ImageIdentity("test/model", "1", "bfloat16"), build)
 """
+
+
+def test_an_image_is_sealed_and_can_yet_be_removed_and_replaced(store: ImageStore, tmp_path: Path) -> None:
+    """Would catch weights that a slip of the hand overwrites, and seals that keep shuteye itself out."""
+
+    def build(writer: ImageWriter) -> None:
+        build_image(1)(writer)
+        (writer.directory / "tokenizer").mkdir()
+        (writer.directory / "tokenizer" / "tokenizer.json").write_text("{}")
+
+    image = store.open_or_build(IDENTITY, build)
+    image.close()
+    everything = [image.path, *image.path.rglob("*")]
+    modes = {path.relative_to(image.path).as_posix(): stat.S_IMODE(path.stat().st_mode) for path in everything}
+    assert modes == {
+        **dict.fromkeys((".", "tokenizer"), 0o555),
+        **dict.fromkeys(("weights.rank0.bin", "index.json", "buffers.bin", "tokenizer/tokenizer.json"), 0o444),
+    }
+    index = image.path / "index.json"
+    index.chmod(0o644)
+    index.write_text("damaged")
+    store.open_or_build(IDENTITY, build).close()
+    assert stat.S_IMODE(index.stat().st_mode) == 0o444
+    assert store.remove(IDENTITY.key) > 0
+    assert [path.name for path in (tmp_path / "images").iterdir()] == []
 
 
 def test_a_second_process_waits_for_the_one_that_builds_and_opens_what_it_built(

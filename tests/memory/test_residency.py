@@ -12,7 +12,7 @@ import pytest
 import torch
 from memory_world import KV_BYTES, LEVEL_1, LEVEL_2, PAGE, RELOAD, WAKE, World
 
-from shuteye.errors import InternalError, InvalidRequest, MemoryExhausted, TransitionConflict
+from shuteye.errors import ImageFailure, InternalError, InvalidRequest, MemoryExhausted, TransitionConflict
 from shuteye.memory.backends.fake import POISON
 from shuteye.memory.image import ImageIdentity, WeightImage
 from shuteye.memory.image_store import ImageStore
@@ -271,13 +271,17 @@ def test_full_verification_reads_every_clean_byte(world: World) -> None:
     assert world.residency.verify("off") == VerifyResult(0)
 
 
-def test_verification_finds_an_image_that_changed_while_asleep(world: World) -> None:
+def test_verification_finds_an_image_that_changed_while_asleep(world: World, monkeypatch) -> None:
     world.sleep(LEVEL_1)
     path = world.residency.image.path / "weights.rank0.bin"
     path.chmod(0o644)
     content = path.read_bytes()
     path.write_bytes(content[: 5 * PAGE] + bytes([content[5 * PAGE] ^ 1]) + content[5 * PAGE + 1 :])
     try:
+        with pytest.raises(ImageFailure, match="was changed while in use: 1 of 4 extents"):
+            world.wake(WAKE)
+        assert world.where == {"weights": "offloaded", "kv_cache": "discarded"}
+        monkeypatch.setattr(world.residency.image, "require_intact", lambda: None)  # as damage that no time tells of
         world.wake(WAKE)
         assert world.residency.verify("full").bad_extents == (2,)
         assert world.residency.verify("sample").bad_extents == (2,)

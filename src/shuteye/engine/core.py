@@ -196,7 +196,7 @@ class EngineCore:
             self._started += [(request_id, now) for request_id in starts]
         try:
             result = self._executor.execute(plan)
-        except VerificationFailed as error:  # of the canary that went with the first step after a wake
+        except VerificationFailed as error:  # of the canary that went with the step, or of the image under it
             self._deltas += self._scheduler.fail_step(plan, info_of(error))
             self._scheduler.preempt_all()
             self._scheduler.reset_prefix_cache()

@@ -111,7 +111,6 @@ class ImageStore:
 
     def _publish(self, directory: Path, key: str) -> None:
         """Let the finished directory appear as `key`, in place of a damaged one if there is one."""
-        directory.chmod(0o755)
         self._set_aside(key)
         directory.rename(self._root / key)
         _sync_directory(self._root)
@@ -119,12 +118,15 @@ class ImageStore:
     def _set_aside(self, key: str) -> None:
         """Take the directory of `key`, if there is one, out of sight; whoever maps its file keeps the file."""
         with suppress(FileNotFoundError):
+            (self._root / key).chmod(0o755)  # a directory that cannot be written cannot change its parent
             (self._root / key).rename(Path(tempfile.mkdtemp(prefix=f".{key}.", dir=self._root)) / "old")
 
     def _sweep(self, key: str) -> None:
         """Delete what is out of sight: a crashed build, a removed image. The lock of `key` must be held."""
         for leftover in self._root.glob(f".{key}.*"):
             with reporting_write_errors(leftover):
+                for path, _, _ in os.walk(leftover):
+                    Path(path).chmod(0o755)  # images are sealed, and this one has served
                 shutil.rmtree(leftover)
 
     @contextmanager

@@ -27,19 +27,16 @@ from shuteye.errors import (
 )
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends.base import MemoryBackend
-from shuteye.memory.backings.base import Backing, BackingName, Source
+from shuteye.memory.backings.base import Backing, BackingName
 from shuteye.memory.backings.disk import DiskBacking
 from shuteye.memory.backings.host import HostBacking
-from shuteye.memory.backings.image import ImageSource
-from shuteye.memory.image import WeightImage, checksum_hex
-from shuteye.memory.layout import MIB, Extent, ExtentRota, Layout, first_difference
+from shuteye.memory.image import WeightImage
+from shuteye.memory.layout import Layout, first_difference
 from shuteye.memory.measure import freed_by_release, timed
-from shuteye.memory.weights_state import SourceKind, WeightsState
+from shuteye.memory.verifier import Verifier, require_intact
+from shuteye.memory.weights_state import WeightsState
 from shuteye.outputs import TagReport, TagState
 from shuteye.plans import SleepEstimate, SleepPlan, VerifyMode, VerifyResult, WakePlan
-
-SAMPLE_BYTES = 8 * MIB
-"""What `verify("sample")` compares: about a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,7 @@ class Residency:
         self._missing: set[str] = set()
         self._saved: frozenset[int] | None = None
         self._last_restore: _Restored | None = None
-        self._rota = ExtentRota(SAMPLE_BYTES)
+        self._verifier = Verifier(weights, self._backing)
 
     # --- what there is ---------------------------------------------------------------------------
 
@@ -132,7 +129,7 @@ class Residency:
             TransitionConflict: the weights are not where the plan starts.
         """
         self._require_sleep(plan)
-        dirty = self._dirty_extents() if plan.weights == "offload" else ()
+        dirty = self._verifier.dirty(self._weights) if plan.weights == "offload" else ()
         self._backing.require_room(dirty)
         return SleepEstimate(sum(extent.nbytes for extent in dirty), self._backing.growth_bytes(dirty))
 
@@ -143,15 +140,17 @@ class Residency:
             TransitionConflict: the weights are not where the plan starts.
             MemoryExhausted: there is no room.
             BackendFailure: writing failed.
+            ImageFailure: see `require_intact`.
         """
         self._require_sleep(plan)
         self._settle()
         if plan.weights != "offload":
             return
-        dirty = self._dirty_extents()
+        dirty = self._verifier.dirty(self._weights)
         if "saved" not in self._weights.sources:
             self._backing.drop()
         if dirty:
+            self.require_intact()  # the pages beside the written ones are the image's
             self._backing.save(self._weights_arena, dirty)
         self._saved = frozenset(extent.index for extent in dirty)
 
@@ -208,15 +207,6 @@ class Residency:
             raise InternalError("The plan names the KV cache, and none is attached.")
         return self._kv_arena
 
-    def _dirty_extents(self) -> tuple[Extent, ...]:
-        """The extents in memory that differ from what they were mapped from, or were mapped from nothing."""
-        if not self._weights.is_mapped:
-            return ()
-        dirty = {index for index, kind in enumerate(self._weights.sources) if kind == "memory"}
-        for offset, nbytes in self._weights_arena.written_ranges():
-            dirty.update(extent.index for extent in self.layout.extents_overlapping(offset, nbytes))
-        return tuple(self.layout.extents[index] for index in sorted(dirty))
-
     # --- wake ------------------------------------------------------------------------------------
 
     def restore(self, plan: WakePlan) -> tuple[TagReport, ...]:
@@ -228,12 +218,15 @@ class Residency:
             TransitionConflict: the weights are not where the plan starts.
             MemoryExhausted: the system does not have the memory.
             BackendFailure: the kernel refused.
+            ImageFailure: see `require_intact`.
             EngineFaulted: it could not be undone; also when weights that were mapped were being replaced.
         """
         self._settle()
         target = self._weights_after(plan)
         kv = self._require_kv_cache() if plan.kv_cache == "commit" and self._kv == "discarded" else None
         self._require_memory(target, kv)
+        if target and "image" in target.sources:
+            target.image.require_intact()
         change = _Restored(self._weights if target else None, kv_cache=kv is not None)
         try:
             reports = self._bring_back(target, kv)
@@ -294,10 +287,7 @@ class Residency:
             if run.kind == "memory":
                 self._weights_arena.commit()  # blank: a single run, the whole arena
             else:
-                self._source(target, run.kind).load(self._weights_arena, run.offset, run.nbytes)
-
-    def _source(self, state: WeightsState, kind: SourceKind) -> Source:
-        return self._backing if kind == "saved" else ImageSource(state.image)
+                self._verifier.source(target, run.kind).load(self._weights_arena, run.offset, run.nbytes)
 
     def undo_restore(self) -> None:
         """Put back what the last `restore` changed, because what it brought back was found wrong.
@@ -371,21 +361,17 @@ class Residency:
 
         Raises:
             BackendFailure: the kernel would not say which pages were written.
+            ImageFailure: see `require_intact`.
         """
-        if mode == "off" or self._weights.residency != "resident":
-            return VerifyResult(0)
-        dirty = set(self._dirty_extents())
-        clean = [extent for extent in self.layout.extents if extent not in dirty]
-        chosen = self._rota.take(clean) if mode == "sample" else clean
-        bad = tuple(extent.index for extent in chosen if not self._is_true(extent))
-        return VerifyResult(sum(extent.nbytes for extent in chosen), bad)
+        return self._verifier.verify(self._weights, mode)
 
-    def _is_true(self, extent: Extent) -> bool:
-        source = self._source(self._weights, self._weights.sources[extent.index])
-        return source.checksum(extent) == self._checksum_in_memory(extent)
+    def require_intact(self) -> None:
+        """See `verifier.require_intact`.
 
-    def _checksum_in_memory(self, extent: Extent) -> str:
-        return checksum_hex(self._weights_arena.bytes_view(extent.offset, extent.nbytes))
+        Raises:
+            ImageFailure: somebody wrote to the image that is mapped.
+        """
+        require_intact(self._weights)
 
     # --- ending ----------------------------------------------------------------------------------
 
@@ -410,8 +396,8 @@ class Residency:
     def _weights_after_reset(self) -> WeightsState:
         if not self._weights.is_mapped:
             return self._weights
-        dirty = self._dirty_extents()
-        held = all(self._backing.checksum(extent) == self._checksum_in_memory(extent) for extent in dirty)
+        dirty = self._verifier.dirty(self._weights)
+        held = all(self._verifier.is_held(self._weights, extent) for extent in dirty)
         if self._weights.residency == "resident" and held:
             return self._weights.offloaded({extent.index for extent in dirty})
         return self._weights.discarded()

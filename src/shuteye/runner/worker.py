@@ -13,7 +13,7 @@ from contextlib import ExitStack
 import torch
 
 from shuteye.config import EngineConfig
-from shuteye.errors import CANARY_DISAGREES, InternalError, InvalidRequest, VerificationFailed
+from shuteye.errors import CANARY_DISAGREES, ImageFailure, InternalError, InvalidRequest, VerificationFailed
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends import open_backend
 from shuteye.memory.backends.base import MemoryBackend
@@ -145,11 +145,21 @@ class Worker:
 
         Raises:
             InternalError: a tag is not resident; nothing was computed.
-            VerificationFailed: the canary that went with it disagrees; nothing was sampled.
+            VerificationFailed: the canary that went with it disagrees and nothing was sampled, or somebody wrote to the
+                image; nothing of the step may be used.
         """
         if not self._residency.all_resident:
             raise InternalError("A step was planned while memory is not resident; the gate should have been closed.")
-        return self._runner.execute(plan, prove=self._prove if self._proves_first_step else None)
+        self._require_intact()  # before, because the pages of a file cut short cannot be touched
+        result = self._runner.execute(plan, prove=self._prove if self._proves_first_step else None)
+        self._require_intact()
+        return result
+
+    def _require_intact(self) -> None:
+        try:
+            self._residency.require_intact()
+        except ImageFailure as failure:
+            raise VerificationFailed(failure.message) from failure
 
     def _prove(self, numbers: torch.Tensor) -> None:
         if not self._canary.knows(numbers, self._version):
@@ -194,7 +204,12 @@ class Worker:
 
     @torch.inference_mode()
     def canary_agrees(self) -> bool:
-        """Run the canary; see `Canary.agrees`."""
+        """Run the canary; see `Canary.agrees`.
+
+        Raises:
+            VerificationFailed: somebody wrote to the image.
+        """
+        self._require_intact()
         return self._canary.agrees(self._version)
 
     def prove_first_step(self) -> None:
@@ -225,7 +240,9 @@ class Worker:
 
         Raises:
             InvalidRequest: an unknown name or a wrong shape; tensors before it have been written.
+            VerificationFailed: somebody wrote to the image that is mapped; nothing has been written.
         """
+        self._require_intact()
         begin = time.perf_counter()
         updated = updated_bytes = 0
         for name, tensor in named_tensors:
@@ -256,11 +273,13 @@ class Worker:
 
         Raises:
             InvalidRequest: the checkpoint differs in more than the values of its weights; nothing has changed.
+            ImageFailure: the image, or the checkpoint's, is damaged; nothing has changed.
             ShuteyeError: mapping failed; the weights are discarded and `wake_up` brings them back.
         """
         begin = time.perf_counter()
         if path is not None:
             self._replace_image(path)
+        self._image.require_intact()
         self._residency.release(SleepPlan(weights="discard"))
         self.restore(WakePlan(weights="reload"))
         return UpdateReport(len(self._image.layout.slots), self._image.layout.nbytes, (), time.perf_counter() - begin)
