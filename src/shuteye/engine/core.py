@@ -351,7 +351,10 @@ class EngineCore:
 
     def _wake_steps(self, call: WakeCall) -> Steps:
         yield from ()
-        return self._sleep.wake(parse_tags(call.tags), prove_first_step=call.for_requests)
+        report = self._sleep.wake(parse_tags(call.tags), prove_first_step=call.for_requests)
+        if not self._sleep.state.is_sleeping:
+            self._held.unbound()
+        return report
 
     def _pause_steps(self, call: PauseCall) -> Steps:
         mode = parse_mode(call.mode, self.config.default_sleep_mode)
