@@ -619,6 +619,42 @@ def test_distrust_outlasts_a_failed_wake(make_rig, monkeypatch, verify):
     assert rig.call(WakeCall()).verified == verify
 
 
+def verified_modes(rig, monkeypatch):
+    """How much each verification from now on compares."""
+    modes, verify = [], rig.worker.verify
+    monkeypatch.setattr(rig.worker, "verify", lambda mode: modes.append(mode) or verify(mode))
+    return modes
+
+
+@pytest.mark.parametrize("verify", ["off", "sample"])
+@pytest.mark.parametrize("way", ["wake", "reload"])
+def test_only_a_full_verification_ends_distrust(make_rig, monkeypatch, verify, way):
+    """Would catch weights that are trusted again because a sample of them, or nothing, was compared."""
+    rig = make_rig(verify_wake=verify, canary=False)
+    modes = verified_modes(rig, monkeypatch)
+    rig.backend.fail_next("release", when="after")
+    with pytest.raises(EngineFaulted):
+        rig.call(SleepCall(1))
+    rig.backend.available = 0
+    with pytest.raises(WakeFailed):
+        rig.call(WakeCall())  # it got as far as releasing: no fault any more, and yet nothing was compared
+    rig.backend.available = None
+    assert rig.core.state.faulted is None
+    if way == "reload":
+        rig.call(SleepCall(2))
+        rig.call(WakeCall(("weights",)))
+        rig.call(ReloadCall())
+        rig.call(WakeCall())
+    else:
+        rig.call(WakeCall(("kv_cache",)))
+        assert modes == []
+        rig.call(WakeCall(("weights",)))
+    assert modes == ["full"]
+    rig.call(SleepCall(1))
+    rig.call(WakeCall())
+    assert modes == ["full"] + (["sample"] if verify == "sample" else [])
+
+
 def test_an_update_that_breaks_off_is_checked_all_the_same(rig):
     """Would catch nonsense, written before the tensor that was refused, being served."""
     name, tensor = negated_head(rig)[0]
