@@ -289,6 +289,7 @@ def test_verification_finds_an_image_that_changed_while_asleep(world: World, mon
         assert world.where == {"weights": "offloaded", "kv_cache": "discarded"}
     finally:
         path.write_bytes(content)
+        path.chmod(0o444)
     world.wake(WAKE)
     assert world.residency.verify("full").bad_extents == ()
 
