@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 
 import pytest
 
@@ -71,6 +72,8 @@ def test_sleep_and_wake_from_another_thread_while_generating(llm):
     results = []
     thread = threading.Thread(target=lambda: results.append(llm.generate("hello", long)[0].outputs))
     thread.start()
+    while thread.is_alive() and llm.stats.num_running == 0:  # a request that comes later is refused
+        time.sleep(0.001)
     report = llm.sleep(1, mode="keep")
     assert llm.is_sleeping
     assert report.changed

@@ -338,6 +338,15 @@ def test_an_undone_reload_leaves_what_was_saved(world: World) -> None:
     assert world.weight_bytes == changed
 
 
+def test_a_wake_cannot_be_undone_once_the_weights_were_released(world: World) -> None:
+    """Would catch discarded weights that an undo, asked of every rank, declares offloaded again."""
+    world.sleep(LEVEL_1)
+    world.wake(WAKE)
+    world.residency.release(LEVEL_2)  # as a reload does, which has nothing to save
+    world.residency.undo_restore()
+    assert world.where == {"weights": "discarded", "kv_cache": "discarded"}
+
+
 def test_undoing_leaves_the_tag_that_was_awake_alone(world: World) -> None:
     before = world.weight_bytes
     world.sleep(SleepPlan("keep", "discard"))
