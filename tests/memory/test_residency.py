@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_world import KV_BYTES, LEVEL_1, LEVEL_2, PAGE, RELOAD, WAKE, World
+from memory_world import KV_BYTES, LEVEL_1, LEVEL_2, PAGE, RELOAD, WAKE, World, open_fds
 
 from shuteye.errors import ImageFailure, InternalError, InvalidRequest, MemoryExhausted, TransitionConflict
 from shuteye.memory.backends.fake import POISON
@@ -122,6 +122,34 @@ def test_level_2_then_reload_brings_the_image_not_the_update(world: World) -> No
     assert world.where == {"weights": "discarded", "kv_cache": "discarded"}
     world.wake(RELOAD)
     assert world.weight_bytes == original
+
+
+@pytest.mark.parametrize("end", ["level 2", "deeper", "reset"])
+def test_what_was_saved_gives_its_room_back_once_it_is_worth_nothing(world: World, end: str) -> None:
+    """Would catch a spill file that fills the disk for as long as the process lives."""
+    before = open_fds()
+    world.write(0, 1)
+    world.sleep(LEVEL_1)
+    assert open_fds() > before
+    if end != "deeper":
+        world.wake(WAKE)
+        world.write(0, 2)
+    if end == "reset":
+        world.residency.reset()
+        assert world.where["weights"] == "discarded"
+    else:
+        world.sleep(LEVEL_2)
+    assert open_fds() == before
+
+
+def test_a_copy_that_a_reload_superseded_takes_no_room_beside_the_next(world: World) -> None:
+    """Would catch a spill file that keeps every extent that was ever saved."""
+    world.write(PAGE, 1)
+    world.sleep(LEVEL_1)
+    world.wake(RELOAD)
+    world.write(0, 1)
+    world.sleep(LEVEL_1)
+    assert os.fstat(world.residency._backing._fd).st_blocks * 512 == PAGE
 
 
 def test_deepening_from_offloaded_drops_what_was_saved(world: World) -> None:
