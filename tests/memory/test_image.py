@@ -72,6 +72,28 @@ def test_an_undamaged_image_has_no_damaged_extents_and_a_flipped_bit_is_found(im
     assert image.damaged_extents() == (1,)
 
 
+@pytest.mark.parametrize("nbytes", [0, PAGE, 8 * PAGE])
+def test_a_file_of_another_size_is_refused_whatever_is_in_it(image: WeightImage, nbytes: int) -> None:
+    """Would catch a message that says nothing of the cause, and a file that somebody is appending to."""
+    image.require_intact()
+    os.truncate(image.path / WEIGHTS_FILE, nbytes)
+    with pytest.raises(ImageFailure, match=f"was changed while in use: {nbytes:,} bytes instead of {7 * PAGE:,}"):
+        image.require_intact()
+
+
+def test_a_file_that_was_touched_is_read_once(image: WeightImage, monkeypatch) -> None:
+    """Would catch a look that reads all of the file before every step after somebody's chmod."""
+    reads, damaged_extents = [], image.damaged_extents
+    monkeypatch.setattr(image, "damaged_extents", lambda: reads.append(1) or damaged_extents())
+    for _ in range(3):
+        image.require_intact()
+    assert len(reads) == 0
+    (image.path / WEIGHTS_FILE).chmod(0o600)
+    for _ in range(3):
+        image.require_intact()
+    assert len(reads) == 1
+
+
 def rewrite_index(path: Path, change) -> None:
     plain = json.loads((path / INDEX_FILE).read_bytes())
     change(plain)
