@@ -150,6 +150,7 @@ TRUNCATED = """
     backend = LinuxBackend()
     rig = Rig(EngineCore(config, InprocExecutor(config, backend=backend)), backend)
     path = rig.worker._image.path / "weights.rank0.bin"
+    path.chmod(0o644)
     content, prompt = path.read_bytes(), range(5, 45)
 
     def refused(work):

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from memory_world import PAGE, build_image
+from memory_world import PAGE, build_image, unseal
 
 from shuteye.errors import ImageFailure
 from shuteye.memory.image import BUFFERS_FILE, INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage
@@ -85,7 +85,7 @@ CRASHING_BUILDER = """
     import sys, time
     from pathlib import Path
     sys.path.insert(0, sys.argv[2])
-    from memory_world import build_image
+    from memory_world import build_image, unseal
     from shuteye.memory.image import ImageIdentity
     from shuteye.memory.image_store import ImageStore
 
@@ -119,7 +119,7 @@ SLOW_BUILDER = """
     import sys, time
     from pathlib import Path
     sys.path.insert(0, sys.argv[2])
-    from memory_world import build_image
+    from memory_world import build_image, unseal
     from shuteye.memory.image import ImageIdentity
     from shuteye.memory.image_store import ImageStore
 
@@ -242,7 +242,7 @@ def test_a_damaged_image_is_refused_by_open_and_replaced_by_open_or_build(
 def test_replacing_a_damaged_image_leaves_its_users_their_file(store: ImageStore) -> None:
     user = store.open_or_build(IDENTITY, build_image(1))
     content = os.pread(user.fd, PAGE, 0)
-    (user.path / INDEX_FILE).write_text("damage")
+    (unseal(user.path) / INDEX_FILE).write_text("damage")
     build_and_close(store)
     assert os.pread(user.fd, PAGE, 0) == content
     user.close()
@@ -290,7 +290,7 @@ def test_an_image_in_use_cannot_be_removed_and_one_at_rest_can(store: ImageStore
 
 def test_a_damaged_image_can_be_removed(store: ImageStore) -> None:
     path = build_and_close(store)
-    (path / WEIGHTS_FILE).unlink()
+    (unseal(path) / WEIGHTS_FILE).unlink()
     store.remove(IDENTITY.key)
     assert store.list() == ()
 
@@ -311,8 +311,7 @@ def test_verify_finds_the_damaged_extent_and_damaged_buffers(store: ImageStore) 
     path = build_and_close(store)
     with_hole = bytearray((path / WEIGHTS_FILE).read_bytes())
     with_hole[6 * PAGE] ^= 1
-    (path / WEIGHTS_FILE).chmod(0o644)
-    (path / WEIGHTS_FILE).write_bytes(with_hole)
+    (unseal(path) / WEIGHTS_FILE).write_bytes(with_hole)
     assert store.verify(IDENTITY.key).bad_extents == (3,)
     (path / BUFFERS_FILE).write_bytes(b"")
     with pytest.raises(ImageFailure, match=BUFFERS_FILE):
@@ -331,7 +330,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(tmp_path: Path) -> No
         import resource, sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
-        from memory_world import build_image
+        from memory_world import build_image, unseal
         from shuteye.errors import ImageFailure
         from shuteye.memory.image import ImageIdentity
         from shuteye.memory.image_store import ImageStore
