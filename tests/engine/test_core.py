@@ -34,6 +34,7 @@ from shuteye.errors import (
 from shuteye.memory import verifier
 from shuteye.memory.backends.linux import LinuxBackend
 from shuteye.memory.backings.disk import DiskBacking
+from shuteye.plans import VerifyResult
 from shuteye.request import GenerateRequest, SamplingParams
 
 PROMPT = tuple(range(3, 40))
@@ -624,6 +625,18 @@ def verified_modes(rig, monkeypatch):
     modes, verify = [], rig.worker.verify
     monkeypatch.setattr(rig.worker, "verify", lambda mode: modes.append(mode) or verify(mode))
     return modes
+
+
+def test_a_sample_that_was_wrong_is_followed_by_everything(make_rig, monkeypatch):
+    """Would catch a retry whose sample lies elsewhere, and which opens the gate over the extent that was wrong."""
+    rig = make_rig(verify_wake="sample")
+    rig.call(SleepCall(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.worker, "verify", lambda _mode: VerifyResult(1, (0,)))
+        with pytest.raises(VerificationFailed):
+            rig.call(WakeCall())
+    assert not rig.core.state.faulted
+    assert rig.call(WakeCall()).verified == "full"
 
 
 @pytest.mark.parametrize("verify", ["off", "sample"])

@@ -132,6 +132,15 @@ def test_what_is_not_the_image_s_alone_is_not_saved_from_it(rig, weights_file):
     assert rig.core.state.gate == "open"
 
 
+def test_nothing_is_written_over_an_image_that_was_changed(rig, weights_file):
+    """Would catch an update of a few pages beside garbage, or beside pages that are no more."""
+    place = beside_an_update(rig)
+    before = rig.core._executor.call("weights_source")
+    with overwritten(weights_file, *place), pytest.raises(EngineFaulted):
+        rig.call(UpdateCall(named_tensors=[("model.norm.weight", rig.tensors()["model.norm.weight"].clone())]))
+    assert rig.core._executor.call("weights_source") == before
+
+
 TRUNCATED = """
     import os, sys
     from pathlib import Path

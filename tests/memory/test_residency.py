@@ -12,7 +12,14 @@ import pytest
 import torch
 from memory_world import KV_BYTES, LEVEL_1, LEVEL_2, PAGE, RELOAD, WAKE, World, open_fds
 
-from shuteye.errors import ImageFailure, InternalError, InvalidRequest, MemoryExhausted, TransitionConflict
+from shuteye.errors import (
+    BackendFailure,
+    ImageFailure,
+    InternalError,
+    InvalidRequest,
+    MemoryExhausted,
+    TransitionConflict,
+)
 from shuteye.memory.backends.fake import POISON
 from shuteye.memory.image import ImageIdentity, WeightImage
 from shuteye.memory.image_store import ImageStore
@@ -200,6 +207,19 @@ def test_a_write_to_sleeping_or_unknown_tensors_is_refused(world: World) -> None
     world.sleep(LEVEL_1)
     with pytest.raises(TransitionConflict, match="the weights are offloaded"):
         world.residency.mark_written("embed")
+
+
+def test_a_save_that_failed_is_not_followed_by_a_release(world: World) -> None:
+    """Would catch changes lost to the list of what an earlier save had written."""
+    world.residency.save(LEVEL_1)
+    world.write(0, 1)
+    changed = world.weight_bytes
+    world.backend.fail_next("write_file")
+    with pytest.raises(BackendFailure):
+        world.residency.save(LEVEL_1)
+    with pytest.raises(InternalError):
+        world.residency.release(LEVEL_1)
+    assert world.weight_bytes == changed
 
 
 def test_releasing_without_saving_is_a_bug_that_loses_nothing(world: World) -> None:
