@@ -5,8 +5,9 @@ import time
 import pytest
 
 from shuteye.engine.messages import PauseCall, ResumeCall, RpcCall, SleepCall, WakeCall
-from shuteye.errors import EngineFaulted, InvalidRequest, ModelSleeping, ShuteyeError
+from shuteye.errors import EngineFaulted, InvalidRequest, ModelSleeping, ShuteyeError, VerificationFailed
 from shuteye.outputs import WakeReport
+from shuteye.plans import VerifyResult
 
 PROMPT = (5, 6, 7, 8)
 
@@ -94,6 +95,21 @@ def test_a_request_that_woke_a_paused_model_waits_for_resume(make_rig, policy):
     rig.call(ResumeCall())
     rig.run()
     assert rig.tokens["a"] == expected
+
+
+def test_a_wake_by_policy_defers_nothing_while_memory_is_distrusted(make_rig, monkeypatch):
+    """Would catch a gate that opens, after a wake that found wrong bytes, before the canary has run."""
+    rig = make_rig(on_sleeping_request="wake")
+    rig.call(SleepCall(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.worker, "verify", lambda _mode: VerifyResult(1, (0,)))
+        with pytest.raises(VerificationFailed):
+            rig.call(WakeCall())
+    rig.generate(PROMPT)
+    rig.call(SleepCall(1))
+    rig.generate(PROMPT)
+    reports = rig.core.take_own_wakes()
+    assert [(report.verified, report.canary) for report in reports] == [("full", True), ("full", False)]
 
 
 def test_a_half_woken_model_lets_nobody_wait_for_ever(make_rig):
