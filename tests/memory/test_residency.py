@@ -41,6 +41,16 @@ def test_a_clean_sleep_frees_everything_saves_nothing_and_wakes_the_same(world: 
     assert world.weight_bytes == before
 
 
+def test_freed_is_what_the_kernel_had_there_not_the_size_of_the_tag(world: World) -> None:
+    """Would catch a report that names what should have come back instead of what did."""
+    madv_dontneed = 4
+    for arena in (world.weights, world.kv):
+        assert world.backend._inner._advise(arena.address, PAGE, madv_dontneed) == 0
+    world.residency.save(LEVEL_1)
+    freed = [report.freed_bytes for report in world.residency.release(LEVEL_1)]
+    assert freed == [(WEIGHTS_PAGES - 1) * PAGE, KV_BYTES - PAGE]
+
+
 def test_a_clean_sleep_writes_no_file(world: World) -> None:
     world.sleep(LEVEL_1)
     assert "write_file" not in world.backend.steps
@@ -393,6 +403,16 @@ def test_a_wake_cannot_be_undone_once_the_weights_were_released(world: World) ->
     world.residency.release(LEVEL_2)  # as a reload does, which has nothing to save
     world.residency.undo_restore()
     assert world.where == {"weights": "discarded", "kv_cache": "discarded"}
+
+
+@pytest.mark.parametrize("back", ["undo_restore", "reset"])
+def test_nothing_is_missing_of_weights_that_are_not_blank_any_more(world: World, back: str) -> None:
+    """Would catch a state that lists tensors to be written where none can be."""
+    world.sleep(LEVEL_2)
+    world.wake(WakePlan("blank", "keep"))
+    assert world.residency.missing
+    getattr(world.residency, back)()
+    assert (world.where["weights"], world.residency.missing) == ("discarded", ())
 
 
 def test_undoing_leaves_the_tag_that_was_awake_alone(world: World) -> None:
