@@ -748,6 +748,17 @@ def test_a_sleep_that_cannot_save_costs_no_request(rig, mode):
     assert rig.tokens["a"] == expected
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_wake_from_a_deeper_level_ends_the_doze_too(rig, level):
+    """Would catch a model that is awake, and yet dozes at the level it was at before."""
+    before = rig.generate(PROMPT)
+    rig.call(SleepCall(0))
+    rig.call(SleepCall(level))
+    rig.call(WakeCall())
+    assert (rig.core.state.gate, rig.core.state.level) == ("open", None)
+    assert rig.generate(PROMPT) == before
+
+
 def test_the_report_and_the_state_agree_on_the_level(rig):
     assert rig.call(SleepCall(2, ("kv_cache",))).level == rig.core.state.level == 1
 
