@@ -759,6 +759,20 @@ def test_a_wake_from_a_deeper_level_ends_the_doze_too(rig, level):
     assert rig.generate(PROMPT) == before
 
 
+def test_a_sleep_without_room_is_refused_before_anybody_is_waited_for(rig, monkeypatch):
+    """Would catch requests that are drained, or new ones refused, for a sleep that could never succeed."""
+    expected = rig.generate(PROMPT, LONG)
+    rig.call(UpdateCall(named_tensors=list(tensors_of(rig).items())))
+    monkeypatch.setattr(rig.worker._residency._backing, "free_bytes", lambda: 0)
+    rig.add("a", PROMPT, LONG)
+    rig.step()
+    with pytest.raises(SleepFailed, match="nothing was touched"):
+        rig.call(SleepCall(1, None, "wait"))
+    assert "a" not in rig.ended
+    rig.run()
+    assert rig.tokens["a"] == expected
+
+
 def test_the_report_and_the_state_agree_on_the_level(rig):
     assert rig.call(SleepCall(2, ("kv_cache",))).level == rig.core.state.level == 1
 

@@ -405,6 +405,15 @@ def test_a_wake_cannot_be_undone_once_the_weights_were_released(world: World) ->
     assert world.where == {"weights": "discarded", "kv_cache": "discarded"}
 
 
+def test_a_wake_cannot_be_undone_once_there_was_a_reset(world: World) -> None:
+    """Would catch weights that the image brings back, and that an undo declares gone."""
+    world.sleep(LEVEL_2)
+    world.wake(RELOAD)
+    world.residency.reset()
+    world.residency.undo_restore()
+    assert world.where == {"weights": "offloaded", "kv_cache": "discarded"}
+
+
 @pytest.mark.parametrize("back", ["undo_restore", "reset"])
 def test_nothing_is_missing_of_weights_that_are_not_blank_any_more(world: World, back: str) -> None:
     """Would catch a state that lists tensors to be written where none can be."""
