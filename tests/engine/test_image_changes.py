@@ -101,6 +101,46 @@ def test_a_file_that_is_only_looked_at_is_no_fault(rig, weights_file):
         assert rig.generate(PROMPT) == before
 
 
+@pytest.mark.parametrize("repaired", ["before anybody looked", "after a step had failed", "before a sleep"])
+def test_updates_that_went_with_the_file_are_not_taken_for_there(rig, weights_file, repaired):
+    """Would catch the image's weights under an update's name: cutting a file short takes written pages along, too,
+
+    and `cp` of the very same bytes begins with that.
+    """
+    from_image = rig.generate(PROMPT)
+    name = "model.norm.weight"
+    rig.call(UpdateCall(named_tensors=[(name, -rig.tensors()[name].clone())]))
+    assert rig.generate(PROMPT) != from_image
+    content = weights_file.read_bytes()
+    weights_file.chmod(0o644)
+    if repaired == "after a step had failed":
+        os.truncate(weights_file, 0)
+        with pytest.raises(VerificationFailed):
+            rig.generate(PROMPT)
+    weights_file.write_bytes(content)
+    if repaired == "before a sleep":
+        with pytest.raises(SleepFailed, match="updates"):
+            rig.call(SleepCall(1))
+    with pytest.raises((VerificationFailed, EngineFaulted)):
+        rig.generate(PROMPT)
+    report = rig.call(WakeCall())
+    assert (report.verified, "+" in report.weights_source) == ("full", False)
+    assert rig.generate(PROMPT) == from_image
+
+
+def test_an_updated_model_goes_on_when_its_file_is_only_looked_at(rig, weights_file):
+    """Would catch updates that are given up because of a chmod."""
+    name = "model.norm.weight"
+    rig.call(UpdateCall(named_tensors=[(name, -rig.tensors()[name].clone())]))
+    updated = rig.generate(PROMPT)
+    weights_file.chmod(0o600)
+    assert rig.generate(PROMPT) == updated
+    rig.call(SleepCall(1))
+    weights_file.touch()
+    rig.call(WakeCall())
+    assert rig.generate(PROMPT) == updated
+
+
 def test_an_image_overwritten_while_asleep(rig, weights_file):
     """Would catch a wake without verification that serves what it found."""
     before = rig.generate(PROMPT)
@@ -147,7 +187,7 @@ TRUNCATED = """
     from rigs import Rig
     from shuteye.config import EngineConfig
     from shuteye.engine.core import EngineCore
-    from shuteye.engine.messages import SleepCall, UpdateCall, WakeCall
+    from shuteye.engine.messages import RpcCall, SleepCall, UpdateCall, WakeCall
     from shuteye.errors import ShuteyeError
     from shuteye.executors.inproc import InprocExecutor
     from shuteye.memory.backends.linux import LinuxBackend
@@ -175,6 +215,8 @@ TRUNCATED = """
             rig.call(UpdateCall(named_tensors=one))
         before = rig.generate(prompt)
         os.truncate(path, 4096)
+        if updated:
+            print(refused(lambda: rig.call(RpcCall("verify", ("full",)))))
         print(refused(lambda: rig.generate(prompt)), bool(rig.core.state.faulted))
         print(refused(lambda: rig.call(WakeCall())))
         path.write_bytes(content)
@@ -198,6 +240,7 @@ def test_a_truncated_image_is_no_end_of_the_process(tiny_checkpoint, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=110, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [
-        *["VerificationFailed True", "WakeFailed"] * 2,
+        *("VerificationFailed True", "WakeFailed"),
+        *("ImageFailure", "VerificationFailed True", "WakeFailed"),
         "WakeFailed 1",
     ]

@@ -207,11 +207,14 @@ class WeightImage:
                 if checksum_of_file(self.fd, extent.offset, extent.nbytes) != expected
             )
 
-    def require_intact(self) -> None:
+    def require_intact(self) -> bool:
         """Refuse an image that somebody has written to since it was opened: what is mapped of it has changed, too.
 
         Size and times of the file are looked at, in two microseconds; only where they differ is it read, so that
         chmod, touch or a hard link do no harm. Nothing is read through a mapping, where a file cut short means SIGBUS.
+
+        Returns:
+            Whether anything was done to it at all since it was last asked.
 
         Raises:
             ImageFailure: its bytes are not those that were sealed, or it could not be read.
@@ -219,7 +222,7 @@ class WeightImage:
         with _reporting_damage(self.path):
             stamp = _stamp(self.fd)
             if stamp == self._stamp:
-                return
+                return False
             if stamp[0] != self.layout.nbytes:
                 raise ValueError(f"it was changed while in use: {stamp[0]:,} bytes instead of {self.layout.nbytes:,}")
         damaged = self.damaged_extents()
@@ -227,6 +230,7 @@ class WeightImage:
             count = f"{len(damaged)} of {len(self.checksums)} extents differ from their checksums"
             raise _damage(self.path, ValueError(f"it was changed while in use: {count}"))
         self._stamp = stamp
+        return True
 
     @property
     def closed(self) -> bool:

@@ -31,9 +31,10 @@ from shuteye.memory.backings.base import Backing, BackingName
 from shuteye.memory.backings.disk import DiskBacking
 from shuteye.memory.backings.host import HostBacking
 from shuteye.memory.image import WeightImage
+from shuteye.memory.image_watch import ImageWatch
 from shuteye.memory.layout import Layout, first_difference
 from shuteye.memory.measure import freed_by_release, timed
-from shuteye.memory.verifier import Verifier, require_intact
+from shuteye.memory.verifier import Verifier
 from shuteye.memory.weights_state import WeightsState
 from shuteye.outputs import TagReport, TagState
 from shuteye.plans import SleepEstimate, SleepPlan, VerifyMode, VerifyResult, WakePlan
@@ -74,6 +75,7 @@ class Residency:
         self._missing: set[str] = set()
         self._saved: frozenset[int] | None = None
         self._last_restore: _Restored | None = None
+        self._watch = ImageWatch(weights)
         self._verifier = Verifier(weights, self._backing)
 
     # --- what there is ---------------------------------------------------------------------------
@@ -146,11 +148,11 @@ class Residency:
         self._settle()
         if plan.weights != "offload":
             return
+        self.require_intact()  # else pages that nobody wrote, or that are gone, would count as the model's
         dirty = self._verifier.dirty(self._weights)
         if "saved" not in self._weights.sources:
             self._backing.drop()
         if dirty:
-            self.require_intact()  # the pages beside the written ones are the image's
             self._backing.save(self._weights_arena, dirty)
         self._saved = frozenset(extent.index for extent in dirty)
 
@@ -235,6 +237,7 @@ class Residency:
             raise
         if target:
             self._weights = target
+            self._watch.mapped_anew()
             self._missing = set(self.layout.slots) if target.residency == "blank" else set()
         if kv:
             self._kv = "resident"
@@ -363,15 +366,24 @@ class Residency:
             BackendFailure: the kernel would not say which pages were written.
             ImageFailure: see `require_intact`.
         """
+        self.require_intact()
         return self._verifier.verify(self._weights, mode)
 
-    def require_intact(self) -> None:
-        """See `verifier.require_intact`.
+    def note_written(self) -> None:
+        """See `ImageWatch`: to be called once an update has ended, however it did.
 
         Raises:
-            ImageFailure: somebody wrote to the image that is mapped.
+            BackendFailure: the kernel would not say.
         """
-        require_intact(self._weights)
+        self._watch.note_written()
+
+    def require_intact(self) -> None:
+        """Refuse to go on with weights under which the image's file was changed, until they are mapped anew.
+
+        Raises:
+            ImageFailure: see `ImageWatch.require_intact`.
+        """
+        self._watch.require_intact(self._weights)
 
     # --- ending ----------------------------------------------------------------------------------
 
@@ -396,8 +408,10 @@ class Residency:
     def _weights_after_reset(self) -> WeightsState:
         if not self._weights.is_mapped:
             return self._weights
+        if not self._watch.is_intact(self._weights):
+            return self._weights.discarded()
         dirty = self._verifier.dirty(self._weights)
-        held = all(self._verifier.is_held(self._weights, extent) for extent in dirty)
+        held = all(self._verifier.is_held(extent) for extent in dirty)
         if self._weights.residency == "resident" and held:
             return self._weights.offloaded({extent.index for extent in dirty})
         return self._weights.discarded()

@@ -5,7 +5,6 @@ Knows nothing of transitions, nor of what to do where they are not.
 
 from __future__ import annotations
 
-from shuteye.errors import ImageFailure
 from shuteye.memory.arena import Arena
 from shuteye.memory.backings.base import Backing, Source
 from shuteye.memory.backings.image import ImageSource
@@ -16,16 +15,6 @@ from shuteye.plans import VerifyMode, VerifyResult
 
 SAMPLE_BYTES = 8 * MIB
 """What `verify("sample")` compares: about a millisecond."""
-
-
-def require_intact(state: WeightsState) -> None:
-    """Refuse to go on with memory under which the image's file was changed.
-
-    Raises:
-        ImageFailure: somebody wrote to the image; see `WeightImage.require_intact`.
-    """
-    if state.is_mapped and "image" in state.sources:
-        state.image.require_intact()
 
 
 class Verifier:
@@ -58,19 +47,14 @@ class Verifier:
         """See `Residency.verify`."""
         if mode == "off" or state.residency != "resident":
             return VerifyResult(0)
-        require_intact(state)
         dirty = set(self.dirty(state))
         clean = [extent for extent in state.image.layout.extents if extent not in dirty]
         chosen = self._rota.take(clean) if mode == "sample" else clean
         bad = tuple(extent.index for extent in chosen if not self._is_true(state, extent))
         return VerifyResult(sum(extent.nbytes for extent in chosen), bad)
 
-    def is_held(self, state: WeightsState, extent: Extent) -> bool:
-        """Whether the backing has what is in memory, which is not looked at where the image under it was changed."""
-        try:
-            require_intact(state)
-        except ImageFailure:
-            return False
+    def is_held(self, extent: Extent) -> bool:
+        """Whether the backing has what is in memory."""
         return self._backing.checksum(extent) == self._checksum_in_memory(extent)
 
     def _is_true(self, state: WeightsState, extent: Extent) -> bool:

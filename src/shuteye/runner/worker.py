@@ -243,6 +243,12 @@ class Worker:
             VerificationFailed: somebody wrote to the image that is mapped; nothing has been written.
         """
         self._require_intact()
+        try:
+            return self._write(named_tensors)
+        finally:
+            self._residency.note_written()
+
+    def _write(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> UpdateReport:
         begin = time.perf_counter()
         updated = updated_bytes = 0
         for name, tensor in named_tensors:
