@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import types
 from pathlib import Path
 
@@ -41,10 +42,19 @@ PARENT = """
 """
 
 
+def is_alive(stat):
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_a_process_dies_with_its_killed_parent():
     """Would catch an engine, or a conversion, that goes on for minutes after its server was killed."""
     command = [sys.executable, "-c", textwrap.dedent(PARENT)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)  # returns once both have closed it
-    status = Path(f"/proc/{done.stdout.strip()}/stat")
     assert done.returncode == -signal.SIGKILL
-    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+    deadline = time.monotonic() + 60  # its files are closed a moment before it is dead
+    while is_alive(Path(f"/proc/{done.stdout.strip()}/stat")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_alive(Path(f"/proc/{done.stdout.strip()}/stat"))

@@ -297,10 +297,15 @@ class SleepPlan:
 
 @dataclass(frozen=True, slots=True)
 class SleepEstimate:
-    """What a plan would need, found before anything is touched."""
+    """What a plan would need, found before anything is touched.
+
+    Attributes:
+        save_bytes: what would be written.
+        growth_bytes: the part of it for which the backing needs new room; the rest overwrites older copies.
+    """
 
     save_bytes: int
-    free_backing_bytes: int
+    growth_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

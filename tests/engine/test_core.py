@@ -31,9 +31,10 @@ from shuteye.errors import (
     VerificationFailed,
     WakeFailed,
 )
-from shuteye.memory import residency
+from shuteye.memory import verifier
 from shuteye.memory.backends.linux import LinuxBackend
 from shuteye.memory.backings.disk import DiskBacking
+from shuteye.plans import VerifyResult
 from shuteye.request import GenerateRequest, SamplingParams
 
 PROMPT = tuple(range(3, 40))
@@ -603,7 +604,7 @@ def test_collective_rpc_reaches_the_worker(rig):
 @pytest.mark.parametrize("verify", ["off", "sample"])
 def test_distrust_outlasts_a_failed_wake(make_rig, monkeypatch, verify):
     """Would catch a retry that looks elsewhere, or nowhere, and opens the gate over memory known to be wrong."""
-    monkeypatch.setattr(residency, "SAMPLE_BYTES", 1)
+    monkeypatch.setattr(verifier, "SAMPLE_BYTES", 1)
     rig = make_rig(verify_wake=verify, canary=False)
     rig.call(UpdateCall(named_tensors=list(tensors_of(rig).items())))
     rig.backend.fail_next("release", when="after")
@@ -617,6 +618,54 @@ def test_distrust_outlasts_a_failed_wake(make_rig, monkeypatch, verify):
     assert rig.call(WakeCall()).verified == "full"
     rig.call(SleepCall(1))
     assert rig.call(WakeCall()).verified == verify
+
+
+def verified_modes(rig, monkeypatch):
+    """How much each verification from now on compares."""
+    modes, verify = [], rig.worker.verify
+    monkeypatch.setattr(rig.worker, "verify", lambda mode: modes.append(mode) or verify(mode))
+    return modes
+
+
+def test_a_sample_that_was_wrong_is_followed_by_everything(make_rig, monkeypatch):
+    """Would catch a retry whose sample lies elsewhere, and which opens the gate over the extent that was wrong."""
+    rig = make_rig(verify_wake="sample")
+    rig.call(SleepCall(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.worker, "verify", lambda _mode: VerifyResult(1, (0,)))
+        with pytest.raises(VerificationFailed):
+            rig.call(WakeCall())
+    assert not rig.core.state.faulted
+    assert rig.call(WakeCall()).verified == "full"
+
+
+@pytest.mark.parametrize("verify", ["off", "sample"])
+@pytest.mark.parametrize("way", ["wake", "reload"])
+def test_only_a_full_verification_ends_distrust(make_rig, monkeypatch, verify, way):
+    """Would catch weights that are trusted again because a sample of them, or nothing, was compared."""
+    rig = make_rig(verify_wake=verify, canary=False)
+    modes = verified_modes(rig, monkeypatch)
+    rig.backend.fail_next("release", when="after")
+    with pytest.raises(EngineFaulted):
+        rig.call(SleepCall(1))
+    rig.backend.available = 0
+    with pytest.raises(WakeFailed):
+        rig.call(WakeCall())  # it got as far as releasing: no fault any more, and yet nothing was compared
+    rig.backend.available = None
+    assert rig.core.state.faulted is None
+    if way == "reload":
+        rig.call(SleepCall(2))
+        rig.call(WakeCall(("weights",)))
+        rig.call(ReloadCall())
+        rig.call(WakeCall())
+    else:
+        rig.call(WakeCall(("kv_cache",)))
+        assert modes == []
+        rig.call(WakeCall(("weights",)))
+    assert modes == ["full"]
+    rig.call(SleepCall(1))
+    rig.call(WakeCall())
+    assert modes == ["full"] + (["sample"] if verify == "sample" else [])
 
 
 def test_an_update_that_breaks_off_is_checked_all_the_same(rig):
@@ -695,6 +744,31 @@ def test_a_sleep_that_cannot_save_costs_no_request(rig, mode):
     rig.backend.fail_next("write_file")
     with pytest.raises(SleepFailed):
         rig.call(SleepCall(1, None, mode))
+    rig.run()
+    assert rig.tokens["a"] == expected
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_wake_from_a_deeper_level_ends_the_doze_too(rig, level):
+    """Would catch a model that is awake, and yet dozes at the level it was at before."""
+    before = rig.generate(PROMPT)
+    rig.call(SleepCall(0))
+    rig.call(SleepCall(level))
+    rig.call(WakeCall())
+    assert (rig.core.state.gate, rig.core.state.level) == ("open", None)
+    assert rig.generate(PROMPT) == before
+
+
+def test_a_sleep_without_room_is_refused_before_anybody_is_waited_for(rig, monkeypatch):
+    """Would catch requests that are drained, or new ones refused, for a sleep that could never succeed."""
+    expected = rig.generate(PROMPT, LONG)
+    rig.call(UpdateCall(named_tensors=list(tensors_of(rig).items())))
+    monkeypatch.setattr(rig.worker._residency._backing, "free_bytes", lambda: 0)
+    rig.add("a", PROMPT, LONG)
+    rig.step()
+    with pytest.raises(SleepFailed, match="nothing was touched"):
+        rig.call(SleepCall(1, None, "wait"))
+    assert "a" not in rig.ended
     rig.run()
     assert rig.tokens["a"] == expected
 

@@ -4,9 +4,10 @@ import time
 
 import pytest
 
-from shuteye.engine.messages import RpcCall, SleepCall, WakeCall
-from shuteye.errors import EngineFaulted, InvalidRequest, ModelSleeping, ShuteyeError
+from shuteye.engine.messages import PauseCall, ResumeCall, RpcCall, SleepCall, WakeCall
+from shuteye.errors import EngineFaulted, InvalidRequest, ModelSleeping, ShuteyeError, VerificationFailed
 from shuteye.outputs import WakeReport
+from shuteye.plans import VerifyResult
 
 PROMPT = (5, 6, 7, 8)
 
@@ -35,8 +36,6 @@ def test_requests_kept_through_a_fault_are_given_up_in_time(make_rig):
 
 def test_requests_held_by_a_pause_are_given_up_too(make_rig):
     """Would catch requests in the other queue, which has no deadline during a pause."""
-    from shuteye.engine.messages import PauseCall
-
     rig = make_rig(hold_timeout_s=0.05)
     rig.call(PauseCall("keep"))
     rig.add("held", PROMPT)
@@ -75,6 +74,53 @@ def test_wakes_by_policy_are_told_once(make_rig):
     assert report.changed
     assert report.restored_bytes > 0
     assert rig.core.take_own_wakes() == []
+
+
+@pytest.mark.parametrize("policy", ["wake", "hold"])
+def test_a_request_that_woke_a_paused_model_waits_for_resume(make_rig, policy):
+    """Would catch a 503 that says the model sleeps, and to wake it, while it is awake and only paused."""
+    rig = make_rig(on_sleeping_request=policy, hold_timeout_s=0.05)
+    expected = rig.generate(PROMPT)
+    rig.call(PauseCall("keep"))
+    rig.call(SleepCall(1))
+    rig.add("a", PROMPT)
+    if policy == "hold":
+        rig.call(WakeCall())
+    rig.run()
+    assert not rig.core.state.is_sleeping
+    assert rig.core.next_deadline is None
+    time.sleep(0.06)
+    rig.step()
+    assert rig.ended.keys() == {"generate-0"}
+    rig.call(ResumeCall())
+    rig.run()
+    assert rig.tokens["a"] == expected
+
+
+def test_a_wake_by_policy_defers_nothing_while_memory_is_distrusted(make_rig, monkeypatch):
+    """Would catch a gate that opens, after a wake that found wrong bytes, before the canary has run."""
+    rig = make_rig(on_sleeping_request="wake")
+    rig.call(SleepCall(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.worker, "verify", lambda _mode: VerifyResult(1, (0,)))
+        with pytest.raises(VerificationFailed):
+            rig.call(WakeCall())
+    rig.generate(PROMPT)
+    rig.call(SleepCall(1))
+    rig.generate(PROMPT)
+    reports = rig.core.take_own_wakes()
+    assert [(report.verified, report.canary) for report in reports] == [("full", True), ("full", False)]
+
+
+def test_a_half_woken_model_lets_nobody_wait_for_ever(make_rig):
+    """Would catch a deadline that goes with the first tag that wakes."""
+    rig = make_rig(on_sleeping_request="hold", hold_timeout_s=0.05)
+    rig.call(SleepCall(1))
+    rig.add("a", PROMPT)
+    rig.call(WakeCall(("weights",)))
+    time.sleep(0.06)
+    rig.step()
+    assert isinstance(rig.ended["a"], ModelSleeping)
 
 
 def test_wakes_by_policy_that_fail_are_told_with_their_error(make_rig):

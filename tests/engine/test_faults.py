@@ -7,6 +7,7 @@ import pytest
 
 from shuteye.engine.messages import ReloadCall, SleepCall, UpdateCall, WakeCall
 from shuteye.errors import EngineFaulted, ShuteyeError
+from shuteye.plans import VerifyResult
 from shuteye.request import SamplingParams
 
 PROMPT = tuple(range(5, 45))
@@ -207,6 +208,20 @@ def test_a_reload_that_cannot_even_be_undone_is_a_fault(rig):
     with pytest.raises(EngineFaulted):
         rig.call(ReloadCall())
     assert rig.core.state.faulted
+    rig.call(WakeCall())
+    assert rig.generate(PROMPT) == expected
+
+
+def test_a_wake_that_fails_and_cannot_be_undone_is_a_fault(rig, monkeypatch):
+    """Would catch memory that is known to be wrong and stays mapped, while the engine says that it is asleep."""
+    expected = rig.generate(PROMPT)
+    rig.call(SleepCall(1))
+    monkeypatch.setattr(rig.worker, "verify", lambda _mode: VerifyResult(1, (0,)))
+    rig.backend.fail_next("release")
+    with pytest.raises(EngineFaulted, match="rolling back a wake failed"):
+        rig.call(WakeCall())
+    assert rig.core.state.faulted
+    monkeypatch.undo()
     rig.call(WakeCall())
     assert rig.generate(PROMPT) == expected
 

@@ -36,6 +36,13 @@ def open_fds() -> set[int]:
     return {int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
 
 
+def unseal(path: Path) -> Path:
+    """Make an image writable, to be damaged."""
+    for each in (path, *path.rglob("*")):
+        each.chmod(0o755 if each.is_dir() else 0o644)
+    return path
+
+
 def build_image(seed: int) -> Callable[[ImageWriter], None]:
     def build(writer: ImageWriter) -> None:
         writer.begin(SPECS, aliases={"head": "embed"}, metadata={"seed": seed})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -126,6 +127,45 @@ def test_a_full_disk_is_found_before_writing(backend: FakeBackend, arena: Arena,
     with pytest.raises(MemoryExhausted, match=f"16,384 bytes and the spill directory {tmp_path} has 16,383 left"):
         backing.save(arena, EXTENTS)
     assert backend.steps == []
+
+
+def test_saving_in_place_needs_no_room_of_its_own(backing, arena: Arena, monkeypatch) -> None:
+    """Would catch a refusal on a full disk although the file owns every block that is written."""
+    backing.save(arena, EXTENTS[:2])
+    monkeypatch.setattr(backing, "free_bytes", lambda: 0)
+    assert [backing.growth_bytes(extents) for extents in (EXTENTS[:2], EXTENTS[1:], ())] == [0, PAGE, 0]
+    backing.save(arena, EXTENTS[:2])
+    with pytest.raises(MemoryExhausted):
+        backing.save(arena, EXTENTS)
+    backing.drop()
+    assert backing.growth_bytes(EXTENTS) == 4 * PAGE
+
+
+@pytest.mark.parametrize("verb", ["write_file", "sync_file"])
+def test_blocks_are_owned_once_they_are_safe(backing, backend: FakeBackend, arena: Arena, verb: str) -> None:
+    """Would catch room that is counted twice: that of a save which broke off may not be there."""
+    backend.fail_next(verb)
+    with pytest.raises(BackendFailure):
+        backing.save(arena, EXTENTS)
+    assert backing.growth_bytes(EXTENTS) == 4 * PAGE
+
+
+@pytest.mark.parametrize("step", ["ftruncate", "dup"])
+def test_a_file_that_cannot_be_made_leaves_nothing(backing, arena: Arena, tmp_path: Path, monkeypatch, step) -> None:
+    """Would catch a descriptor, or a file with a name, that every failed sleep leaves behind."""
+
+    def refuse(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = open_fds()
+    monkeypatch.setattr(os, step, refuse)
+    if step == "ftruncate" or backing.name == "disk":
+        with pytest.raises(MemoryExhausted):
+            backing.save(arena, EXTENTS)
+    monkeypatch.undo()
+    assert open_fds() == before
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    backing.save(arena, EXTENTS)
 
 
 def test_a_spill_directory_that_cannot_be_made_is_named(backend: FakeBackend, arena: Arena, tmp_path: Path) -> None:

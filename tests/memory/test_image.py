@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_world import PAGE, SPECS, open_fds
+from memory_world import PAGE, SPECS, open_fds, unseal
 
 from shuteye.errors import ImageFailure
 from shuteye.memory.image import (
@@ -34,7 +34,7 @@ IDENTITY = ImageIdentity("HuggingFaceTB/SmolLM2-135M-Instruct", "abc", "bfloat16
 @pytest.fixture
 def path(image_paths: tuple[Path, Path], tmp_path: Path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree(image_paths[0], tmp_path / "image"))
+    return unseal(Path(shutil.copytree(image_paths[0], tmp_path / "image")))
 
 
 @pytest.fixture
@@ -58,10 +58,6 @@ def test_names_aliases_metadata_and_buffers_come_back(image: WeightImage) -> Non
     assert image.read_buffers()["scale"].equal(torch.tensor([1.5, 2.5]))
 
 
-def test_the_weights_file_is_not_writable_by_accident(image: WeightImage) -> None:
-    assert os.fstat(image.fd).st_mode & 0o777 == 0o444
-
-
 def test_an_undamaged_image_has_no_damaged_extents_and_a_flipped_bit_is_found(image: WeightImage) -> None:
     assert image.damaged_extents() == ()
     weights = image.path / WEIGHTS_FILE
@@ -70,6 +66,28 @@ def test_an_undamaged_image_has_no_damaged_extents_and_a_flipped_bit_is_found(im
         byte = os.pread(file.fileno(), 1, 4 * PAGE - 1)[0]
         os.pwrite(file.fileno(), bytes([byte ^ 1]), 4 * PAGE - 1)
     assert image.damaged_extents() == (1,)
+
+
+@pytest.mark.parametrize("nbytes", [0, PAGE, 8 * PAGE])
+def test_a_file_of_another_size_is_refused_whatever_is_in_it(image: WeightImage, nbytes: int) -> None:
+    """Would catch a message that says nothing of the cause, and a file that somebody is appending to."""
+    image.require_intact()
+    os.truncate(image.path / WEIGHTS_FILE, nbytes)
+    with pytest.raises(ImageFailure, match=f"was changed while in use: {nbytes:,} bytes instead of {7 * PAGE:,}"):
+        image.require_intact()
+
+
+def test_a_file_that_was_touched_is_read_once(image: WeightImage, monkeypatch) -> None:
+    """Would catch a look that reads all of the file before every step after somebody's chmod."""
+    reads, damaged_extents = [], image.damaged_extents
+    monkeypatch.setattr(image, "damaged_extents", lambda: reads.append(1) or damaged_extents())
+    for _ in range(3):
+        image.require_intact()
+    assert len(reads) == 0
+    (image.path / WEIGHTS_FILE).chmod(0o600)
+    for _ in range(3):
+        image.require_intact()
+    assert len(reads) == 1
 
 
 def rewrite_index(path: Path, change) -> None:

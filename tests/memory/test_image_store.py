@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from memory_world import PAGE, build_image
+from memory_world import PAGE, build_image, unseal
 
 from shuteye.errors import ImageFailure
 from shuteye.memory.image import BUFFERS_FILE, INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage
@@ -86,7 +87,7 @@ CRASHING_BUILDER = """
     import sys, time
     from pathlib import Path
     sys.path.insert(0, sys.argv[2])
-    from memory_world import build_image
+    from memory_world import build_image, unseal
     from shuteye.memory.image import ImageIdentity
     from shuteye.memory.image_store import ImageStore
 
@@ -120,7 +121,7 @@ SLOW_BUILDER = """
     import sys, time
     from pathlib import Path
     sys.path.insert(0, sys.argv[2])
-    from memory_world import build_image
+    from memory_world import build_image, unseal
     from shuteye.memory.image import ImageIdentity
     from shuteye.memory.image_store import ImageStore
 
@@ -131,6 +132,31 @@ SLOW_BUILDER = """
 
     ImageStore(Path(sys.argv[1])).open_or_build(ImageIdentity("test/model", "1", "bfloat16"), build)
 """
+
+
+def test_an_image_is_sealed_and_can_yet_be_removed_and_replaced(store: ImageStore, tmp_path: Path) -> None:
+    """Would catch weights that a slip of the hand overwrites, and seals that keep shuteye itself out."""
+
+    def build(writer: ImageWriter) -> None:
+        build_image(1)(writer)
+        (writer.directory / "tokenizer").mkdir()
+        (writer.directory / "tokenizer" / "tokenizer.json").write_text("{}")
+
+    image = store.open_or_build(IDENTITY, build)
+    image.close()
+    everything = [image.path, *image.path.rglob("*")]
+    modes = {path.relative_to(image.path).as_posix(): stat.S_IMODE(path.stat().st_mode) for path in everything}
+    assert modes == {
+        **dict.fromkeys((".", "tokenizer"), 0o555),
+        **dict.fromkeys(("weights.rank0.bin", "index.json", "buffers.bin", "tokenizer/tokenizer.json"), 0o444),
+    }
+    index = image.path / "index.json"
+    index.chmod(0o644)
+    index.write_text("damaged")
+    store.open_or_build(IDENTITY, build).close()
+    assert stat.S_IMODE(index.stat().st_mode) == 0o444
+    assert store.remove(IDENTITY.key) > 0
+    assert [path.name for path in (tmp_path / "images").iterdir()] == []
 
 
 def test_a_second_process_waits_for_the_one_that_builds_and_opens_what_it_built(
@@ -218,7 +244,7 @@ def test_a_damaged_image_is_refused_by_open_and_replaced_by_open_or_build(
 def test_replacing_a_damaged_image_leaves_its_users_their_file(store: ImageStore) -> None:
     user = store.open_or_build(IDENTITY, build_image(1))
     content = os.pread(user.fd, PAGE, 0)
-    (user.path / INDEX_FILE).write_text("damage")
+    (unseal(user.path) / INDEX_FILE).write_text("damage")
     build_and_close(store)
     assert os.pread(user.fd, PAGE, 0) == content
     user.close()
@@ -266,7 +292,7 @@ def test_an_image_in_use_cannot_be_removed_and_one_at_rest_can(store: ImageStore
 
 def test_a_damaged_image_can_be_removed(store: ImageStore) -> None:
     path = build_and_close(store)
-    (path / WEIGHTS_FILE).unlink()
+    (unseal(path) / WEIGHTS_FILE).unlink()
     store.remove(IDENTITY.key)
     assert store.list() == ()
 
@@ -287,8 +313,7 @@ def test_verify_finds_the_damaged_extent_and_damaged_buffers(store: ImageStore) 
     path = build_and_close(store)
     with_hole = bytearray((path / WEIGHTS_FILE).read_bytes())
     with_hole[6 * PAGE] ^= 1
-    (path / WEIGHTS_FILE).chmod(0o644)
-    (path / WEIGHTS_FILE).write_bytes(with_hole)
+    (unseal(path) / WEIGHTS_FILE).write_bytes(with_hole)
     assert store.verify(IDENTITY.key).bad_extents == (3,)
     (path / BUFFERS_FILE).write_bytes(b"")
     with pytest.raises(ImageFailure, match=BUFFERS_FILE):
@@ -307,7 +332,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(tmp_path: Path) -> No
         import resource, sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
-        from memory_world import build_image
+        from memory_world import build_image, unseal
         from shuteye.errors import ImageFailure
         from shuteye.memory.image import ImageIdentity
         from shuteye.memory.image_store import ImageStore

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -9,9 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_world import KV_BYTES, LEVEL_1, LEVEL_2, PAGE, RELOAD, WAKE, World
+from memory_world import KV_BYTES, LEVEL_1, LEVEL_2, PAGE, RELOAD, WAKE, World, open_fds
 
-from shuteye.errors import InternalError, InvalidRequest, MemoryExhausted, TransitionConflict
+from shuteye.errors import (
+    BackendFailure,
+    ImageFailure,
+    InternalError,
+    InvalidRequest,
+    MemoryExhausted,
+    TransitionConflict,
+)
 from shuteye.memory.backends.fake import POISON
 from shuteye.memory.image import ImageIdentity, WeightImage
 from shuteye.memory.image_store import ImageStore
@@ -31,6 +39,16 @@ def test_a_clean_sleep_frees_everything_saves_nothing_and_wakes_the_same(world: 
     woken, _ = world.residency.restore(WAKE)
     assert (woken.restored_bytes, woken.backing) == (WEIGHTS_PAGES * PAGE, "image")
     assert world.weight_bytes == before
+
+
+def test_freed_is_what_the_kernel_had_there_not_the_size_of_the_tag(world: World) -> None:
+    """Would catch a report that names what should have come back instead of what did."""
+    madv_dontneed = 4
+    for arena in (world.weights, world.kv):
+        assert world.backend._inner._advise(arena.address, PAGE, madv_dontneed) == 0
+    world.residency.save(LEVEL_1)
+    freed = [report.freed_bytes for report in world.residency.release(LEVEL_1)]
+    assert freed == [(WEIGHTS_PAGES - 1) * PAGE, KV_BYTES - PAGE]
 
 
 def test_a_clean_sleep_writes_no_file(world: World) -> None:
@@ -123,6 +141,34 @@ def test_level_2_then_reload_brings_the_image_not_the_update(world: World) -> No
     assert world.weight_bytes == original
 
 
+@pytest.mark.parametrize("end", ["level 2", "deeper", "reset"])
+def test_what_was_saved_gives_its_room_back_once_it_is_worth_nothing(world: World, end: str) -> None:
+    """Would catch a spill file that fills the disk for as long as the process lives."""
+    before = open_fds()
+    world.write(0, 1)
+    world.sleep(LEVEL_1)
+    assert open_fds() > before
+    if end != "deeper":
+        world.wake(WAKE)
+        world.write(0, 2)
+    if end == "reset":
+        world.residency.reset()
+        assert world.where["weights"] == "discarded"
+    else:
+        world.sleep(LEVEL_2)
+    assert open_fds() == before
+
+
+def test_a_copy_that_a_reload_superseded_takes_no_room_beside_the_next(world: World) -> None:
+    """Would catch a spill file that keeps every extent that was ever saved."""
+    world.write(PAGE, 1)
+    world.sleep(LEVEL_1)
+    world.wake(RELOAD)
+    world.write(0, 1)
+    world.sleep(LEVEL_1)
+    assert os.fstat(world.residency._backing._fd).st_blocks * 512 < 4 * PAGE
+
+
 def test_deepening_from_offloaded_drops_what_was_saved(world: World) -> None:
     world.write(0, 1)
     world.sleep(LEVEL_1)
@@ -173,6 +219,19 @@ def test_a_write_to_sleeping_or_unknown_tensors_is_refused(world: World) -> None
         world.residency.mark_written("embed")
 
 
+def test_a_save_that_failed_is_not_followed_by_a_release(world: World) -> None:
+    """Would catch changes lost to the list of what an earlier save had written."""
+    world.residency.save(LEVEL_1)
+    world.write(0, 1)
+    changed = world.weight_bytes
+    world.backend.fail_next("write_file")
+    with pytest.raises(BackendFailure):
+        world.residency.save(LEVEL_1)
+    with pytest.raises(InternalError):
+        world.residency.release(LEVEL_1)
+    assert world.weight_bytes == changed
+
+
 def test_releasing_without_saving_is_a_bug_that_loses_nothing(world: World) -> None:
     before = world.weight_bytes
     with pytest.raises(InternalError):
@@ -210,6 +269,49 @@ def test_no_room_for_saving_is_found_by_the_estimate_and_by_save(make_world) -> 
     assert (world.where["weights"], world.weight_bytes) == ("resident", changed)
 
 
+def fill_the_disk(world: World, monkeypatch) -> None:
+    """Whatever is free now is taken; what the spill file owns and gives back is free again."""
+    backing = world.residency._backing
+    owned = lambda: os.fstat(backing._fd).st_blocks * 512 if backing._fd >= 0 else 0  # noqa: E731
+    total = owned()
+    monkeypatch.setattr(backing, "free_bytes", lambda: total - owned())
+
+
+@pytest.mark.parametrize("backing", ["disk", "host"])
+def test_changes_are_saved_again_in_place_on_a_full_disk(make_world, monkeypatch, backing: str) -> None:
+    """Would catch a model that can be put to sleep once, and never again, because its own file fills the disk."""
+    world = make_world(backing)
+    world.write(0, 1)
+    world.sleep(LEVEL_1)
+    world.wake(WAKE)
+    fill_the_disk(world, monkeypatch)
+    world.write(0, 2)
+    changed = world.weight_bytes
+    assert world.residency.estimate(LEVEL_1).save_bytes == PAGE
+    world.sleep(LEVEL_1)
+    world.wake(WAKE)
+    assert world.weight_bytes == changed
+    world.write(PAGE, 2)
+    for move in (world.residency.estimate, world.residency.save):
+        with pytest.raises(MemoryExhausted):
+            move(LEVEL_1)
+
+
+@pytest.mark.parametrize("backing", ["disk", "host"])
+def test_a_save_that_was_not_followed_by_a_release_is_room_for_the_next(make_world, monkeypatch, backing: str) -> None:
+    """Would catch a retry that is refused because of what the first attempt wrote."""
+    world = make_world(backing)
+    world.write(0, 1)
+    world.residency.save(LEVEL_1)
+    fill_the_disk(world, monkeypatch)
+    world.write(0, 2)
+    changed = world.weight_bytes
+    world.residency.estimate(LEVEL_1)
+    world.sleep(LEVEL_1)
+    world.wake(WAKE)
+    assert world.weight_bytes == changed
+
+
 def test_estimating_touches_nothing(world: World) -> None:
     world.write(0, 1)
     world.backend.clear()
@@ -227,13 +329,17 @@ def test_full_verification_reads_every_clean_byte(world: World) -> None:
     assert world.residency.verify("off") == VerifyResult(0)
 
 
-def test_verification_finds_an_image_that_changed_while_asleep(world: World) -> None:
+def test_verification_finds_an_image_that_changed_while_asleep(world: World, monkeypatch) -> None:
     world.sleep(LEVEL_1)
     path = world.residency.image.path / "weights.rank0.bin"
     path.chmod(0o644)
     content = path.read_bytes()
     path.write_bytes(content[: 5 * PAGE] + bytes([content[5 * PAGE] ^ 1]) + content[5 * PAGE + 1 :])
     try:
+        with pytest.raises(ImageFailure, match="was changed while in use: 1 of 4 extents"):
+            world.wake(WAKE)
+        assert world.where == {"weights": "offloaded", "kv_cache": "discarded"}
+        monkeypatch.setattr(world.residency.image, "require_intact", lambda: None)  # as damage that no time tells of
         world.wake(WAKE)
         assert world.residency.verify("full").bad_extents == (2,)
         assert world.residency.verify("sample").bad_extents == (2,)
@@ -241,6 +347,7 @@ def test_verification_finds_an_image_that_changed_while_asleep(world: World) -> 
         assert world.where == {"weights": "offloaded", "kv_cache": "discarded"}
     finally:
         path.write_bytes(content)
+        path.chmod(0o444)
     world.wake(WAKE)
     assert world.residency.verify("full").bad_extents == ()
 
@@ -287,6 +394,34 @@ def test_an_undone_reload_leaves_what_was_saved(world: World) -> None:
     world.residency.undo_restore()
     world.wake(WAKE)
     assert world.weight_bytes == changed
+
+
+def test_a_wake_cannot_be_undone_once_the_weights_were_released(world: World) -> None:
+    """Would catch discarded weights that an undo, asked of every rank, declares offloaded again."""
+    world.sleep(LEVEL_1)
+    world.wake(WAKE)
+    world.residency.release(LEVEL_2)  # as a reload does, which has nothing to save
+    world.residency.undo_restore()
+    assert world.where == {"weights": "discarded", "kv_cache": "discarded"}
+
+
+def test_a_wake_cannot_be_undone_once_there_was_a_reset(world: World) -> None:
+    """Would catch weights that the image brings back, and that an undo declares gone."""
+    world.sleep(LEVEL_2)
+    world.wake(RELOAD)
+    world.residency.reset()
+    world.residency.undo_restore()
+    assert world.where == {"weights": "offloaded", "kv_cache": "discarded"}
+
+
+@pytest.mark.parametrize("back", ["undo_restore", "reset"])
+def test_nothing_is_missing_of_weights_that_are_not_blank_any_more(world: World, back: str) -> None:
+    """Would catch a state that lists tensors to be written where none can be."""
+    world.sleep(LEVEL_2)
+    world.wake(WakePlan("blank", "keep"))
+    assert world.residency.missing
+    getattr(world.residency, back)()
+    assert (world.where["weights"], world.residency.missing) == ("discarded", ())
 
 
 def test_undoing_leaves_the_tag_that_was_awake_alone(world: World) -> None:

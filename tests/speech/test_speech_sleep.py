@@ -1,11 +1,14 @@
 """A model that transcribes sleeps and wakes as every other: the same transcript after, and nothing lost in between."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from hearing import noise
 
 from shuteye.engine.messages import PauseCall, ReloadCall, ResumeCall, SleepCall, UpdateCall, WakeCall
-from shuteye.errors import ModelSleeping
+from shuteye.errors import InvalidRequest, ModelSleeping
 from shuteye.testing import poison
 
 SAMPLES = noise(3.3)
@@ -174,3 +177,15 @@ def test_requests_that_arrive_while_asleep(make_rig, policy):
         rig.call(WakeCall())
         rig.run()
     assert rig.heard["late"].stretches == expected
+
+
+def test_a_reload_takes_other_weights_and_refuses_another_model(rig, checkpoints, tmp_path):
+    """New weights led through a recording by the old model's rules, or a refusal of what reloading is for."""
+    other = shutil.copytree(checkpoints(1), tmp_path / "other")
+    before = rig.transcribe(SAMPLES).stretches
+    rig.call(ReloadCall(str(other)))
+    assert rig.transcribe(SAMPLES).stretches != before
+    rules = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps(rules | {"suppress_tokens": [1, 2]}))
+    with pytest.raises(InvalidRequest, match=r"generation_config.json: suppress_tokens \[1, 2, 257"):
+        rig.call(ReloadCall(str(other)))

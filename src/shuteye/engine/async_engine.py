@@ -410,7 +410,7 @@ class AsyncEngine:
         return report
 
     async def reload_weights(self, path: str | None = None) -> UpdateReport:
-        """Load every weight again from the image, or from another checkpoint with the same layout."""
+        """Load every weight again from the image, or from another checkpoint of the same model."""
         report: UpdateReport = await self._call(ReloadCall(path))
         return report
 

@@ -198,7 +198,7 @@ class EngineCore:
             self._started += [(request_id, now) for request_id in starts]
         try:
             result = self._executor.execute(plan)
-        except VerificationFailed as error:  # of the canary that went with the first step after a wake
+        except VerificationFailed as error:  # of the canary that went with the step, or of the image under it
             self._deltas += self._scheduler.fail_step(plan, info_of(error))
             self._sleep.fault(error.message)
         except ShuteyeError as error:
@@ -352,7 +352,10 @@ class EngineCore:
 
     def _wake_steps(self, call: WakeCall) -> Steps:
         yield from ()
-        return self._sleep.wake(parse_tags(call.tags), prove_first_step=call.for_requests)
+        report = self._sleep.wake(parse_tags(call.tags), prove_first_step=call.for_requests)
+        if not self._sleep.state.is_sleeping:
+            self._held.unbound()
+        return report
 
     def _pause_steps(self, call: PauseCall) -> Steps:
         mode = parse_mode(call.mode, self.config.default_sleep_mode)

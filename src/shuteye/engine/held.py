@@ -61,6 +61,11 @@ class HeldRequests:
             if held.deadline is None:
                 self._held[request_id] = replace(held, deadline=deadline)
 
+    def unbound(self) -> None:
+        """Take the deadlines away: the model is awake, and whoever is held yet waits for `resume` alone."""
+        for request_id, held in self._held.items():
+            self._held[request_id] = replace(held, deadline=None)
+
     def abort(self, request_ids: Iterable[str]) -> list[RequestDelta]:
         """End those of the named requests that are held here."""
         found = [request_id for request_id in request_ids if self._held.pop(request_id, None)]

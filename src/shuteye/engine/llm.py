@@ -279,7 +279,7 @@ class LLM:
         return report
 
     def reload_weights(self, path: str | None = None) -> UpdateReport:
-        """Load every weight again from the image, or from another checkpoint with the same layout."""
+        """Load every weight again from the image, or from another checkpoint of the same model."""
         report: UpdateReport = self._call(ReloadCall(path)).result()
         return report
 

@@ -214,7 +214,7 @@ class SleepController:
         self._executor = executor
         self._verify = verify
         self._canary = canary
-        self._distrusted = False  # after a fault or a failed verification, until a full one has passed
+        self._distrusted = False  # after a fault or a failed verification
         self.state = SleepState()
         self.refresh()
 
@@ -310,12 +310,7 @@ class SleepController:
         plan = plan_wake(state.residency("weights"), state.residency("kv_cache"), tags=tags, missing=state.missing)
         if plan == WakePlan():
             return WakeReport(changed=False, missing=state.missing, seconds=time.perf_counter() - begin)
-        distrusted = self._distrusted
-        report = self._restore(
-            plan,
-            verify="full" if distrusted else self._verify,
-            prove_first_step=prove_first_step and not distrusted,
-        )
+        report = self._restore(plan, verify=self._mode, prove_first_step=prove_first_step and not self._distrusted)
         self.set_gate(dozing=False)
         return replace(report, seconds=time.perf_counter() - begin)
 
@@ -343,7 +338,7 @@ class SleepController:
         """
         try:
             if reloaded:
-                self._check_bytes(self._verify)
+                self._check_bytes(self._mode)
             self._check_canary()
         except ShuteyeError as error:
             raise self.fault(f"the new weights cannot be trusted: {error.message}") from error
@@ -377,6 +372,11 @@ class SleepController:
             missing=self.state.missing,
         )
 
+    @property
+    def _mode(self) -> VerifyMode:
+        """How much of loaded weights is compared: all of them until that has gone well once, after they were not."""
+        return "full" if self._distrusted else self._verify
+
     def _check_bytes(self, mode: VerifyMode) -> int:
         """Compare loaded weights with their checksums; how many bytes were."""
         if mode == "off":
@@ -389,7 +389,8 @@ class SleepController:
                 f"{bad} extents of the weights differ from their checksums. `shuteye images verify` tells whether the "
                 "image is damaged; a restart refuses a damaged one and says how to have it made anew."
             )
-        self._distrusted = self._distrusted and mode != "full"
+        if mode == "full":
+            self._distrusted = False
         return sum(result.verified_bytes for result in results)
 
     def _check_canary(self) -> bool:

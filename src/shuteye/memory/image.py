@@ -142,6 +142,7 @@ class WeightImage:
         self.aliases = index.aliases
         self.metadata = index.metadata
         self._index = index
+        self._stamp = _stamp(fd)
 
     @classmethod
     def open(cls, path: Path) -> WeightImage:
@@ -206,6 +207,31 @@ class WeightImage:
                 if checksum_of_file(self.fd, extent.offset, extent.nbytes) != expected
             )
 
+    def require_intact(self) -> bool:
+        """Refuse an image that somebody has written to since it was opened: what is mapped of it has changed, too.
+
+        Size and times of the file are looked at, in two microseconds; only where they differ is it read, so that
+        chmod, touch or a hard link do no harm. Nothing is read through a mapping, where a file cut short means SIGBUS.
+
+        Returns:
+            Whether anything was done to it at all since it was last asked.
+
+        Raises:
+            ImageFailure: its bytes are not those that were sealed, or it could not be read.
+        """
+        with _reporting_damage(self.path):
+            stamp = _stamp(self.fd)
+            if stamp == self._stamp:
+                return False
+            if stamp[0] != self.layout.nbytes:
+                raise ValueError(f"it was changed while in use: {stamp[0]:,} bytes instead of {self.layout.nbytes:,}")
+        damaged = self.damaged_extents()
+        if damaged:
+            count = f"{len(damaged)} of {len(self.checksums)} extents differ from their checksums"
+            raise _damage(self.path, ValueError(f"it was changed while in use: {count}"))
+        self._stamp = stamp
+        return True
+
     @property
     def closed(self) -> bool:
         """Whether the lock and the descriptor are gone."""
@@ -249,6 +275,12 @@ def _is_still_there(path: Path, fd: int) -> bool:
         return os.path.samestat(os.stat(path / WEIGHTS_FILE), os.fstat(fd))
     except FileNotFoundError:
         return False
+
+
+def _stamp(fd: int) -> tuple[int, int, int]:
+    """Size and times of an open file; every write(2) and truncate(2) changes one of them before the first byte."""
+    status = os.fstat(fd)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _tensor_of(content: bytearray, slot: Slot) -> torch.Tensor:

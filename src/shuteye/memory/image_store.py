@@ -11,10 +11,8 @@ the key's lock sweeps away (`orphans.py` does so for every key).
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,7 +23,7 @@ from shuteye.errors import ImageFailure
 from shuteye.memory.image import INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage, read_index
 from shuteye.memory.image_writer import ImageWriter, reporting_write_errors
 from shuteye.memory.locks import lock_file, try_lock
-from shuteye.memory.orphans import tree_bytes
+from shuteye.memory.orphans import remove_tree, tree_bytes
 from shuteye.plans import VerifyResult
 
 
@@ -67,7 +65,8 @@ class ImageStore:
         if image.identity != identity:
             image.close()
             raise ImageFailure(f"The weight image {path} was made from {image.identity}, not from {identity}.")
-        _note_use(path / INDEX_FILE)
+        with suppress(OSError):  # a cache that cannot be written keeps no time of last use
+            os.utime(path / INDEX_FILE)
         return image
 
     def open_key(self, key: str) -> WeightImage:
@@ -123,7 +122,6 @@ class ImageStore:
 
     def _publish(self, directory: Path, key: str) -> None:
         """Let the finished directory appear as `key`, in place of a damaged one if there is one."""
-        directory.chmod(0o755)
         self._set_aside(key)
         directory.rename(self._root / key)
         _sync_directory(self._root)
@@ -131,13 +129,14 @@ class ImageStore:
     def _set_aside(self, key: str) -> None:
         """Take the directory of `key`, if there is one, out of sight; whoever maps its file keeps the file."""
         with suppress(FileNotFoundError):
+            (self._root / key).chmod(0o755)  # a directory that cannot be written cannot change its parent
             (self._root / key).rename(Path(tempfile.mkdtemp(prefix=f".{key}.", dir=self._root)) / "old")
 
     def _sweep(self, key: str) -> None:
         """Delete what is out of sight: a crashed build, a removed image. The lock of `key` must be held."""
         for leftover in self._root.glob(f".{key}.*"):
             with reporting_write_errors(leftover):
-                shutil.rmtree(leftover)
+                remove_tree(leftover)
 
     @contextmanager
     def _exclusive(self, key: str) -> Iterator[None]:
@@ -149,7 +148,7 @@ class ImageStore:
         try:
             yield
         finally:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # one that stays is nobody's lock, and is locked by the next
                 path.unlink()
             os.close(fd)
 
@@ -232,15 +231,6 @@ class ImageStore:
             problem = f"matches {', '.join(found)}" if found else f"matches none of: {', '.join(keys) or 'no images'}"
             raise ImageFailure(f"The image key {prefix!r} {problem}. `shuteye images ls` shows the keys.")
         return found[0]
-
-
-def _note_use(path: Path) -> None:
-    """Make now the file's time; where nothing can be written, as in a shared cache, no time of last use is kept."""
-    try:
-        os.utime(path)
-    except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
 
 
 def _sync_directory(path: Path) -> None:

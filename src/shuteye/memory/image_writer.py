@@ -132,7 +132,6 @@ class ImageWriter:
                 f"{len(names)} tensors of {self._identity.key} were never written, such as {', '.join(names[:3])}."
             )
         with reporting_write_errors(self.directory):
-            os.fchmod(self._fd, 0o444)
             buffers, buffers_checksum = self._write_buffers()
             index = ImageIndex(
                 identity=self._identity,
@@ -146,6 +145,7 @@ class ImageWriter:
             )
             (self.directory / INDEX_FILE).write_bytes(encode_index(index))
             _give_name(self._fd, self.directory / WEIGHTS_FILE)
+            _make_read_only(self.directory)
             sync_tree(self.directory)
 
     def _write_buffers(self) -> tuple[tuple[Slot, ...], str]:
@@ -204,6 +204,14 @@ def _write_at(fd: int, content: memoryview, offset: int) -> None:
     while content:
         written = os.pwrite(fd, content, offset)
         content, offset = content[written:], offset + written
+
+
+def _make_read_only(directory: Path) -> None:
+    """Against slips of the hand; root, and the owner after a chmod, can yet write to them."""
+    for path, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            Path(path, name).chmod(0o444)
+        Path(path).chmod(0o555)
 
 
 def sync_tree(directory: Path) -> None:

@@ -10,6 +10,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from shuteye.memory.failures import closing_on_error
+
 
 def lock_file(path: Path) -> int:
     """An exclusively locked descriptor of the file that `path` names, also after waiting.
@@ -19,9 +21,10 @@ def lock_file(path: Path) -> int:
     """
     while True:
         fd = _open(path)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        if _is_named(fd, path):
-            return fd
+        with closing_on_error(fd):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if _is_named(fd, path):
+                return fd
         os.close(fd)  # its holder deleted it on leaving, and we locked a file without a name
 
 
@@ -32,8 +35,9 @@ def try_lock_file(path: Path) -> int | None:
         OSError: the file cannot be made.
     """
     fd = _open(path)
-    if try_lock(fd) and _is_named(fd, path):
-        return fd
+    with closing_on_error(fd):
+        if try_lock(fd) and _is_named(fd, path):
+            return fd
     os.close(fd)
     return None
 

@@ -69,10 +69,17 @@ def remove_orphan(orphan: Orphan) -> bool:
     with _held(orphan.lock) as ours:
         if ours:
             if orphan.path.is_dir():
-                shutil.rmtree(orphan.path)
+                remove_tree(orphan.path)
             else:
                 orphan.path.unlink(missing_ok=True)
         return ours
+
+
+def remove_tree(directory: Path) -> None:
+    """Delete a directory with all that is in it, also a finished image, which is read-only."""
+    for path, _, _ in os.walk(directory):
+        Path(path).chmod(0o755)
+    shutil.rmtree(directory)
 
 
 @contextmanager

@@ -27,19 +27,17 @@ from shuteye.errors import (
 )
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends.base import MemoryBackend
-from shuteye.memory.backings.base import Backing, BackingName, Source
+from shuteye.memory.backings.base import Backing, BackingName
 from shuteye.memory.backings.disk import DiskBacking
 from shuteye.memory.backings.host import HostBacking
-from shuteye.memory.backings.image import ImageSource
-from shuteye.memory.image import WeightImage, checksum_hex
-from shuteye.memory.layout import MIB, Extent, ExtentRota, Layout, first_difference
+from shuteye.memory.image import WeightImage
+from shuteye.memory.image_watch import ImageWatch
+from shuteye.memory.layout import Layout, first_difference
 from shuteye.memory.measure import freed_by_release, timed
-from shuteye.memory.weights_state import SourceKind, WeightsState
+from shuteye.memory.verifier import Verifier
+from shuteye.memory.weights_state import WeightsState
 from shuteye.outputs import TagReport, TagState
 from shuteye.plans import SleepEstimate, SleepPlan, VerifyMode, VerifyResult, WakePlan
-
-SAMPLE_BYTES = 8 * MIB
-"""What `verify("sample")` compares: about a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +75,9 @@ class Residency:
         self._missing: set[str] = set()
         self._saved: frozenset[int] | None = None
         self._last_restore: _Restored | None = None
-        self._rota = ExtentRota(SAMPLE_BYTES)
         self._epoch = 0
+        self._watch = ImageWatch(weights)
+        self._verifier = Verifier(weights, self._backing)
 
     # --- what there is ---------------------------------------------------------------------------
 
@@ -138,14 +137,9 @@ class Residency:
             TransitionConflict: the weights are not where the plan starts.
         """
         self._require_sleep(plan)
-        dirty = self._dirty_extents() if plan.weights == "offload" else ()
-        estimate = SleepEstimate(sum(extent.nbytes for extent in dirty), self._backing.free_bytes())
-        if estimate.save_bytes > estimate.free_backing_bytes:
-            raise MemoryExhausted(
-                f"Going to sleep must save {estimate.save_bytes:,} bytes of changed weights and {self._backing} has "
-                f"{estimate.free_backing_bytes:,} left. Free space there, or sleep at level 2."
-            )
-        return estimate
+        dirty = self._verifier.dirty(self._weights) if plan.weights == "offload" else ()
+        self._backing.require_room(dirty)
+        return SleepEstimate(sum(extent.nbytes for extent in dirty), self._backing.growth_bytes(dirty))
 
     def save(self, plan: SleepPlan) -> None:
         """Write the extents that no backing holds truly. On error nothing has changed and a retry works.
@@ -154,12 +148,14 @@ class Residency:
             TransitionConflict: the weights are not where the plan starts.
             MemoryExhausted: there is no room.
             BackendFailure: writing failed.
+            ImageFailure: see `require_intact`.
         """
         self._require_sleep(plan)
         self._settle()
         if plan.weights != "offload":
             return
-        dirty = self._dirty_extents()
+        self.require_intact()  # else pages that nobody wrote, or that are gone, would count as the model's
+        dirty = self._verifier.dirty(self._weights)
         if "saved" not in self._weights.sources:
             self._backing.drop()
         if dirty:
@@ -221,15 +217,6 @@ class Residency:
             raise InternalError("The plan names the KV cache, and none is attached.")
         return self._kv_arena
 
-    def _dirty_extents(self) -> tuple[Extent, ...]:
-        """The extents in memory that differ from what they were mapped from, or were mapped from nothing."""
-        if not self._weights.is_mapped:
-            return ()
-        dirty = {index for index, kind in enumerate(self._weights.sources) if kind == "memory"}
-        for offset, nbytes in self._weights_arena.written_ranges():
-            dirty.update(extent.index for extent in self.layout.extents_overlapping(offset, nbytes))
-        return tuple(self.layout.extents[index] for index in sorted(dirty))
-
     # --- wake ------------------------------------------------------------------------------------
 
     def restore(self, plan: WakePlan) -> tuple[TagReport, ...]:
@@ -241,12 +228,15 @@ class Residency:
             TransitionConflict: the weights are not where the plan starts.
             MemoryExhausted: the system does not have the memory.
             BackendFailure: the kernel refused.
+            ImageFailure: see `require_intact`.
             EngineFaulted: it could not be undone; also when weights that were mapped were being replaced.
         """
         self._settle()
         target = self._weights_after(plan)
         kv = self._require_kv_cache() if plan.kv_cache == "commit" and self._kv == "discarded" else None
         self._require_memory(target, kv)
+        if target and "image" in target.sources:
+            target.image.require_intact()
         change = _Restored(self._weights if target else None, kv_cache=kv is not None)
         self._epoch += 1
         try:
@@ -256,6 +246,7 @@ class Residency:
             raise
         if target:
             self._weights = target
+            self._watch.mapped_anew()
             self._missing = set(self.layout.slots) if target.residency == "blank" else set()
         if kv:
             self._kv = "resident"
@@ -308,10 +299,7 @@ class Residency:
             if run.kind == "memory":
                 self._weights_arena.commit()  # blank: a single run, the whole arena
             else:
-                self._source(target, run.kind).load(self._weights_arena, run.offset, run.nbytes)
-
-    def _source(self, state: WeightsState, kind: SourceKind) -> Source:
-        return self._backing if kind == "saved" else ImageSource(state.image)
+                self._verifier.source(target, run.kind).load(self._weights_arena, run.offset, run.nbytes)
 
     def undo_restore(self) -> None:
         """Put back what the last `restore` changed, because what it brought back was found wrong.
@@ -387,21 +375,26 @@ class Residency:
 
         Raises:
             BackendFailure: the kernel would not say which pages were written.
+            ImageFailure: see `require_intact`.
         """
-        if mode == "off" or self._weights.residency != "resident":
-            return VerifyResult(0)
-        dirty = set(self._dirty_extents())
-        clean = [extent for extent in self.layout.extents if extent not in dirty]
-        chosen = self._rota.take(clean) if mode == "sample" else clean
-        bad = tuple(extent.index for extent in chosen if not self._is_true(extent))
-        return VerifyResult(sum(extent.nbytes for extent in chosen), bad)
+        self.require_intact()
+        return self._verifier.verify(self._weights, mode)
 
-    def _is_true(self, extent: Extent) -> bool:
-        source = self._source(self._weights, self._weights.sources[extent.index])
-        return source.checksum(extent) == self._checksum_in_memory(extent)
+    def note_written(self) -> None:
+        """See `ImageWatch`: to be called once an update has ended, however it did.
 
-    def _checksum_in_memory(self, extent: Extent) -> str:
-        return checksum_hex(self._weights_arena.bytes_view(extent.offset, extent.nbytes))
+        Raises:
+            BackendFailure: the kernel would not say.
+        """
+        self._watch.note_written()
+
+    def require_intact(self) -> None:
+        """Refuse to go on with weights under which the image's file was changed, until they are mapped anew.
+
+        Raises:
+            ImageFailure: see `ImageWatch.require_intact`.
+        """
+        self._watch.require_intact(self._weights)
 
     # --- ending ----------------------------------------------------------------------------------
 
@@ -427,8 +420,10 @@ class Residency:
     def _weights_after_reset(self) -> WeightsState:
         if not self._weights.is_mapped:
             return self._weights
-        dirty = self._dirty_extents()
-        held = all(self._backing.checksum(extent) == self._checksum_in_memory(extent) for extent in dirty)
+        if not self._watch.is_intact(self._weights):
+            return self._weights.discarded()
+        dirty = self._verifier.dirty(self._weights)
+        held = all(self._verifier.is_held(extent) for extent in dirty)
         if self._weights.residency == "resident" and held:
             return self._weights.offloaded({extent.index for extent in dirty})
         return self._weights.discarded()

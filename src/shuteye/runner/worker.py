@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 
 import torch
 
 from shuteye.config import EngineConfig
-from shuteye.errors import CANARY_DISAGREES, InternalError, InvalidRequest, ShuteyeError, VerificationFailed
+from shuteye.errors import CANARY_DISAGREES, ImageFailure, InternalError, InvalidRequest, VerificationFailed
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends import open_backend
 from shuteye.memory.backends.base import MemoryBackend
@@ -20,6 +21,7 @@ from shuteye.memory.image import WeightImage
 from shuteye.memory.residency import Residency
 from shuteye.models.binding import TOKENIZER_DIR, Origin
 from shuteye.models.converter import Order, obtain_image
+from shuteye.models.image_difference import refuse_other_model
 from shuteye.models.progress import LoggedProgress
 from shuteye.models.tensor_files import open_tensors
 from shuteye.outputs import TagReport, TagState, UpdateReport
@@ -75,16 +77,20 @@ class Worker:
         num_threads = config.num_threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(num_threads)
         self._backend = backend or open_backend(config.memory_backend)
-        self._image = image = self._open_image(config.model)
-        self._version = image.identity.key
         self._num_updates = 0
         self._proves_first_step = False
-        self._weights = Arena.reserve(self._backend, tag="weights", nbytes=image.layout.nbytes)
-        self._residency = Residency(
-            backend=self._backend, weights=self._weights, image=image, spill_dir=config.cache_dir / "spill"
-        )
-        self._residency.restore(WakePlan(weights="reload"))
-        self._runner = open_runner(image, self._weights, config, num_threads=num_threads)
+        with ExitStack() as undo:
+            self._image = image = self._open_image(config.model)
+            undo.callback(image.close)
+            self._version = image.identity.key
+            self._weights = Arena.reserve(self._backend, tag="weights", nbytes=image.layout.nbytes)
+            self._residency = Residency(
+                backend=self._backend, weights=self._weights, image=image, spill_dir=config.cache_dir / "spill"
+            )
+            undo.callback(self._residency.close)
+            self._residency.restore(WakePlan(weights="reload"))
+            self._runner = open_runner(image, self._weights, config, num_threads=num_threads)
+            undo.pop_all()
         self._model = self._runner.model
 
     # --- loading --------------------------------------------------------------------------------
@@ -134,7 +140,8 @@ class Worker:
 
         Raises:
             InternalError: a tag is not resident, or the plan is of another epoch; nothing was computed.
-            VerificationFailed: the canary that went with it disagrees; nothing was sampled.
+            VerificationFailed: the canary that went with it disagrees and nothing was sampled, or somebody wrote to the
+                image; nothing of the step may be used.
         """
         if not self._residency.all_resident:
             raise InternalError("A step was planned while memory is not resident; the gate should have been closed.")
@@ -142,7 +149,16 @@ class Worker:
             raise InternalError(
                 f"A step builds on epoch {plan.epoch} of this memory, which is in epoch ({self._residency.epoch},)."
             )
-        return self._runner.execute(plan, prove=self._prove if self._proves_first_step else None)
+        self._require_intact()  # before, because the pages of a file cut short cannot be touched
+        result = self._runner.execute(plan, prove=self._prove if self._proves_first_step else None)
+        self._require_intact()
+        return result
+
+    def _require_intact(self) -> None:
+        try:
+            self._residency.require_intact()
+        except ImageFailure as failure:
+            raise VerificationFailed(failure.message) from failure
 
     def _prove(self, numbers: torch.Tensor) -> None:
         if not self._canary.knows(numbers, self._version):
@@ -187,7 +203,12 @@ class Worker:
 
     @torch.inference_mode()
     def canary_agrees(self) -> bool:
-        """Run the canary; see `Canary.agrees`."""
+        """Run the canary; see `Canary.agrees`.
+
+        Raises:
+            VerificationFailed: somebody wrote to the image.
+        """
+        self._require_intact()
         return self._canary.agrees(self._version)
 
     def prove_first_step(self) -> None:
@@ -222,7 +243,15 @@ class Worker:
 
         Raises:
             InvalidRequest: an unknown name or a wrong shape; tensors before it have been written.
+            VerificationFailed: somebody wrote to the image that is mapped; nothing has been written.
         """
+        self._require_intact()
+        try:
+            return self._write(named_tensors)
+        finally:
+            self._residency.note_written()
+
+    def _write(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> UpdateReport:
         begin = time.perf_counter()
         updated = updated_bytes = 0
         for name, tensor in named_tensors:
@@ -249,15 +278,17 @@ class Worker:
             return self.update_weights(named_tensors)
 
     def reload_weights(self, path: str | None) -> UpdateReport:
-        """Replace every weight by those of the image, or of another checkpoint with the same layout.
+        """Replace every weight by those of the image, or of another checkpoint of the same model.
 
         Raises:
-            InvalidRequest: the checkpoint's tensors differ in name, shape or dtype; nothing has changed.
+            InvalidRequest: the checkpoint differs in more than the values of its weights; nothing has changed.
+            ImageFailure: the image, or the checkpoint's, is damaged; nothing has changed.
             ShuteyeError: mapping failed; the weights are discarded and `wake_up` brings them back.
         """
         begin = time.perf_counter()
         if path is not None:
             self._replace_image(path)
+        self._image.require_intact()
         self._residency.release(SleepPlan(weights="discard"))
         self.restore(WakePlan(weights="reload"))
         return UpdateReport(len(self._image.layout.slots), self._image.layout.nbytes, (), time.perf_counter() - begin)
@@ -265,8 +296,9 @@ class Worker:
     def _replace_image(self, path: str) -> None:
         image = self._open_image(path)
         try:
+            refuse_other_model(self._image, image)
             self._residency.replace_image(image)
-        except ShuteyeError:
+        except BaseException:
             image.close()
             raise
         self._image = image

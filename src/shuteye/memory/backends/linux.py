@@ -11,7 +11,7 @@ import mmap
 import os
 from pathlib import Path
 
-from shuteye.errors import BackendFailure, MemoryExhausted
+from shuteye.errors import BackendFailure, MemoryExhausted, ShuteyeError
 from shuteye.memory.backends import memory_limits
 from shuteye.memory.backends.page_scan import PageQuery, PageScanner, open_page_scanner
 from shuteye.memory.failures import failure_of
@@ -66,8 +66,12 @@ class LinuxBackend:
         total = nbytes + _HUGE_PAGE_BYTES
         start = self._map("reserve", 0, total, protection=_PROT_NONE, flags=_ANONYMOUS)
         address = round_up(start, _HUGE_PAGE_BYTES)
-        self.unreserve(start, address - start)
-        self.unreserve(address + nbytes, start + total - (address + nbytes))
+        try:
+            self.unreserve(start, address - start)
+            self.unreserve(address + nbytes, start + total - (address + nbytes))
+        except ShuteyeError:
+            self._libc.munmap(start, total)
+            raise
         return address
 
     def unreserve(self, address: int, nbytes: int) -> None:

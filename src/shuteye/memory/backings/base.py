@@ -38,10 +38,15 @@ class Source(Protocol):
 class Backing(Source, Protocol):
     """A source that extents can be saved to."""
 
-    def free_bytes(self) -> int:
-        """Room for more.
+    def growth_bytes(self, extents: Sequence[Extent]) -> int:
+        """New room that saving `extents` takes; what was saved before is overwritten where it is."""
+        ...
+
+    def require_room(self, extents: Sequence[Extent]) -> None:
+        """Refuse what `save` could not write for want of room.
 
         Raises:
+            MemoryExhausted: no room.
             BackendFailure: it cannot be found out.
         """
         ...

@@ -9,7 +9,7 @@ import os
 
 from shuteye.memory.backings.base import BackingName
 from shuteye.memory.backings.spill import SpillBacking
-from shuteye.memory.failures import failure_of
+from shuteye.memory.failures import closing_on_error, failure_of
 
 
 class HostBacking(SpillBacking):
@@ -21,13 +21,14 @@ class HostBacking(SpillBacking):
         return "host memory"
 
     def free_bytes(self) -> int:
-        """See `Backing`."""
+        """See `SpillBacking`."""
         return self._backend.available_bytes()
 
     def _create(self, nbytes: int) -> int:
         try:
             fd = os.memfd_create("shuteye-spill", os.MFD_CLOEXEC)
-            os.ftruncate(fd, nbytes)
+            with closing_on_error(fd):
+                os.ftruncate(fd, nbytes)
         except OSError as error:
             raise failure_of(f"Making a file in {self}", error.errno) from error
         return fd

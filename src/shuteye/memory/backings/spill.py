@@ -30,6 +30,7 @@ class SpillBacking(ABC):
         self._backend = backend
         self._fd = -1
         self._checksums: dict[int, str] = {}
+        self._owned: set[int] = set()  # extents whose blocks the file has, whether or not what is in them is true
 
     @abstractmethod
     def _create(self, nbytes: int) -> int:
@@ -41,11 +42,15 @@ class SpillBacking(ABC):
 
     @abstractmethod
     def free_bytes(self) -> int:
-        """See `Backing`."""
+        """Room for more.
+
+        Raises:
+            BackendFailure: it cannot be found out.
+        """
 
     def save(self, arena: Arena, extents: Sequence[Extent]) -> None:
         """See `Backing`. One sync at the end, so that an I/O error is found while the memory still holds the bytes."""
-        self._require_room(sum(extent.nbytes for extent in extents))
+        self.require_room(extents)
         if self._fd < 0:
             self._fd = self._create(arena.nbytes)
         for extent in extents:
@@ -56,11 +61,21 @@ class SpillBacking(ABC):
             saved[extent.index] = checksum_hex(arena.bytes_view(extent.offset, extent.nbytes))
         self._backend.sync_file(self._fd)
         self._checksums |= saved
+        self._owned.update(saved)
 
-    def _require_room(self, nbytes: int) -> None:
-        free = self.free_bytes()
-        if nbytes > free:
-            raise MemoryExhausted(f"Saving changed weights takes {nbytes:,} bytes and {self} has {free:,} left.")
+    def growth_bytes(self, extents: Sequence[Extent]) -> int:
+        """See `Backing`. A file system that copies on write may yet take more; then the write itself says so."""
+        return sum(extent.nbytes for extent in extents if extent.index not in self._owned)
+
+    def require_room(self, extents: Sequence[Extent]) -> None:
+        """See `Backing`."""
+        needed = self.growth_bytes(extents)
+        free = self.free_bytes() if needed else 0
+        if needed > free:
+            raise MemoryExhausted(
+                f"Saving changed weights takes {needed:,} bytes and {self} has {free:,} left. "
+                "Free space there, or sleep at level 2."
+            )
 
     def load(self, arena: Arena, offset: int, nbytes: int) -> None:
         """See `Source`."""
@@ -74,6 +89,7 @@ class SpillBacking(ABC):
     def drop(self) -> None:
         """See `Backing`."""
         self._checksums.clear()
+        self._owned.clear()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

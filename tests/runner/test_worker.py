@@ -1,0 +1,50 @@
+"""A rank as it begins and ends; what its verbs do is tested through the engine (tests/engine)."""
+
+import os
+
+import pytest
+
+from shuteye.config import EngineConfig
+from shuteye.errors import ShuteyeError
+from shuteye.memory.backends.fake import FakeBackend
+from shuteye.memory.image_store import ImageStore
+from shuteye.runner.worker import Worker
+
+
+@pytest.fixture
+def config(tiny_checkpoint, tiny_options):
+    return EngineConfig(str(tiny_checkpoint), dtype="float32", **tiny_options)
+
+
+def open_fds():
+    """This process's descriptors; the one that lists them is gone by the time it is looked at."""
+    return {int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
+
+
+def test_a_rank_that_cannot_be_loaded_gives_everything_back(config):
+    """Would catch an image that stays in use, and mapped weights, after a load that failed for want of memory."""
+    Worker(config, backend=FakeBackend()).close()
+    before = open_fds()
+    for step in range(100):
+        backend = FakeBackend()
+        backend.fail_at(step)
+        try:
+            worker = Worker(config, backend=backend)
+        except ShuteyeError:
+            assert open_fds() == before, backend.steps
+            assert not any(image.in_use for image in ImageStore(config.cache_dir).list()), backend.steps
+            continue
+        backend.clear()
+        worker.close()
+        assert step > 2, "nothing can fail?"
+        return
+    raise AssertionError("loading never ended")
+
+
+def test_a_model_that_cannot_be_bound_gives_everything_back(config, monkeypatch):
+    """Would catch the same where it is not memory that fails, but the model."""
+    before = open_fds()
+    monkeypatch.setattr("shuteye.runner.generation.bind", lambda *_args, **_options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Worker(config, backend=FakeBackend())
+    assert open_fds() == before
