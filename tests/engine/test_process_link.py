@@ -1,11 +1,15 @@
 """An engine process's start and end, when they do not go as planned."""
 
 import asyncio
+import functools
 
 import pytest
 
 from shuteye import AsyncEngine, EngineConfig
-from shuteye.errors import EngineDead
+from shuteye.engine.messages import AddRequests
+from shuteye.engine.process_link import ProcessLink
+from shuteye.errors import EngineDead, InvalidRequest
+from shuteye.request import GenerateRequest, SamplingParams, StructuredOutputsParams
 
 
 @pytest.fixture
@@ -54,3 +58,19 @@ def test_closing_while_the_process_starts_leaves_none_behind(config, monkeypatch
         await asyncio.wait_for(started[0].wait(), 5)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"stop": ["\ud800"]},
+        {"top_k": 2**64},
+        {"structured_outputs": StructuredOutputsParams(regex="\ud800")},
+        {"structured_outputs": StructuredOutputsParams(json=functools.reduce(lambda a, _: {"a": a}, range(5000), {}))},
+    ],
+)
+def test_what_cannot_be_sent_refuses_its_request(config, params):
+    """A value that no frame can carry: an error that is not ours, or that ends the engine on the other side."""
+    link = ProcessLink(config, on_message=lambda _message: None, on_death=lambda _error: None)
+    with pytest.raises(InvalidRequest):
+        link.post(AddRequests((GenerateRequest("r", (1,), SamplingParams(**params)),)))

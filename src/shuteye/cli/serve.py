@@ -59,6 +59,14 @@ ENGINE_FLAGS = {
     ),
     "max_num_seqs": Flag("Most requests that run at once; others wait."),
     "max_num_batched_tokens": Flag("Most tokens computed in one step. Longer prompts are cut into several steps."),
+    "max_waiting_requests": Flag(
+        "Most sequences that wait for a place in the batch; a request beyond that is answered with 503."
+    ),
+    "max_grammar_bytes": Flag(
+        "Longest schema, expression, grammar or list of choices of a request; a longer one is answered with 400.",
+        size=True,
+    ),
+    "grammar_timeout_s": Flag("How long a request waits for its grammar to be compiled, in seconds."),
     "block_size": Flag("Tokens per KV cache block, the unit of sharing and of prefix caching."),
     "enable_prefix_caching": Flag("Reuse the KV cache of prompts that begin alike."),
     "seed": Flag("For requests that bring no seed of their own."),

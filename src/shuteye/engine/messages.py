@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from shuteye.config import EngineConfig
-from shuteye.errors import InvalidRequest
+from shuteye.errors import InvalidRequest, ShuteyeError
 from shuteye.outputs import (
     Delta,
     EngineState,
@@ -119,6 +119,11 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 ToEngine = AddRequests | AbortRequests | Control | Shutdown
 
 # --- from the engine ----------------------------------------------------------------------------
+
+
+def info_of(error: ShuteyeError) -> ErrorInfo:
+    """An error as it travels between processes."""
+    return ErrorInfo(kind=type(error).__name__, message=error.message, param=error.param)
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -20,6 +20,7 @@ import zmq.asyncio
 from shuteye import logs
 from shuteye.config import EngineConfig
 from shuteye.engine.messages import FromEngine, Shutdown, ToEngine
+from shuteye.engine.surprises import refusal
 from shuteye.errors import EngineDead, InvalidRequest, ShuteyeError
 from shuteye.executors.wire import Decoder, bind_pair, encode
 
@@ -87,15 +88,18 @@ class ProcessLink:
         """Deliver a message to the engine.
 
         Raises:
-            InvalidRequest: a value in it is of another type than it should be; the engine would end over it.
+            InvalidRequest: a value in it cannot be sent, or is of another type than it should be; the engine would end
+                over it.
         """
         if self._closing:
             return
         try:
             frame = encode(message)
             self._checker.decode(frame)
-        except (msgspec.ValidationError, TypeError, OverflowError) as error:
+        except (msgspec.ValidationError, TypeError) as error:
             raise InvalidRequest(f"A value cannot be sent to the engine: {error}.") from error
+        except Exception as error:
+            raise refusal(error, "The request") from error
         self._socket.send(frame)
 
     async def close(self) -> None:
