@@ -195,7 +195,7 @@ class Tokenizer:
         return bool(self._chat_templates)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template_kwargs: Any
+        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **template_kwargs: Any
     ) -> str:
         """The prompt that the checkpoint's template makes of a conversation, as transformers would render it.
 

@@ -105,6 +105,10 @@ SERVER_FLAGS = {
         "Larger request bodies are answered with 413; weights for /update_weights may be as large as the model.",
         size=True,
     ),
+    "max_json_bytes": Flag("Larger request bodies in JSON are answered with 413.", size=True),
+    "max_request_sequences": Flag(
+        "Most sequences (prompts times n), inputs to embed or pairs to score of a request; more are answered with 400."
+    ),
     "max_audio_s": Flag("Longer recordings, in seconds, are answered with 400."),
     "max_header_count": Flag("More request headers are answered with 431."),
     "max_header_bytes": Flag("Larger request headers, all of them together, are answered with 431.", size=True),

@@ -15,6 +15,10 @@ from shuteye.server.reading.tool_formats import ToolFormat
 
 ToolCallParser = Literal["auto"] | ToolFormat
 
+_POSITIVE = (
+    "max_body_bytes", "max_json_bytes", "max_request_sequences", "max_audio_s", "max_header_count", "max_header_bytes",
+)  # fmt: skip
+
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -32,6 +36,8 @@ class ServerConfig:
         allowed_methods, allowed_headers: what those pages may use.
         allow_credentials: whether those pages may send cookies and the like.
         max_body_bytes: larger request bodies are answered with 413.
+        max_json_bytes: larger bodies in JSON are, too: the event loop parses them, and does nothing else meanwhile.
+        max_request_sequences: prompts times n, inputs, or pairs, of one request.
         max_audio_s: longer recordings are answered with 400.
         max_header_count, max_header_bytes: more or larger request headers are answered with 431.
         shutdown_grace_s: how long running requests may go on after the first signal.
@@ -55,6 +61,8 @@ class ServerConfig:
     allowed_headers: tuple[str, ...] = ("*",)
     allow_credentials: bool = False
     max_body_bytes: int = 32 * 1024 * 1024
+    max_json_bytes: int = 4 * 1024 * 1024
+    max_request_sequences: int = 2048
     max_audio_s: float = 3600.0
     max_header_count: int = 128
     max_header_bytes: int = 64 * 1024
@@ -77,7 +85,7 @@ class ServerConfig:
                 "admin_api_key equals api_key, but an inference key must never open a control route: choose another.",
                 param="admin_api_key",
             )
-        for name in ("max_body_bytes", "max_audio_s", "max_header_count", "max_header_bytes"):
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise InvalidRequest(f"{name} must be positive, got {getattr(self, name)}.", param=name)
         if self.shutdown_grace_s < 0:

@@ -16,10 +16,10 @@ from shuteye.outputs import CompletionOutput, Logprob
 from shuteye.request import MAX_LOGPROBS
 from shuteye.server.generation import Prompt
 from shuteye.server.protocol.fields import GenerationBody, one_message
+from shuteye.server.protocol.lists import Many
 from shuteye.server.protocol.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs_json
 from shuteye.server.protocol.transcript import Transcript
 
-MAX_PROMPTS = 2048
 DEFAULT_MAX_TOKENS = 16
 PROMPT_FORMS = "a string, a list of strings, a list of token ids or a list of lists of token ids, none of them empty"
 
@@ -27,7 +27,7 @@ PROMPT_FORMS = "a string, a list of strings, a list of token ids or a list of li
 class CompletionBody(GenerationBody):
     """The request, with vLLM's extra fields."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(default=None, ge=1, le=128)
@@ -58,13 +58,11 @@ class CompletionBody(GenerationBody):
         """One prompt per completion asked for, whatever form they came in.
 
         Raises:
-            InvalidRequest: a prompt is empty, or there are too many.
+            InvalidRequest: a prompt is empty.
         """
         prompts = _listed(self.prompt)
         if not prompts or not all(prompts):
             raise InvalidRequest(f"prompt must be {PROMPT_FORMS}.", param="prompt")
-        if len(prompts) > MAX_PROMPTS:
-            raise InvalidRequest(f"At most {MAX_PROMPTS} prompts per request, got {len(prompts)}.", param="prompt")
         return prompts
 
 

@@ -12,9 +12,10 @@ from fastapi import APIRouter, Request, Response
 from shuteye.request import SamplingParams
 from shuteye.server.admission import ModelRoute, require_task
 from shuteye.server.answer import answer_stream, answer_whole, new_request_id
+from shuteye.server.budget import require_prompt_tokens, require_sequences
 from shuteye.server.context import Context, ServerContext
 from shuteye.server.generation import Job, Prompt, require_room
-from shuteye.server.prompts import prompt_of, truncation_of
+from shuteye.server.prompts import LONG_TEXT, prompt_of, truncation_of
 from shuteye.server.protocol.completions import DEFAULT_MAX_TOKENS, CompletionBody, CompletionShape
 from shuteye.server.protocol.logprobs import TokenNames
 
@@ -44,7 +45,10 @@ async def completions(request: Request, body: CompletionBody, context: Context) 
 
 async def _job(body: CompletionBody, context: ServerContext) -> Job:
     info = context.engine.info
+    n = max(body.n or 1, body.best_of or 1)
+    require_sequences(context.config, len(body.prompts) * n, param="n" if len(body.prompts) == 1 else "prompt")
     prompts = await _prompts(body, context)
+    require_prompt_tokens(sum(len(prompt.token_ids) for prompt in prompts) * n, param="prompt")
     longest = max(len(prompt.token_ids) for prompt in prompts)
     max_tokens = 1 if body.echoes_only else body.max_tokens
     if max_tokens is None:
@@ -68,6 +72,7 @@ async def _prompts(body: CompletionBody, context: ServerContext) -> tuple[Prompt
     truncation = truncation_of(
         body, max_model_len=context.engine.info.max_model_len, max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS
     )
+    many = sum(map(len, body.prompts)) > LONG_TEXT
     return tuple(
         [
             await prompt_of(
@@ -77,6 +82,7 @@ async def _prompts(body: CompletionBody, context: ServerContext) -> tuple[Prompt
                 add_special_tokens=body.add_special_tokens is not False,
                 want_text=body.echo is True,
                 truncation=truncation,
+                one_of_many=many,
             )
             for given in body.prompts
         ]
