@@ -110,8 +110,13 @@ SERVER_FLAGS = {
         "Most sequences (prompts times n), inputs to embed or pairs to score of a request; more are answered with 400."
     ),
     "max_audio_s": Flag("Longer recordings, in seconds, are answered with 400."),
+    "max_waiting_audio_s": Flag(
+        "Recordings at work and waiting, in seconds all together (64 kB each); more are answered with 503."
+    ),
     "max_header_count": Flag("More request headers are answered with 431."),
-    "max_header_bytes": Flag("Larger request headers, all of them together, are answered with 431.", size=True),
+    "max_header_bytes": Flag(
+        "Larger request headers, all of them and the request line together, are answered with 431.", size=True
+    ),
     "shutdown_grace_s": Flag(
         "After the first Ctrl-C or SIGTERM, how long running requests may go on, in seconds; new ones get 503.",
         alias="--shutdown-timeout",

@@ -16,7 +16,8 @@ from shuteye.server.reading.tool_formats import ToolFormat
 ToolCallParser = Literal["auto"] | ToolFormat
 
 _POSITIVE = (
-    "max_body_bytes", "max_json_bytes", "max_request_sequences", "max_audio_s", "max_header_count", "max_header_bytes",
+    "max_body_bytes", "max_json_bytes", "max_request_sequences", "max_audio_s", "max_waiting_audio_s",
+    "max_header_count", "max_header_bytes",
 )  # fmt: skip
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -39,6 +40,7 @@ class ServerConfig:
         max_json_bytes: larger bodies in JSON are, too: the event loop parses them, and does nothing else meanwhile.
         max_request_sequences: prompts times n, inputs, or pairs, of one request.
         max_audio_s: longer recordings are answered with 400.
+        max_waiting_audio_s: of all recordings that are at work or wait.
         max_header_count, max_header_bytes: more or larger request headers are answered with 431.
         shutdown_grace_s: how long running requests may go on after the first signal.
         log_requests: a line for every request that was served, without its text.
@@ -64,6 +66,7 @@ class ServerConfig:
     max_json_bytes: int = 4 * 1024 * 1024
     max_request_sequences: int = 2048
     max_audio_s: float = 3600.0
+    max_waiting_audio_s: float = 4 * 3600.0
     max_header_count: int = 128
     max_header_bytes: int = 64 * 1024
     shutdown_grace_s: float = 30.0
