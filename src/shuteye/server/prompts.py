@@ -16,10 +16,7 @@ from shuteye.server.protocol.fields import GenerationBody
 from shuteye.server.protocol.messages import Message
 from shuteye.server.protocol.tools import Tool
 from shuteye.server.tool_prompting import in_plain_words
-from shuteye.tokenizer import Tokenizer
-
-LONG_TEXT = 8192
-"""Characters beyond which encoding (about 1 µs each) moves to a thread; tokenizers releases the GIL."""
+from shuteye.tokenizer import LONG_TEXT, Tokenizer
 
 
 async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, one_of_many: bool = False) -> list[int]:

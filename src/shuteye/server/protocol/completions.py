@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -69,8 +69,9 @@ class CompletionBody(GenerationBody):
 def _listed(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
-    ids = [item for item in prompt if isinstance(item, int)]
-    return [ids] if ids else [item for item in prompt if not isinstance(item, int)]
+    if prompt and isinstance(prompt[0], int):  # all of them are: validated, and too many to look at again
+        return [prompt]
+    return list(cast("list[str] | list[list[int]]", prompt))
 
 
 @dataclass(slots=True)

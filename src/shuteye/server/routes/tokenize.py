@@ -15,11 +15,11 @@ from pydantic.config import JsonDict
 from shuteye.errors import InvalidRequest
 from shuteye.server.auth import InferenceRoute
 from shuteye.server.context import Context
-from shuteye.server.prompts import LONG_TEXT, encode, render_chat, require_known
+from shuteye.server.prompts import encode, render_chat, require_known
 from shuteye.server.protocol.chunks import encode_json
 from shuteye.server.protocol.lists import Many
 from shuteye.server.protocol.messages import Message
-from shuteye.tokenizer import Tokenizer
+from shuteye.tokenizer import LONG_TEXT, Tokenizer
 
 router = APIRouter(route_class=InferenceRoute)
 
