@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from test_chat_route import error
 
-from shuteye.server import budget
+from shuteye.server import budget, generation
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -70,3 +72,27 @@ def test_prompt_tokens_count_for_every_sequence(client, monkeypatch):
         response = client.post(path, json=body | {"max_tokens": 1, "n": 10})
         assert response.status_code == 400
         assert "prompt tokens" in error(response)["message"]
+
+
+def test_many_prompts_are_submitted_in_turns_with_others():
+    """Thousands of prompts handed to the engine at once, while nobody else is answered."""
+    order = []
+
+    async def prompt(index):
+        order.append(index)
+        yield index, None
+
+    async def other():
+        for _ in range(3):
+            order.append("other")
+            await asyncio.sleep(0)
+
+    async def scenario():
+        asking = asyncio.create_task(other())
+        async for _ in generation._merge([prompt(index) for index in range(200)]):
+            pass
+        await asking
+
+    asyncio.run(scenario())
+    assert order.index(199) > 2 + max(place for place, who in enumerate(order) if who == "other")
+    assert sorted(one for one in order if one != "other") == list(range(200))
