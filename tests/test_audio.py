@@ -1,6 +1,7 @@
 """Audio files become the samples that speech models take, or a clear refusal."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -92,3 +93,45 @@ def test_what_llm_takes_for_a_recording(tmp_path):
         samples_from(np.zeros((2, 2)))
     with pytest.raises(InvalidRequest, match="NaN"):
         samples_from(np.array([0.0, np.nan]))
+
+
+def wav(rate, *, nbytes=64_000, channels=1):
+    """A wav file by its header: silence at whatever rate it says."""
+    head = struct.pack("<IHHIIHH", 16, 1, channels, rate, rate * 2 * channels & 0xFFFFFFFF, 2 * channels, 16)
+    body = b"WAVEfmt " + head + b"data" + struct.pack("<I", nbytes) + bytes(nbytes)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize("rate", [1, 2, 8, 999, 768_001, 2**31 - 1])
+def test_a_rate_that_nobody_records_at_is_refused(rate):
+    """A file of 64 KB that declares 8 Hz, and takes gigabytes once it is resampled."""
+    with pytest.raises(InvalidRequest, match="Hz") as refused:
+        decode(wav(rate))
+    assert refused.value.param == "file"
+
+
+@pytest.mark.parametrize("rate", [1000, 4000, 768_000])
+def test_unusual_rates_are_heard(rate):
+    """A bound that is too narrow."""
+    assert len(heard(wav(rate))) == pytest.approx(32_000 * SAMPLE_RATE / rate, rel=0.01)
+
+
+def test_what_is_too_long_is_never_resampled(monkeypatch):
+    """A length that is looked at only once the memory was taken."""
+    monkeypatch.setattr("soxr.ResampleStream.resample_chunk", lambda *_args, **_options: pytest.fail("resampled"))
+    with pytest.raises(InvalidRequest, match="longer than the 20 seconds"):
+        decode(wav(1000), max_seconds=20)
+
+
+def test_a_block_has_the_same_size_however_many_channels(monkeypatch):
+    """A thousand channels that take a thousand times the memory."""
+    sizes = []
+    read = soundfile.SoundFile.read
+
+    def noted(self, *args, **options):
+        sizes.append((block := read(self, *args, **options)).size)
+        return block
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", noted)
+    heard(wav(16_000, channels=255, nbytes=255 * 2 * 4000))
+    assert max(sizes) <= 1 << 16

@@ -4,6 +4,8 @@ import datetime
 import json
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -372,3 +374,22 @@ def test_cutting_is_what_transformers_calls_longest_first(pair_tokenizer, length
 def test_nothing_is_cut_to_less_than_the_special_tokens(pair_tokenizer):
     with pytest.raises(InvalidRequest, match="3 special tokens"):
         Tokenizer.from_directory(pair_tokenizer).encode_pair("a", "b", max_length=3)
+
+
+def test_a_long_text_is_encoded_without_the_lock(tmp_path):
+    """A thread that encodes a long text, and keeps every other thread waiting all the while."""
+    write_tiny_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    text = "ab " * 100_000
+    encoding = threading.Thread(target=tokenizer.encode, args=(text,))
+    encoding.start()
+    turns = 0
+    while encoding.is_alive():
+        turns += 1
+        time.sleep(0.001)
+    assert turns > 5, "no other thread had its turn"
+    assert tokenizer.encode(text) == tokenizer.encode("ab ") * 100_000
+    cut = {str(tokenizer.encode_pair(each, "x" * 10, max_length=50)) for each in (text, text[:300])}
+    assert len(cut) == 1
+    with pytest.raises(InvalidRequest, match="Unicode"):
+        tokenizer.encode(text + "\ud800")

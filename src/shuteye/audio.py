@@ -22,34 +22,27 @@ SAMPLE_RATE = 16_000
 SAMPLE_BYTES = 4
 
 READABLE = "wav, flac, mp3 and ogg (Vorbis or Opus)"
-_BLOCK_FRAMES = 1 << 16
+MIN_RATE, MAX_RATE = 1_000, 768_000
+"""Rates that recordings have; a file that says 2 Hz would become 8,000 times its size."""
+_BLOCK_SAMPLES = 1 << 16
+"""Read at once, all channels together."""
 
 
 def decode(file: bytes, *, max_seconds: float | None = None) -> bytes:
     """The samples of an audio file as little-endian float32, channels averaged, resampled with soxr.
 
-    Read block by block, so that a small file that unpacks to hours is refused before it fills the memory.
+    Read block by block, and measured before it is resampled, so that a small file that unpacks to hours is refused
+    before it fills the memory.
 
     Raises:
         InvalidRequest: no audio, broken, empty, or longer than `max_seconds`; `param` is "file".
     """
     if not file:
         raise InvalidRequest("The audio file is empty.", param="file")
-    limit = None if max_seconds is None else int(max_seconds * SAMPLE_RATE)
-    pieces: list[bytes] = []
-    total = 0
-    for block in _blocks(file):
-        piece = samples_of(block)
-        total += len(piece) // SAMPLE_BYTES
-        if limit is not None and total > limit:
-            raise InvalidRequest(
-                f"The audio is longer than the {max_seconds:g} seconds that this server takes; send it in parts.",
-                param="file",
-            )
-        pieces.append(piece)
-    if total == 0:
+    samples = b"".join(samples_of(block) for block in _blocks(file, max_seconds))
+    if not samples:
         raise InvalidRequest("The audio file has no samples.", param="file")
-    return b"".join(pieces)
+    return samples
 
 
 def samples_from(audio: Audio) -> bytes:
@@ -84,11 +77,11 @@ def samples_of(samples: Any) -> bytes:
     return array.tobytes()
 
 
-def _blocks(file: bytes) -> Iterator[np.ndarray[Any, Any]]:
+def _blocks(file: bytes, max_seconds: float | None) -> Iterator[np.ndarray[Any, Any]]:
     """Resampled mono blocks.
 
     Raises:
-        InvalidRequest: libsndfile cannot read the file, or not to its end.
+        InvalidRequest: libsndfile cannot read the file, or not to its end; or there is too much of it.
     """
     import numpy as np
     import soundfile
@@ -96,8 +89,16 @@ def _blocks(file: bytes) -> Iterator[np.ndarray[Any, Any]]:
 
     try:
         with soundfile.SoundFile(io.BytesIO(file)) as opened:
-            resampler = soxr.ResampleStream(opened.samplerate, SAMPLE_RATE, 1, dtype="float32")
-            while len(block := opened.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+            rate = _checked_rate(opened.samplerate)
+            resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
+            num_frames = 0
+            while len(block := opened.read(_BLOCK_SAMPLES // opened.channels, dtype="float32", always_2d=True)):
+                num_frames += len(block)
+                if max_seconds is not None and num_frames > max_seconds * rate:
+                    raise InvalidRequest(
+                        f"The audio is longer than the {max_seconds:g} seconds that are taken; send it in parts.",
+                        param="file",
+                    )
                 yield resampler.resample_chunk(np.ascontiguousarray(block.mean(axis=1)))
             yield resampler.resample_chunk(np.empty(0, dtype=np.float32), last=True)
     except soundfile.LibsndfileError as error:
@@ -106,3 +107,13 @@ def _blocks(file: bytes) -> Iterator[np.ndarray[Any, Any]]:
         ) from error
     except RuntimeError as error:  # soxr's; of rates that it cannot bring together
         raise InvalidRequest(f"The audio file cannot be resampled ({error}).", param="file") from error
+
+
+def _checked_rate(rate: int) -> int:
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise InvalidRequest(
+            f"The audio file says that it has {rate:,} samples a second; between {MIN_RATE:,} and {MAX_RATE:,} Hz are "
+            "taken.",
+            param="file",
+        )
+    return rate

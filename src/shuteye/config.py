@@ -47,6 +47,9 @@ class EngineConfig:
         kv_cache_memory: bytes of KV cache per rank; None sizes it from free memory, 0 is for models without one.
         max_model_len: longest prompt plus output in tokens; None takes the checkpoint's, if the KV cache can hold it.
         max_num_batched_tokens: the token budget of one step.
+        max_waiting_requests: how many sequences may wait for a place in the batch; `LLM` lets as many wait as it likes.
+        max_grammar_bytes: length of a request's schema, expression, grammar or choices.
+        grammar_timeout_s: how long a request waits for its grammar to be compiled.
         on_sleeping_request: what becomes of requests that arrive while asleep.
         hold_timeout_s, hold_queue_size: bounds of the queue of held requests.
         drain_timeout_s: how long `mode="wait"` waits for requests in flight.
@@ -68,6 +71,9 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    max_waiting_requests: int = 4096
+    max_grammar_bytes: int = 64 * 1024
+    grammar_timeout_s: float = 30.0
     block_size: int = 16
     kv_cache_memory: int | None = None
     enable_prefix_caching: bool = True
@@ -99,6 +105,9 @@ class EngineConfig:
         positive = {
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,
+            "max_waiting_requests": self.max_waiting_requests,
+            "max_grammar_bytes": self.max_grammar_bytes,
+            "grammar_timeout_s": self.grammar_timeout_s,
             "block_size": self.block_size,
             "tensor_parallel_size": self.tensor_parallel_size,
             "pipeline_parallel_size": self.pipeline_parallel_size,

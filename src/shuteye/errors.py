@@ -159,7 +159,7 @@ class DrainTimeout(ServerError):
 
 
 class QueueFull(ServerError):
-    """The bounded queue of held requests is full."""
+    """As many requests are held, or wait, as may."""
 
     status_code = 503
     error_type = "QueueFullError"

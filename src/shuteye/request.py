@@ -5,6 +5,7 @@ Knows nothing of engines, tensors or HTTP.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,13 +22,29 @@ OutputKind = Literal["cumulative", "delta", "final_only"]
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
+MAX_TEXTS = 256
+"""Stop strings of a request, and bad words: all of them are looked for after every token."""
+MAX_TEXTS_CHARACTERS = 16_384
+"""What they may come to, all together."""
+MAX_STOP_TOKEN_IDS = 4096
+MAX_TOP_K = 2**31 - 1
 JSON_WHITESPACE = r"\r?\n[ \t]{0,40}|[ \t]{0,2}"
 """Between the parts of constrained JSON: what formatters write, but not the endless blanks of small models."""
 
 
 def _require(ok: bool, param: str, expected: str, seen: object) -> None:
     if not ok:
-        raise InvalidRequest(f"{param} must be {expected}, got {seen!r}.", param=param)
+        raise InvalidRequest(f"{param} must be {expected}, got {reprlib.repr(seen)}.", param=param)
+
+
+def _require_few(texts: Sequence[str], param: str) -> None:
+    length = sum(map(len, texts))
+    if len(texts) > MAX_TEXTS or length > MAX_TEXTS_CHARACTERS:
+        raise InvalidRequest(
+            f"{param} has {len(texts):,} texts of {length:,} characters in all; at most {MAX_TEXTS} texts of "
+            f"{MAX_TEXTS_CHARACTERS:,} characters are taken.",
+            param=param,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +144,19 @@ class SamplingParams:
         _require(1 <= self.n <= 128, "n", "between 1 and 128", self.n)
         _require(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100", self.temperature)
         _require(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]", self.top_p)
-        _require(self.top_k >= -1, "top_k", "-1, 0 or positive", self.top_k)
+        _require(-1 <= self.top_k <= MAX_TOP_K, "top_k", f"-1, or between 0 and {MAX_TOP_K}", self.top_k)
         _require(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]", self.min_p)
         _require(0.0 < self.repetition_penalty <= 10.0, "repetition_penalty", "in (0, 10]", self.repetition_penalty)
         _require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "in [-2, 2]", self.presence_penalty)
         _require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "in [-2, 2]", self.frequency_penalty)
         _require(all(self.stop_strings), "stop", "made of non-empty strings", self.stop)
+        _require_few(self.stop_strings, "stop")
+        _require(
+            len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
+            "stop_token_ids",
+            f"at most {MAX_STOP_TOKEN_IDS:,} ids",
+            len(self.stop_token_ids),
+        )
         _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
         _require(self.min_tokens >= 0, "min_tokens", "at least 0", self.min_tokens)
         _require(
@@ -165,6 +189,7 @@ class SamplingParams:
             "a list of texts that are not blank",
             self.bad_words,
         )
+        _require_few(self.bad_words, "bad_words")
         _require(
             self.allowed_token_ids is None or self.structured_outputs is None,
             "allowed_token_ids",

@@ -26,6 +26,8 @@ SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_
 """The special tokens that chat templates may name (transformers' SPECIAL_TOKENS_ATTRIBUTES)."""
 
 REPLACEMENT = "\ufffd"
+LONG_TEXT = 8192
+"""Characters beyond which encoding takes longer than others should wait: it then releases the GIL."""
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _TEMPLATE_FAILURES = (
     jinja2.TemplateError,
@@ -94,12 +96,18 @@ class Tokenizer:
             InvalidRequest: the text has a lone surrogate (JSON can carry one), which is no character.
         """
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            ids: list[int] = self._encoding(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:
             raise InvalidRequest(
                 f"The prompt cannot be tokenized, as it is not valid Unicode: {error}.", param="prompt"
             ) from error
         return ids
+
+    def _encoding(self, text: str, *, add_special_tokens: bool) -> tokenizers.Encoding:
+        if len(text) <= LONG_TEXT:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+        # of tokenizers' methods, only those for batches release the GIL; their threads are not worth it for short texts
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
     def encode_pair(
         self, text: str, pair: str | None = None, *, max_length: int | None = None, add_special_tokens: bool = True
@@ -115,7 +123,7 @@ class Tokenizer:
         """
         texts = [text] if pair is None else [text, pair]
         try:
-            encoded = [self._backend.encode(each, add_special_tokens=False) for each in texts]
+            encoded = [self._encoding(each, add_special_tokens=False) for each in texts]
         except TypeError as error:
             raise InvalidRequest(
                 f"The text cannot be tokenized, as it is not valid Unicode: {error}.", param="input"
@@ -195,7 +203,7 @@ class Tokenizer:
         return bool(self._chat_templates)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template_kwargs: Any
+        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **template_kwargs: Any
     ) -> str:
         """The prompt that the checkpoint's template makes of a conversation, as transformers would render it.
 

@@ -21,6 +21,7 @@ from shuteye.errors import (
     DrainTimeout,
     EngineFaulted,
     ImageFailure,
+    InternalError,
     InvalidRequest,
     ModelSleeping,
     PromptTooLong,
@@ -785,3 +786,34 @@ def test_the_state_counts_kv_memory_as_requests_touch_it(make_rig):
     rig.generate(PROMPT)
     touched.append(next(tag.resident_bytes for tag in rig.core.state.tags if tag.tag == "kv_cache"))
     assert touched[0] < touched[1]
+
+
+def test_a_surprise_while_adding_costs_that_request_alone(rig, monkeypatch):
+    """A bug in how one request is taken in ending the engine for everybody, or half a request staying behind."""
+    scheduler = rig.core._scheduler
+    add = scheduler.add
+
+    def surprising(request):
+        add(request)
+        if request.request_id == "strange":
+            raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(scheduler, "add", surprising)
+    rig.add("plain", PROMPT)
+    rig.add("strange", PROMPT)
+    rig.run()
+    assert rig.ended["plain"] == "length"
+    assert isinstance(rig.ended["strange"], InternalError)
+    assert rig.core.stats.num_waiting == rig.core.stats.num_running == 0
+
+
+def test_no_more_requests_wait_than_may(make_rig):
+    """A queue that grows for as long as requests come faster than they are served."""
+    rig = make_rig(max_num_seqs=1, max_waiting_requests=2)
+    rig.add("runs", PROMPT)
+    rig.step()
+    for name in ("waits", "waits too", "refused"):
+        rig.add(name, PROMPT)
+    rig.run()
+    assert isinstance(rig.ended.pop("refused"), QueueFull)
+    assert set(rig.ended.values()) == {"length"}

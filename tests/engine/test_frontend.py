@@ -8,7 +8,7 @@ import pytest
 from shuteye.config import EngineConfig
 from shuteye.engine.frontend import Frontend
 from shuteye.engine.messages import AbortRequests, PlainReply, Ready, ResumeCall, Stepped
-from shuteye.errors import EngineDead, InvalidRequest, UnsupportedModel
+from shuteye.errors import EngineDead, InternalError, InvalidRequest, UnsupportedModel
 from shuteye.outputs import ModelInfo, RequestDelta, SchedulerStats
 from shuteye.request import SamplingParams
 from shuteye.testing import write_tiny_tokenizer
@@ -180,3 +180,58 @@ def test_a_bug_in_taking_a_message_leaves_nobody_waiting(rig, monkeypatch):
         rig.step(RequestDelta(engine_id, (7,)))
     assert isinstance(rig.delivered[-1], EngineDead)
     assert rig.frontend.status == "dead"
+
+
+@pytest.mark.parametrize("where", ["following", "sending"])
+def test_a_surprise_while_submitting_leaves_nothing_registered(ready, monkeypatch, where):
+    """Requests that nobody waits for, kept for as long as the server runs."""
+    rig = Rig(ready)
+    outputs = rig.frontend._model.outputs
+
+    def surprising(*_args, **_options):
+        raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
+
+    if where == "following":
+        monkeypatch.setattr(outputs, "_new_detokenizer", surprising)
+    else:
+        monkeypatch.setattr(rig.frontend, "_send", surprising)
+    with pytest.raises(InvalidRequest):
+        rig.submit()
+    assert not rig.frontend._deliver
+    assert not outputs.has_unfinished
+    assert not outputs._completions
+    monkeypatch.undo()
+    rig.submit()
+
+
+def test_a_surprise_while_sending_a_call_leaves_none_registered(ready, monkeypatch):
+    """A future that is never kept."""
+    rig = Rig(ready)
+
+    def surprising(_message):
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setattr(rig.frontend, "_send", surprising)
+    with pytest.raises(InvalidRequest):
+        rig.frontend.call(ResumeCall())
+    assert not rig.frontend._calls
+
+
+def test_a_surprise_in_one_requests_text_ends_that_request_alone(ready, monkeypatch):
+    """A bug in one detokenizer taken for the end of the engine."""
+    rig = Rig(ready)
+    strange, plain = [], []
+    bad, good = rig.submit("strange", strange.append), rig.submit("plain", plain.append)
+    request, completion = rig.frontend._model.outputs._completions[bad]
+    assert request.request_id == "strange"
+
+    def surprising(_token_id):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(completion.detokenizer, "feed", surprising)
+    rig.step(RequestDelta(bad, token_ids=(5,)), RequestDelta(good, token_ids=(6,), finish_reason="length"))
+    assert isinstance(strange[0], InternalError)
+    assert plain[0].finished
+    assert AbortRequests((bad,)) in rig.sent
+    assert not rig.frontend._deliver
+    assert not rig.frontend._model.outputs._completions

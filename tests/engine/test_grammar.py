@@ -1,14 +1,16 @@
 """Requests with a grammar on the core over a tiny real model: joined, masked, preempted, slept through, ended."""
 
+import itertools
 import json
 import re
 import sys
+import threading
 import time
 
 import pytest
 
 from shuteye.engine.messages import SleepCall, WakeCall
-from shuteye.errors import InvalidRequest, ModelSleeping
+from shuteye.errors import InternalError, InvalidRequest, ModelSleeping, QueueFull
 from shuteye.request import SamplingParams, StructuredOutputsParams
 from shuteye.tokenizer import Tokenizer
 
@@ -204,3 +206,137 @@ def test_structure_is_one_thing():
         StructuredOutputsParams()
     with pytest.raises(InvalidRequest, match="choices"):
         StructuredOutputsParams(choice=[])
+
+
+SURROGATE = "\ud800"
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"json": "[" * 100_000},
+        {"json": '{"not":' * 900 + "{}" + "}" * 900},
+        {"regex": SURROGATE},
+        {"regex": "(" * 60_000},
+        {"grammar": f'start: "{SURROGATE}"'},
+        {"grammar": "root ::= " + "(" * 30_000 + '"a"' + ")" * 30_000},
+        {"choice": [SURROGATE]},
+        {"json": {"const": SURROGATE}},
+        {"json": {"maximum": float("inf")}},
+        {"json": {"maximum": 10**400}},
+        {"json": '{"type": "object"}', "whitespace_pattern": SURROGATE},
+    ],
+)
+def test_a_strange_grammar_ends_its_own_request_alone(rig, wanted):
+    """One request's text, nested too deeply, ending the engine for everybody."""
+    rig.add("plain", PROMPT)
+    rig.add("r", PROMPT, structured(**wanted))
+    rig.run()
+    assert isinstance(rig.ended["r"], InvalidRequest), rig.ended["r"]
+    assert rig.ended["plain"] == "length"
+    assert rig.core._scheduler._grammars.is_idle
+
+
+def test_a_long_chain_of_rules_does_not_overflow_the_stack(rig):
+    """A schema whose definitions each refer to the next: the compiler recurses, and the process would die."""
+    names = [f"d{index}" for index in range(1000)]
+    chain = {one: {"properties": {"x": {"$ref": f"#/$defs/{next_one}"}}} for one, next_one in itertools.pairwise(names)}
+    schema = {"$defs": {**chain, names[-1]: {"type": "string"}}, "$ref": "#/$defs/d0"}
+    rig.add("r", PROMPT, structured(json=json.dumps(schema), max_tokens=1))
+    rig.run()
+    assert rig.ended["r"] == "length", rig.ended["r"]
+
+
+def test_a_grammar_larger_than_the_limit_is_refused_before_it_is_compiled(make_rig):
+    """Compilers kept busy for minutes by a few large schemas."""
+    rig = make_rig(max_grammar_bytes=1000)
+    for name, wanted in {
+        "json": {"json": {"enum": ["x" * 1000]}},
+        "regex": {"regex": "x" * 1001},
+        "choice": {"choice": ["x"] * 1001},
+        "space": {"json": "{}", "whitespace_pattern": " " * 1000},
+    }.items():
+        rig.add(name, PROMPT, structured(**wanted))
+        assert rig.core._scheduler._grammars.num_compiling == 0
+    rig.run()
+    assert all("1,000 bytes" in ended.message for ended in rig.ended.values()), rig.ended
+
+
+class SlowCompiler:
+    """Stands in for the one that compiles: every grammar takes until `go` is set."""
+
+    def __init__(self, rig):
+        grammars = rig.core._scheduler._grammars
+        self.compiler = grammars._new_compiler()
+        self.begun = []
+        self.go = threading.Event()
+        grammars._compiler = self
+
+    def matcher(self, wanted):
+        self.begun.append(wanted.regex)
+        assert self.go.wait(20)
+        return self.compiler.matcher(wanted)
+
+    def drop(self):
+        self.compiler.drop()
+
+
+def test_a_cancelled_grammar_is_not_compiled(rig):
+    """A caller who gave up still keeping those behind it waiting."""
+    slow = SlowCompiler(rig)
+    for name in "abc":
+        rig.add(name, PROMPT, structured(regex=name))
+    while not slow.begun:
+        time.sleep(0.001)
+    rig.core.abort(["a", "b"])
+    slow.go.set()
+    rig.run()
+    assert slow.begun == ["a", "c"]
+    assert (rig.ended["b"], rig.ended["c"]) == ("abort", "stop")
+
+
+def test_a_grammar_that_takes_too_long_is_given_up(make_rig):
+    """One that never comes to an end, and requests that wait for it for ever."""
+    rig = make_rig(grammar_timeout_s=0.05)
+    slow = SlowCompiler(rig)
+    rig.add("first", PROMPT, structured(regex="a"))
+    while not slow.begun:
+        time.sleep(0.001)
+    rig.add("second", PROMPT, structured(regex="b"))
+    deadline = time.monotonic() + 20
+    while len(rig.ended) < 2:
+        assert time.monotonic() < deadline
+        rig.step()
+    assert isinstance(rig.ended["first"], InvalidRequest)
+    assert isinstance(rig.ended["second"], QueueFull)
+    assert rig.core._scheduler._grammars.is_idle
+    slow.go.set()
+    rig.add("third", PROMPT, structured(regex="c"))
+    rig.run()
+    assert rig.ended["third"] == "stop"
+
+
+class Broken:
+    """A matcher with a bug."""
+
+    def compute_bitmask(self):
+        raise ZeroDivisionError("a bug")
+
+    consume_token = compute_bitmask
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_a_bug_in_following_a_grammar_ends_that_request_alone(rig, started):
+    """A surprise from the library ending the step, and with it the engine."""
+    rig.add("plain", PROMPT)
+    rig.add("r", PROMPT, structured(regex="[0-9]+"))
+    settle(rig)
+    following = rig.core._scheduler._grammars._following["r"]
+    following.matcher, following.started = Broken(), started
+    following.wanted = StructuredOutputsParams(regex="x", starts_after=None if started else 0)
+    if not started:
+        following.matcher.is_error = following.matcher.compute_bitmask
+    rig.run()
+    assert rig.ended["plain"] == "length"
+    assert isinstance(rig.ended["r"], InternalError)
+    assert rig.core._scheduler._grammars.is_idle

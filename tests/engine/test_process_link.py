@@ -1,6 +1,7 @@
 """An engine process's start and end, when they do not go as planned."""
 
 import asyncio
+import functools
 import os
 import signal
 import tempfile
@@ -9,7 +10,10 @@ from dataclasses import replace
 import pytest
 
 from shuteye import AsyncEngine, EngineConfig, SamplingParams
+from shuteye.engine.messages import AddRequests
+from shuteye.engine.process_link import ProcessLink
 from shuteye.errors import EngineDead, EngineHung, InvalidRequest
+from shuteye.request import GenerateRequest, StructuredOutputsParams
 
 
 @pytest.fixture
@@ -140,3 +144,19 @@ def test_a_stopped_engine_is_noticed_goes_on_and_can_be_restarted(config, tmp_pa
                 os.kill(pid, 0)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"stop": ["\ud800"]},
+        {"top_k": 2**64},
+        {"structured_outputs": StructuredOutputsParams(regex="\ud800")},
+        {"structured_outputs": StructuredOutputsParams(json=functools.reduce(lambda a, _: {"a": a}, range(5000), {}))},
+    ],
+)
+def test_what_cannot_be_sent_refuses_its_request(config, params):
+    """A value that no frame can carry: an error that is not ours, or that ends the engine on the other side."""
+    link = ProcessLink(config, on_message=lambda _message: None, on_death=lambda _error: None)
+    with pytest.raises(InvalidRequest):
+        link.post(AddRequests((GenerateRequest("r", (1,), SamplingParams(**params)),)))

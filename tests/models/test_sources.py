@@ -248,3 +248,10 @@ def test_an_unreachable_hub_is_found_within_seconds(tmp_path):
     )
     assert "ModelNotFound: someone/something could not be fetched, the hub is out of reach" in done.stderr
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("name", ["x" * 100_000, "a\0b", "~nobody-of-this-name/model", "\ud800"])
+def test_a_name_that_no_path_can_have_is_no_model(tmp_path, name):
+    """An error of the operating system, which is answered with 500, for a name that is too long."""
+    with pytest.raises(ModelNotFound):
+        resolve_source(name, cache_dir=tmp_path, offline=True)

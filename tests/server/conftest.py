@@ -77,7 +77,7 @@ class LiveServer:
             runner.run(self.server.serve_until_stopped(self.listener))
 
     def wait_ready(self) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while httpx2.get(f"{self.url}/ready").status_code != 200:
             assert time.monotonic() < deadline, "the server did not become ready"
             time.sleep(0.01)

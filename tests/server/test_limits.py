@@ -24,6 +24,15 @@ def test_too_many_or_too_large_headers_are_431(make_engine, client_of, headers):
     assert client.get("/health", headers={"x-small": "y" * 500}).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/" + "p" * 3000, "/health?" + "q" * 3000])
+def test_the_request_line_counts_too(make_engine, client_of, path):
+    """Kilobytes in the address, where none may be in a header."""
+    client = client_of(make_engine(), max_header_bytes=2000)
+    assert client.get(path).status_code == 431
+    assert client.request("M" * 3000, "/health").status_code == 431
+    assert client.get("/health?" + "q" * 500).status_code == 200
+
+
 def test_no_origin_is_allowed_by_default(client):
     """Any web page talking to the server of whoever looks at it."""
     response = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}, headers={"Origin": PAGE})

@@ -156,3 +156,15 @@ def test_answers_are_counted_by_route_and_status(make_engine, client_of):
     assert found[("POST", "/v1/completions", "503")] == 1
     assert found[("", "other", "404")] == 2
     assert found[("GET", "/v1/models/{name:path}", "404")] == 2
+
+
+def test_methods_that_are_none_are_counted_together(client):
+    """A series for every method that a caller makes up."""
+    for index in range(20):
+        client.request(f"MADEUP{index}", "/health")
+        client.request("get", f"/madeup/{index}")
+    found = scrape(client)["shuteye_http_requests_total"]
+    assert {labels for labels in found if "METRICS" not in labels} <= {
+        ("other", "/health", "405"), ("", "other", "404"), ("GET", "/ready", "200"), ("GET", "/metrics", "200"),
+    }  # fmt: skip
+    assert found[("other", "/health", "405")] == 20

@@ -59,6 +59,14 @@ ENGINE_FLAGS = {
     ),
     "max_num_seqs": Flag("Most requests that run at once; others wait."),
     "max_num_batched_tokens": Flag("Most tokens computed in one step. Longer prompts are cut into several steps."),
+    "max_waiting_requests": Flag(
+        "Most sequences that wait for a place in the batch; a request beyond that is answered with 503."
+    ),
+    "max_grammar_bytes": Flag(
+        "Longest schema, expression, grammar or list of choices of a request; a longer one is answered with 400.",
+        size=True,
+    ),
+    "grammar_timeout_s": Flag("How long a request waits for its grammar to be compiled, in seconds."),
     "block_size": Flag("Tokens per KV cache block, the unit of sharing and of prefix caching."),
     "enable_prefix_caching": Flag("Reuse the KV cache of prompts that begin alike."),
     "hang_timeout_s": Flag(
@@ -108,9 +116,18 @@ SERVER_FLAGS = {
         "Larger request bodies are answered with 413; weights for /update_weights may be as large as the model.",
         size=True,
     ),
+    "max_json_bytes": Flag("Larger request bodies in JSON are answered with 413.", size=True),
+    "max_request_sequences": Flag(
+        "Most sequences (prompts times n), inputs to embed or pairs to score of a request; more are answered with 400."
+    ),
     "max_audio_s": Flag("Longer recordings, in seconds, are answered with 400."),
+    "max_waiting_audio_s": Flag(
+        "Recordings at work and waiting, in seconds all together (64 kB each); more are answered with 503."
+    ),
     "max_header_count": Flag("More request headers are answered with 431."),
-    "max_header_bytes": Flag("Larger request headers, all of them together, are answered with 431.", size=True),
+    "max_header_bytes": Flag(
+        "Larger request headers, all of them and the request line together, are answered with 431.", size=True
+    ),
     "engine_restarts": Flag(
         "How often an engine that died is restarted by itself within ten minutes; when it dies once more, the server "
         "exits with status 1, so that a supervisor can act. 0: it exits at the first death."

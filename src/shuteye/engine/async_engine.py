@@ -51,7 +51,7 @@ from shuteye.outputs import (
     WakeReport,
 )
 from shuteye.request import OutputKind, PoolingParams, PoolInput, SamplingParams, TranscribeParams
-from shuteye.tokenizer import Tokenizer
+from shuteye.tokenizer import LONG_TEXT, Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,9 +59,6 @@ if TYPE_CHECKING:
     from shuteye.engine.thread_link import ThreadLink
 
 T = TypeVar("T")
-
-LONG_TEXT = 8192
-"""Characters beyond which encoding (about 1 µs each) leaves the event loop."""
 
 
 class AsyncEngine:
@@ -432,7 +429,7 @@ class AsyncEngine:
 
 
 async def _encoded(texts: Sequence[Prompt], encode: Callable[[], T]) -> T:
-    """What `encode` makes of `texts`, off the event loop if they are long; tokenizers releases the GIL."""
+    """What `encode` makes of `texts`, off the event loop if they are long."""
     if sum(len(text) for text in texts) > LONG_TEXT:
         return await asyncio.to_thread(encode)
     return encode()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from shuteye.engine.grammar import Grammars
+from shuteye.engine.messages import info_of
 from shuteye.engine.scheduler import Scheduler
 from shuteye.errors import ShuteyeError
 from shuteye.outputs import ErrorInfo, RequestDelta, SchedulerStats
@@ -57,13 +58,14 @@ class ConstrainedScheduler:
     def check(self, request: GenerateRequest) -> None:
         """Refuse what can never run; a wrong grammar is found later."""
         self._inner.check(request)
+        self._grammars.check(request)
 
     def add(self, request: GenerateRequest) -> None:
         """Queue a request, or begin to compile its grammar."""
         if request.params.structured_outputs is None:
             self._inner.add(request)
         else:
-            self._inner.check(request)
+            self.check(request)
             self._grammars.compile(request)
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestDelta]:
@@ -110,8 +112,7 @@ class ConstrainedScheduler:
                 self._inner.add(request)
             except ShuteyeError as error:
                 self._grammars.forget([request.request_id])
-                info = ErrorInfo(kind=type(error).__name__, message=error.message, param=error.param)
-                self._report(RequestDelta(request.request_id, error=info))
+                self._report(RequestDelta(request.request_id, error=info_of(error)))
 
     def update(self, _plan: StepPlan, result: StepResult) -> Sequence[RequestDelta]:
         """Take the step's tokens; a request whose grammar failed ends with an error."""

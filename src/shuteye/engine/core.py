@@ -25,15 +25,18 @@ from shuteye.engine.messages import (
     SleepCall,
     UpdateCall,
     WakeCall,
+    info_of,
 )
 from shuteye.engine.model_info import model_info
 from shuteye.engine.rpc import check_rpc
 from shuteye.engine.sleep import SleepController, parse_level, parse_mode, parse_tags, parse_timeout
+from shuteye.engine.surprises import refusal
 from shuteye.engine.task_scheduler import open_scheduler, require_kind, starts_of
 from shuteye.errors import (
     DrainTimeout,
     EngineFaulted,
     ModelSleeping,
+    QueueFull,
     ShuteyeError,
     SleepModeDisabled,
     TransitionConflict,
@@ -43,7 +46,6 @@ from shuteye.executors.base import Executor
 from shuteye.outputs import (
     Delta,
     EngineState,
-    ErrorInfo,
     RequestDelta,
     SchedulerStats,
     SleepReport,
@@ -69,11 +71,6 @@ class Transition:
     call: ControlCall
     answer: Callable[[Report | ShuteyeError], None]
     steps: Steps | None = None
-
-
-def info_of(error: ShuteyeError) -> ErrorInfo:
-    """An error as it travels between processes."""
-    return ErrorInfo(kind=type(error).__name__, message=error.message, param=error.param)
 
 
 class EngineCore:
@@ -154,8 +151,11 @@ class EngineCore:
             require_kind(self.info.task, request)
             self._scheduler.check(request)
             self._admit(request)
-        except ShuteyeError as error:
-            self._deltas.append(RequestDelta(request.request_id, error=info_of(error)))
+        except Exception as error:  # noqa: BLE001 (whatever it is, it costs no more than this request, and is told)
+            if not isinstance(error, ShuteyeError):  # ours come before anything has changed
+                self._held.abort([request.request_id])
+                self._scheduler.abort([request.request_id])
+            self._deltas.append(RequestDelta(request.request_id, error=info_of(refusal(error, "The request"))))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests at once, wherever they are; unknown ids are ignored (they have finished)."""
@@ -220,6 +220,9 @@ class EngineCore:
         state = self._sleep.state
         self._sleep.refuse_if_faulted()
         if state.gate == "open":
+            limit = self.config.max_waiting_requests
+            if self._scheduler.num_waiting >= limit:
+                raise QueueFull(f"{limit} requests are waiting already, as many as may (--max-waiting-requests).")
             self._scheduler.add(request)
         elif not (state.is_sleeping or self._closing_for_sleep):
             self._held.add(request, deadline=None)  # only paused: resume runs it

@@ -34,6 +34,7 @@ from shuteye.engine.messages import (
 )
 from shuteye.engine.output_processor import OutputProcessor, Processed
 from shuteye.engine.pool_outputs import PoolOutputs
+from shuteye.engine.surprises import refusal
 from shuteye.engine.token_params import settled
 from shuteye.engine.transcript_outputs import TranscriptOutputs
 from shuteye.errors import (
@@ -224,13 +225,13 @@ class Frontend:
             self._refuse_if_gone()  # once registered, `fail` tells the caller; before, only this does
             if request_id in self._deliver:
                 raise InvalidRequest(f"A request with id {request_id!r} is running already.", param="request_id")
-            requests = follow(request_id, f"{request_id}#{next(self._numbers)}")
             self._deliver[request_id] = deliver
-        try:
-            self._send(AddRequests(tuple(requests)))
-        except ShuteyeError:
-            self._forget(request_id, deliver)
-            raise
+            try:
+                requests = follow(request_id, f"{request_id}#{next(self._numbers)}")
+                self._send(AddRequests(tuple(requests)))
+            except Exception as error:
+                self._forget(request_id, deliver)
+                raise refusal(error, "The request") from error
         return request_id
 
     def _outputs_for(self, *tasks: str) -> Outputs:
@@ -269,9 +270,9 @@ class Frontend:
             self._calls[call_id] = future
         try:
             self._send(Control(call_id, call))
-        except ShuteyeError:
+        except Exception as error:
             self._calls.pop(call_id, None)
-            raise
+            raise refusal(error, "The call") from error
         return future
 
     def _forget(self, request_id: str, deliver: Deliver) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ comes, and dropped by a sleep that leaves none: most engines never need them.
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -15,9 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shuteye.errors import InvalidRequest, ShuteyeError
+from shuteye.engine.messages import info_of
+from shuteye.engine.surprises import refusal
+from shuteye.errors import InvalidRequest, QueueFull, ShuteyeError
 from shuteye.memory.heap import return_free_heap
-from shuteye.outputs import ErrorInfo, RequestDelta
+from shuteye.outputs import RequestDelta
 from shuteye.plans import StepPlan, TokenMask
 from shuteye.request import JSON_WHITESPACE, GenerateRequest, StructuredOutputsParams
 
@@ -27,23 +31,62 @@ if TYPE_CHECKING:
 MAX_CACHED = 128
 """Compiled grammars kept for requests that ask for the same again."""
 
+MIN_STACK_BYTES = 1 << 26
+STACK_BYTES_PER_TEXT_BYTE = 4096
+"""The compiler recurses over rules that refer to each other, and a stack that overflows ends the process: it has a
+thread whose stack is eight times what the worst grammar found took. Only what is used of it costs memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiling:
+    """One request on its way in."""
+
+    request: GenerateRequest
+    matcher: Future[LLMatcher]
+    deadline: float  # monotonic seconds
+
+    @property
+    def wanted(self) -> StructuredOutputsParams:
+        wanted = self.request.params.structured_outputs
+        assert wanted is not None, "a request without a grammar needs none compiled"
+        return wanted
+
+    def given_up(self) -> ShuteyeError:
+        """What to tell the caller once the deadline is over; its own grammar is at fault if it has been begun."""
+        if self.matcher.cancel():
+            return QueueFull("The grammars of other requests are still being compiled; try again later.")
+        return _refusal(self.wanted, "compiling it takes longer than --grammar-timeout-s; make it simpler.")
+
 
 @dataclass(slots=True)
 class _Following:
-    """One running request. Before `starts_after` has come, its tokens are free."""
+    """One running request. Before `starts_after` has come, its tokens are free. `failure` is what ends it early."""
 
     matcher: LLMatcher
     wanted: StructuredOutputsParams
     started: bool
+    failure: ShuteyeError | None = None
 
-    def take(self, token_ids: Sequence[int]) -> str | None:
-        """Follow tokens; what is wrong, if they do not fit or the grammar proved too complex."""
-        for token_id in token_ids:
-            if self.started:
-                self.matcher.consume_token(token_id)
-            elif token_id == self.wanted.starts_after:
-                self.started = True
-        return self.matcher.get_error() if self.matcher.is_error() else None
+    def mask(self) -> bytes:
+        """Which tokens may come next; none if the grammar failed, since what is sampled then is not shown."""
+        try:
+            return self.matcher.compute_bitmask()
+        except Exception as error:  # noqa: BLE001 (a bug in the library; told to the caller)
+            self.failure = refusal(error, "Following the grammar")
+            return b""
+
+    def take(self, token_ids: Sequence[int]) -> None:
+        """Follow tokens; they may not fit, or the grammar may prove too complex."""
+        try:
+            for token_id in token_ids:
+                if self.started:
+                    self.matcher.consume_token(token_id)
+                elif token_id == self.wanted.starts_after:
+                    self.started = True
+            if self.matcher.is_error():
+                self.failure = _refusal(self.wanted, self.matcher.get_error())
+        except Exception as error:  # noqa: BLE001 (as above)
+            self.failure = refusal(error, "Following the grammar")
 
 
 class Grammars:
@@ -56,13 +99,19 @@ class Grammars:
         tokenizer_dir: holds tokenizer.json.
         vocab_size: width of the logits.
         eos_token_ids: what a mask allows where the grammar lets the output end.
+        max_bytes: length of a grammar's text.
+        timeout_s: how long a request waits for its grammar; nothing can stop a compiler that has begun.
     """
 
-    def __init__(self, *, tokenizer_dir: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, *, tokenizer_dir: str, vocab_size: int, eos_token_ids: Sequence[int], max_bytes: int, timeout_s: float
+    ) -> None:
         self._new_compiler = partial(_Compiler, tokenizer_dir, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
         self._compiler: _Compiler | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shuteye-grammar")  # starts with its first work
-        self._compiling: dict[str, tuple[GenerateRequest, Future[LLMatcher]]] = {}
+        self._thread: ThreadPoolExecutor | None = None
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._compiling: dict[str, _Compiling] = {}
         self._following: dict[str, _Following] = {}
 
     @property
@@ -77,22 +126,45 @@ class Grammars:
 
     # --- on the way in --------------------------------------------------------------------------
 
+    def check(self, request: GenerateRequest) -> None:
+        """Refuse what costs too much to be compiled.
+
+        Raises:
+            InvalidRequest: the grammar's text is too long, or none.
+        """
+        wanted = request.params.structured_outputs
+        if wanted is None:
+            return
+        try:
+            nbytes = _text_bytes(wanted)
+        except Exception as error:
+            raise refusal(error, wanted.param, param=wanted.param) from error
+        if nbytes > self._max_bytes:
+            raise InvalidRequest(
+                f"{wanted.param} has {nbytes:,} bytes; this server compiles up to {self._max_bytes:,} bytes "
+                "(--max-grammar-bytes).",
+                param=wanted.param,
+            )
+
     def compile(self, request: GenerateRequest) -> None:
         """Begin to compile a request's grammar, off this thread.
 
         Raises:
             InvalidRequest: the id is in use.
         """
-        wanted = request.params.structured_outputs
-        assert wanted is not None, "a request without a grammar needs none compiled"
         if request.request_id in self._compiling:
             raise InvalidRequest(
                 f"Request id {request.request_id!r} is in use; wait for it to end or choose another.",
                 param="request_id",
             )
+        wanted = request.params.structured_outputs
+        assert wanted is not None, "a request without a grammar needs none compiled"
         if self._compiler is None:
             self._compiler = self._new_compiler()
-        self._compiling[request.request_id] = (request, self._thread.submit(self._compiler.matcher, wanted))
+        if self._thread is None:
+            self._thread = _deep_thread(max(MIN_STACK_BYTES, STACK_BYTES_PER_TEXT_BYTE * self._max_bytes))
+        matcher = self._thread.submit(self._compiler.matcher, wanted)
+        self._compiling[request.request_id] = _Compiling(request, matcher, time.monotonic() + self._timeout_s)
 
     def compiled(self, *, patience_s: float) -> list[tuple[GenerateRequest, ShuteyeError | None]]:
         """Requests whose grammar is ready, and those whose grammar is wrong, with the error; each once.
@@ -101,26 +173,27 @@ class Grammars:
             patience_s: how long to wait for the first of them.
         """
         if patience_s > 0:
-            wait([future for _request, future in self._compiling.values()], patience_s, FIRST_COMPLETED)
-        done = [(request, future) for request, future in self._compiling.values() if future.done()]
-        outcomes: list[tuple[GenerateRequest, ShuteyeError | None]] = []
-        for request, future in done:
-            del self._compiling[request.request_id]
-            wanted = request.params.structured_outputs
-            assert wanted is not None
-            try:
-                matcher = future.result()
-            except ShuteyeError as error:
-                outcomes.append((request, error))
-            else:
-                started = wanted.starts_after is None
-                self._following[request.request_id] = _Following(matcher, wanted, started=started)
-                outcomes.append((request, None))
-        return outcomes
+            wait([each.matcher for each in self._compiling.values()], patience_s, FIRST_COMPLETED)
+        now = time.monotonic()
+        over = [each for each in self._compiling.values() if each.matcher.done() or each.deadline <= now]
+        return [(each.request, self._outcome(each)) for each in over]
+
+    def _outcome(self, each: _Compiling) -> ShuteyeError | None:
+        del self._compiling[each.request.request_id]
+        if not each.matcher.done():
+            return each.given_up()
+        error = each.matcher.exception()
+        if error is not None:
+            return refusal(error, each.wanted.param, param=each.wanted.param)
+        started = each.wanted.starts_after is None
+        self._following[each.request.request_id] = _Following(each.matcher.result(), each.wanted, started=started)
+        return None
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestDelta]:
-        """End those of the named requests that are still being compiled."""
-        found = [request_id for request_id in request_ids if self._compiling.pop(request_id, None)]
+        """End those of the named requests that are still being compiled; what has not begun never is."""
+        found = {request_id: each for request_id in request_ids if (each := self._compiling.pop(request_id, None))}
+        for each in found.values():
+            each.matcher.cancel()
         return [RequestDelta(request_id, finish_reason="abort") for request_id in found]
 
     def abort_all(self) -> list[RequestDelta]:
@@ -134,9 +207,12 @@ class Grammars:
         if not self._following:
             return plan
         masks = [
-            TokenMask(chunk.request_id, following.matcher.compute_bitmask())
+            TokenMask(chunk.request_id, mask)
             for chunk in plan.chunks
-            if chunk.sample and (following := self._following.get(chunk.request_id)) and following.started
+            if chunk.sample
+            and (following := self._following.get(chunk.request_id))
+            and following.started
+            and (mask := following.mask())
         ]
         return replace(plan, masks=tuple(masks)) if masks else plan
 
@@ -148,10 +224,9 @@ class Grammars:
 
     def _followed(self, delta: RequestDelta) -> RequestDelta:
         following = self._following[delta.request_id]
-        wrong = following.take(delta.token_ids)
-        if wrong is None:
-            return delta
-        return RequestDelta(delta.request_id, error=_info(_refusal(following.wanted, wrong)))
+        if following.failure is None:
+            following.take(delta.token_ids)
+        return delta if following.failure is None else RequestDelta(delta.request_id, error=info_of(following.failure))
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop the state of requests that ended; unknown ids are ignored."""
@@ -162,9 +237,22 @@ class Grammars:
 
     def rest(self) -> None:
         """Give back the memory of everything that was compiled, unless some request needs it; off this thread."""
-        if self._compiler is not None and self.is_idle:
-            compiler, self._compiler = self._compiler, None
-            self._thread.submit(compiler.drop)
+        if self._compiler is None or self._thread is None or not self.is_idle:
+            return
+        self._thread.submit(self._compiler.drop)
+        self._thread.shutdown(wait=False)
+        self._compiler = self._thread = None
+
+
+def _deep_thread(stack_bytes: int) -> ThreadPoolExecutor:
+    """An executor of one thread, started with a stack of this size."""
+    before = threading.stack_size(stack_bytes)
+    try:
+        executor = ThreadPoolExecutor(1, thread_name_prefix="shuteye-grammar")
+        executor.submit(int).result()
+    finally:
+        threading.stack_size(before)
+    return executor
 
 
 class _Compiler:
@@ -253,5 +341,8 @@ def _refusal(wanted: StructuredOutputsParams, reason: str) -> InvalidRequest:
     return InvalidRequest(f"{wanted.param} cannot be used: {' '.join(reason.split())}", param=wanted.param)
 
 
-def _info(error: ShuteyeError) -> ErrorInfo:
-    return ErrorInfo(kind=type(error).__name__, message=error.message, param=error.param)
+def _text_bytes(wanted: StructuredOutputsParams) -> int:
+    """How much there is to compile."""
+    schema = json.dumps(wanted.json) if isinstance(wanted.json, dict) else wanted.json
+    texts = (schema, wanted.regex, wanted.grammar, wanted.whitespace_pattern, *(wanted.choice or ()))
+    return sum(len(text.encode()) for text in texts if text is not None)

@@ -6,6 +6,7 @@ Knows nothing of asyncio or HTTP. The engine runs in a thread of this process, s
 from __future__ import annotations
 
 import queue
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -68,7 +69,7 @@ class LLM:
         unknown = sorted(options.keys() - EngineConfig.__dataclass_fields__.keys())
         if unknown:
             raise InvalidRequest(f"LLM has no option {unknown[0]!r}; see EngineConfig.", param=unknown[0])
-        config = EngineConfig(model=model, **options)
+        config = EngineConfig(model=model, **{"max_waiting_requests": sys.maxsize, **options})
         self._frontend = Frontend(config, self._post)
         self._link = ThreadLink(config, on_message=self._frontend.on_message, on_death=self._on_death)
         self._link.start()

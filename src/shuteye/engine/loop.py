@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from shuteye.config import EngineConfig
-from shuteye.engine.core import EngineCore, Report, info_of
+from shuteye.engine.core import EngineCore, Report
 from shuteye.engine.messages import (
     UNASKED,
     AbortRequests,
@@ -24,6 +24,7 @@ from shuteye.engine.messages import (
     StateChanged,
     Stepped,
     ToEngine,
+    info_of,
     reply_with,
 )
 from shuteye.errors import ShuteyeError

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from shuteye.config import EngineConfig
-from shuteye.errors import InvalidRequest
+from shuteye.errors import InvalidRequest, ShuteyeError
 from shuteye.outputs import (
     Delta,
     EngineState,
@@ -123,6 +123,11 @@ ToEngine = AddRequests | AbortRequests | Control | Shutdown
 
 class Connected(msgspec.Struct, frozen=True, tag=True):
     """The first word of an engine process: both sides of the socket are there."""
+
+
+def info_of(error: ShuteyeError) -> ErrorInfo:
+    """An error as it travels between processes."""
+    return ErrorInfo(kind=type(error).__name__, message=error.message, param=error.param)
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

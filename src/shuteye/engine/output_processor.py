@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from shuteye.engine.detokenizer import Detokenizer
+from shuteye.engine.messages import info_of
+from shuteye.engine.surprises import refusal
 from shuteye.errors import InvalidRequest
 from shuteye.outputs import (
     CompletionOutput,
@@ -145,16 +147,16 @@ class OutputProcessor:
             request, completion = self._completions.get(delta.request_id, (None, None))
             if request is None or completion is None:
                 continue
-            if delta.error is not None:
+            error = delta.error or self._try_apply(request, completion, delta)
+            if error is not None:
                 touched.pop(request.request_id, None)
-                aborts += [engine_id for engine_id in self.abort(request.request_id) if engine_id != delta.request_id]
-                errors.append((request.request_id, delta.error))
+                ended = delta.request_id if delta.finished else None
+                aborts += [engine_id for engine_id in self.abort(request.request_id) if engine_id != ended]
+                errors.append((request.request_id, error))
                 continue
             if delta.prompt_logprobs:
-                request.prompt_logprobs += map(self._logprobs, delta.prompt_logprobs)
                 continue
             touched[request.request_id] = request
-            self._apply(request, completion, delta)
             if completion.finished:
                 del self._completions[completion.engine_id]
                 if not delta.finished:
@@ -200,7 +202,18 @@ class OutputProcessor:
 
     # --- one delta -------------------------------------------------------------------------------
 
+    def _try_apply(self, request: _Request, completion: _Completion, delta: RequestDelta) -> ErrorInfo | None:
+        """Take a delta; an error if that went wrong, which ends this request alone."""
+        try:
+            self._apply(request, completion, delta)
+        except Exception as error:  # noqa: BLE001 (told to the caller, and logged)
+            return info_of(refusal(error, "Reading what was generated"))
+        return None
+
     def _apply(self, request: _Request, completion: _Completion, delta: RequestDelta) -> None:
+        if delta.prompt_logprobs:
+            request.prompt_logprobs += map(self._logprobs, delta.prompt_logprobs)
+            return
         if completion.index == 0 and not completion.token_ids:
             request.num_cached_tokens = delta.num_cached_tokens
         hidden = self._hidden_token(request.params, delta)

@@ -22,6 +22,7 @@ from shuteye.config import EngineConfig
 from shuteye.engine.messages import Connected, FromEngine, Ready, Shutdown, ToEngine
 from shuteye.engine.pulse import LOOK_S, HangWatch, Pulse
 from shuteye.engine.rendezvous import Rendezvous
+from shuteye.engine.surprises import refusal
 from shuteye.errors import EngineDead, InvalidRequest, ShuteyeError
 from shuteye.executors.wire import Decoder, bind_pair, encode
 
@@ -118,15 +119,18 @@ class ProcessLink:
         """Deliver a message to the engine.
 
         Raises:
-            InvalidRequest: a value in it is of another type than it should be; the engine would end over it.
+            InvalidRequest: a value in it cannot be sent, or is of another type than it should be; the engine would end
+                over it.
         """
         if self._closing:
             return
         try:
             frame = encode(message)
             self._checker.decode(frame)
-        except (msgspec.ValidationError, TypeError, OverflowError) as error:
+        except (msgspec.ValidationError, TypeError) as error:
             raise InvalidRequest(f"A value cannot be sent to the engine: {error}.") from error
+        except Exception as error:
+            raise refusal(error, "The request") from error
         self._socket.send(frame)
 
     async def close(self) -> None:

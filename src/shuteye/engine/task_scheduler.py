@@ -147,6 +147,10 @@ def open_scheduler(
         enable_prefix_caching=config.enable_prefix_caching,
     )
     grammars = Grammars(
-        tokenizer_dir=facts.tokenizer_dir, vocab_size=facts.vocab_size, eos_token_ids=facts.eos_token_ids
+        tokenizer_dir=facts.tokenizer_dir,
+        vocab_size=facts.vocab_size,
+        eos_token_ids=facts.eos_token_ids,
+        max_bytes=config.max_grammar_bytes,
+        timeout_s=config.grammar_timeout_s,
     )
     return ConstrainedScheduler(scheduler, grammars, report=report)

@@ -23,6 +23,8 @@ def settled(params: SamplingParams, tokenizer: Tokenizer, *, vocab_size: int) ->
         return params
     _require_known(params.logit_bias or (), vocab_size, param="logit_bias")
     _require_known(params.allowed_token_ids or (), vocab_size, param="allowed_token_ids")
+    if params.allowed_token_ids is not None:
+        params = replace(params, allowed_token_ids=tuple(dict.fromkeys(params.allowed_token_ids)))
     bad = [sequence for word in params.bad_words for sequence in _spellings(word, tokenizer)]
     return replace(params, bad_token_ids=tuple(bad))
 
@@ -40,6 +42,8 @@ def _spellings(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """A word's tokens at the beginning of a text, and within one if they differ in the first token only (as vLLM)."""
     opening = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
     within = tuple(tokenizer.encode(f" {word.lstrip()}", add_special_tokens=False))
+    if not opening:
+        raise InvalidRequest(f"bad_words has {word!r}, which is no token of this model.", param="bad_words")
     if len(within) == len(opening) and within[0] != opening[0]:
         return [opening, within]
     return [opening]

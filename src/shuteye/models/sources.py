@@ -114,8 +114,8 @@ def resolve_source(
         ModelNotFound: nothing of that name; the message says what was tried.
         UnsupportedModel: it was found, but not in a format that can be read.
     """
-    path = Path(model).expanduser()
-    if path.exists():
+    path = _existing(model)
+    if path is not None:
         return _local(path)
     if model in ALIASES:
         return _alias(model, revision=revision, cache_dir=cache_dir, offline=offline, progress=progress or NoProgress())
@@ -126,6 +126,15 @@ def resolve_source(
             param="model",
         )
     return _hub(model, model, revision=revision, offline=offline, progress=progress or NoProgress())
+
+
+def _existing(name: str) -> Path | None:
+    """The path of this name, if there is one."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # no path here can have this name: too long, a NUL, an unknown user
+        return None
 
 
 def _local(path: Path) -> ModelSource:

@@ -75,7 +75,10 @@ def open_tensors(path: str) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
 
 
 def _files_of(path: Path) -> list[Path]:
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    try:
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"The path cannot be read on the server's host: {error}.", param="path") from error
     if not files:
         raise InvalidRequest(f"There is no .safetensors file in {path} on the server's host.", param="path")
     return files
@@ -84,7 +87,7 @@ def _files_of(path: Path) -> list[Path]:
 def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InvalidRequest(f"{path} cannot be read on the server's host: {error}.", param="path") from error
     except SafetensorError as error:
         raise InvalidRequest(f"{path} is not a safetensors file: {error}.", param="path") from error

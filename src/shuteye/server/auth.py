@@ -17,6 +17,7 @@ from shuteye.errors import AuthenticationFailed, PermissionRefused
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import context_of
 from shuteye.server.hosts import host_name
+from shuteye.server.json_body import JsonRequest
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -37,8 +38,9 @@ class ControlRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def checked(request: Request) -> Response:
-            _require_admin_key(request, context_of(request).config)
-            return await handle(request)
+            config = context_of(request).config
+            _require_admin_key(request, config)
+            return await handle(_with_json(request, config))
 
         return checked
 
@@ -47,10 +49,15 @@ def behind_inference_key(handle: Handler) -> Handler:
     """`handle`, called only for requests that carry a key that opens inference routes."""
 
     async def checked(request: Request) -> Response:
-        _require_inference_key(request, context_of(request).config)
-        return await handle(request)
+        config = context_of(request).config
+        _require_inference_key(request, config)
+        return await handle(_with_json(request, config))
 
     return checked
+
+
+def _with_json(request: Request, config: ServerConfig) -> JsonRequest:
+    return JsonRequest(request.scope, request.receive, max_bytes=config.max_json_bytes)
 
 
 def control_routes_exist(config: ServerConfig) -> bool:

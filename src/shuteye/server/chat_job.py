@@ -11,6 +11,7 @@ from typing import Any
 
 from shuteye.errors import InvalidRequest
 from shuteye.request import SamplingParams
+from shuteye.server.budget import require_prompt_tokens, require_sequences
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
 from shuteye.server.generation import Job, Prompt, require_room
@@ -54,6 +55,8 @@ async def chat_job(context: ServerContext, request_id: str, body: ChatBody) -> C
     limit = body.token_limit
     kept = truncation_of(body, max_model_len=info.max_model_len, max_tokens=limit).of(token_ids)
     require_room(len(kept), limit, info.max_model_len)
+    require_sequences(context.config, body.n or 1, param="n")
+    require_prompt_tokens(len(kept) * (body.n or 1), param="n")
     reading = _reading(context.config, tokenizer, text, has_tools=bool(tools))
     params = body.sampling_params(info.default_sampling, max_tokens=limit, logprobs=body.num_logprobs)
     params = _obliged(params, body, forced(tools, body.tool_choice), reading, tokenizer)

@@ -17,6 +17,11 @@ from shuteye.server.reading.tool_formats import ToolFormat
 
 ToolCallParser = Literal["auto"] | ToolFormat
 
+_POSITIVE = (
+    "max_body_bytes", "max_json_bytes", "max_request_sequences", "max_audio_s", "max_waiting_audio_s",
+    "max_header_count", "max_header_bytes",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
@@ -33,7 +38,10 @@ class ServerConfig:
         allowed_methods, allowed_headers: what those pages may use.
         allow_credentials: whether those pages may send cookies and the like.
         max_body_bytes: larger request bodies are answered with 413.
+        max_json_bytes: larger bodies in JSON are, too: the event loop parses them, and does nothing else meanwhile.
+        max_request_sequences: prompts times n, inputs, or pairs, of one request.
         max_audio_s: longer recordings are answered with 400.
+        max_waiting_audio_s: of all recordings that are at work or wait.
         max_header_count, max_header_bytes: more or larger request headers are answered with 431.
         engine_restarts: how often a dead engine is restarted within ten minutes before the server ends.
         engine_restart_delay_s: before the first of these restarts; twice as long before every further one.
@@ -59,7 +67,10 @@ class ServerConfig:
     allowed_headers: tuple[str, ...] = ("*",)
     allow_credentials: bool = False
     max_body_bytes: int = 32 * 1024 * 1024
+    max_json_bytes: int = 4 * 1024 * 1024
+    max_request_sequences: int = 2048
     max_audio_s: float = 3600.0
+    max_waiting_audio_s: float = 4 * 3600.0
     max_header_count: int = 128
     max_header_bytes: int = 64 * 1024
     engine_restarts: int = 3
@@ -83,7 +94,7 @@ class ServerConfig:
                 "admin_api_key equals api_key, but an inference key must never open a control route: choose another.",
                 param="admin_api_key",
             )
-        for name in ("max_body_bytes", "max_audio_s", "max_header_count", "max_header_bytes"):
+        for name in _POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidRequest(f"{name} must be a positive number, got {getattr(self, name)}.", param=name)
         for name in ("shutdown_grace_s", "engine_restarts", "engine_restart_delay_s"):

@@ -6,13 +6,15 @@ Knows nothing of HTTP beyond where an app keeps its state.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, cast
 
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
-from shuteye.errors import ModelNotFound
+from shuteye.errors import ModelNotFound, QueueFull
 from shuteye.server.config import ServerConfig
 from shuteye.server.engine_protocol import ServedEngine
 from shuteye.server.metrics import Metrics
@@ -34,6 +36,28 @@ class Stopping:
     begun: bool = False
 
 
+@dataclass(slots=True)
+class AudioInFlight:
+    """How much decoded audio requests hold; a small file may be an hour, which takes 230 MB."""
+
+    seconds: float = 0.0
+
+    @contextmanager
+    def holding(self, seconds: float, *, limit_s: float) -> Iterator[None]:
+        """Count a recording for as long as this lasts.
+
+        Raises:
+            QueueFull: there is too much at work already; a recording alone is always taken.
+        """
+        if self.seconds > 0 and self.seconds + seconds > limit_s:
+            raise QueueFull(f"Recordings of {self.seconds:,.0f} seconds are waiting already; try again later.")
+        self.seconds += seconds
+        try:
+            yield
+        finally:
+            self.seconds -= seconds
+
+
 @dataclass(frozen=True, slots=True)
 class ServerContext:
     """One app's share of the world; made by `create_app`, kept in `app.state.context`."""
@@ -44,6 +68,7 @@ class ServerContext:
     tracer: Tracer | None = None
     loading: Loading = field(default_factory=Loading)
     stopping: Stopping = field(default_factory=Stopping)
+    audio: AudioInFlight = field(default_factory=AudioInFlight)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

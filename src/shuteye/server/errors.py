@@ -6,6 +6,7 @@ Knows nothing of routes or engines.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -128,8 +129,15 @@ def _message(error: Mapping[str, Any], param: str | None) -> str:
 
 
 def _shortened(value: object, limit: int = 80) -> str:
-    text = repr(value)
+    text = repr(value[:limit]) if isinstance(value, bytes) else _SHORT.repr(value)
     return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 4
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 40
+_SHORT.maxstring = _SHORT.maxother = 120
+"""Looks no further into a value than is shown."""
 
 
 # --- handlers -----------------------------------------------------------------------------------

@@ -19,6 +19,9 @@ from shuteye.server.context import ServerContext
 
 _RUNS = itertools.count(1)
 
+STARTED_AT_ONCE = 16
+"""Prompts of one request that are submitted before the event loop turns to others."""
+
 T = TypeVar("T")
 
 Step = tuple[int, RequestOutput]
@@ -99,9 +102,13 @@ async def _run_one(context: ServerContext, job: Job, index: int) -> AsyncGenerat
 
 async def _merge(sources: Sequence[AsyncGenerator[Step, None]]) -> AsyncGenerator[Step, None]:
     queue: asyncio.Queue[Step | int] = asyncio.Queue()  # an int says which source ended
-    tasks = [asyncio.create_task(_pump(index, source, queue)) for index, source in enumerate(sources)]
-    running = len(tasks)
+    tasks: list[asyncio.Task[None]] = []
+    running = len(sources)
     try:
+        for index, source in enumerate(sources):
+            tasks.append(asyncio.create_task(_pump(index, source, queue)))
+            if len(tasks) % STARTED_AT_ONCE == 0:  # submitting takes a while, and others are to be served in between
+                await asyncio.sleep(0)
         while running:
             item = await queue.get()
             if isinstance(item, int):

@@ -1,4 +1,4 @@
-"""Refuses requests whose headers are too many or too large with 431, before anything looks at them.
+"""Refuses requests whose head, the request line and headers, is too large with 431, before anything looks at it.
 
 Knows nothing of routes; plain ASGI. The parser below bounds what it buffers by itself.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class HeaderLimit:
-    """ASGI middleware: at most `max_count` headers, of at most `max_bytes` together."""
+    """ASGI middleware: at most `max_count` headers, of at most `max_bytes` together with the request line."""
 
     def __init__(self, app: ASGIApp, *, max_count: int, max_bytes: int) -> None:
         self.app = app
@@ -27,9 +27,14 @@ class HeaderLimit:
         if scope["type"] != "http":
             return self.app(scope, receive, send)
         headers = scope["headers"]
-        nbytes = sum(len(name) + len(value) for name, value in headers)
+        nbytes = _request_line_bytes(scope) + sum(len(name) + len(value) for name, value in headers)
         if len(headers) > self.max_count or nbytes > self.max_bytes:
-            seen = f"{len(headers)} headers of {nbytes:,} bytes in all"
+            seen = f"{len(headers)} headers of {nbytes:,} bytes in all, with the request line"
             refusal = http_error(431, f"{seen}; the limits are {self.max_count} and {self.max_bytes:,}.")
             return refusal(scope, receive, send)
         return self.app(scope, receive, send)
+
+
+def _request_line_bytes(scope: Scope) -> int:
+    """Of method and address."""
+    return len(scope["method"]) + len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])

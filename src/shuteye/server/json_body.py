@@ -1,63 +1,91 @@
-"""Reads JSON bodies of control calls, which may say the same as the query.
+"""JSON bodies as this server takes them: of bounded length, depth and number of parts; UTF-8, and strictly JSON.
 
-Knows nothing of what the calls do.
+Knows nothing of fields. Whatever comes after may walk through a body, show it or send it on, without surprises.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import json
+import re
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
 
 from shuteye.errors import InvalidRequest
-from shuteye.server.errors import invalid_request
 
-Model = TypeVar("Model", bound=BaseModel)
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope
+
+MAX_DEPTH = 128
+"""Arrays and objects within each other; Python's own functions give up at about 1,000."""
+
+MAX_CONTAINERS = 50_000
+"""Arrays and objects in all: each costs the event loop some microseconds until it is validated."""
+
+_NOT_STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[^][{}"]++', re.DOTALL)
+"""Strings, closed or not, and all other bytes that are no brackets: what remains is the structure."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def media_type(request: Request) -> str:
-    """The Content-Type without its parameters, in lower case; empty if there is none."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+class JsonRequest(Request):
+    """A request whose `json()` refuses what `parsed` refuses, for routes that have FastAPI read their body."""
+
+    def __init__(self, scope: Scope, receive: Receive, *, max_bytes: int) -> None:
+        super().__init__(scope, receive)
+        self._max_bytes = max_bytes
+
+    async def json(self) -> Any:
+        """The body; FastAPI passes on HTTP's own errors, and would turn ours into one without a reason."""
+        if not hasattr(self, "_json"):
+            try:
+                self._json = parsed(await self.body(), max_bytes=self._max_bytes)
+            except InvalidRequest as error:
+                raise HTTPException(400, error.message) from error
+        return self._json
 
 
-def read_json(model: type[Model], content: bytes) -> Model:
-    """`content` as a `model`; values must have its types, as JSON can say them.
+def parsed(body: bytes, *, max_bytes: int | None = None, what: str = "The body") -> Any:
+    """What the body, or some other text that errors call `what`, says.
 
     Raises:
-        InvalidRequest: it is none; `param` names the field.
+        HTTPException: 413, it is longer than `max_bytes`.
+        InvalidRequest: it is not JSON, or has more parts or more depth than can be looked through in time.
     """
+    if max_bytes is not None and len(body) > max_bytes:
+        raise HTTPException(413, f"The JSON has {len(body):,} bytes, over the limit of {max_bytes:,} bytes.")
+    _check_structure(body, what)
     try:
-        return model.model_validate_json(content, strict=True)
-    except ValidationError as error:
-        raise invalid_request([one | {"loc": ("body", *one["loc"])} for one in error.errors()]) from error
-
-
-async def with_body(query: Model, request: Request) -> Model:
-    """`query`, and what the JSON body says in its place; no body, or an empty one, says nothing.
-
-    Raises:
-        InvalidRequest: the body is no JSON object of these fields, or contradicts the query.
-    """
-    content = await request.body()
-    if not content:
-        return query
-    kind = media_type(request)
-    if kind != "application/json":
+        found = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        if _SURROGATE.search(body):
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{what} is not valid JSON: {error}.") from error
+    except UnicodeEncodeError as error:
         raise InvalidRequest(
-            f"The body must be a JSON object with Content-Type: application/json, got Content-Type: {kind or 'none'}. "
-            "Parameters may also be sent in the query, without a body."
-        )
-    body = read_json(type(query), content)
-    for name in sorted(query.model_fields_set & body.model_fields_set):
-        in_query, in_body = getattr(query, name), getattr(body, name)
-        if in_query != in_body:
-            raise InvalidRequest(
-                f"{name} is {in_query!r} in the query and {in_body!r} in the body; send one of them.", param=name
-            )
-    return query.model_copy(update={name: getattr(body, name) for name in body.model_fields_set})
+            f"{what} has text that is no Unicode: half of a surrogate pair ({error.object[error.start]!r})."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(f"{what} is not valid JSON: {error.msg} at character {error.pos}.") from error
+    except ValueError as error:  # a constant, or a number of thousands of digits
+        raise InvalidRequest(f"{what} is not valid JSON: {error}.") from error
+    return found
 
 
-def documented_body(model: type[BaseModel]) -> dict[str, Any]:
-    """What OpenAPI is to say of a body that may take the query's place."""
-    return {"requestBody": {"content": {"application/json": {"schema": model.model_json_schema()}}}}
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _check_structure(body: bytes, what: str) -> None:
+    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:  # most bodies: strings need not be told from structure
+        return
+    structure = _NOT_STRUCTURE.sub(b"", body)
+    count = structure.count(b"[") + structure.count(b"{")
+    if count > MAX_CONTAINERS:
+        raise InvalidRequest(f"{what} has {count:,} arrays and objects; at most {MAX_CONTAINERS:,} are taken.")
+    depth = 0
+    for bracket in structure:
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise InvalidRequest(f"{what} is nested more than {MAX_DEPTH} arrays and objects deep.")

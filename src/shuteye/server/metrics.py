@@ -27,6 +27,9 @@ logger = logging.getLogger("shuteye.requests")
 LATENCY_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
 REQUEST_BUCKETS_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0)
 TRANSITION_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""Those that may be a label; each series takes memory for ever, so that no caller may make one up."""
+
 TOKEN_BUCKETS = tuple(float(2**power) for power in range(18))
 
 CALL, REQUEST = "call", "request"
@@ -126,9 +129,10 @@ class Metrics:
     # --- requests -------------------------------------------------------------------------------
 
     def count_answer(self, scope: Scope, status: int) -> None:
-        """An HTTP request is being answered; paths that no route has are counted together."""
+        """An HTTP request is being answered; paths that no route has are counted together, as are unusual methods."""
         path = getattr(scope.get("route"), "path", "other")
-        self._answers.labels(self._model, scope["method"] if path != "other" else "", path, str(status)).inc()
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._answers.labels(self._model, "" if path == "other" else method, path, str(status)).inc()
 
     @contextmanager
     def request(self) -> Iterator[RequestTimer]:

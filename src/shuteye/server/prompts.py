@@ -16,15 +16,12 @@ from shuteye.server.protocol.fields import GenerationBody
 from shuteye.server.protocol.messages import Message
 from shuteye.server.protocol.tools import Tool
 from shuteye.server.tool_prompting import in_plain_words
-from shuteye.tokenizer import Tokenizer
-
-LONG_TEXT = 8192
-"""Characters beyond which encoding (about 1 µs each) moves to a thread; tokenizers releases the GIL."""
+from shuteye.tokenizer import LONG_TEXT, Tokenizer
 
 
-async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text."""
-    if len(text) > LONG_TEXT:
+async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, one_of_many: bool = False) -> list[int]:
+    """Token ids of a text; `one_of_many` leaves the event loop for a short one, too."""
+    if one_of_many or len(text) > LONG_TEXT:
         return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
     return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
@@ -67,6 +64,7 @@ async def prompt_of(
     add_special_tokens: bool,
     want_text: bool,
     truncation: Truncation,
+    one_of_many: bool = False,
 ) -> Prompt:
     """A prompt as the engine takes it; `want_text` decodes one that came as ids, or was cut.
 
@@ -74,7 +72,7 @@ async def prompt_of(
         InvalidRequest: it has no tokens, or a token id that the model does not know.
     """
     if isinstance(given, str):
-        encoded = await encode(tokenizer, given, add_special_tokens=add_special_tokens)
+        encoded = await encode(tokenizer, given, add_special_tokens=add_special_tokens, one_of_many=one_of_many)
         require_tokens(encoded)
         kept = truncation.of(encoded)
         if kept is encoded:
@@ -101,11 +99,12 @@ def require_known(token_ids: Sequence[int], vocab_size: int, *, param: str) -> N
     Raises:
         InvalidRequest: names the first such id.
     """
-    for token_id in token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise InvalidRequest(
-                f"Token id {token_id} is not in the vocabulary; ids go from 0 to {vocab_size - 1}.", param=param
-            )
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return
+    unknown = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+    raise InvalidRequest(
+        f"Token id {unknown} is not in the vocabulary; ids go from 0 to {vocab_size - 1}.", param=param
+    )
 
 
 async def render_chat(
@@ -170,6 +169,7 @@ async def _rendered(
     tokenizer: Tokenizer,
     conversation: Sequence[Mapping[str, Any]],
     messages: Sequence[Message],
+    /,
     *,
     add_generation_prompt: bool,
     **template_kwargs: Any,

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from shuteye.errors import InvalidRequest
 from shuteye.server.protocol.fields import GenerationBody, one_message
+from shuteye.server.protocol.lists import Many
 from shuteye.server.protocol.messages import Message
 from shuteye.server.protocol.tools import NamedToolChoice, Tool
 
@@ -20,16 +21,16 @@ CHOICES = "'none', 'auto', 'required' or a function's name in an object"
 class ChatBody(GenerationBody):
     """The request, with vLLM's extra fields."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
     reasoning_effort: str | None = None
-    documents: list[dict[str, str]] | None = None
+    documents: Many[dict[str, str]] | None = None
     echo: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,10 +16,10 @@ from shuteye.outputs import CompletionOutput, Logprob
 from shuteye.request import MAX_LOGPROBS
 from shuteye.server.generation import Prompt
 from shuteye.server.protocol.fields import GenerationBody, one_message
+from shuteye.server.protocol.lists import Many
 from shuteye.server.protocol.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs_json
 from shuteye.server.protocol.transcript import Transcript
 
-MAX_PROMPTS = 2048
 DEFAULT_MAX_TOKENS = 16
 PROMPT_FORMS = "a string, a list of strings, a list of token ids or a list of lists of token ids, none of them empty"
 
@@ -27,7 +27,7 @@ PROMPT_FORMS = "a string, a list of strings, a list of token ids or a list of li
 class CompletionBody(GenerationBody):
     """The request, with vLLM's extra fields."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(default=None, ge=1, le=128)
@@ -58,21 +58,20 @@ class CompletionBody(GenerationBody):
         """One prompt per completion asked for, whatever form they came in.
 
         Raises:
-            InvalidRequest: a prompt is empty, or there are too many.
+            InvalidRequest: a prompt is empty.
         """
         prompts = _listed(self.prompt)
         if not prompts or not all(prompts):
             raise InvalidRequest(f"prompt must be {PROMPT_FORMS}.", param="prompt")
-        if len(prompts) > MAX_PROMPTS:
-            raise InvalidRequest(f"At most {MAX_PROMPTS} prompts per request, got {len(prompts)}.", param="prompt")
         return prompts
 
 
 def _listed(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
-    ids = [item for item in prompt if isinstance(item, int)]
-    return [ids] if ids else [item for item in prompt if not isinstance(item, int)]
+    if prompt and isinstance(prompt[0], int):  # all of them are: validated, and too many to look at again
+        return [prompt]
+    return list(cast("list[str] | list[list[int]]", prompt))
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError, ValidationError
 
 from shuteye.errors import InvalidRequest
 from shuteye.request import SamplingParams
+from shuteye.server.protocol.lists import Many
 from shuteye.server.protocol.structure import StructureFields
 
 HARMLESS = frozenset(
@@ -108,8 +109,8 @@ class GenerationBody(StructureFields):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Many[str] | None = None
+    stop_token_ids: Many[int] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: int | None = None
@@ -118,8 +119,8 @@ class GenerationBody(StructureFields):
     spaces_between_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    allowed_token_ids: Many[int] | None = None
+    bad_words: Many[str] | None = None
     prompt_logprobs: int | None = None
     priority: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)

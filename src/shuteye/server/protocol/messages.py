@@ -5,14 +5,15 @@ Knows nothing of templates; what cannot be shown to the model is refused by name
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from shuteye.errors import InvalidRequest
+from shuteye.server.json_body import parsed
 from shuteye.server.protocol.fields import one_message
+from shuteye.server.protocol.lists import Many
 from shuteye.server.protocol.tools import ToolCall
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -52,9 +53,9 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Role
-    content: str | list[TextPart]
+    content: str | Many[TextPart]
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -94,9 +95,9 @@ class Message(BaseModel):
 def _arguments(text: str) -> Any:
     """Arguments as an object, which templates write in their own way."""
     try:
-        return json.loads(text or "{}")
-    except ValueError as error:
-        raise InvalidRequest(f"The arguments of a tool call are not JSON: {error}.", param="messages") from error
+        return parsed((text or "{}").encode(), what="The text of a tool call's arguments")
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, param="messages") from error
 
 
 def _says_nothing(name: str, value: object) -> bool:

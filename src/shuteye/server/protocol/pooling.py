@@ -15,6 +15,7 @@ from shuteye.errors import InvalidRequest
 from shuteye.outputs import EmbeddingOutput, EmbeddingRequestOutput, ScoringRequestOutput
 from shuteye.request import PoolingParams
 from shuteye.server.protocol.fields import one_message, settle_unsupported
+from shuteye.server.protocol.lists import Many
 
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "cache_salt": (), "chat_template": (), "chat_template_kwargs": (), "embed_dtype": ("float32",),
@@ -24,7 +25,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 }  # fmt: skip
 """Fields that would change the answer, each with the values that ask for nothing; null is always one."""
 
-Text = str | list[str]
+Text = str | Many[str]
 
 
 class PoolingFields(BaseModel):
@@ -56,7 +57,7 @@ class PoolingFields(BaseModel):
 class EmbeddingBody(PoolingFields):
     """POST /v1/embeddings."""
 
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | Many[str] | Many[int] | Many[Many[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     add_special_tokens: bool | None = None
@@ -171,7 +172,7 @@ class RerankBody(PoolingFields):
     """POST /rerank, /v1/rerank and /v2/rerank; `top_n` 0 or null keeps all."""
 
     query: str
-    documents: list[str | RankedDocument] = Field(min_length=1)
+    documents: Many[str | RankedDocument] = Field(min_length=1)
     top_n: int | None = Field(default=None, ge=0)
     return_documents: bool | None = None
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from shuteye.errors import InvalidRequest
 from shuteye.server.protocol.chat import ChatBody
 from shuteye.server.protocol.fields import one_message
+from shuteye.server.protocol.lists import Many
 
 HARMLESS = frozenset({"user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
 """Fields that change nothing in what is generated."""
@@ -45,7 +46,7 @@ def _as_parts(content: Any) -> Any:
     return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
 
 
-_Parts = Annotated[list[_Part], BeforeValidator(_as_parts)]
+_Parts = Annotated[Many[_Part], BeforeValidator(_as_parts)]
 
 
 class _Item(BaseModel):
@@ -149,7 +150,7 @@ class ResponsesBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    input: Annotated[list[_Item], BeforeValidator(_as_items)] = Field(min_length=1, json_schema_extra=_or_text)
+    input: Annotated[Many[_Item], BeforeValidator(_as_items)] = Field(min_length=1, json_schema_extra=_or_text)
     model: str | None = None
     instructions: str | None = None
     metadata: dict[str, str] | None = None
@@ -158,7 +159,7 @@ class ResponsesBody(BaseModel):
     stream_options: _StreamOptions | None = None
     text: _Text | None = None
     reasoning: _Reasoning | None = None
-    tools: list[_Function] | None = None
+    tools: Many[_Function] | None = None
     tool_choice: Literal["none", "auto", "required"] | _NamedFunction | None = None
     parallel_tool_calls: bool | None = None
     temperature: float | None = None
@@ -166,8 +167,8 @@ class ResponsesBody(BaseModel):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Many[str] | None = None
+    stop_token_ids: Many[int] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     repetition_penalty: float | None = None

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shuteye.errors import InvalidRequest
 from shuteye.request import StructuredOutputsParams
+from shuteye.server.protocol.lists import Many
 
 GUIDED: Mapping[str, str] = {
     "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
@@ -62,7 +63,7 @@ class StructuredOutputs(BaseModel):
     wanted_json: str | dict[str, Any] | None = Field(default=None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Many[str] | None = None
     grammar: str | None = None
     disable_any_whitespace: bool | None = None
     disable_additional_properties: Literal[False] | None = None
@@ -94,7 +95,7 @@ class StructureFields(BaseModel):
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Many[str] | None = None
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
 

@@ -5,6 +5,7 @@ Knows nothing of how tokens are made, nor of how answers are written.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
@@ -12,11 +13,13 @@ from fastapi import APIRouter, Request, Response
 from shuteye.request import SamplingParams
 from shuteye.server.admission import ModelRoute, require_task
 from shuteye.server.answer import answer_stream, answer_whole, new_request_id
+from shuteye.server.budget import require_prompt_tokens, require_sequences
 from shuteye.server.context import Context, ServerContext
 from shuteye.server.generation import Job, Prompt, require_room
 from shuteye.server.prompts import prompt_of, truncation_of
 from shuteye.server.protocol.completions import DEFAULT_MAX_TOKENS, CompletionBody, CompletionShape
 from shuteye.server.protocol.logprobs import TokenNames
+from shuteye.tokenizer import LONG_TEXT
 
 router = APIRouter(route_class=ModelRoute)
 
@@ -44,7 +47,11 @@ async def completions(request: Request, body: CompletionBody, context: Context) 
 
 async def _job(body: CompletionBody, context: ServerContext) -> Job:
     info = context.engine.info
-    prompts = await _prompts(body, context)
+    n = max(body.n or 1, body.best_of or 1)
+    given = body.prompts
+    require_sequences(context.config, len(given) * n, param="n" if len(given) == 1 else "prompt")
+    prompts = await _prompts(body, given, context)
+    require_prompt_tokens(sum(len(prompt.token_ids) for prompt in prompts) * n, param="prompt")
     longest = max(len(prompt.token_ids) for prompt in prompts)
     max_tokens = 1 if body.echoes_only else body.max_tokens
     if max_tokens is None:
@@ -64,20 +71,24 @@ def _ranked(body: CompletionBody, params: SamplingParams) -> tuple[SamplingParam
     return replace(params, n=body.best_of, logprobs=params.logprobs or 0), params.n
 
 
-async def _prompts(body: CompletionBody, context: ServerContext) -> tuple[Prompt, ...]:
+async def _prompts(
+    body: CompletionBody, given: Sequence[str | list[int]], context: ServerContext
+) -> tuple[Prompt, ...]:
     truncation = truncation_of(
         body, max_model_len=context.engine.info.max_model_len, max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS
     )
+    many = sum(map(len, given)) > LONG_TEXT
     return tuple(
         [
             await prompt_of(
                 context.engine.tokenizer,
-                given,
+                prompt,
                 vocab_size=context.engine.info.vocab_size,
                 add_special_tokens=body.add_special_tokens is not False,
                 want_text=body.echo is True,
                 truncation=truncation,
+                one_of_many=many,
             )
-            for given in body.prompts
+            for prompt in given
         ]
     )

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 from shuteye.outputs import EmbeddingRequestOutput
 from shuteye.server.admission import ModelRoute, needs_task
 from shuteye.server.answer import new_request_id
+from shuteye.server.budget import require_sequences
 from shuteye.server.context import Context, ServerContext
 from shuteye.server.disconnect import until_disconnect
 from shuteye.server.protocol.chunks import encode_json
@@ -40,9 +41,9 @@ async def _answer(
     request: Request, body: EmbeddingBody, context: ServerContext, *, prefix: str, write: Write
 ) -> Response:
     model, request_id, created = context.served_name(body.model), new_request_id(prefix), int(time.time())
-    work = context.engine.embed(
-        body.inputs, body.pooling_params(), add_special_tokens=body.add_special_tokens is not False
-    )
+    inputs = body.inputs
+    require_sequences(context.config, len(inputs), param="input")
+    work = context.engine.embed(inputs, body.pooling_params(), add_special_tokens=body.add_special_tokens is not False)
     with context.metrics.request() as timer:
         outputs = await until_disconnect(request.receive, work)
         usage = token_usage(outputs)

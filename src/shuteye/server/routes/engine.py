@@ -15,7 +15,7 @@ from shuteye.errors import InvalidRequest, TransitionConflict
 from shuteye.server.admission import refuse_if_stopping
 from shuteye.server.auth import ControlRoute
 from shuteye.server.context import Context
-from shuteye.server.json_body import with_body
+from shuteye.server.control_body import with_body
 from shuteye.server.routes.sleep import NoQuery
 
 router = APIRouter(route_class=ControlRoute)

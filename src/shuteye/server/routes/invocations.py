@@ -5,7 +5,6 @@ Knows the routes by path alone, and finds them in the app's own table.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from fastapi import APIRouter, Request, Response
 from shuteye.errors import InvalidRequest
 from shuteye.server.admission import ModelRoute
 from shuteye.server.context import Context
+from shuteye.server.json_body import parsed
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
@@ -50,7 +50,7 @@ async def invocations(request: Request, context: Context) -> Response:
         if not fields:  # the task has one route, whatever the body is
             return _PassedOn(path)
     body = await request.body()
-    given = _fields_of(body)
+    given = _fields_of(body, max_bytes=context.config.max_json_bytes)
     for fields, path in targets:
         if fields <= given:
             return _PassedOn(path, body=body)
@@ -58,11 +58,8 @@ async def invocations(request: Request, context: Context) -> Response:
     raise InvalidRequest(f"The model is for the task '{task}': a body needs {known or 'a route, and it has none'}.")
 
 
-def _fields_of(body: bytes) -> frozenset[str]:
-    try:
-        found = json.loads(body)
-    except ValueError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from error
+def _fields_of(body: bytes, *, max_bytes: int) -> frozenset[str]:
+    found = parsed(body, max_bytes=max_bytes)
     if not isinstance(found, dict):
         raise InvalidRequest("The body must be a JSON object.")
     return frozenset(found)

@@ -9,9 +9,11 @@ import time
 
 from fastapi import APIRouter, Request, Response
 
+from shuteye.engine.pooling import as_list
 from shuteye.outputs import ScoringRequestOutput
 from shuteye.server.admission import ModelRoute, needs_task
 from shuteye.server.answer import new_request_id
+from shuteye.server.budget import require_characters, require_sequences
 from shuteye.server.context import Context, ServerContext
 from shuteye.server.disconnect import until_disconnect
 from shuteye.server.protocol.chunks import encode_json
@@ -68,9 +70,17 @@ async def _scores(
     request: Request, context: ServerContext, body: PoolingFields, one: Text, other: Text
 ) -> list[ScoringRequestOutput]:
     context.served_name(body.model)  # an unknown one is refused before anything is computed
+    _require_affordable(context, as_list(one), as_list(other))
     work = context.engine.score(one, other, body.pooling_params())
     with context.metrics.request() as timer:
         outputs = await until_disconnect(request.receive, work)
         count = sum(len(output.prompt_token_ids) for output in outputs)
         timer.finish(num_prompt_tokens=count, scheduled_at=outputs[0].scheduled_at)
     return outputs
+
+
+def _require_affordable(context: ServerContext, queries: list[str], documents: list[str]) -> None:
+    """A model that reads pairs has a single query encoded once for every document."""
+    require_sequences(context.config, max(len(queries), len(documents)), param="documents")
+    times = len(documents) if len(queries) == 1 and context.engine.info.task == "score" else 1
+    require_characters(sum(map(len, queries)) * times + sum(map(len, documents)), param="documents")

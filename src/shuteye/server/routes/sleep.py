@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from shuteye.outputs import SleepReport, WakeReport
 from shuteye.server.auth import ControlRoute
 from shuteye.server.context import Context
-from shuteye.server.json_body import documented_body, with_body
+from shuteye.server.control_body import documented_body, with_body
 
 router = APIRouter(route_class=ControlRoute)
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 from shuteye.errors import InvalidRequest
 from shuteye.server.auth import InferenceRoute
 from shuteye.server.context import Context
-from shuteye.server.prompts import LONG_TEXT, encode, render_chat, require_known
+from shuteye.server.prompts import encode, render_chat, require_known
+from shuteye.server.protocol.chunks import encode_json
+from shuteye.server.protocol.lists import Many
 from shuteye.server.protocol.messages import Message
+from shuteye.tokenizer import LONG_TEXT, Tokenizer
 
 router = APIRouter(route_class=InferenceRoute)
 
@@ -36,7 +39,7 @@ class TokenizeBody(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1)
+    messages: Many[Message] | None = Field(default=None, min_length=1)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -55,11 +58,11 @@ class DetokenizeBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Many[int]
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeBody, context: Context) -> dict[str, Any]:
+@router.post("/tokenize", response_model=None)
+async def tokenize(body: TokenizeBody, context: Context) -> Response:
     """Token ids of a text; special tokens are added to a text by default, to a rendered conversation not."""
     context.served_name(body.model)
     tokenizer = context.engine.tokenizer
@@ -74,12 +77,19 @@ async def tokenize(body: TokenizeBody, context: Context) -> dict[str, Any]:
     assert text is not None
     add_special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     tokens = await encode(tokenizer, text, add_special_tokens=add_special)
-    return {
+    answer = {
         "count": len(tokens),
         "max_model_len": context.engine.info.max_model_len,
         "tokens": tokens,
-        "token_strs": [tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None,
+        "token_strs": await _spelled(tokenizer, tokens) if body.return_token_strs else None,
     }
+    return Response(encode_json(answer), media_type="application/json")
+
+
+async def _spelled(tokenizer: Tokenizer, tokens: list[int]) -> list[str | None]:
+    if len(tokens) > LONG_TEXT:
+        return await asyncio.to_thread(lambda: [tokenizer.id_to_token(token) for token in tokens])
+    return [tokenizer.id_to_token(token) for token in tokens]
 
 
 @router.post("/detokenize")

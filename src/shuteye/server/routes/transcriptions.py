@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.datastructures import FormData
 from starlette.requests import ClientDisconnect
 
-from shuteye.audio import decode
+from shuteye.audio import SAMPLE_BYTES, SAMPLE_RATE, decode
 from shuteye.errors import InvalidRequest
 from shuteye.outputs import Transcription
 from shuteye.request import OutputKind, TranscribeParams
@@ -110,7 +110,11 @@ async def _run(context: ServerContext, job: _Job, output_kind: OutputKind) -> As
         "AsyncGenerator[Transcription, None]",
         context.engine.transcribe(job.pcm, job.params, prompt=job.prompt, request_id=None, output_kind=output_kind),
     )
-    with context.metrics.request() as timer:
+    seconds = len(job.pcm) / SAMPLE_BYTES / SAMPLE_RATE
+    with (
+        context.metrics.request() as timer,
+        context.audio.holding(seconds, limit_s=context.config.max_waiting_audio_s),
+    ):
         async with aclosing(outputs):
             async for output in outputs:
                 if output.finished:

@@ -16,8 +16,8 @@ from shuteye.outputs import UpdateReport
 from shuteye.server.auth import ControlRoute
 from shuteye.server.body_limit import limited
 from shuteye.server.context import Context, ServerContext
+from shuteye.server.control_body import media_type, read_json
 from shuteye.server.disconnect import unabandoned
-from shuteye.server.json_body import media_type, read_json
 from shuteye.server.routes.sleep import NoQuery
 from shuteye.server.uploads import received_file
 
