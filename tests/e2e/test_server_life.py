@@ -154,8 +154,8 @@ def test_ctrl_c_does_not_wait_for_ever(mortal_servers):
     began = time.monotonic()
     (stream,), held = asyncio.run(scenario())
     assert time.monotonic() - began < 6
-    assert (stream.error["type"], stream.finish_reason, stream.ended) == ("EngineDeadError", None, True)
-    assert (held.status, held.error["type"]) == (503, "EngineDeadError")
+    assert (stream.error["type"], stream.finish_reason, stream.ended) == ("ServerStoppingError", None, True)
+    assert (held.status, held.error["type"]) == (503, "ServerStoppingError")
     assert server.ended(within_s=8) == 0
     assert not is_running(server.engine_pid)
 
@@ -173,7 +173,7 @@ def test_a_second_ctrl_c_does_not_wait(mortal_servers):
             return await ends()
 
     (stream,) = asyncio.run(scenario())
-    assert (stream.error["type"], stream.finish_reason, stream.ended) == ("EngineDeadError", None, True)
+    assert (stream.error["type"], stream.finish_reason, stream.ended) == ("ServerStoppingError", None, True)
     assert server.ended(within_s=8) == 130
     assert not is_running(server.engine_pid)
 

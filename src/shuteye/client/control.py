@@ -71,7 +71,7 @@ def translated(base_url: str) -> Iterator[None]:
     try:
         yield
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-        raise InvalidRequest(f"{base_url} is not an address like {DEFAULT_URL} ({error}).", param="url") from error
+        raise InvalidRequest(f"{base_url!r} is not an address like {DEFAULT_URL} ({error}).", param="url") from error
     except httpx2.TimeoutException as error:
         raise ServerUnreachable(f"The server at {base_url} did not answer in time ({error!r}).") from error
     except httpx2.TransportError as error:

@@ -107,7 +107,7 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 def _notes(schema: Mapping[str, Any], *, required: bool) -> str:
     default = f"default {schema['default']!r}. " if schema.get("default") is not None else ""
-    return ("required. " if required else default) + str(schema.get("description", ""))
+    return f"{'required. ' if required else default}{schema.get('description', '')}"
 
 
 def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
