@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import faults
+import httpx2
 from events import EVENTS, Stage, bring_awake
 from load import LENGTHS, PROMPTS, History, Load, Truth, ask, learn
 from operator_calls import Operator
@@ -27,6 +28,7 @@ FAULTS_SHARE = 0.15
 """Of the time: without processes, on memory that fails."""
 
 PAUSE_S = (0.5, 4.0)
+MAX_SHOWN = 20
 
 
 def main() -> int:
@@ -47,7 +49,7 @@ def main() -> int:
         violations.append(str(violation))
     finally:
         world.close()
-    for violation in violations:
+    for violation in violations[:MAX_SHOWN]:
         print(f"VIOLATION: {violation}")
     if violations:
         print(
@@ -113,8 +115,8 @@ def break_server(world: World, update: Path, arguments: argparse.Namespace) -> l
                 print(f"  {event.__name__}: {time.monotonic() - begin:.1f} s", flush=True)
                 if time.monotonic() > end or load.violations or operator.violations:
                     break
-    except Violation as violation:
-        violations.append(f"{event.__name__}: {violation}")
+    except (Violation, httpx2.HTTPError) as violation:
+        violations.append(f"{event.__name__}: {type(violation).__name__}: {violation}")
     operator.stop()
     load.stop()
     say("events", happened)

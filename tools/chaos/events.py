@@ -10,9 +10,11 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import httpx2
 from load import History, control
 from operator_calls import Operator
 from world import HANG_S, Violation, World, wait_for
@@ -31,16 +33,6 @@ class Stage:
     operator: Operator
     rng: random.Random
 
-    @contextlib.contextmanager
-    def outage(self) -> Iterator[None]:
-        """Connections may break, and the weights may be the image's afterwards."""
-        begin = time.monotonic()
-        self.history.now(*self.history.current, "image")
-        try:
-            yield
-        finally:
-            self.history.outages.append((begin, time.monotonic() + 1.0))
-
     def start(self) -> None:
         """A new server with any policy; it has the image's weights."""
         flags = ["--on-sleeping-request", self.rng.choice(POLICIES), "--hold-timeout-s", "5"]
@@ -58,7 +50,7 @@ class Stage:
 
 def kill_engine(stage: Stage) -> None:
     """SIGKILL of the engine process: another one takes its place by itself."""
-    with stage.operator.held(), stage.outage():
+    with stage.operator.held(), stage.history.outage():
         old = stage.signal_engine(signal.SIGKILL)
         wait_for(lambda: stage.world.engine_pid not in (None, old), "a new engine process", RECOVERY_S)
         wait_for(lambda: stage.world.health() == 200, "/health 200 after the engine was killed", RECOVERY_S)
@@ -76,7 +68,7 @@ def stop_engine_for_a_moment(stage: Stage) -> None:
 
 def hang_engine(stage: Stage) -> None:
     """SIGSTOP for good: /health says so, and a restart helps."""
-    with stage.operator.held(), stage.outage():
+    with stage.operator.held(), stage.history.outage():
         old = stage.signal_engine(signal.SIGSTOP)
         wait_for(lambda: stage.world.health() == 503, "/health 503 of a hung engine", HANG_S + 20)
         answer = control(stage.world, "/restart_engine")
@@ -90,7 +82,7 @@ def hang_engine(stage: Stage) -> None:
 
 def kill_server(stage: Stage) -> None:
     """SIGKILL of the server: its engine goes too, and nothing is left."""
-    with stage.operator.held(), stage.outage():
+    with stage.operator.held(), stage.history.outage():
         stage.world.kill_server()
         stage.start()
 
@@ -106,7 +98,7 @@ def stop_server_for_a_moment(stage: Stage) -> None:
 
 def end_server(stage: Stage) -> None:
     """SIGTERM under load: a clean end."""
-    with stage.operator.held(), stage.outage():
+    with stage.operator.held(), stage.history.outage():
         stage.world.end_server()
         stage.start()
 
@@ -131,7 +123,7 @@ def run_out_of_disk(stage: Stage) -> None:
 
 def read_only_disk(stage: Stage) -> None:
     """The image is there, and nothing can be written: the server starts, sleeps and wakes."""
-    with stage.operator.held(), stage.outage():
+    with stage.operator.held(), stage.history.outage():
         stage.world.end_server()
         with stage.world.read_only_disk():
             stage.start()
@@ -144,7 +136,7 @@ def read_only_disk(stage: Stage) -> None:
 
 
 def _break_image(stage: Stage, damage: Callable[[str], None]) -> None:
-    with stage.operator.held(), stage.outage():
+    with stage.operator.held(), stage.history.outage():
         bring_awake(stage)
         for path in stage.world.images:
             path.chmod(0o644)
@@ -207,7 +199,7 @@ def bring_awake(stage: Stage) -> None:
     while True:
         control(stage.world, "/wake_up")
         state = _state(stage)
-        if state["tags"] and any(tag["residency"] == "blank" for tag in state["tags"]):
+        if any(tag["residency"] == "blank" for tag in state["tags"]):
             stage.operator.reload()
         control(stage.world, "/wake_up")
         control(stage.world, "/resume")
@@ -218,9 +210,6 @@ def bring_awake(stage: Stage) -> None:
         time.sleep(0.2)
 
 
-def _state(stage: Stage) -> dict[str, object]:
-    import httpx2
-
-    answer = httpx2.get(f"{stage.world.url}/state", timeout=30)
-    found: dict[str, object] = answer.json()
+def _state(stage: Stage) -> dict[str, Any]:
+    found: dict[str, Any] = httpx2.get(f"{stage.world.url}/state", timeout=30).json()["state"]
     return found

@@ -5,11 +5,13 @@ Knows nothing of what is being broken.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +21,9 @@ from world import KEY, World
 NUM_STREAMS = 16
 ANSWER_S = 60.0
 """After that long without a byte a request hangs; longer than any hold, drain or restart here."""
+
+SETTLES_S = 1.0
+"""After an outage: who was about to notice it has."""
 
 LENGTHS = (4, 16, 48)
 PROMPTS = tuple(f"{word} " * 9 + f"number {index}" for index, word in enumerate(["sleep", "wake", "seal", "map"] * 2))
@@ -32,7 +37,7 @@ class History:
     """Which weights the server may have had, and when it may have been gone; written by whoever changes that."""
 
     spans: list[tuple[float, frozenset[str]]] = field(default_factory=lambda: [(0.0, frozenset({"image"}))])
-    outages: list[tuple[float, float]] = field(default_factory=list)
+    _outages: list[list[float]] = field(default_factory=list)  # begin, end
 
     def now(self, *weights: str) -> None:
         """From now on the weights are one of these."""
@@ -51,9 +56,20 @@ class History:
                 found |= weights
         return found
 
+    @contextlib.contextmanager
+    def outage(self) -> Iterator[None]:
+        """Connections may break, and afterwards the weights may be the image's."""
+        span = [time.monotonic(), float("inf")]
+        self._outages.append(span)
+        self.now(*self.current, "image")
+        try:
+            yield
+        finally:
+            span[1] = time.monotonic() + SETTLES_S
+
     def was_gone(self, begin: float, end: float) -> bool:
-        """Whether the server was killed or stopped in between."""
-        return any(start <= end and begin <= stop for start, stop in self.outages)
+        """Whether the server may have been gone at any moment in between."""
+        return any(start <= end and begin <= stop for start, stop in self._outages)
 
 
 def body(prompt: str, length: int, *, stream: bool) -> dict[str, Any]:

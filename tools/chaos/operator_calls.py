@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx2
 from load import History, control
-from world import World
+from world import KEY, World
 
 MODES = ("abort", "wait", "keep")
 TAGS = (None, ["weights"], ["kv_cache"], ["weights", "kv_cache"])
@@ -32,6 +32,7 @@ class Operator:
 
     def __init__(self, world: World, history: History, update: Path, seed: int) -> None:
         self._world, self._history, self._update = world, history, update
+        self._key = {"Authorization": f"Bearer {KEY}"}
         self._rng = random.Random(f"{seed}/operator")
         self.answers: Counter[str] = Counter()
         self.violations: list[str] = []
@@ -106,7 +107,7 @@ class Operator:
         """Write the other weights; until that is known to have worked, either may be in force."""
         self._history.now(*self._history.current, "updated")
         answer = httpx2.post(
-            f"{self._world.url}/update_weights", json={"path": str(self._update)}, headers=_key(), timeout=60
+            f"{self._world.url}/update_weights", json={"path": str(self._update)}, headers=self._key, timeout=60
         )
         if answer.status_code == 200:
             self._history.now("updated")
@@ -119,9 +120,3 @@ class Operator:
         if answer.status_code == 200:
             self._history.now("image")
         return answer
-
-
-def _key() -> dict[str, str]:
-    from world import KEY
-
-    return {"Authorization": f"Bearer {KEY}"}

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import httpx2
 
-DISK_BYTES = 32 << 20
-"""Size of the tmpfs that holds images and spill files: a few times the model."""
+DISK_BYTES = 160 << 20
+"""Size of the tmpfs that holds images and spill files: what a build wants to see free, twice."""
 
 START_S = 120.0
 END_S = 60.0
