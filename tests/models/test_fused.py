@@ -116,4 +116,4 @@ InprocExecutor(EngineConfig(model={str(tiny_checkpoint)!r}, cache_dir=Path({str(
 print("transformers" in sys.modules)
 """
     runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in "ab"]
-    assert [run.stdout.strip() for run in runs] == ["False", "False"], "the first run makes the image, in a process of its own"
+    assert [run.stdout.strip() for run in runs] == ["False", "False"], "also of the run that makes the image"
