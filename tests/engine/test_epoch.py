@@ -18,12 +18,15 @@ from shuteye.plans import SleepPlan, WakePlan
 from shuteye.runner.worker import Worker
 
 PROMPT = tuple(range(5, 45))
-NAME = "model.norm.weight"
+NAME = "model.layers.0.self_attn.v_proj.weight"
+"""What the cache holds depends on it, and the tokens on what the cache holds."""
+
 NUM_BEFORE = 4
 
 
 def negate(rig):
-    rig.call(UpdateCall(named_tensors=[(NAME, -rig.tensors()[NAME].clone())]))
+    names = [name for name in rig.tensors() if name.endswith("v_proj.weight")]
+    rig.call(UpdateCall(named_tensors=[(name, -rig.tensors()[name].clone()) for name in names]))
 
 
 def fault_and_recover(rig):

@@ -99,14 +99,14 @@ def run(checkpoint: Path, cache_dir: Path, *, seconds: float, seed: int) -> tupl
         names = [f"{number}-{index}" for index in range(4)]
         for name, index in zip(names, which, strict=True):
             faulty.add(name, prompts[index])
-        for _ in range(rng.randrange(20)):
-            faulty.step()
         code = rng.choice((errno.ENOSPC, errno.EIO, errno.ENOMEM))
         faulty.backend.clear()
         faulty.backend.fail_at(
             rng.randrange(40), when=rng.choice(("before", "after")), error=failure_of("A test", code)
         )
-        for _ in range(rng.randint(1, 3)):
+        for _ in range(rng.randrange(60)):  # the trap may spring while requests run, or when the last has ended
+            faulty.step()
+        for _ in range(rng.randint(0, 3)):
             faulty.call(rng.choice(CALLS))
         faulty.backend.clear()
         violations += _recover(faulty)

@@ -26,7 +26,10 @@ SETTLES_S = 1.0
 """After an outage: who was about to notice it has."""
 
 LENGTHS = (4, 16, 48)
-PROMPTS = tuple(f"{word} " * 9 + f"number {index}" for index, word in enumerate(["sleep", "wake", "seal", "map"] * 2))
+PROMPTS = tuple(
+    f"{place}: a server whose memory can be taken and given back, prompt {index}."
+    for index, place in enumerate(["Lagos", "Oslo", "Quito", "Hanoi", "Cairo", "Minsk", "Tunis", "Perth"])
+)
 Weights = Literal["image", "updated"]
 Truth = dict[tuple[str, str, int], str]
 """(weights, prompt, number of tokens) → the text of a greedy answer."""
@@ -126,7 +129,7 @@ class Load:
             try:
                 end, text = self._stream(prompt, length, rng) if rng.random() < 0.7 else self._whole(prompt, length)
             except httpx2.TimeoutException as error:
-                end, text = f"hung ({type(error).__name__})", ""
+                end, text = f"hung ({type(error).__name__}, {_state_of(self._world)})", ""
             except (httpx2.HTTPError, OSError):
                 end, text = "connection lost", ""
             except (ValueError, KeyError, IndexError) as error:
@@ -187,6 +190,15 @@ class Load:
         if end in ("aborted", "left") and not truth.startswith(text.rstrip("\ufffd")):
             return "the beginning of a wrong answer"
         return None
+
+
+def _state_of(world: World) -> str:
+    """What the server says of itself, for whoever looks into a hang."""
+    try:
+        found = httpx2.get(f"{world.url}/state", timeout=5).json()
+        return f"server {found['status']}, {found['state']}, {found['stats']}"
+    except (httpx2.HTTPError, OSError, ValueError) as error:
+        return f"no state: {type(error).__name__}"
 
 
 def _outcome(status: int, answer: dict[str, Any]) -> tuple[str, str]:
