@@ -7,6 +7,7 @@ Knows nothing of what pages say. A fenced block may have a comment in the line b
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -25,7 +26,9 @@ MADE_SERVER = f"SHUTEYE_SERVER_DEV_MODE=1 shuteye serve {MODEL} --enable-sleep-m
 """What `make serve` does."""
 
 TIMEOUT_S = 60.0
-PRELUDE = 'set -euo pipefail\ncurl() { command curl --silent --show-error --fail-with-body "$@"; }\n'
+CURL = "command curl --silent --show-error --fail-with-body"
+STAND_IN = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'tests' / 'curl.py'))}"
+PRELUDE = f'set -euo pipefail\ncurl() {{ {CURL if shutil.which("curl") else STAND_IN} "$@"; }}\n'
 _BLOCK = re.compile(
     r"^(?:<!-- (?P<mark>[^\n]*?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )

@@ -5,11 +5,15 @@ Knows nothing of servers beyond their address.
 
 import asyncio
 import json
-from contextlib import asynccontextmanager
+import os
+import signal
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import httpx2
 from served import ANSWER_S
+
+MOMENT_S = 0.2
 
 
 @dataclass
@@ -81,9 +85,23 @@ def _take_whole(body, outcome):
     _take_choices(answer.get("choices", ()), outcome)
 
 
+def _stop_for_a_moment(pid):
+    """So that what the caller does next overtakes what a tiny model computes in the meantime."""
+    os.kill(pid, signal.SIGSTOP)
+    asyncio.get_running_loop().call_later(MOMENT_S, _go_on, pid)
+
+
+def _go_on(pid):
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
 @asynccontextmanager
 async def in_flight(server, client, prompts, *, max_tokens, **more):
-    """Streams of `prompts` that have all begun; yields a function that awaits their ends."""
+    """Streams of `prompts` that have all begun, on an engine that stands still for `MOMENT_S`.
+
+    Yields a function that awaits their ends.
+    """
     outcomes = [Outcome() for _ in prompts]
     async with asyncio.TaskGroup() as group:
         tasks = [
@@ -94,8 +112,12 @@ async def in_flight(server, client, prompts, *, max_tokens, **more):
             for outcome in outcomes:
                 await outcome.started.wait()
         assert not any(task.done() for task in tasks), "a stream ended before anything could happen to it"
+        _stop_for_a_moment(server.engine_pid)
 
         async def ends():
             return await asyncio.gather(*tasks)
 
-        yield ends
+        try:
+            yield ends
+        finally:
+            _go_on(server.engine_pid)

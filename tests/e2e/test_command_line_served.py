@@ -93,6 +93,7 @@ def damage(path):
     """Turn one bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
+    path.chmod(0o644)  # a finished image is sealed
     path.write_bytes(content)
 
 

@@ -151,8 +151,10 @@ def test_closing_while_a_sleep_drains_tells_the_one_who_waits(options):
 
     calls = (lambda: llm.generate("hello", long), lambda: llm.sleep(1, mode="wait"))
     threads = [threading.Thread(target=tell, args=(call,)) for call in calls]
-    for thread in threads:
-        thread.start()
+    threads[0].start()
+    while llm.stats.num_running == 0:
+        time.sleep(0.001)
+    threads[1].start()
     while llm.state.gate == "open":
         pass
     llm.close()
