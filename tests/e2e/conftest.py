@@ -21,7 +21,8 @@ def launch(tiny_checkpoint, image_cache):
     """Starts a server of the tiny checkpoint; `wait_until_ready` and `stop` are the caller's."""
 
     def start(*flags, **more):
-        common = ("--enable-sleep-mode", "--num-threads", "1")
+        # Without native kernels a tiny model takes long enough that something can happen to it in between.
+        common = ("--enable-sleep-mode", "--num-threads", "1", "--kernels", "torch")
         return Served(tiny_checkpoint, *common, *flags, cache_dir=image_cache, **more)
 
     return start
