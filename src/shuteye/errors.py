@@ -114,6 +114,7 @@ class InternalError(ServerError):
 class SleepFailed(ServerError):
     """Going to sleep failed and was rolled back: the model is still awake."""
 
+    status_code = 503
     error_type = "SleepFailedError"
 
 

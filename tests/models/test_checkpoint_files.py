@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -100,6 +101,15 @@ def test_a_damaged_gguf_file_is_refused_by_name(tmp_path, end, says) -> None:
     with pytest.raises(UnsupportedModel, match=rf"model\.gguf cannot be used: .*{says}.*again") as caught:
         stored_as(resolve_source(str(path), cache_dir=tmp_path))
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_pipe_among_the_files_is_refused_and_not_waited_for(checkpoint: Path, name: str) -> None:
+    """Would catch a reload that stops the engine until somebody writes to the other end."""
+    (checkpoint / name).unlink()
+    os.mkfifo(checkpoint / name)
+    with pytest.raises(UnsupportedModel, match=f"{name} is not a regular file"):
+        resolve_source(str(checkpoint), cache_dir=checkpoint)
 
 
 def test_how_a_checkpoint_stores_its_numbers_is_told(tmp_path, tiny_checkpoint) -> None:

@@ -1,11 +1,13 @@
 """Tensors into safetensors files, and out of them."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import load
 
 from shuteye.errors import InvalidRequest
-from shuteye.models.tensor_files import safetensors_chunks
+from shuteye.models.tensor_files import open_tensors, safetensors_chunks
 
 
 def test_the_library_reads_what_is_written():
@@ -33,3 +35,11 @@ def test_what_the_format_cannot_hold_is_refused():
     """Would catch a KeyError."""
     with pytest.raises(InvalidRequest, match="complex64"):
         list(safetensors_chunks([("a", torch.ones(1, dtype=torch.complex64))]))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    """Would catch an engine that hangs for ever, holding the interpreter, over the path of one update."""
+    os.mkfifo(tmp_path / "weights.safetensors")
+    for path in (tmp_path, tmp_path / "weights.safetensors"):
+        with pytest.raises(InvalidRequest, match="not a regular file"), open_tensors(str(path)):
+            pass

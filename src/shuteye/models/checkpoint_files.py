@@ -94,6 +94,19 @@ def _parse(path: Path) -> Any:
         raise _damaged(path, f"it is not JSON ({reason_of(error)})") from error
 
 
+def require_regular(directory: Path) -> None:
+    """Refuse pipes, sockets and devices: whoever opens one of them to read it may wait for ever.
+
+    Raises:
+        UnsupportedModel: names the first.
+    """
+    for path in sorted(directory.iterdir()):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UnsupportedModel(
+                f"{path} is not a regular file. Copy the checkpoint's files into a directory of theirs."
+            )
+
+
 def missing_files(directory: Path) -> tuple[str, ...]:
     """Names of files without which the directory is no whole checkpoint; shards are named by their index.
 

@@ -15,7 +15,7 @@ import xxhash
 
 from shuteye.errors import ModelNotFound, UnsupportedModel
 from shuteye.models import wheel
-from shuteye.models.checkpoint_files import WEIGHTS_FILE, missing_files
+from shuteye.models.checkpoint_files import WEIGHTS_FILE, missing_files, require_regular
 from shuteye.models.fingerprint import fingerprint_path
 from shuteye.models.progress import NoProgress, Progress
 from shuteye.models.wheel import Wheel
@@ -150,6 +150,8 @@ def _local(path: Path) -> ModelSource:
 
 def _require_checkpoint(path: Path) -> None:
     """Refuse a directory that lacks what loading needs, saying what is missing."""
+    if path.is_dir():
+        require_regular(path)
     missing = missing_files(path)
     if "config.json" in missing:
         raise UnsupportedModel(f"{path} has no config.json, so it is no checkpoint in Hugging Face format.")

@@ -85,6 +85,8 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _open(path: Path) -> safe_open:
+    if path.exists() and not path.is_file():  # opening a pipe waits for its other end, and the engine with it
+        raise InvalidRequest(f"{path} on the server's host is not a regular file.", param="path")
     try:
         return safe_open(path, framework="pt")
     except (OSError, ValueError) as error:
