@@ -330,6 +330,18 @@ def test_an_engine_is_started_once(config):
     asyncio.run(scenario())
 
 
+def test_entering_twice_leaves_the_running_engine_alone(config):
+    """Would catch an engine that is closed, with every request in flight, over somebody's second `async with`."""
+
+    async def scenario():
+        async with AsyncEngine(config, in_process=True) as engine:
+            with pytest.raises(InvalidRequest, match="started before"):
+                await engine.__aenter__()
+            assert [output async for output in engine.generate([5, 6], SamplingParams(max_tokens=2))][-1].finished
+
+    asyncio.run(scenario())
+
+
 def test_two_who_restart_at_once_start_one_engine(config):
     """Would catch an engine that nobody owns, started by the second of them."""
 

@@ -59,6 +59,13 @@ def test_chat_uses_the_template(llm):
     assert len(llm.chat([messages, messages], GREEDY)) == 2
 
 
+@pytest.mark.parametrize("prompts", [{"prompt": "x"}, [{"prompt": "x"}], [1, 2], None, b"x", iter("ab")])
+def test_what_is_no_prompt_is_refused(llm, prompts):
+    """Would catch the keys of a dict completed as if they were texts, or a TypeError from somewhere inside."""
+    with pytest.raises(InvalidRequest, match="list of"):
+        llm.generate(prompts, GREEDY)
+
+
 def test_n_completions_share_their_prompt(llm):
     output = llm.generate("hello", SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=6, ignore_eos=True))[0]
     assert [completion.index for completion in output.outputs] == [0, 1, 2]

@@ -222,3 +222,12 @@ def test_bad_configuration_is_refused(fields, param):
     with pytest.raises(InvalidRequest) as raised:
         ServerConfig(**fields)
     assert raised.value.param == param
+
+
+@pytest.mark.parametrize("key", ["secret\n", " secret", "sec\nret", "sec\tret"])
+@pytest.mark.parametrize("name", ["api_key", "admin_api_key"])
+def test_a_key_that_no_header_can_carry_is_refused_at_once_and_not_shown(name, key):
+    """Would catch a server that everybody is locked out of, because its key was read with a line break."""
+    with pytest.raises(InvalidRequest, match=name) as refused:
+        ServerConfig(**{name: key})
+    assert "sec" not in refused.value.message

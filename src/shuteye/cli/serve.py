@@ -105,7 +105,7 @@ SERVER_FLAGS = {
     "tool_call_parser": Flag("How the model writes tool calls. auto asks its chat template; Hermes' format if unsure."),
     "reasoning_parser": Flag(
         "How the model writes reasoning, which answers then carry apart from their content: deepseek_r1 takes all up "
-        "to </think>, qwen3 only what <think> opens."
+        "to its end mark, qwen3 only what a begin mark opens."
     ),
     "served_model_name": Flag("Names that requests may use for the model. By default the model as given."),
     "allowed_origins": Flag("Web pages of these origins may call the server, * for every origin. By default of none."),

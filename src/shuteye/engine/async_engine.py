@@ -86,8 +86,7 @@ class AsyncEngine:
             InvalidRequest: it was started before.
             ShuteyeError: loading failed, as the message says.
         """
-        if self._link is not None or self._frontend.failure is not None:
-            raise InvalidRequest("The engine was started before; restart() starts one that has ended anew.")
+        self._refuse_second_start()
         frontend = self._frontend
         if self._in_process:
             self._start_thread()
@@ -98,6 +97,10 @@ class AsyncEngine:
             except ShuteyeError as error:
                 frontend.fail(error, status="failed")
         await asyncio.wrap_future(frontend.ready)
+
+    def _refuse_second_start(self) -> None:
+        if self._link is not None or self._frontend.failure is not None:
+            raise InvalidRequest("The engine was started before; restart() starts one that has ended anew.")
 
     def _start_thread(self) -> None:
         from shuteye.engine.thread_link import ThreadLink
@@ -143,6 +146,7 @@ class AsyncEngine:
             await self.start()
 
     async def __aenter__(self) -> Self:
+        self._refuse_second_start()  # without ending the one that runs
         try:
             await self.start()
         except BaseException:

@@ -79,6 +79,13 @@ def _rebuilt(info: ErrorInfo) -> ShuteyeError:
     return rebuild(info.kind, info.message, info.param)
 
 
+def _require_token_ids(given: object) -> None:
+    if not isinstance(given, Sequence) or not all(isinstance(token, int) for token in given):
+        raise InvalidRequest(
+            f"A prompt must be a text or a list of token ids, got {type(given).__name__}.", param="prompt"
+        )
+
+
 def _promise() -> Future[Any]:
     """A future that will be kept whether or not anyone still waits: whoever gives up waiting cannot cancel it."""
     future: Future[Any] = Future()
@@ -286,6 +293,7 @@ class Frontend:
     def _tokens_of(self, prompt: str | Sequence[int]) -> tuple[str | None, tuple[int, ...]]:
         if isinstance(prompt, str):
             return prompt, tuple(self.tokenizer.encode(prompt))
+        _require_token_ids(prompt)
         vocab_size = self.info.vocab_size
         outside = next((token for token in prompt if not 0 <= token < vocab_size), None)
         if outside is not None:

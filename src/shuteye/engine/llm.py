@@ -146,8 +146,10 @@ class LLM:
             sampling_params: one for all, or one per prompt.
 
         Raises:
+            InvalidRequest: a prompt is something else.
             ShuteyeError: the first request that was refused or failed; the others are aborted.
         """
+        _require_prompts(prompts)
         prompt_list: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
         given = SamplingParams() if sampling_params is None else sampling_params
         params = [given] * len(prompt_list) if isinstance(given, SamplingParams) else list(given)
@@ -295,3 +297,12 @@ class LLM:
 
     def _call(self, call: ControlCall) -> Future[Any]:
         return self._frontend.call(call)
+
+
+def _require_prompts(given: object) -> None:
+    """Refuse what is no list: the keys of a dict would be completed as texts."""
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        raise InvalidRequest(
+            f"prompts must be a text, or a list of texts or of lists of token ids, got {type(given).__name__}.",
+            param="prompts",
+        )
