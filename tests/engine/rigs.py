@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass, field
 
+import pytest
+
 from shuteye.engine.core import EngineCore
-from shuteye.engine.messages import ControlCall
-from shuteye.errors import ShuteyeError, rebuild
+from shuteye.engine.messages import ControlCall, WakeCall
+from shuteye.errors import ShuteyeError, VerificationFailed, rebuild
 from shuteye.memory.backends.base import MemoryBackend
+from shuteye.plans import VerifyResult
 from shuteye.request import GenerateRequest, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -77,3 +80,11 @@ class Rig:
         if isinstance(ended, ShuteyeError):
             raise ended
         return self.tokens[request_id]
+
+
+def wake_to_wrong_bytes(rig, monkeypatch):
+    """A wake whose verification finds an extent that is wrong, and which is refused over it."""
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.worker, "verify", lambda _mode: VerifyResult(1, (0,)))
+        with pytest.raises(VerificationFailed):
+            rig.call(WakeCall())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rigs import wake_to_wrong_bytes
 
 from shuteye.engine.messages import (
     PauseCall,
@@ -35,7 +36,6 @@ from shuteye.errors import (
 from shuteye.memory import verifier
 from shuteye.memory.backends.linux import LinuxBackend
 from shuteye.memory.backings.disk import DiskBacking
-from shuteye.plans import VerifyResult
 from shuteye.request import GenerateRequest, SamplingParams
 
 PROMPT = tuple(range(3, 40))
@@ -632,10 +632,7 @@ def test_a_sample_that_was_wrong_is_followed_by_everything(make_rig, monkeypatch
     """Would catch a retry whose sample lies elsewhere, and which opens the gate over the extent that was wrong."""
     rig = make_rig(verify_wake="sample")
     rig.call(SleepCall(1))
-    with monkeypatch.context() as patched:
-        patched.setattr(rig.worker, "verify", lambda _mode: VerifyResult(1, (0,)))
-        with pytest.raises(VerificationFailed):
-            rig.call(WakeCall())
+    wake_to_wrong_bytes(rig, monkeypatch)
     assert not rig.core.state.faulted
     assert rig.call(WakeCall()).verified == "full"
 

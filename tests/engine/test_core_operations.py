@@ -3,11 +3,11 @@
 import time
 
 import pytest
+from rigs import wake_to_wrong_bytes
 
 from shuteye.engine.messages import PauseCall, ResumeCall, RpcCall, SleepCall, WakeCall
-from shuteye.errors import EngineFaulted, InvalidRequest, ModelSleeping, ShuteyeError, VerificationFailed
+from shuteye.errors import EngineFaulted, InvalidRequest, ModelSleeping, ShuteyeError
 from shuteye.outputs import WakeReport
-from shuteye.plans import VerifyResult
 
 PROMPT = (5, 6, 7, 8)
 
@@ -101,10 +101,7 @@ def test_a_wake_by_policy_defers_nothing_while_memory_is_distrusted(make_rig, mo
     """Would catch a gate that opens, after a wake that found wrong bytes, before the canary has run."""
     rig = make_rig(on_sleeping_request="wake")
     rig.call(SleepCall(1))
-    with monkeypatch.context() as patched:
-        patched.setattr(rig.worker, "verify", lambda _mode: VerifyResult(1, (0,)))
-        with pytest.raises(VerificationFailed):
-            rig.call(WakeCall())
+    wake_to_wrong_bytes(rig, monkeypatch)
     rig.generate(PROMPT)
     rig.call(SleepCall(1))
     rig.generate(PROMPT)

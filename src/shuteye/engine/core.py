@@ -322,8 +322,7 @@ class EngineCore:
             yield from self._drain(mode, call.timeout_s)
             self._sleep.save(plan)  # before requests are ended: if it fails, they go on
             ended, held = self._empty_batch(mode)
-            if plan.kv_cache == "discard" or plan.weights != "keep":
-                self._scheduler.reset_prefix_cache()
+            self._scheduler.reset_prefix_cache()  # the release is another epoch; this gives compiled grammars back, too
             report = self._sleep.release(plan, begin=begin)
         finally:
             self._closing_for_sleep = False

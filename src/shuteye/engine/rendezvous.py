@@ -11,11 +11,12 @@ The directory is locked (flock(2), which ends with its process) for as long as i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
 from pathlib import Path
+
+from shuteye.memory.locks import try_lock
 
 PREFIX = "shuteye-engine-"
 
@@ -56,10 +57,9 @@ def _lock(directory: Path) -> int | None:
     except OSError:
         return None
     with contextlib.suppress(OSError):
-        if os.fstat(fd).st_uid == os.getuid():
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.lstat(directory)):
-                return fd
+        ours = os.fstat(fd).st_uid == os.getuid()
+        if ours and try_lock(fd) and os.path.samestat(os.fstat(fd), os.lstat(directory)):
+            return fd
     os.close(fd)
     return None
 

@@ -5,7 +5,6 @@ Knows nothing of model formats or of aliases.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -22,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 from shuteye.errors import ModelNotFound
+from shuteye.memory.locks import lock_file
 from shuteye.models.progress import NoProgress, Progress
 
 _SCRATCH = ".fetch-"  # `memory/orphans.py` knows it
@@ -192,6 +192,8 @@ def _extract_file(opened: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
     """Hold the lock; its descriptor."""
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
+    fd = lock_file(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
