@@ -1,4 +1,4 @@
-"""The real model, asleep and awake a hundred times: the same tokens, the same addresses, no memory lost."""
+"""The real model, asleep and awake many times: the same tokens, the same addresses, no memory lost."""
 
 import os
 import random
@@ -13,9 +13,8 @@ from shuteye.request import SamplingParams
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 
-CYCLES = 100
 SHORT = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
-HELD = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+HELD = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
 PROMPTS = [tuple(range(start, start + length)) for start, length in ((500, 5), (2000, 20), (9000, 33))]
 
 
@@ -84,7 +83,8 @@ def one_cycle(rig, number, chooser):
             rig.call(WakeCall(("kv_cache",)))
 
 
-def test_a_hundred_cycles_under_requests(real):
+@pytest.mark.parametrize("cycles", [50, pytest.param(300, marks=pytest.mark.slow)])
+def test_cycles_under_requests(real, cycles):
     """Would catch a leak per cycle, a moved tensor, a wrong token after a wake, or a request in flight that is lost.
 
     Fresh memory is poisoned: KV that was not recomputed, or weights that were not mapped, give other tokens. In
@@ -95,7 +95,7 @@ def test_a_hundred_cycles_under_requests(real):
     addresses = [tensor.data_ptr() for tensor in rig.tensors().values()]
     expected = [rig.generate(prompt, HELD) for prompt in PROMPTS]
     resident = []
-    for cycle in range(CYCLES):
+    for cycle in range(cycles):
         in_flight = f"in-flight-{cycle}"
         rig.add(in_flight, PROMPTS[cycle % 3], HELD)
         rig.step()
@@ -106,5 +106,5 @@ def test_a_hundred_cycles_under_requests(real):
         resident.append(process_rss())
     assert [rig.generate(prompt, HELD) for prompt in PROMPTS] == expected
     assert [tensor.data_ptr() for tensor in rig.tensors().values()] == addresses
-    early, late = statistics.median(resident[10:30]), statistics.median(resident[-20:])
-    assert late - early < 4 << 20, f"{(late - early) / CYCLES:.0f} bytes are lost per cycle"
+    early, late = statistics.median(resident[10:25]), statistics.median(resident[-20:])
+    assert late - early < 4 << 20, f"{(late - early) / cycles:.0f} bytes are lost per cycle"

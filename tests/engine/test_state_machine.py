@@ -238,7 +238,7 @@ def test_random_sequences_follow_the_table(rig):
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=200,
+            max_examples=120,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
