@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 from fake_engine import FakeEngine
+from served_process import Process
 from starlette.testclient import TestClient
 
 from shuteye.config import EngineConfig
@@ -103,3 +104,18 @@ def live() -> Iterator[Callable[..., LiveServer]]:
     yield open_server
     for server in servers:
         server.stop()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Process]]:
+    """Starts servers in processes of their own; kills those that a test leaves."""
+    started: list[Process] = []
+
+    def start(options: str = "{}", **config: Any) -> Process:
+        started.append(Process(options, **config))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.end()

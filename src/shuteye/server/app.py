@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from shuteye import __version__
 from shuteye.errors import InvalidRequest, ShuteyeError
 from shuteye.server.auth import control_routes_exist
+from shuteye.server.body_deadline import BodyDeadline
 from shuteye.server.body_limit import BodyLimit
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
@@ -108,6 +109,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     """The last one added is the first that a request meets."""
     config = context.config
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, except_paths=frozenset({weights.PATH}))
+    app.add_middleware(BodyDeadline, timeout_s=config.body_timeout_s, pending=context.bodies)
     if context.tracer is not None:
         app.add_middleware(context.tracer.around)
     app.add_middleware(HeaderLimit, max_count=config.max_header_count, max_bytes=config.max_header_bytes)
