@@ -18,7 +18,8 @@ from starlette.testclient import TestClient
 from shuteye.config import EngineConfig
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
-from shuteye.server.run import _listen, _Server
+from shuteye.server.listener import open_listener
+from shuteye.server.run import _Server
 
 ENGINE_FIELDS = frozenset(EngineConfig.__dataclass_fields__)
 MODEL = "tiny"
@@ -68,7 +69,7 @@ class LiveServer:
 
     def __init__(self, engine: Any, **config: Any) -> None:
         self.config = ServerConfig(port=0, **({"dev_mode": True, "shutdown_grace_s": 2} | config))
-        self.listener = _listen(self.config)
+        self.listener = open_listener(self.config)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.server = _Server(engine, self.config)
         self.thread = threading.Thread(target=self._run)

@@ -14,7 +14,7 @@ SERVE = """
 import asyncio, sys
 from fake_engine import FakeEngine
 from shuteye.config import EngineConfig
-from shuteye.errors import ImageFailure
+from shuteye.errors import DescriptorsExhausted, EngineDead, ImageFailure, InvalidRequest
 from shuteye.server.config import ServerConfig
 from shuteye.server.run import serve_engine
 

@@ -257,13 +257,21 @@ def test_a_model_that_cannot_load_ends_the_server(serve, error):
         assert closed == "closed"
 
 
+def test_a_setting_that_keeps_a_model_from_loading_is_named_as_a_flag(serve):
+    """An error about a field that no flag is called."""
+    server = serve("{'start_error': InvalidRequest('not supported.', param='memory_backend')}")
+    assert server.end() == 1
+    *_, cause, _closed = server.log.rstrip().splitlines()
+    assert cause.endswith("'tiny' failed to load: --memory-backend: not supported.")
+
+
 def test_a_port_in_use_is_said_clearly(serve):
     """A traceback instead of what to do."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         server = serve(port=port)
         assert server.end() == 1
-    assert f"Cannot listen on 127.0.0.1:{port}: Address already in use" in server.log
+    assert f"--port: Cannot listen on 127.0.0.1:{port}: Address already in use" in server.log
     assert "Traceback" not in server.log
 
 

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import cast
 
 import uvicorn
 from uvicorn.lifespan.on import LifespanOn
@@ -24,13 +23,15 @@ from uvicorn.server import HANDLED_SIGNALS
 
 from shuteye import descriptors, logs
 from shuteye.config import EngineConfig
-from shuteye.errors import ServerStopping
+from shuteye.errors import InvalidRequest, ServerStopping
 from shuteye.server.acceptor import Acceptor
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
 from shuteye.server.connection import Connection
 from shuteye.server.context import ServerContext
 from shuteye.server.engine_protocol import ServedEngine
+from shuteye.server.listener import open_listener
+from shuteye.server.notices import with_flag
 from shuteye.server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -56,9 +57,9 @@ def serve_engine(engine: ServedEngine, config: ServerConfig) -> int:
     logging.getLogger("uvicorn.access").addFilter(_worth_logging)
     descriptors.raise_limit()
     try:
-        listener = _listen(config)
-    except OSError as error:
-        _log_bind_error(config, error)
+        listener = open_listener(config)
+    except InvalidRequest as error:
+        logger.error("%s", with_flag(error))  # noqa: TRY400
         return FAILED
     with listener:
         server = _Server(engine, config)
@@ -74,25 +75,11 @@ def _worth_logging(record: logging.LogRecord) -> bool:
     return not any(f'"GET {path} ' in record.getMessage() for path in POLLED_PATHS)
 
 
-def _listen(config: ServerConfig) -> socket.socket:
-    address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    return socket.create_server(cast(tuple[str, int], address[4][:2]), family=address[0], backlog=2048)
-
-
-def _log_bind_error(config: ServerConfig, error: OSError) -> None:
-    logger.error(
-        "Cannot listen on %s:%d: %s. Stop what listens there, or choose another --port or --host.",
-        config.host,
-        config.port,
-        error.strerror or error,
-    )
-
-
 def _log_cause(engine: ServedEngine, *, failed: bool, was_loaded: bool) -> None:
     """Say last what ended the server, for whoever sees only the end of the log."""
     if failed and engine.failure is not None:
         what = "could not be kept alive" if was_loaded else "failed to load"
-        logger.error("Stopped, because the model %r %s: %s", engine.config.model, what, engine.failure.message)
+        logger.error("Stopped, because the model %r %s: %s", engine.config.model, what, with_flag(engine.failure))
 
 
 def _log_address(listener: socket.socket, config: ServerConfig) -> None:
