@@ -151,6 +151,7 @@ class EngineConfig:
             num_blocks = min(int(facts.available_bytes * KV_SHARE_OF_FREE_MEMORY) // block_bytes, useful)
         else:
             num_blocks = self.kv_cache_memory // block_bytes
+            self._check_available(facts)
         num_usable = num_blocks - RESERVED_BLOCKS
         if num_usable < 1:
             raise MemoryExhausted(
@@ -166,6 +167,16 @@ class EngineConfig:
                 )
             wanted = num_usable * self.block_size
         return replace(self, dtype=dtype, max_model_len=wanted, kv_cache_memory=num_blocks * block_bytes)
+
+    def _check_available(self, facts: ModelFacts) -> None:
+        """Raise MemoryExhausted if the KV cache that was asked for could never be filled."""
+        assert self.kv_cache_memory is not None
+        if self.kv_cache_memory > facts.available_bytes:
+            raise MemoryExhausted(
+                f"A KV cache of {self.kv_cache_memory:,} bytes was asked for, and {facts.available_bytes:,} are "
+                "available once the weights are loaded. Ask for less, or leave it out to use a share of what is there.",
+                param="kv_cache_memory",
+            )
 
     def _no_kv_cache(self, facts: ModelFacts) -> int:
         """0: the model computes without one.

@@ -25,6 +25,7 @@ Knows nothing of HTTP libraries: `server/errors.py` turns these into OpenAI-shap
         ├── ServerStopping              503  told to stop: what runs is finished, nothing new is begun
         ├── EngineFaulted               503  a transition could not be rolled back
         ├── EngineDead                  503  the engine process is gone
+        │   └── DescriptorsExhausted    503  it cannot be started for want of file descriptors, a retry may work
         ├── EngineHung                  503  it gives no sign of life, and may go on or must be restarted
         ├── MemoryExhausted             503  the system will not give the bytes
         ├── BackendFailure              503  a call to the kernel or driver failed
@@ -192,6 +193,12 @@ class EngineDead(ServerError):
 
     status_code = 503
     error_type = "EngineDeadError"
+
+
+class DescriptorsExhausted(EngineDead):
+    """The engine process cannot be started, as there are no file descriptors left; a later start may work."""
+
+    error_type = "DescriptorsExhaustedError"
 
 
 class EngineHung(ServerError):

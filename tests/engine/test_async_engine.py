@@ -355,3 +355,49 @@ def test_two_who_restart_at_once_start_one_engine(config):
             assert (await complete(engine)).finished
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+async def first_of(outputs):
+    return await anext(outputs)
+
+
+VERBS = {
+    "generate": lambda engine: first_of(engine.generate(PROMPT, GREEDY)),
+    "transcribe": lambda engine: first_of(engine.transcribe(b"\0" * 4)),
+    "embed": lambda engine: engine.embed(["a"]),
+    "score": lambda engine: engine.score("a", "b"),
+    "sleep": lambda engine: engine.sleep(),
+    "wake_up": lambda engine: engine.wake_up(),
+    "pause": lambda engine: engine.pause(),
+    "update_weights": lambda engine: engine.update_weights([]),
+    "collective_rpc": lambda engine: engine.collective_rpc("facts"),
+}
+
+
+def test_every_verb_says_that_the_engine_was_not_started(config):
+    """Would catch `still loading; try again soon`, to a caller who then waits for ever, and a hint at a route."""
+
+    async def scenario():
+        engine = AsyncEngine(config)
+        for verb in VERBS.values():
+            with pytest.raises(EngineNotReady, match=r"not started: await start\(\)") as early:
+                await verb(engine)
+            assert "/ready" not in early.value.message
+        await engine.close()
+        with pytest.raises(EngineNotReady, match="not started"):
+            _ = engine.info
+
+    asyncio.run(scenario())
+
+
+def test_every_verb_says_that_the_engine_was_closed(config):
+    """Would catch an error that does not say what to do, or another one of each verb."""
+
+    async def scenario():
+        async with AsyncEngine(config, in_process=True) as engine:
+            pass
+        for verb in VERBS.values():
+            with pytest.raises(EngineDead, match=r"was closed: restart\(\) starts it anew"):
+                await verb(engine)
+
+    asyncio.run(scenario())

@@ -1,6 +1,7 @@
 """An engine process's start and end, when they do not go as planned."""
 
 import asyncio
+import contextlib
 import functools
 import os
 import signal
@@ -12,8 +13,9 @@ import pytest
 from shuteye import AsyncEngine, EngineConfig, SamplingParams
 from shuteye.engine.messages import AddRequests
 from shuteye.engine.process_link import ProcessLink
-from shuteye.errors import EngineDead, EngineHung, InvalidRequest
+from shuteye.errors import DescriptorsExhausted, EngineDead, EngineHung, InvalidRequest
 from shuteye.request import GenerateRequest, StructuredOutputsParams
+from test_descriptors import none_left
 
 
 @pytest.fixture
@@ -160,3 +162,41 @@ def test_what_cannot_be_sent_refuses_its_request(config, params):
     link = ProcessLink(config, on_message=lambda _message: None, on_death=lambda _error: None)
     with pytest.raises(InvalidRequest):
         link.post(AddRequests((GenerateRequest("r", (1,), SamplingParams(**params)),)))
+
+
+def test_a_start_without_descriptors_says_so_and_can_be_tried_again(config, tmp_path_factory):
+    """Would catch `[Errno -1]`, and ZeroMQ's abort of the whole server."""
+    cache_dir = tmp_path_factory.getbasetemp() / "rig-cache"
+
+    async def scenario():
+        engine = AsyncEngine(replace(config, cache_dir=cache_dir))
+        with none_left():
+            for begin in (engine.start, engine.restart):
+                with pytest.raises(
+                    DescriptorsExhausted, match=r"could not be started: all file descriptors .* LimitNO"
+                ):
+                    await begin()
+        await engine.restart()
+        assert engine.status == "ready"
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_start_that_loses_its_descriptors_half_way_says_so(config, monkeypatch):
+    """Would catch a foreign library's word for it, where connections came in meanwhile."""
+
+    async def scenario():
+        with contextlib.ExitStack() as stack:
+
+            async def no_process(*_args, **_options):
+                stack.enter_context(none_left())
+                raise OSError(-1, "Unknown error -1")
+
+            monkeypatch.setattr(asyncio, "create_subprocess_exec", no_process)
+            engine = AsyncEngine(config)
+            with pytest.raises(DescriptorsExhausted, match="file descriptors"):
+                await engine.start()
+        await engine.close()
+
+    asyncio.run(scenario())

@@ -12,12 +12,14 @@ from typing import Any
 import httpx2
 import pytest
 from fake_engine import FakeEngine
+from served_process import Process
 from starlette.testclient import TestClient
 
 from shuteye.config import EngineConfig
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
-from shuteye.server.run import _listen, _Server
+from shuteye.server.listener import open_listener
+from shuteye.server.run import _Server
 
 ENGINE_FIELDS = frozenset(EngineConfig.__dataclass_fields__)
 MODEL = "tiny"
@@ -67,7 +69,7 @@ class LiveServer:
 
     def __init__(self, engine: Any, **config: Any) -> None:
         self.config = ServerConfig(port=0, **({"dev_mode": True, "shutdown_grace_s": 2} | config))
-        self.listener = _listen(self.config)
+        self.listener = open_listener(self.config)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.server = _Server(engine, self.config)
         self.thread = threading.Thread(target=self._run)
@@ -103,3 +105,18 @@ def live() -> Iterator[Callable[..., LiveServer]]:
     yield open_server
     for server in servers:
         server.stop()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Process]]:
+    """Starts servers in processes of their own; kills those that a test leaves."""
+    started: list[Process] = []
+
+    def start(options: str = "{}", **config: Any) -> Process:
+        started.append(Process(options, **config))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.end()

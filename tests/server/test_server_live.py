@@ -3,40 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 
 import httpx2
 import openai
 import pytest
+from served_process import streaming, wait_for
 
 MESSAGES = [{"role": "user", "content": "hi"}]
-SERVE = """
-import asyncio, sys
-from fake_engine import FakeEngine
-from shuteye.config import EngineConfig
-from shuteye.errors import ImageFailure
-from shuteye.server.config import ServerConfig
-from shuteye.server.run import serve_engine
-
-options = {options}
-engine = FakeEngine(EngineConfig(model="tiny", enable_sleep_mode=True, max_model_len=100000), **options)
-code = serve_engine(engine, ServerConfig(port={port}, shutdown_grace_s={grace}, log_format="{log_format}"))
-print("closed" if engine.status == "closed" else engine.status, flush=True)
-sys.exit(code)
-"""
-
-
-def wait_for(condition, what, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -169,79 +145,6 @@ def test_abort_mode_finishes_streams_with_abort(make_engine, live):
 # --- signals and failures to start --------------------------------------------------------------
 
 
-class Process:
-    """`serve_engine` in a process of its own."""
-
-    def __init__(self, options="{}", *, port=0, grace=10, log_format="text"):
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-W",
-                "error",
-                "-c",
-                SERVE.format(options=options, port=port, grace=grace, log_format=log_format),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        self.log = ""
-        self.reader = threading.Thread(target=self._read)
-        self.reader.start()
-
-    def _read(self):
-        for line in self.process.stdout:
-            self.log += line
-
-    def url(self):
-        wait_for(lambda: "Listening on http" in self.log or self.process.poll() is not None, "listening")
-        assert "Listening on " in self.log, self.log
-        return self.log.partition("Listening on ")[2].partition(";")[0].strip()
-
-    def url_when_ready(self):
-        url = self.url()
-        wait_for(lambda: httpx2.get(f"{url}/ready").status_code == 200, "readiness")
-        return url
-
-    def end(self):
-        code = self.process.wait(timeout=20)
-        self.reader.join()
-        self.process.stdout.close()
-        return code
-
-
-@pytest.fixture
-def serve():
-    started = []
-
-    def start(options="{}", **config):
-        started.append(Process(options, **config))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.process.kill()
-        one.end()
-
-
-def streaming(url, results, *, max_tokens):
-    """Streams in the background; `results` gets the lines, or the error that ended them."""
-
-    def work():
-        try:
-            ask = {"prompt": "abc", "stream": True, "max_tokens": max_tokens}
-            with httpx2.stream("POST", f"{url}/v1/completions", json=ask, timeout=20) as response:
-                results.extend(response.iter_lines())
-        except httpx2.HTTPError as error:
-            results.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_drains_and_exits_with_0(serve, number):
     """Answers cut by a restart; an engine left behind; a process manager told of a crash."""
@@ -354,13 +257,21 @@ def test_a_model_that_cannot_load_ends_the_server(serve, error):
         assert closed == "closed"
 
 
+def test_a_setting_that_keeps_a_model_from_loading_is_named_as_a_flag(serve):
+    """An error about a field that no flag is called."""
+    server = serve("{'start_error': InvalidRequest('not supported.', param='memory_backend')}")
+    assert server.end() == 1
+    *_, cause, _closed = server.log.rstrip().splitlines()
+    assert cause.endswith("'tiny' failed to load: --memory-backend: not supported.")
+
+
 def test_a_port_in_use_is_said_clearly(serve):
     """A traceback instead of what to do."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         server = serve(port=port)
         assert server.end() == 1
-    assert f"Cannot listen on 127.0.0.1:{port}: Address already in use" in server.log
+    assert f"--port: Cannot listen on 127.0.0.1:{port}: Address already in use" in server.log
     assert "Traceback" not in server.log
 
 

@@ -10,7 +10,7 @@ import pytest
 from fake_engine import FakeEngine
 
 from shuteye.config import EngineConfig
-from shuteye.errors import ImageFailure
+from shuteye.errors import DescriptorsExhausted, ImageFailure
 from shuteye.server import supervisor as module
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
@@ -108,6 +108,28 @@ def test_a_restart_that_fails_counts(monkeypatch, caplog):
 
     asyncio.run(scenario())
     assert caplog.text.count("could not be restarted: the image is damaged") == 3
+
+
+def test_a_start_without_descriptors_does_not_count(monkeypatch, caplog):
+    """A server that ends, and drops everyone, because too many are connected to it."""
+
+    async def scenario():
+        async with Rig(monkeypatch, engine_restarts=2) as rig:
+            rig.engine.start_error = DescriptorsExhausted("all file descriptors are in use")
+            await rig.engine.die()
+            while len(rig.delays) < 8:
+                await asyncio.sleep(0)
+            assert rig.delays[:8] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+            assert not rig.supervisor.gave_up
+            rig.engine.start_error = None
+            while rig.engine.status != "ready":
+                await asyncio.sleep(0)
+            rig.delays.clear()
+            await rig.die()
+            assert rig.delays == [2.0]
+
+    asyncio.run(scenario())
+    assert "all file descriptors are in use Restart 1 of 2 follows in 8 s." in caplog.text
 
 
 @pytest.mark.parametrize("how", ["stopping", "loading", "hung"])

@@ -128,6 +128,14 @@ SERVER_FLAGS = {
     "max_header_bytes": Flag(
         "Larger request headers, all of them and the request line together, are answered with 431.", size=True
     ),
+    "header_timeout_s": Flag(
+        "How long a client may take to send the line and headers of a request, in seconds; then it is answered with "
+        "408, and its connection closed."
+    ),
+    "body_timeout_s": Flag(
+        "How long nothing of a request's body may come, in seconds, before it is answered with 408; so is a body of "
+        "less than 500 bytes a second."
+    ),
     "engine_restarts": Flag(
         "How often an engine that died is restarted by itself within ten minutes; when it dies once more, the server "
         "exits with status 1, so that a supervisor can act. 0: it exits at the first death."

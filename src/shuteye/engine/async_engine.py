@@ -88,6 +88,7 @@ class AsyncEngine:
         """
         self._refuse_second_start()
         frontend = self._frontend
+        frontend.begun = True
         if self._in_process:
             self._start_thread()
         else:
@@ -121,7 +122,8 @@ class AsyncEngine:
         link, self._link = self._link, None
         if link is None:
             return
-        self._frontend.fail(reason or EngineDead("The engine was closed."), status="closed")
+        closed = EngineDead("The engine was closed: restart() starts it anew, or make another one.")
+        self._frontend.fail(reason or closed, status="closed")
         if isinstance(link, ProcessLink):
             await link.close()
         else:
@@ -160,7 +162,9 @@ class AsyncEngine:
         await self.close()
 
     def _new_frontend(self) -> Frontend:
-        return Frontend(self._given_config, self._post, on_own_wake=self._on_own_wake)
+        frontend = Frontend(self._given_config, self._post, on_own_wake=self._on_own_wake)
+        frontend.begun = False
+        return frontend
 
     def _on_own_wake(self, outcome: WakeReport | ShuteyeError) -> None:
         if self._wake_listener is not None:
@@ -172,7 +176,7 @@ class AsyncEngine:
 
     def _post(self, message: ToEngine) -> None:
         if self._link is None:
-            raise EngineDead("The engine is not running; call start() first.")
+            raise EngineDead("The engine is not running: await start().")
         if isinstance(message, AddRequests | Control) and self.hang is not None:
             raise EngineHung(f"The engine hangs: {self.hang}. It takes nothing new until it goes on or is restarted.")
         self._link.post(message)

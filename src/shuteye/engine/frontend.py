@@ -108,6 +108,9 @@ class Frontend:
     Args:
         send: delivers a message to the engine, in order, without blocking.
         on_own_wake: told how each wake ended that the policy began.
+
+    Attributes:
+        begun: whether somebody loads the model; until then there is nothing to wait for.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class Frontend:
         self.failure: ShuteyeError | None = None
         self.state = EngineState()
         self.stats = SchedulerStats()
+        self.begun = True
         self.ready: Future[None] = _promise()
         self.on_own_wake = on_own_wake
         self._send = send
@@ -149,9 +153,13 @@ class Frontend:
 
     @property
     def _loaded(self) -> _Loaded:
-        if self._model is None:
-            raise self.failure or EngineNotReady("The model is still loading; try again soon (GET /ready tells when).")
-        return self._model
+        if self._model is not None:
+            return self._model
+        if self.failure is not None:
+            raise self.failure
+        if not self.begun:
+            raise EngineNotReady("The engine was not started: await start(), or use it as an async context manager.")
+        raise EngineNotReady("The model is still loading; try again soon (GET /ready tells when).")
 
     # --- sending --------------------------------------------------------------------------------
 

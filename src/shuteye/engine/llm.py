@@ -90,7 +90,7 @@ class LLM:
         """End the engine and give back its memory. Idempotent."""
         if not self._closed:
             self._closed = True
-            self._frontend.fail(EngineDead("The engine was closed."), status="closed")
+            self._frontend.fail(EngineDead("This LLM was closed; make another one."), status="closed")
             self._link.close()
 
     def __enter__(self) -> Self:

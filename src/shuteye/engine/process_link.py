@@ -17,18 +17,20 @@ from collections.abc import Callable
 import msgspec
 import zmq.asyncio
 
-from shuteye import logs
+from shuteye import descriptors, logs
 from shuteye.config import EngineConfig
 from shuteye.engine.messages import Connected, FromEngine, Ready, Shutdown, ToEngine
 from shuteye.engine.pulse import LOOK_S, HangWatch, Pulse
 from shuteye.engine.rendezvous import Rendezvous
 from shuteye.engine.surprises import refusal
-from shuteye.errors import EngineDead, InvalidRequest, ShuteyeError
+from shuteye.errors import DescriptorsExhausted, EngineDead, InvalidRequest, ShuteyeError
 from shuteye.executors.wire import Decoder, bind_pair, encode
 
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_GRACE_S = 10.0
+NUM_DESCRIPTORS = 32
+"""Needed for a start, and then some; out of them, ZeroMQ ends the whole process (`errno_assert`)."""
 LAST_WORDS_S = 0.05
 """After the process has ended, how long what it sent last may still be on its way."""
 
@@ -69,6 +71,7 @@ class ProcessLink:
         """Start loading; Ready or Failed follows.
 
         Raises:
+            DescriptorsExhausted: there are too few left to start a process.
             EngineDead: there is no process to load in.
         """
         self._open()
@@ -90,10 +93,12 @@ class ProcessLink:
             self._tasks = [asyncio.create_task(one) for one in work]
             await self._give_config(process)
         except OSError as error:
-            raise EngineDead(f"The engine process could not be started: {error}.") from error
+            raise _not_started(error) from error
 
     def _open(self) -> None:
         """Make everything that the two processes share."""
+        if not descriptors.are_left(NUM_DESCRIPTORS):
+            raise _not_started(None)
         with contextlib.ExitStack() as stack:
             try:
                 self._rendezvous = Rendezvous()
@@ -105,7 +110,7 @@ class ProcessLink:
                 self._socket = bind_pair(self._context, self._rendezvous.endpoint)
                 stack.callback(self._socket.close)
             except (OSError, zmq.ZMQError) as error:
-                raise EngineDead(f"The engine process could not be started: {error}.") from error
+                raise _not_started(error) from error
             self._opened = stack.pop_all()
 
     async def _give_config(self, process: asyncio.subprocess.Process) -> None:
@@ -178,6 +183,13 @@ class ProcessLink:
             self._on_death(
                 EngineDead(f"The engine process ended by {how}; its requests are lost. It must be restarted.")
             )
+
+
+def _not_started(error: Exception | None) -> EngineDead:
+    """Why there is no engine process; libraries do not always say that descriptors were what they lacked."""
+    if error is None or not descriptors.are_left(NUM_DESCRIPTORS):
+        return DescriptorsExhausted(f"The engine process could not be started: {descriptors.shortage()}.")
+    return EngineDead(f"The engine process could not be started: {error}.")
 
 
 async def _end(process: asyncio.subprocess.Process, grace_s: float) -> None:

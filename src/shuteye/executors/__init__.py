@@ -12,15 +12,16 @@ def open_executor(config: EngineConfig) -> Executor:
 
     Raises:
         ShuteyeError: loading failed.
-        InvalidRequest: more ranks than one, which no executor here serves yet.
+        InvalidRequest: more ranks than one, or elsewhere than here, which no executor serves yet.
     """
-    num_ranks = config.tensor_parallel_size * config.pipeline_parallel_size
-    if num_ranks != 1 or config.distributed_executor_backend != "inproc":
-        raise InvalidRequest(
-            f"{num_ranks} ranks on {config.distributed_executor_backend!r} were asked for, expected 1 on 'inproc': "
-            "this version serves one rank.",
-            param="distributed_executor_backend",
-        )
+    one_rank = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "distributed_executor_backend": "inproc"}
+    for name, served in one_rank.items():
+        wanted = getattr(config, name)
+        if wanted != served:
+            raise InvalidRequest(
+                f"{name} {wanted!r} is not supported yet, as this version serves one rank: expected {served!r}.",
+                param=name,
+            )
     from shuteye.executors.inproc import InprocExecutor
 
     return InprocExecutor(config)

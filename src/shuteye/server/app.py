@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from shuteye import __version__
 from shuteye.errors import InvalidRequest, ShuteyeError
 from shuteye.server.auth import control_routes_exist
+from shuteye.server.body_deadline import BodyDeadline
 from shuteye.server.body_limit import BodyLimit
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
@@ -24,6 +25,7 @@ from shuteye.server.engine_protocol import ServedEngine
 from shuteye.server.errors import install_error_handlers
 from shuteye.server.header_limit import HeaderLimit
 from shuteye.server.metrics import Metrics
+from shuteye.server.notices import log_notices, with_flag
 from shuteye.server.openapi import install_openapi
 from shuteye.server.request_ids import RequestIds
 from shuteye.server.routes import (
@@ -86,7 +88,7 @@ def create_app(engine: ServedEngine, config: ServerConfig, *, tracer: Tracer | N
         if engine.config.enable_sleep_mode:
             for module in (sleep, weights, engine_routes):
                 app.include_router(module.router)
-        _warn_of_open_control_routes(config, enable_sleep_mode=engine.config.enable_sleep_mode)
+    log_notices(engine.config, config)
     return app
 
 
@@ -108,6 +110,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     """The last one added is the first that a request meets."""
     config = context.config
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, except_paths=frozenset({weights.PATH}))
+    app.add_middleware(BodyDeadline, timeout_s=config.body_timeout_s, pending=context.bodies)
     if context.tracer is not None:
         app.add_middleware(context.tracer.around)
     app.add_middleware(HeaderLimit, max_count=config.max_header_count, max_bytes=config.max_header_bytes)
@@ -120,19 +123,6 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
             allow_headers=config.allowed_headers,
             allow_credentials=config.allow_credentials,
             expose_headers=("X-Request-Id", "Retry-After"),
-        )
-
-
-def _warn_of_open_control_routes(config: ServerConfig, *, enable_sleep_mode: bool) -> None:
-    if config.admin_api_key is not None:
-        return
-    routes = "routes (/sleep, /wake_up, …) are" if enable_sleep_mode else "route /restart_engine is"
-    logger.warning("Development mode: the control %s open to every caller, without a key.", routes)
-    if not config.is_loopback:
-        logger.warning(
-            "DANGER: development mode on %s, which other machines can reach: anyone there can control "
-            "this model. Use --admin-api-key, or listen on 127.0.0.1.",
-            config.host,
         )
 
 
@@ -159,7 +149,7 @@ async def _start(context: ServerContext) -> None:
         # the engine keeps its failure: every route answers with it, and `serve` stops because of it
         if engine.status != "closed" and not context.stopping.begun:  # whoever stops us may stop the engine, too
             context.loading.failed = True
-            logger.error("The model %r failed to load: %s", engine.config.model, error.message)  # noqa: TRY400
+            logger.error("The model %r failed to load: %s", engine.config.model, with_flag(error))  # noqa: TRY400
     except Exception:
         context.loading.failed = True
         logger.exception("The model %r failed to load because of a bug of ours.", engine.config.model)

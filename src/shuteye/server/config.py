@@ -19,7 +19,7 @@ ToolCallParser = Literal["auto"] | ToolFormat
 
 _POSITIVE = (
     "max_body_bytes", "max_json_bytes", "max_request_sequences", "max_audio_s", "max_waiting_audio_s",
-    "max_header_count", "max_header_bytes",
+    "max_header_count", "max_header_bytes", "header_timeout_s", "body_timeout_s",
 )  # fmt: skip
 
 
@@ -43,6 +43,8 @@ class ServerConfig:
         max_audio_s: longer recordings are answered with 400.
         max_waiting_audio_s: of all recordings that are at work or wait.
         max_header_count, max_header_bytes: more or larger request headers are answered with 431.
+        header_timeout_s: how long the head of a request may take; its connection is closed then, with 408.
+        body_timeout_s: how long nothing of a body may come; it is answered with 408 then.
         engine_restarts: how often a dead engine is restarted within ten minutes before the server ends.
         engine_restart_delay_s: before the first of these restarts; twice as long before every further one.
         shutdown_grace_s: how long running requests may go on after the first signal.
@@ -73,6 +75,8 @@ class ServerConfig:
     max_waiting_audio_s: float = 4 * 3600.0
     max_header_count: int = 128
     max_header_bytes: int = 64 * 1024
+    header_timeout_s: float = 20.0
+    body_timeout_s: float = 30.0
     engine_restarts: int = 3
     engine_restart_delay_s: float = 1.0
     shutdown_grace_s: float = 30.0

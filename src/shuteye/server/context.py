@@ -15,6 +15,7 @@ from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from shuteye.errors import ModelNotFound, QueueFull
+from shuteye.server.body_deadline import PendingBodies
 from shuteye.server.config import ServerConfig
 from shuteye.server.engine_protocol import ServedEngine
 from shuteye.server.metrics import Metrics
@@ -69,6 +70,7 @@ class ServerContext:
     loading: Loading = field(default_factory=Loading)
     stopping: Stopping = field(default_factory=Stopping)
     audio: AudioInFlight = field(default_factory=AudioInFlight)
+    bodies: PendingBodies = field(default_factory=PendingBodies)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from shuteye.errors import (
     AuthenticationFailed,
@@ -45,6 +46,7 @@ RETRY_AFTER_S: Mapping[type[ShuteyeError], int] = {
 _HTTP_ERROR_TYPES = {
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "RequestTooLargeError",
     431: "HeadersTooLargeError",
 }
@@ -193,4 +195,5 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnected, _on_disconnect)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)  # starlette's, where a route reads its body
     app.add_exception_handler(Exception, _on_unexpected)

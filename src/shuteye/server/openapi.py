@@ -79,6 +79,7 @@ _MEANINGS: Mapping[int, str] = {
     401: "No key, or a wrong one.",
     403: "The key is for inference; or without keys, a web page of another origin asked, or one of a strange name.",
     404: "No model of this name.",
+    408: "The body did not come in time.",
     409: "The transition table forbids this move.",
     413: "The body is too large.",
     431: "The headers are too many, or too large.",
@@ -86,9 +87,9 @@ _MEANINGS: Mapping[int, str] = {
     503: "The model sleeps, loads, or cannot be had; Retry-After says when it is worth asking again.",
 }
 _STATUSES: Mapping[type, tuple[int, ...]] = {
-    ModelRoute: (400, 401, 404, 413, 431, 503),
-    InferenceRoute: (400, 401, 404, 413, 431, 503),
-    ControlRoute: (400, 401, 403, 404, 409, 413, 431, 500, 503),
+    ModelRoute: (400, 401, 404, 408, 413, 431, 503),
+    InferenceRoute: (400, 401, 404, 408, 413, 431, 503),
+    ControlRoute: (400, 401, 403, 404, 408, 409, 413, 431, 500, 503),
 }
 """Errors by class of route; other routes (liveness) answer 431 and 503 alone."""
 

@@ -16,19 +16,22 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import cast
 
 import uvicorn
 from uvicorn.lifespan.on import LifespanOn
 from uvicorn.server import HANDLED_SIGNALS
 
-from shuteye import logs
+from shuteye import descriptors, logs
 from shuteye.config import EngineConfig
-from shuteye.errors import ServerStopping
+from shuteye.errors import InvalidRequest, ServerStopping
+from shuteye.server.acceptor import Acceptor
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
+from shuteye.server.connection import Connection
 from shuteye.server.context import ServerContext
 from shuteye.server.engine_protocol import ServedEngine
+from shuteye.server.listener import open_listener
+from shuteye.server.notices import with_flag
 from shuteye.server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,8 @@ logger = logging.getLogger(__name__)
 STOPPED, FAILED, FORCED = 0, 1, 130
 LAST_ANSWERS_S = 2.0
 """After the grace, how long clients have to take the errors that end their requests."""
+UVICORN_LATER_S = 1.0
+"""After that, how long they have to end by themselves once cut off; then uvicorn cancels them."""
 POLLED_PATHS = ("/health", "/ready", "/ping", "/metrics")
 
 
@@ -50,17 +55,18 @@ def serve_engine(engine: ServedEngine, config: ServerConfig) -> int:
     """Serve `engine`, which is started and closed here; returns the process's exit code."""
     logs.configure(logs.LogSettings(config.log_format, config.log_level))
     logging.getLogger("uvicorn.access").addFilter(_worth_logging)
+    descriptors.raise_limit()
     try:
-        listener = _listen(config)
-    except OSError as error:
-        _log_bind_error(config, error)
+        listener = open_listener(config)
+    except InvalidRequest as error:
+        logger.error("%s", with_flag(error))  # noqa: TRY400
         return FAILED
     with listener:
         server = _Server(engine, config)
         _log_address(listener, config)
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(server.serve_until_stopped(listener))
-        _log_cause(engine, failed=server.exit_code == FAILED)
+        _log_cause(engine, failed=server.exit_code == FAILED, was_loaded=server.was_loaded)
         return server.exit_code
 
 
@@ -69,24 +75,11 @@ def _worth_logging(record: logging.LogRecord) -> bool:
     return not any(f'"GET {path} ' in record.getMessage() for path in POLLED_PATHS)
 
 
-def _listen(config: ServerConfig) -> socket.socket:
-    address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    return socket.create_server(cast(tuple[str, int], address[4][:2]), family=address[0], backlog=2048)
-
-
-def _log_bind_error(config: ServerConfig, error: OSError) -> None:
-    logger.error(
-        "Cannot listen on %s:%d: %s. Stop what listens there, or choose another --port or --host.",
-        config.host,
-        config.port,
-        error.strerror or error,
-    )
-
-
-def _log_cause(engine: ServedEngine, *, failed: bool) -> None:
+def _log_cause(engine: ServedEngine, *, failed: bool, was_loaded: bool) -> None:
     """Say last what ended the server, for whoever sees only the end of the log."""
     if failed and engine.failure is not None:
-        logger.error("Stopped, because the model %r failed to load: %s", engine.config.model, engine.failure.message)
+        what = "could not be kept alive" if was_loaded else "failed to load"
+        logger.error("Stopped, because the model %r %s: %s", engine.config.model, what, with_flag(engine.failure))
 
 
 def _log_address(listener: socket.socket, config: ServerConfig) -> None:
@@ -109,19 +102,20 @@ class _Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 loop="uvloop",
+                http="h11",
                 ws="none",
                 lifespan="on",
                 log_config=None,
                 server_header=False,
                 h11_max_incomplete_event_size=2 * config.max_header_bytes,  # the app refuses earlier, and says why
-                timeout_graceful_shutdown=math.ceil(config.shutdown_grace_s + LAST_ANSWERS_S),
             )
         )
         self._engine = engine
+        self._config = config
+        self._acceptor: Acceptor | None = None
         self._context: ServerContext = app.state.context
         self._supervisor = Supervisor(self._context)
         self._failed = False
-        self._grace_s = config.shutdown_grace_s
         self._grace_ends: float | None = None  # monotonic seconds; from the first signal on
         self._waited_enough = asyncio.Event()
 
@@ -131,6 +125,11 @@ class _Server(uvicorn.Server):
         if self._failed:
             return FAILED
         return FORCED if self.force_exit else STOPPED
+
+    @property
+    def was_loaded(self) -> bool:
+        """Whether there was a model to serve at any time."""
+        return self._context.loading.done
 
     async def serve_until_stopped(self, listener: socket.socket) -> None:
         """Serve; whatever ends it, the engine is closed."""
@@ -151,25 +150,53 @@ class _Server(uvicorn.Server):
 
     @property
     def _grace_left_s(self) -> float:
-        return self._grace_s if self._grace_ends is None else max(0.0, self._grace_ends - time.monotonic())
+        if self._grace_ends is None:
+            return self._config.shutdown_grace_s
+        return max(0.0, self._grace_ends - time.monotonic())
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, but connections are accepted by ours, which knows when there is no room for more."""
+        await super().startup(sockets=[])
+        [listener] = sockets or []
+        self._acceptor = Acceptor(listener, self._new_connection, num_open=lambda: len(self.server_state.connections))
+
+    def _new_connection(self) -> Connection:
+        return Connection(
+            self.config, self.server_state, self.lifespan.state, header_timeout_s=self._config.header_timeout_s
+        )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's, except that whoever outlasts the grace is answered, and that a forced end is in order too."""
         self._context.stopping.begun = True
-        closing = asyncio.create_task(self._close_engine_when_grace_ends())
+        if self._acceptor is not None:
+            self._acceptor.close()
+        self.config.timeout_graceful_shutdown = math.ceil(self._grace_left_s + LAST_ANSWERS_S + UVICORN_LATER_S)
+        ending = asyncio.create_task(self._end_what_outlasts_the_grace())
         await super().shutdown(sockets)
         self._waited_enough.set()
-        await closing
+        await ending
         if isinstance(self.lifespan, LifespanOn) and not self.lifespan.shutdown_event.is_set():
             await self.lifespan.shutdown()
 
-    async def _close_engine_when_grace_ends(self) -> None:
-        """An engine that closes answers its requests with an error; uvicorn would cut their connections."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._waited_enough.wait(), self._grace_left_s)
-        await self._engine.close(
-            ServerStopping("The server was stopped before this request was finished; send it again to another one.")
+    async def _end_what_outlasts_the_grace(self) -> None:
+        """An engine that closes answers its requests with an error; who does not take that in time is cut off."""
+        await self._wait_at_most(self._grace_left_s)
+        self._context.bodies.give_up()
+        closing = asyncio.create_task(
+            self._engine.close(
+                ServerStopping("The server was stopped before this request was finished; send it again to another one.")
+            )
         )
+        await self._wait_at_most(LAST_ANSWERS_S)
+        if not self._waited_enough.is_set():
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+        await closing
+
+    async def _wait_at_most(self, seconds: float) -> None:
+        """Return when nothing is left to wait for, or when the time is over."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._waited_enough.wait(), seconds)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, a second one of either kind does not wait."""
@@ -181,10 +208,10 @@ class _Server(uvicorn.Server):
         logger.info(
             "%s: no new requests are taken; running ones have %g seconds. Another signal stops at once.",
             signal.Signals(sig).name,
-            self._grace_s,
+            self._config.shutdown_grace_s,
         )
         self._context.stopping.begun = True
-        self._grace_ends = time.monotonic() + self._grace_s
+        self._grace_ends = time.monotonic() + self._config.shutdown_grace_s
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Restarts an engine that died, later and later, and gives up after a number of times so that the server ends.
 
+A start for which there are no file descriptors says nothing against the engine: it is tried again and never counts.
 Knows nothing of processes. An engine that hangs is left alone: it may go on, and only people know why it was stopped.
 """
 
@@ -9,7 +10,7 @@ import asyncio
 import logging
 import time
 
-from shuteye.errors import ShuteyeError
+from shuteye.errors import DescriptorsExhausted, ShuteyeError
 from shuteye.server.context import ServerContext
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ class Supervisor:
     def __init__(self, context: ServerContext) -> None:
         self._context = context
         self._restarts: list[float] = []  # monotonic seconds
+        self._num_without_descriptors = 0  # starts, since the last one that had enough
         self._gave_up = False
 
     @property
@@ -63,7 +65,7 @@ class Supervisor:
             )
             self._gave_up = True
             return
-        delay_s = min(config.engine_restart_delay_s * 2**count, MAX_DELAY_S)
+        delay_s = min(config.engine_restart_delay_s * 2 ** min(count + self._num_without_descriptors, 16), MAX_DELAY_S)
         logger.warning("%s Restart %d of %d follows in %g s.", why, count + 1, most, delay_s)
         await asyncio.sleep(delay_s)
         if self._is_needed:
@@ -74,10 +76,15 @@ class Supervisor:
         context = self._context
         try:
             await context.metrics.transition("restart", context.engine.restart())
+        except DescriptorsExhausted:
+            self._num_without_descriptors += 1
+            self._restarts.pop()  # the next look says why, and tries again
         except ShuteyeError as error:
+            self._num_without_descriptors = 0
             if context.engine.failure is None:
                 logger.info("The engine was restarted by somebody else meanwhile.")
             elif not context.stopping.begun:
                 logger.error("The engine could not be restarted: %s", error.message)  # noqa: TRY400
         else:
+            self._num_without_descriptors = 0
             logger.warning("The engine is loaded again; the model is awake.")

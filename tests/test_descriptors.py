@@ -1,0 +1,71 @@
+"""The limit of file descriptors: raised, read, and seen to be reached."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+
+import pytest
+
+from shuteye import descriptors
+
+
+@contextlib.contextmanager
+def limited(soft, hard=None):
+    """This process with another limit."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1] if hard is None else hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@contextlib.contextmanager
+def none_left():
+    """This process with every descriptor that it may have in use, and a limit that is soon reached."""
+    with limited(max(map(int, os.listdir("/proc/self/fd"))) + 10), contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            while True:
+                held.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        yield
+
+
+def test_the_soft_limit_is_raised_but_not_beyond_reason(monkeypatch):
+    """A server that is deaf at 1,024 connections where 20,000 were allowed; a limit of a thousand million."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(descriptors, "MOST", hard - 1)
+    with limited(hard - 2):
+        assert descriptors.raise_limit() == hard - 1
+    monkeypatch.setattr(descriptors, "MOST", hard + 1)
+    with limited(hard - 2):
+        assert descriptors.raise_limit() == hard
+
+
+def test_a_limit_that_is_higher_already_or_cannot_be_raised_stays(monkeypatch):
+    """A limit that was lowered; a server that does not start where it may not change it."""
+    with limited(512):
+        monkeypatch.setattr(descriptors, "MOST", 256)
+        assert descriptors.raise_limit() == 512
+        monkeypatch.setattr(descriptors, "MOST", 600)
+
+        def forbidden(*_args):
+            raise PermissionError
+
+        with monkeypatch.context() as sandbox:
+            sandbox.setattr(resource, "setrlimit", forbidden)
+            assert descriptors.raise_limit() == 512
+
+
+def test_whether_any_are_left():
+    """A start that is tried where libraries would abort; descriptors lost by looking."""
+    before = sorted(os.listdir("/proc/self/fd"))
+    assert descriptors.are_left(8)
+    with none_left():
+        assert not descriptors.are_left(1)
+        with pytest.raises(OSError, match="Too many open files") as error:
+            os.open(os.devnull, os.O_RDONLY)
+        assert descriptors.is_shortage(error.value)
+        assert "LimitNOFILE" in descriptors.shortage()
+    assert sorted(os.listdir("/proc/self/fd")) == before
