@@ -88,18 +88,18 @@ class ImageStore:
         Raises:
             ImageFailure: it cannot be written. Whatever `build` raises passes through; no image is left then.
         """
-        image = self.open_usable(identity)
+        image = self._open_usable(identity)
         if image is not None:
             return image
         with self._exclusive(identity.key):
-            image = self.open_usable(identity)
+            image = self._open_usable(identity)
             if image is None:
                 self._build(identity, build)
                 image = self.open(identity)
         assert image is not None, "an image cannot be removed while its lock is held"
         return image
 
-    def open_usable(self, identity: ImageIdentity) -> WeightImage | None:
+    def _open_usable(self, identity: ImageIdentity) -> WeightImage | None:
         """`open`, but a damaged image counts as none."""
         try:
             return self.open(identity)
@@ -215,12 +215,13 @@ class ImageStore:
         """Read the whole image of `key` (or a unique prefix of one) and compare it with its checksums.
 
         Raises:
-            ImageFailure: no such image, an ambiguous prefix, or it cannot even be opened.
+            ImageFailure: no such image, an ambiguous prefix, it cannot even be opened, or a file beside the
+                weights differs.
         """
         image = self.open_key(self._resolve(key))
         try:
-            image.read_buffers()
-            return VerifyResult(verified_bytes=image.layout.nbytes, bad_extents=image.damaged_extents())
+            nbytes = image.require_files_unchanged() + image.layout.nbytes
+            return VerifyResult(verified_bytes=nbytes, bad_extents=image.damaged_extents())
         finally:
             image.close()
 
