@@ -94,7 +94,9 @@ class ImageWriter:
     def _require_space(self, nbytes: int) -> None:
         free = shutil.disk_usage(self.directory).free
         if free < nbytes + _SPARE_BYTES:
-            raise OSError(f"it takes {nbytes + _SPARE_BYTES:,} bytes and {free:,} are free")
+            raise OSError(
+                f"the weights take {nbytes:,} bytes, {_SPARE_BYTES:,} more must stay free, and only {free:,} are free"
+            )
 
     def put(self, name: str, data: WeightData) -> None:
         """Write one tensor to its place: a tensor of exactly the slot's shape and dtype, or its bytes.
