@@ -44,8 +44,7 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ImageFailure(
-            f"Writing the weight image at {path} failed: {error}. "
-            f"Check permissions and free space there, or choose another --cache-dir."
+            f"Writing to {path} failed: {error}. Check permissions and free space there, or choose another --cache-dir."
         ) from error
 
 
