@@ -17,6 +17,7 @@ from shuteye.cli.remote import AsJson, Remote
 from shuteye.cli.sizes import format_seconds, format_size
 from shuteye.cli.terminal import show, show_json, table
 from shuteye.client.load import Cycle, LoadGenerator, LoadPlan, LoadResult, percentile
+from shuteye.errors import InvalidRequest
 
 SHARES = (0.5, 0.9, 0.99)
 FAILED = 1
@@ -53,6 +54,8 @@ def bench(
     remote: Remote | None = None,
 ) -> int:
     """Put load on a running OpenAI-compatible server and time it; exit status 1 if a request fails."""
+    if not requests and not sleep_wake:
+        raise InvalidRequest("There is nothing to measure with 0 requests and without --sleep-wake.", param="requests")
     remote = remote or Remote()
 
     def plan(served: str) -> LoadPlan:
