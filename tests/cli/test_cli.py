@@ -169,6 +169,7 @@ def one_line(text):
         (["bench", "--max-tokens", "0"], 2, "--max-tokens"),
         (["bench", "--requests", "0"], 2, "--requests: There is nothing to measure"),
         (["bench", "--api-key", "a\nb"], 2, "--api-key: api_key begins or ends"),
+        (["bench", "--admin-api-key", "a\n"], 2, "--admin-api-key: admin_api_key begins or ends"),
         (["sleep", "--admin-api-key", "a\n"], 2, "--admin-api-key: admin_api_key begins or ends"),
         (["bench", "--url", "x"], 2, "is not an address like http://"),
         (["serve", "--hold-timeout-s", "nan"], 2, "--hold-timeout-s"),
