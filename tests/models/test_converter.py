@@ -139,11 +139,12 @@ def test_an_image_with_another_file_in_it_is_refused(tiny_checkpoint, tmp_path, 
 
 
 def test_orphans_are_swept_by_whoever_wants_an_image(tiny_checkpoint, tmp_path) -> None:
-    """Would catch what a killed build left that stays until the same model is built again."""
-    left = tmp_path / "images" / ".other-bfloat16-0123.abcd"
-    left.mkdir(parents=True)
+    """Would catch what a killed build left or fetch left that stays until the same model is wanted again."""
+    left = [tmp_path / "images" / ".other-bfloat16-0123.abcd", tmp_path / "wheels" / ".fetch-killed"]
+    for directory in left:
+        directory.mkdir(parents=True)
     obtain_image(Order(str(tiny_checkpoint), str(tmp_path)), NoProgress()).close()
-    assert not left.exists()
+    assert [directory for directory in left if directory.exists()] == []
 
 
 def test_offline_a_model_that_is_not_here_is_refused_at_once(tmp_path, monkeypatch) -> None:
