@@ -246,7 +246,8 @@ def measure_server(model: str, figures: Figures, rounds: int) -> None:
             for _ in range(3):
                 with figures.timed("HTTP: awake, time to first token"):
                     ask_for_one_token(http)
-                http.post("/sleep").raise_for_status()
+                slept = http.post("/sleep").raise_for_status().json()
+                figures.add("HTTP: what stays in the engine process, MiB", slept["residual_bytes"] / MIB)
                 with figures.timed("HTTP: wake to first token"):
                     http.post("/wake_up").raise_for_status()
                     ask_for_one_token(http)

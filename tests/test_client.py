@@ -547,6 +547,23 @@ def test_nobody_there_and_nobody_answering():
         client.sleep()
 
 
+@pytest.mark.parametrize("key", ["topsecret\n", "top\nsecret", " topsecret", "topsecret\0", " ", ""])
+@pytest.mark.parametrize("kind", [Client, AsyncClient, WakingTransport, AsyncWakingTransport])
+def test_a_key_that_no_header_can_carry_is_refused_and_never_shown(kind, key):
+    """Catches a key from a file with its last line break that ends up in a terminal, or in a log of errors."""
+    with pytest.raises(errors.InvalidRequest) as refused:
+        kind(admin_api_key=key)
+    assert refused.value.param == "admin_api_key"
+    assert "secret" not in repr(refused.value)
+
+
+def test_a_waking_transport_sends_any_letters():
+    """Catches a wake that fails because the key is not ASCII, which the server accepts."""
+    with sync_http(FakeServer(admin_key="schlüssel"), admin_api_key="schlüssel") as http:
+        assert http.post(f"{URL}/v1/completions", json={}).status_code == 200
+    assert "schlüssel" not in repr(WakingTransport(admin_api_key="schlüssel")._wake)
+
+
 # --- redirects ------------------------------------------------------------------------------------
 
 

@@ -66,10 +66,11 @@ def test_tokens_are_those_of_the_usage_or_else_of_the_chunks():
         (WHOLE, "ended before"),
         (chunk("a") + 'data: {"error": {"message": "gone"}}\n\n' + DONE, "gone"),
         ("data: {nonsense\n\n", "JSONDecodeError"),
+        (chunk("a") + f"data: {json.dumps({'choices': [{'text': '', 'finish_reason': 'abort'}]})}\n\n" + DONE, "abort"),
     ],
 )
 def test_failures_are_part_of_the_result_and_of_no_rate(answer, says):
-    """A throughput made of refusals; a run that ends at the first failure."""
+    """A throughput made of refusals, or of answers that a sleep cut short; a run that ends at the first failure."""
     result, _ = run(answer)
     assert len(result.requests) == 4
     assert result.served == ()
@@ -107,6 +108,14 @@ def test_a_server_that_is_not_there():
 
     with pytest.raises(ServerUnreachable):
         asyncio.run(ask())
+
+
+def test_a_key_that_no_header_can_carry_is_the_load_s_own():
+    """A message that shows the key, or speaks of the admin key."""
+    with pytest.raises(InvalidRequest) as refused:
+        LoadGenerator("http://x", api_key="secret\n")
+    assert refused.value.param == "api_key"
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("field", ["concurrency", "max_tokens", "num_prompt_words"])

@@ -13,6 +13,9 @@ from rich.console import Console
 from shuteye.cli import main as cli
 from shuteye.cli.progress import ProgressBars
 from shuteye.config import EngineConfig
+from shuteye.memory.image import ImageIdentity
+from shuteye.memory.image_store import ImageStore
+from shuteye.memory.layout import TensorSpec
 from shuteye.server.config import ServerConfig
 
 MIB = 1024**2
@@ -164,6 +167,10 @@ def one_line(text):
         (["bench", "--concurrency", "0"], 2, "--concurrency"),
         (["bench", "--sleep-wake", "-1"], 2, "--sleep-wake"),
         (["bench", "--max-tokens", "0"], 2, "--max-tokens"),
+        (["bench", "--requests", "0"], 2, "--requests: There is nothing to measure"),
+        (["bench", "--api-key", "a\nb"], 2, "--api-key: api_key begins or ends"),
+        (["bench", "--admin-api-key", "a\n"], 2, "--admin-api-key: admin_api_key begins or ends"),
+        (["sleep", "--admin-api-key", "a\n"], 2, "--admin-api-key: admin_api_key begins or ends"),
         (["bench", "--url", "x"], 2, "is not an address like http://"),
         (["serve", "--hold-timeout-s", "nan"], 2, "--hold-timeout-s"),
         (["serve", "--shutdown-grace-s", "inf"], 2, "--shutdown-grace-s"),
@@ -224,14 +231,75 @@ def test_python_dash_m():
 # --- images and progress ------------------------------------------------------------------------
 
 
-def test_images_of_an_empty_cache(tmp_path, capsys):
-    """Catches a first use that fails because nothing is there yet."""
-    assert cli.run(["images", "ls", "--cache-dir", str(tmp_path)]) == 0
-    assert cli.run(["images", "verify", "--cache-dir", str(tmp_path)]) == 0
+@pytest.mark.parametrize("command", [["ls"], ["verify"], ["rm", "--all"]])
+def test_images_of_an_empty_cache(tmp_path, capsys, command):
+    """Catches a first use that fails, or says nothing, because nothing is there yet; and a misspelt directory."""
+    assert cli.run(["images", *command, "--cache-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"No images in {tmp_path}.\n"
+    assert cli.run(["images", *command, "--cache-dir", str(tmp_path / "absent")]) == 0
+    assert capsys.readouterr().out == f"No images: {tmp_path / 'absent'} does not exist.\n"
+
+
+@pytest.mark.parametrize("command", [["ls"], ["ls", "--orphans"], ["verify"], ["rm", "--all"], ["rm", "x"]])
+def test_a_cache_directory_that_is_a_file_is_refused(tmp_path, capsys, command):
+    """Catches `No images` of a path that can hold none."""
+    (tmp_path / "file").write_text("x")
+    assert cli.run(["images", *command, "--cache-dir", str(tmp_path / "file")]) == 2
+    assert f"--cache-dir: {tmp_path / 'file'} is not a directory" in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_listed_are_an_error(tmp_path, capsys):
+    """Catches a failure that looks like an empty cache."""
+    (tmp_path / "images").write_text("x")
+    assert cli.run(["images", "ls", "--cache-dir", str(tmp_path)]) == 1
+    assert "cannot be listed: [Errno 20] Not a directory" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two_images(tmp_path, monkeypatch):
+    """A cache with two images, of which the first is in use by this process; their keys."""
+    store = ImageStore(tmp_path)
+
+    def build(writer):
+        writer.begin([TensorSpec("a", (4,), "float32")])
+        writer.put("a", bytes(16))
+
+    used, free = (store.open_or_build(ImageIdentity(name, "1", "float32"), build) for name in ("used", "free"))
+    free.close()
+    monkeypatch.setattr("shuteye.memory.image_store.holders", lambda _path: (7, 8))
+    yield used.path.name, free.path.name
+    used.close()
+
+
+def test_of_all_images_those_in_use_are_left_and_named(two_images, tmp_path, capsys):
+    """Catches `rm --all` that leaves gigabytes without a word."""
+    used, free = two_images
     assert cli.run(["images", "rm", "--all", "--cache-dir", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == "No images.\n"
-    assert cli.run(["images", "rm", "abc", "--cache-dir", str(tmp_path)]) == 1
-    assert "abc" in capsys.readouterr().err
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"Left {used}: in use by processes 7, 8."
+    assert out[1].startswith(f"Removed {free}: ")
+    assert cli.run(["images", "ls", "--cache-dir", str(tmp_path)]) == 0
+    assert "in use by processes 7, 8" in capsys.readouterr().out
+
+
+def test_an_image_of_an_older_version_is_listed_in_one_line(two_images, tmp_path, capsys):
+    """Catches an upgrade after which every image is shown as broken, in lines of 300 characters."""
+    index = tmp_path / "images" / two_images[1] / "index.json"
+    index.chmod(0o644)
+    index.write_bytes(index.read_bytes().replace(b'"format":2', b'"format":1'))
+    assert cli.run(["images", "ls", "--cache-dir", str(tmp_path)]) == 0
+    _, line, _, hint = capsys.readouterr().out.splitlines()
+    assert line.endswith("cannot be used: another version of shuteye made it (format 1, this one reads 2)")
+    assert "made anew when its model is next loaded" in hint
+
+
+def test_one_image_that_cannot_be_removed_does_not_keep_the_others(two_images, tmp_path, capsys):
+    """Catches the rest of a command line being forgotten after the first error, and a failure with status 0."""
+    assert cli.run(["images", "rm", "used", "free", "abc", "--cache-dir", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Removed free: ")
+    assert "in use by processes 7, 8. Stop the server" in captured.err
+    assert "'abc' matches none of" in captured.err
 
 
 def test_what_killed_processes_left_is_listed_and_removed(tmp_path, capsys):
@@ -244,7 +312,7 @@ def test_what_killed_processes_left_is_listed_and_removed(tmp_path, capsys):
     left = tmp_path / "images" / ".model-bfloat16-0123.abcd"
     left.mkdir(parents=True)
     (left / "weights.rank0.bin").write_bytes(bytes(3 * MIB))
-    assert images("ls")[1].startswith("No images.\nKilled processes left 3.0 MiB: ")
+    assert images("ls")[1].startswith(f"No images in {tmp_path}.\nKilled processes left 3.0 MiB: ")
     assert images("ls", "--json")[1] == "[]\n"
     assert str(left) in images("ls", "--orphans")[1]
     (shown,) = json.loads(images("ls", "--orphans", "--json")[1])

@@ -322,6 +322,25 @@ def test_a_refused_key_says_how_to_give_one(server, capsys, status):
     assert said.count("\n") == 1
 
 
+def test_a_refused_key_for_inference_says_how_to_give_that_one(server, capsys):
+    """Catches the admin key being asked for where the server's key for inference is wrong."""
+    refusal = {"error": {"message": "No.", "type": "AuthenticationError", "param": None, "code": 401}}
+    server.answers["/v1/models"] = (401, refusal)
+    assert cli.run(["bench", "--api-key", "wrong", "--url", server.url]) == 1
+    said = capsys.readouterr().err
+    assert "with --api-key or SHUTEYE_API_KEY." in said
+    assert "admin" not in said
+
+
+def test_a_key_from_the_environment_that_cannot_be_sent_names_the_variable(server, capsys, monkeypatch):
+    """Catches an error that shows the key, or says nothing of where it came from."""
+    monkeypatch.setenv("SHUTEYE_ADMIN_API_KEY", "topsecret\n")
+    assert cli.run(["ps", "--url", server.url]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("shuteye: SHUTEYE_ADMIN_API_KEY: admin_api_key begins or ends with a space")
+    assert "topsecret" not in said
+
+
 def test_a_key_may_have_any_letters(server):
     """Catches a traceback from a key that is not ASCII, which the server accepts."""
     server.answers["/sleep"] = (200, answer(SLEEP_REPORT))

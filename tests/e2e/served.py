@@ -86,6 +86,8 @@ class Served:
         self._scratch = tempfile.TemporaryDirectory(prefix="e2e-")  # short: a socket's path must fit in 107 bytes
         self._temporary = Path(self._scratch.name, "tmp")
         self._temporary.mkdir()
+        torchs = Path(self._scratch.name, "torch")  # where a conversion has torch make a directory, to stay
+        environment = {"TORCHINDUCTOR_CACHE_DIR": str(torchs)} | environment
         self._log = Path(self._scratch.name, "log")
         keyed = ("--api-key", self.api_key, "--admin-api-key", self.admin_key) if keys else ()
         policies = ("--on-sleeping-request", policy)
@@ -219,7 +221,7 @@ class Served:
             expected = FORCED if "Second signal" in self.log else self.may_end_with
             assert self.ended() == expected, self.log[-3000:]
             assert not self.http or not is_running(self.engine_pid), "the engine outlived its server"
-            assert not list(self._temporary.iterdir()), "temporary files are left"
+            assert [file.name for file in self._temporary.iterdir()] == [], "temporary files are left"
             assert "Traceback" not in self.log, self.log[self.log.index("Traceback") - 1000 :]
         finally:
             if self.http:

@@ -34,11 +34,9 @@ def twice_as_long_as_a_window():
 
 
 @pytest.fixture(scope="module")
-def server(whisper, tmp_path_factory):
-    """Torch makes an empty cache directory once transformers' generation code is imported."""
-    torchs = str(tmp_path_factory.mktemp("inductor"))
+def server(whisper):
     flags = ("--enable-sleep-mode", "--num-threads", "1")
-    server = Served(MODEL, *flags, cache_dir=None, SHUTEYE_SERVER_DEV_MODE="1", TORCHINDUCTOR_CACHE_DIR=torchs)
+    server = Served(MODEL, *flags, cache_dir=None, SHUTEYE_SERVER_DEV_MODE="1")
     try:
         yield server.wait_until_ready()
     finally:

@@ -20,6 +20,7 @@ from shuteye.plans import SleepPlan, WakePlan
 
 PAGE = mmap.PAGESIZE
 KV_BYTES = 4 * PAGE
+TEMPLATE = "tokenizer/chat_template.jinja"
 
 # Groups of one page, of several, and of a fraction: extents of 1, 3, 2 and 1 pages.
 SPECS = (
@@ -49,6 +50,8 @@ def build_image(seed: int) -> Callable[[ImageWriter], None]:
         for spec in SPECS:
             writer.put(spec.name, random.Random(f"{seed} {spec.name}").randbytes(spec.nbytes))
         writer.put_buffer("scale", torch.tensor([1.5, 2.5]))
+        (writer.directory / "tokenizer").mkdir()
+        (writer.directory / TEMPLATE).write_text("{{ messages }}")
 
     return build
 

@@ -15,7 +15,8 @@ from shuteye.memory.backends.fake import FakeBackend
 from shuteye.memory.backings.disk import DiskBacking
 from shuteye.memory.backings.host import HostBacking
 from shuteye.memory.backings.image import ImageSource
-from shuteye.memory.image import WeightImage, checksum_hex
+from shuteye.memory.checksums import checksum_hex
+from shuteye.memory.image import WeightImage
 from shuteye.memory.layout import Extent
 
 EXTENTS = (Extent(0, 0, PAGE), Extent(1, PAGE, 2 * PAGE), Extent(2, 3 * PAGE, PAGE))

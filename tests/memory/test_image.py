@@ -13,17 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_world import PAGE, SPECS, open_fds, unseal
+from memory_world import PAGE, SPECS, TEMPLATE, open_fds, unseal
 
 from shuteye.errors import ImageFailure
+from shuteye.memory.checksums import checksum_hex, checksum_of_file
 from shuteye.memory.image import (
     BUFFERS_FILE,
     INDEX_FILE,
     WEIGHTS_FILE,
     ImageIdentity,
     WeightImage,
-    checksum_hex,
-    checksum_of_file,
     encode_index,
     read_index,
 )
@@ -134,7 +133,7 @@ def damage_pages(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (damage_version, "its format version is 99"),
+        (damage_version, "another version of shuteye made it .format 99"),
         (damage_content, "does not match its own checksum"),
         (damage_truncated, "truncated"),
         (damage_checksums, "3 checksums for 4 extents"),
@@ -143,6 +142,11 @@ def damage_pages(path: Path) -> None:
         (damage_pages, "its pages are 64 bytes"),
         (lambda path: (path / INDEX_FILE).unlink(), "No such file"),
         (lambda path: (path / WEIGHTS_FILE).unlink(), "No such file"),
+        (lambda path: (path / BUFFERS_FILE).unlink(), f"{BUFFERS_FILE} is missing"),
+        (lambda path: (path / TEMPLATE).unlink(), f"{TEMPLATE} is missing"),
+        (lambda path: (path / TEMPLATE).write_text(""), f"{TEMPLATE} has 0 bytes instead of 14"),
+        (lambda path: shutil.rmtree(path / "tokenizer"), f"{TEMPLATE} is missing"),
+        (lambda path: (path / "tokenizer" / "vocab.json").write_text("{}"), "tokenizer/vocab.json was added to it"),
     ],
 )
 def test_a_damaged_image_is_refused_with_the_reason_and_the_cure(path: Path, damage, reason: str) -> None:
@@ -151,6 +155,31 @@ def test_a_damaged_image_is_refused_with_the_reason_and_the_cure(path: Path, dam
     with pytest.raises(ImageFailure, match=rf"(?s){reason}.*shuteye images rm image"):
         WeightImage.open(path)
     assert open_fds() == before, "a descriptor, and its lock, leaked"
+
+
+@pytest.mark.parametrize("name", [TEMPLATE, BUFFERS_FILE])
+def test_a_changed_file_beside_the_weights_is_refused_by_name(image: WeightImage, name: str) -> None:
+    """Would catch another chat template that is served as if it were the model's."""
+    nbytes = image.require_files_unchanged()
+    content = (image.path / name).read_bytes()
+    assert nbytes == sum((image.path / one).stat().st_size for one in (TEMPLATE, BUFFERS_FILE))
+    (image.path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ImageFailure, match=f"{name} does not match its checksum. Run `shuteye images rm image`"):
+        image.require_files_unchanged()
+
+
+def test_of_many_bad_files_some_are_named_and_all_are_counted(path: Path) -> None:
+    """Would catch a line of a thousand names, or one that hides how much is wrong."""
+    for number in range(5):
+        (path / f"added{number}").touch()
+    with pytest.raises(ImageFailure, match=r"added0 was added to it; .*added2 was added to it, and 2 files more"):
+        WeightImage.open(path)
+
+
+def test_hidden_files_are_nobodys_damage(path: Path) -> None:
+    """Would catch an image that is made anew because a backup or a file system left a mark in it."""
+    (path / ".nfs0001").touch()
+    WeightImage.open(path).close()
 
 
 def test_damaged_buffers_are_refused(image: WeightImage) -> None:
@@ -180,7 +209,7 @@ def test_no_source_makes_a_key_that_leaves_the_directory(source: str) -> None:
 
 
 def test_a_file_is_hashed_in_pieces_like_a_whole(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("shuteye.memory.image._READ_BYTES", 7)
+    monkeypatch.setattr("shuteye.memory.checksums._READ_BYTES", 7)
     content = random.Random(0).randbytes(100)
     (tmp_path / "file").write_bytes(content)
     with (tmp_path / "file").open("rb") as file:

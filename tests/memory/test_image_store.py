@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from memory_world import PAGE, build_image, unseal
+from memory_world import PAGE, TEMPLATE, build_image, unseal
 
 from shuteye.errors import ImageFailure
 from shuteye.memory.image import BUFFERS_FILE, INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage
@@ -63,13 +63,8 @@ def test_a_changed_checkpoint_makes_another_image(store: ImageStore) -> None:
 
 
 def test_extra_files_of_the_builder_arrive_with_the_image(store: ImageStore) -> None:
-    def build(writer: ImageWriter) -> None:
-        build_image(1)(writer)
-        (writer.directory / "tokenizer").mkdir()
-        (writer.directory / "tokenizer" / "tokenizer.json").write_text("{}")
-
-    image = store.open_or_build(IDENTITY, build)
-    assert (image.path / "tokenizer" / "tokenizer.json").read_text() == "{}"
+    image = store.open_or_build(IDENTITY, build_image(1))
+    assert (image.path / TEMPLATE).read_text() == "{{ messages }}"
     image.close()
 
 
@@ -136,24 +131,18 @@ SLOW_BUILDER = """
 
 def test_an_image_is_sealed_and_can_yet_be_removed_and_replaced(store: ImageStore, tmp_path: Path) -> None:
     """Would catch weights that a slip of the hand overwrites, and seals that keep shuteye itself out."""
-
-    def build(writer: ImageWriter) -> None:
-        build_image(1)(writer)
-        (writer.directory / "tokenizer").mkdir()
-        (writer.directory / "tokenizer" / "tokenizer.json").write_text("{}")
-
-    image = store.open_or_build(IDENTITY, build)
+    image = store.open_or_build(IDENTITY, build_image(1))
     image.close()
     everything = [image.path, *image.path.rglob("*")]
     modes = {path.relative_to(image.path).as_posix(): stat.S_IMODE(path.stat().st_mode) for path in everything}
     assert modes == {
         **dict.fromkeys((".", "tokenizer"), 0o555),
-        **dict.fromkeys(("weights.rank0.bin", "index.json", "buffers.bin", "tokenizer/tokenizer.json"), 0o444),
+        **dict.fromkeys(("weights.rank0.bin", "index.json", "buffers.bin", TEMPLATE), 0o444),
     }
     index = image.path / "index.json"
     index.chmod(0o644)
     index.write_text("damaged")
-    store.open_or_build(IDENTITY, build).close()
+    build_and_close(store)
     assert stat.S_IMODE(index.stat().st_mode) == 0o444
     assert store.remove(IDENTITY.key) > 0
     assert [path.name for path in (tmp_path / "images").iterdir()] == []
@@ -225,7 +214,7 @@ def test_many_threads_building_removing_and_opening_never_see_half_an_image(stor
     assert opened[0] > 10
 
 
-@pytest.mark.parametrize("name", [INDEX_FILE, WEIGHTS_FILE])
+@pytest.mark.parametrize("name", [INDEX_FILE, WEIGHTS_FILE, BUFFERS_FILE, TEMPLATE])
 def test_a_damaged_image_is_refused_by_open_and_replaced_by_open_or_build(
     store: ImageStore, tmp_path: Path, name: str
 ) -> None:
@@ -235,7 +224,7 @@ def test_a_damaged_image_is_refused_by_open_and_replaced_by_open_or_build(
     with pytest.raises(ImageFailure, match="images rm"):
         store.open(IDENTITY)
     (summary,) = store.list()
-    assert (summary.damage is None) == (name == WEIGHTS_FILE), "the list reads only the index"
+    assert (summary.damage is None) == (name != INDEX_FILE), "the list reads only the index"
     build_and_close(store)
     assert store.verify(IDENTITY.key).bad_extents == ()
     assert leftovers(tmp_path) == []
@@ -306,18 +295,20 @@ def test_prefixes_must_be_unique_and_exist(store: ImageStore) -> None:
         store.verify("mod")
     with pytest.raises(ImageFailure, match="matches none of: model"):
         store.verify("")
-    assert store.verify(IDENTITY.key).verified_bytes == 7 * PAGE
+    assert store.verify(IDENTITY.key).verified_bytes == 8 * PAGE + len("{{ messages }}")
 
 
-def test_verify_finds_the_damaged_extent_and_damaged_buffers(store: ImageStore) -> None:
+def test_verify_finds_the_damaged_extent_and_damaged_files(store: ImageStore) -> None:
+    """Would catch `images verify` agreeing to a chat template that is another one."""
     path = build_and_close(store)
     with_hole = bytearray((path / WEIGHTS_FILE).read_bytes())
     with_hole[6 * PAGE] ^= 1
     (unseal(path) / WEIGHTS_FILE).write_bytes(with_hole)
     assert store.verify(IDENTITY.key).bad_extents == (3,)
-    (path / BUFFERS_FILE).write_bytes(b"")
-    with pytest.raises(ImageFailure, match=BUFFERS_FILE):
-        store.verify(IDENTITY.key)
+    for name in (TEMPLATE, BUFFERS_FILE):
+        (path / name).write_bytes(bytes((path / name).stat().st_size))
+        with pytest.raises(ImageFailure, match=f"{name} does not match its checksum.*images rm {IDENTITY.key}"):
+            store.verify(IDENTITY.key)
 
 
 def test_a_cache_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -375,14 +366,9 @@ def test_everything_is_synced_before_the_rename_and_the_rename_after_it(
         calls.append(("rename", str(target)))
         rename(source, target)
 
-    def build(writer: ImageWriter) -> None:
-        build_image(1)(writer)
-        (writer.directory / "tokenizer").mkdir()
-        (writer.directory / "tokenizer" / "tokenizer.json").write_text("{}")
-
     monkeypatch.setattr(os, "fsync", recorded_sync)
     monkeypatch.setattr(os, "rename", recorded_rename)
-    image = store.open_or_build(IDENTITY, build)
+    image = store.open_or_build(IDENTITY, build_image(1))
     image.close()
     renamed = calls.index(("rename", str(image.path)))
     synced = [name for call, name in calls[:renamed] if call == "sync"]

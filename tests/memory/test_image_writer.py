@@ -91,10 +91,15 @@ def test_a_builder_that_does_nothing_is_told(writer: ImageWriter) -> None:
         writer.finish()
 
 
-def test_a_disk_without_room_is_found_before_the_first_byte(writer: ImageWriter, monkeypatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100 << 20})())
-    with pytest.raises(ImageFailure, match=r"it takes 1,.* bytes and 104,857,600 are free.*--cache-dir"):
-        writer.begin([TensorSpec("big", (1 << 30,), "uint8")])
+@pytest.mark.parametrize("nbytes", [1 << 30, 100 * PAGE])
+def test_a_disk_without_room_is_found_before_the_first_byte(writer: ImageWriter, monkeypatch, nbytes: int) -> None:
+    """Would catch a reserve that is called the size of a small image."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 64 << 20})())
+    says = (
+        rf"the weights take {nbytes:,} bytes, 67,108,864 more must stay free, and only 67,108,864 are free.*--cache-dir"
+    )
+    with pytest.raises(ImageFailure, match=says):
+        writer.begin([TensorSpec("big", (nbytes,), "uint8")])
     assert list(writer.directory.iterdir()) == []
 
 

@@ -86,12 +86,65 @@ def test_an_image_that_is_there_is_opened_without_another_process(tiny_checkpoin
     second.close()
 
 
+def other_text(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"', b"'", 1))
+
+
+def older_format(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"format":2', b'"format":1'))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "says"),
+    [
+        ("tokenizer/tokenizer_config.json", Path.unlink, "tokenizer/tokenizer_config.json is missing"),
+        (
+            "tokenizer/tokenizer.json",
+            lambda path: path.write_text(""),
+            "tokenizer/tokenizer.json has 0 bytes instead of",
+        ),
+        ("config/config.json", Path.unlink, "config/config.json is missing"),
+        ("index.json", older_format, "another version of shuteye made it"),
+    ],
+)
+def test_an_image_that_lacks_something_is_made_anew_and_the_log_says_why(
+    tiny_checkpoint, tmp_path, caplog, name, damage, says
+) -> None:
+    """Would catch a model served with another tokenizer than its own, and images of older versions served unchecked."""
+    order = Order(str(tiny_checkpoint), str(tmp_path))
+    path = obtain_image(order, NoProgress()).path
+    sealed = (path / name).read_bytes()
+    (path / name).parent.chmod(0o755)
+    (path / name).chmod(0o644)
+    damage(path / name)
+    image = obtain_image(order, NoProgress())
+    image.close()
+    assert name == "index.json" or (image.path / name).read_bytes() == sealed
+    assert ImageStore(tmp_path).verify(image.path.name).bad_extents == ()
+    assert says in caplog.text
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "config/config.json"])
+def test_an_image_with_another_file_in_it_is_refused(tiny_checkpoint, tmp_path, name) -> None:
+    """Would catch a damaged tokenizer that is served silently."""
+    order = Order(str(tiny_checkpoint), str(tmp_path))
+    first = obtain_image(order, NoProgress())
+    first.close()
+    (first.path / name).chmod(0o644)
+    other_text(first.path / name)
+    with pytest.raises(ImageFailure, match=f"{name} does not match its checksum.*images rm {first.path.name}"):
+        obtain_image(order, NoProgress())
+    ImageStore(tmp_path).remove(first.path.name)
+    obtain_image(order, NoProgress()).close()
+
+
 def test_orphans_are_swept_by_whoever_wants_an_image(tiny_checkpoint, tmp_path) -> None:
-    """Would catch what a killed build left that stays until the same model is built again."""
-    left = tmp_path / "images" / ".other-bfloat16-0123.abcd"
-    left.mkdir(parents=True)
+    """Would catch what a killed build left or fetch left that stays until the same model is wanted again."""
+    left = [tmp_path / "images" / ".other-bfloat16-0123.abcd", tmp_path / "wheels" / ".fetch-killed"]
+    for directory in left:
+        directory.mkdir(parents=True)
     obtain_image(Order(str(tiny_checkpoint), str(tmp_path)), NoProgress()).close()
-    assert not left.exists()
+    assert [directory for directory in left if directory.exists()] == []
 
 
 def test_offline_a_model_that_is_not_here_is_refused_at_once(tmp_path, monkeypatch) -> None:
@@ -144,8 +197,8 @@ def test_an_interrupt_ends_the_process_and_what_it_had_begun(monkeypatch, tmp_pa
         begun = pathlib.Path({str(begun)!r})
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         begun.touch()
-        print('{{"type":"Started","label":"x","total":null}}', flush=True)
         try:
+            print('{{"type":"Started","label":"x","total":null}}', flush=True)
             time.sleep(60)
         finally:
             begun.unlink()

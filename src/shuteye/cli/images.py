@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from shuteye.cli.sizes import format_size
-from shuteye.cli.terminal import show, show_json, table
+from shuteye.cli.terminal import show, show_error, show_json, table
 from shuteye.config import default_cache_dir
 from shuteye.errors import ImageFailure, InvalidRequest
 
@@ -27,16 +27,33 @@ CacheDir = Annotated[Path | None, Parameter(help="Where images live.", env_var="
 Keys = Annotated[tuple[str, ...], Parameter(help="Keys as `ls` shows them, or the beginning of one.", negative="")]
 
 
+def _cache(cache_dir: Path | None) -> Path:
+    """The cache directory, which need not be there.
+
+    Raises:
+        InvalidRequest: something else has its name.
+    """
+    path = cache_dir or default_cache_dir()
+    if path.exists() and not path.is_dir():
+        raise InvalidRequest(f"{path} is not a directory. Name the one that holds images/.", param="cache_dir")
+    return path
+
+
 def _store(cache_dir: Path | None) -> ImageStore:
     from shuteye.memory.image_store import ImageStore
 
-    return ImageStore(cache_dir or default_cache_dir())
+    return ImageStore(_cache(cache_dir))
 
 
 def _orphans(cache_dir: Path | None) -> tuple[Orphan, ...]:
     from shuteye.memory.orphans import find_orphans
 
-    return find_orphans(cache_dir or default_cache_dir())
+    return find_orphans(_cache(cache_dir))
+
+
+def _no_images(cache_dir: Path | None) -> str:
+    path = _cache(cache_dir)
+    return f"No images in {path}." if path.is_dir() else f"No images: {path} does not exist."
 
 
 @app.command(name="ls", help_epilogue="Example: shuteye images ls --json")
@@ -52,7 +69,15 @@ def list_images(
     if orphans:
         _list_orphans(_orphans(cache_dir), as_json=as_json)
         return
-    _list_images(_store(cache_dir).list(), as_json=as_json)
+    images = _store(cache_dir).list()
+    if as_json:
+        show_json([asdict(image) for image in images])
+    elif images:
+        show(table(("KEY", "MODEL", "DTYPE", "SIZE ", "LAST USED", "STATE"), map(_row, images)))
+        if any(image.damage for image in images):
+            show("What cannot be used is made anew when its model is next loaded; `shuteye images rm KEY` removes it.")
+    else:
+        show(_no_images(cache_dir))
     left = () if as_json else _orphans(cache_dir)
     if left:
         nbytes = format_size(sum(orphan.nbytes for orphan in left))
@@ -69,17 +94,10 @@ def _list_orphans(orphans: tuple[Orphan, ...], *, as_json: bool) -> None:
         show("Killed processes left nothing.")
 
 
-def _list_images(images: tuple[ImageSummary, ...], *, as_json: bool) -> None:
-    if as_json:
-        show_json([asdict(image) for image in images])
-    elif images:
-        show(table(("KEY", "MODEL", "DTYPE", "SIZE ", "LAST USED", "STATE"), map(_row, images)))
-    else:
-        show("No images.")
-
-
 def _row(image: ImageSummary) -> tuple[str, ...]:
-    state = f"damaged: {image.damage}" if image.damage else "in use" if image.in_use else ""
+    from shuteye.memory.image_store import in_use_by
+
+    state = f"cannot be used: {image.damage}" if image.damage else in_use_by(image.users) if image.in_use else ""
     return (image.key, image.source, image.dtype, format_size(image.nbytes), _time(image.last_used), state)
 
 
@@ -93,24 +111,45 @@ def remove_images(
     /,
     *,
     everything: Annotated[
-        bool, Parameter(name="--all", negative="", help="Remove every image that is not in use.")
+        bool, Parameter(name="--all", negative="", help="Remove every image that is not in use, and say which are.")
     ] = False,
     orphans: Annotated[
         bool, Parameter(negative="", help="Remove what killed processes left of builds and downloads.")
     ] = False,
     cache_dir: CacheDir = None,
-) -> None:
-    """Remove weight images; each is built again when its model is next loaded."""
+) -> int:
+    """Remove weight images; each is built again when its model is next loaded. Exit status 1 if one of KEYS is left."""
     if [bool(keys), everything, orphans].count(True) != 1:
         raise InvalidRequest(
             "Name the images to remove, as `shuteye images ls` shows them, or give --all or --orphans."
         )
     if orphans:
         _remove_orphans(_orphans(cache_dir))
-        return
+        return 0
     store = _store(cache_dir)
-    for key in keys or [image.key for image in store.list() if not image.in_use]:
+    return max([_remove(store, key) for key in keys or _unused(store, cache_dir)], default=0)
+
+
+def _unused(store: ImageStore, cache_dir: Path | None) -> list[str]:
+    """The keys of the images that nobody uses; says of the others why they are left."""
+    from shuteye.memory.image_store import in_use_by
+
+    images = store.list()
+    if not images:
+        show(_no_images(cache_dir))
+    for image in images:
+        if image.in_use:
+            show(f"Left {image.key}: {in_use_by(image.users)}.")
+    return [image.key for image in images if not image.in_use]
+
+
+def _remove(store: ImageStore, key: str) -> int:
+    try:
         show(f"Removed {key}: {format_size(store.remove(key))}.")
+    except ImageFailure as failure:
+        show_error(failure.message)
+        return 1
+    return 0
 
 
 def _remove_orphans(orphans: tuple[Orphan, ...]) -> None:
@@ -128,7 +167,10 @@ def _remove_orphans(orphans: tuple[Orphan, ...]) -> None:
 def verify_images(keys: Keys = (), /, *, cache_dir: CacheDir = None) -> int:
     """Read whole images, all if none is named, and compare them with their checksums; exit status 1 if any differs."""
     store = _store(cache_dir)
-    return max([_verify(store, key) for key in keys or [image.key for image in store.list()]], default=0)
+    wanted = keys or [image.key for image in store.list()]
+    if not wanted:
+        show(_no_images(cache_dir))
+    return max([_verify(store, key) for key in wanted], default=0)
 
 
 def _verify(store: ImageStore, key: str) -> int:

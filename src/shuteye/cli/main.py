@@ -19,7 +19,11 @@ from shuteye.cli.terminal import show_error, show_warning
 from shuteye.errors import AuthenticationFailed, InvalidRequest, PermissionRefused, ShuteyeError
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
-KEYS = "The key is given with --admin-api-key or SHUTEYE_ADMIN_API_KEY."
+KEYS = {
+    "api_key": "The key is given with --api-key or SHUTEYE_API_KEY.",
+    None: "The key is given with --admin-api-key or SHUTEYE_ADMIN_API_KEY.",
+}
+"""By the `param` of the error."""
 
 
 app = App(
@@ -66,7 +70,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         show_error(settings.explained(error.message, error.param))
         return MISUSED if type(error) is InvalidRequest else FAILED
     except (AuthenticationFailed, PermissionRefused) as error:
-        show_error(f"{error.message} {KEYS}")
+        show_error(f"{error.message} {KEYS.get(error.param, KEYS[None])}")
         return FAILED
     except ShuteyeError as error:
         show_error(error.message)

@@ -16,6 +16,7 @@ import msgspec
 
 from shuteye.client.answers import error_from_response
 from shuteye.errors import InternalError, InvalidRequest, ModelNotFound, ServerUnreachable, SleepModeDisabled
+from shuteye.keys import require_sendable
 from shuteye.outputs import EngineState, ModelInfo, SchedulerStats, SleepReport, UpdateReport, WakeReport
 
 T = TypeVar("T")
@@ -203,9 +204,16 @@ _READY = _Call("GET", "/ready", _is_ok, accept=frozenset({503}))
 _VERSION = _Call("GET", "/version", _field("version", str))
 
 
-def bearer(key: str | None) -> dict[bytes, bytes]:
-    """The header that carries `key`, in the bytes that the server compares; none without a key."""
-    return {} if key is None else {b"Authorization": b"Bearer " + key.encode()}
+def bearer(key: str | None, *, name: str = "admin_api_key") -> dict[bytes, bytes]:
+    """The header that carries `key`, in the bytes that the server compares; none without a key.
+
+    Raises:
+        InvalidRequest: no header can carry it; `param` is `name`, and the message does not show it.
+    """
+    if key is None:
+        return {}
+    require_sendable(name, key)
+    return {b"Authorization": b"Bearer " + key.encode()}
 
 
 def server_root(url: str) -> str:
@@ -223,6 +231,7 @@ class Client:
         transport: instead of real connections, for tests.
 
     Raises:
+        InvalidRequest: at construction, a key that no header can carry.
         ServerUnreachable: nothing answers there.
         SleepModeDisabled: the server does not offer control routes.
     """

@@ -18,7 +18,7 @@ import httpx2
 
 from shuteye.client.answers import error_from_response
 from shuteye.client.control import AsyncClient, bearer, server_root, translated
-from shuteye.errors import InternalError, InvalidRequest, ShuteyeError
+from shuteye.errors import AuthenticationFailed, InternalError, InvalidRequest, ShuteyeError
 
 Route = Literal["completions", "chat"]
 
@@ -149,7 +149,8 @@ class LoadGenerator:
     ) -> None:
         self._base_url = server_root(base_url)
         limits = httpx2.Limits(max_connections=None)
-        self._http = httpx2.AsyncClient(headers=bearer(api_key), timeout=timeout_s, limits=limits, transport=transport)
+        headers = bearer(api_key, name="api_key")
+        self._http = httpx2.AsyncClient(headers=headers, timeout=timeout_s, limits=limits, transport=transport)
 
     async def __aenter__(self) -> LoadGenerator:
         return self
@@ -161,13 +162,15 @@ class LoadGenerator:
         """The name that the server lists first.
 
         Raises:
+            AuthenticationFailed: the key is wrong or missing; `param` is `api_key`.
             ShuteyeError: there is no server, or it is none that serves models.
         """
         url = f"{self._base_url}/v1/models"
         with translated(self._base_url):
             response = await self._http.get(url)
         if not response.is_success:
-            raise error_from_response(response.status_code, response.content)
+            error = error_from_response(response.status_code, response.content)
+            raise AuthenticationFailed(error.message, param="api_key") if response.status_code == 401 else error
         try:
             return str(response.json()["data"][0]["id"])
         except (ValueError, LookupError, TypeError) as error:
@@ -212,8 +215,8 @@ class LoadGenerator:
         await control.wake_up()
         awake = time.perf_counter()
         answer = await self.ask(plan, index)
-        if answer.first_token_s is None:
-            raise InternalError(f"After a wake there was no answer: {answer.error}.")
+        if answer.error is not None or answer.first_token_s is None:
+            raise InternalError(f"After a wake there was no answer: {answer.error or 'it has no token'}.")
         return Cycle(
             sleep_s=asleep - began,
             freed_bytes=slept.freed_bytes,
@@ -245,6 +248,8 @@ class _Stream:
         if "error" in found:
             raise InternalError(str(found["error"].get("message", found["error"])))
         self._usage = found.get("usage") or self._usage
+        if any(choice.get("finish_reason") == "abort" for choice in found.get("choices", ())):
+            self.error = "The server ended it before it was done (finish_reason: abort), as a sleep or a pause does."
         if any(_has_text(choice) for choice in found.get("choices", ())):
             self._marks.append(now)
 

@@ -19,6 +19,7 @@ import anyio
 import httpx2
 
 from shuteye.client.answers import error_from_response, is_sleeping
+from shuteye.client.control import bearer
 from shuteye.errors import ModelSleeping, WakeFailed
 
 DEFAULT_WAKE_TIMEOUT_S = 300.0
@@ -142,13 +143,12 @@ class _WakeCall:
     """How to wake the server that a request was meant for."""
 
     path: str
-    admin_api_key: str | None
+    headers: dict[bytes, bytes] = field(repr=False)
     timeout_s: float
 
     def request(self, url: httpx2.URL) -> httpx2.Request:
-        headers = {} if self.admin_api_key is None else {"Authorization": f"Bearer {self.admin_api_key}"}
         timeout = httpx2.Timeout(self.timeout_s).as_dict()
-        return httpx2.Request("POST", url, headers=headers, extensions={"timeout": timeout})
+        return httpx2.Request("POST", url, headers=self.headers, extensions={"timeout": timeout})
 
     def url(self, request: httpx2.Request) -> httpx2.URL:
         return request.url.copy_with(path=self.path, query=None, fragment=None)
@@ -229,6 +229,9 @@ class WakingTransport(httpx2.BaseTransport):
             that a redirect to another origin leads to is not woken.
         wake_path: the wake route on that server.
         wake_timeout_s: for the wake itself.
+
+    Raises:
+        InvalidRequest: at construction, a key that no header can carry.
     """
 
     def __init__(
@@ -240,7 +243,7 @@ class WakingTransport(httpx2.BaseTransport):
         wake_timeout_s: float = DEFAULT_WAKE_TIMEOUT_S,
     ) -> None:
         self._inner = httpx2.HTTPTransport() if inner is None else inner
-        self._wake = _WakeCall(wake_path, admin_api_key, wake_timeout_s)
+        self._wake = _WakeCall(wake_path, bearer(admin_api_key), wake_timeout_s)
         self._flights = _ByServer()
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -303,7 +306,7 @@ class AsyncWakingTransport(httpx2.AsyncBaseTransport):
         wake_timeout_s: float = DEFAULT_WAKE_TIMEOUT_S,
     ) -> None:
         self._inner = httpx2.AsyncHTTPTransport() if inner is None else inner
-        self._wake = _WakeCall(wake_path, admin_api_key, wake_timeout_s)
+        self._wake = _WakeCall(wake_path, bearer(admin_api_key), wake_timeout_s)
         self._flights = _ByServer()
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:

@@ -3,7 +3,7 @@
 Knows nothing of how it is made (`image_writer.py`) nor of where images are kept (`image_store.py`).
 
     <key>/weights.rank0.bin   the arena's bytes, page-aligned extents in layer order
-    <key>/index.json          where each tensor lies, a checksum per extent, what the image was made from
+    <key>/index.json          where each tensor lies, a checksum per extent and per file, what the image was made from
     <key>/buffers.bin         persistent buffers, if the model has any; copied on load, never mapped
     <key>/…/                  whatever else the builder put there, such as the tokenizer
 """
@@ -23,23 +23,19 @@ from typing import Any
 
 import msgspec
 import torch
-import xxhash
 
 from shuteye.errors import ImageFailure
 from shuteye.memory.arena import torch_dtype
+from shuteye.memory.checksums import checksum_hex, checksum_of_file
+from shuteye.memory.image_files import FileRecord, require_present, require_unchanged
 from shuteye.memory.layout import Layout, Slot
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had no checksums of the files beside the weights; such images are made anew."""
+
 WEIGHTS_FILE = "weights.rank0.bin"
 BUFFERS_FILE = "buffers.bin"
 INDEX_FILE = "index.json"
-
-_READ_BYTES = 4 << 20
-
-
-def checksum_hex(data: bytes | bytearray | memoryview) -> str:
-    """XXH3, 64 bits: finds damage, not malice. Source: https://xxhash.com."""
-    return xxhash.xxh3_64_hexdigest(data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +62,10 @@ class ImageIdentity:
 
 @dataclass(frozen=True, slots=True)
 class ImageIndex:
-    """The content of `index.json`. `checksums` follow the layout's extents; `created` is seconds since 1970."""
+    """The content of `index.json`. `checksums` follow the layout's extents; `created` is seconds since 1970.
+
+    `files` are all others beside it and the weights.
+    """
 
     identity: ImageIdentity
     layout: Layout
@@ -74,7 +73,7 @@ class ImageIndex:
     aliases: Mapping[str, str]
     metadata: Mapping[str, Any]
     buffers: tuple[Slot, ...]
-    buffers_checksum: str
+    files: tuple[FileRecord, ...]
     created: float
 
     def __post_init__(self) -> None:
@@ -105,29 +104,38 @@ def read_index(directory: Path) -> ImageIndex:
     Raises:
         ImageFailure: missing, damaged, or of another format version.
     """
-    with _reporting_damage(directory):
+    with _reporting_damage(directory, rebuilt=True):
         file = msgspec.json.decode((directory / INDEX_FILE).read_bytes(), type=_IndexFile)
         if file.format != FORMAT_VERSION:
-            raise ValueError(f"its format version is {file.format}, this shuteye reads {FORMAT_VERSION}")
+            raise ValueError(
+                f"another version of shuteye made it (format {file.format}, this one reads {FORMAT_VERSION})"
+            )
         if checksum_hex(bytes(file.index)) != file.checksum:
             raise ValueError(f"{INDEX_FILE} does not match its own checksum")
         return msgspec.json.decode(file.index, type=ImageIndex)
 
 
 @contextmanager
-def _reporting_damage(directory: Path) -> Iterator[None]:
-    """Turn whatever reading an image raises into an `ImageFailure` that says what to do."""
+def _reporting_damage(directory: Path, *, rebuilt: bool = False) -> Iterator[None]:
+    """Turn whatever reading an image raises into an `ImageFailure` that says what to do.
+
+    Args:
+        rebuilt: what is found here makes the image one that is not there, which the next load makes anew by itself.
+    """
     try:
         yield
     except (OSError, ValueError) as error:
-        raise _damage(directory, error) from error
+        raise _damage(directory, error, rebuilt=rebuilt) from error
 
 
-def _damage(directory: Path, error: Exception) -> ImageFailure:
-    return ImageFailure(
-        f"The weight image {directory} cannot be used: {error}. Run `shuteye images rm {directory.name}`; "
-        f"the next load makes it anew."
+def _damage(directory: Path, error: Exception, *, rebuilt: bool = False) -> ImageFailure:
+    remove = f"`shuteye images rm {directory.name}`"
+    advice = (
+        f"Loading its model makes it anew; {remove} removes it."
+        if rebuilt
+        else f"Run {remove}; the next load makes it anew."
     )
+    return ImageFailure(f"The weight image {directory} cannot be used: {error}. {advice}")
 
 
 class WeightImage:
@@ -168,12 +176,22 @@ class WeightImage:
             os.close(fd)
 
     def _require_usable(self) -> None:
-        with _reporting_damage(self.path):
+        with _reporting_damage(self.path, rebuilt=True):
             nbytes = os.fstat(self.fd).st_size
             if nbytes != self.layout.nbytes:
                 raise ValueError(f"{WEIGHTS_FILE} has {nbytes:,} bytes instead of {self.layout.nbytes:,}")
             if self.layout.page_bytes % mmap.PAGESIZE:
                 raise ValueError(f"its pages are {self.layout.page_bytes} bytes, this machine's {mmap.PAGESIZE}")
+            require_present(self.path, self._index.files, besides=(WEIGHTS_FILE, INDEX_FILE))
+
+    def require_files_unchanged(self) -> int:
+        """Read all files beside the weights and compare them with their checksums; how many bytes that were.
+
+        Raises:
+            ImageFailure: one differs, or cannot be read.
+        """
+        with _reporting_damage(self.path):
+            return require_unchanged(self.path, self._index.files)
 
     def slot_name(self, name: str) -> str | None:
         """The slot of a tensor, whose own name it is or which is tied to it; None if there is none."""
@@ -189,9 +207,8 @@ class WeightImage:
         if not self._index.buffers:
             return {}
         with _reporting_damage(self.path):
-            content = bytearray((self.path / BUFFERS_FILE).read_bytes())
-            if checksum_hex(content) != self._index.buffers_checksum:
-                raise ValueError(f"{BUFFERS_FILE} does not match its checksum")
+            (record,) = (file for file in self._index.files if file.name == BUFFERS_FILE)
+            content = bytearray(record.content(self.path))
         return {slot.name: _tensor_of(content, slot) for slot in self._index.buffers}
 
     def damaged_extents(self) -> tuple[int, ...]:
@@ -244,29 +261,12 @@ class WeightImage:
             self.fd = -1
 
 
-def checksum_of_file(fd: int, offset: int, nbytes: int) -> str:
-    """`checksum_hex` of a file's bytes [offset, offset + nbytes), read in pieces.
-
-    Raises:
-        OSError: reading failed or the file ended early.
-    """
-    hasher = xxhash.xxh3_64()
-    end = offset + nbytes
-    while offset < end:
-        piece = os.pread(fd, min(_READ_BYTES, end - offset), offset)
-        if not piece:
-            raise OSError(f"the file ends at {offset:,} instead of {end:,}")
-        hasher.update(piece)
-        offset += len(piece)
-    return hasher.hexdigest()
-
-
 def _open_weights(path: Path) -> int:
     try:
         return os.open(path / WEIGHTS_FILE, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         if path.is_dir():
-            raise _damage(path, error) from error
+            raise _damage(path, error, rebuilt=True) from error
         raise FileNotFoundError(f"there is no weight image {path}") from error
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from pathlib import Path
 from shuteye.errors import ImageFailure
 from shuteye.memory.image import INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage, read_index
 from shuteye.memory.image_writer import ImageWriter, reporting_write_errors
-from shuteye.memory.locks import lock_file, try_lock
+from shuteye.memory.locks import holders, lock_file, try_lock
 from shuteye.memory.orphans import remove_tree, tree_bytes
 from shuteye.plans import VerifyResult
 
@@ -32,6 +32,7 @@ class ImageSummary:
     """One image for `shuteye images ls`; times are seconds since 1970.
 
     Attributes:
+        users: the processes that use it, as far as the system tells.
         damage: why it cannot be opened, or None; `source` and `dtype` are then unknown and empty.
     """
 
@@ -42,6 +43,7 @@ class ImageSummary:
     created: float
     last_used: float
     in_use: bool
+    users: tuple[int, ...] = ()
     damage: str | None = None
 
 
@@ -88,18 +90,18 @@ class ImageStore:
         Raises:
             ImageFailure: it cannot be written. Whatever `build` raises passes through; no image is left then.
         """
-        image = self.open_usable(identity)
+        image = self._open_usable(identity)
         if image is not None:
             return image
         with self._exclusive(identity.key):
-            image = self.open_usable(identity)
+            image = self._open_usable(identity)
             if image is None:
                 self._build(identity, build)
                 image = self.open(identity)
         assert image is not None, "an image cannot be removed while its lock is held"
         return image
 
-    def open_usable(self, identity: ImageIdentity) -> WeightImage | None:
+    def _open_usable(self, identity: ImageIdentity) -> WeightImage | None:
         """`open`, but a damaged image counts as none."""
         try:
             return self.open(identity)
@@ -161,9 +163,12 @@ class ImageStore:
         return tuple(self._summarize(key) for key in self._keys())
 
     def _keys(self) -> tuple[str, ...]:
-        if not self._root.is_dir():
+        try:
+            paths = sorted(self._root.iterdir())
+        except FileNotFoundError:
             return ()
-        paths = sorted(self._root.iterdir())
+        except OSError as error:
+            raise ImageFailure(f"The weight images in {self._root} cannot be listed: {error}.") from error
         return tuple(path.name for path in paths if path.is_dir() and not path.name.startswith("."))
 
     def _summarize(self, key: str) -> ImageSummary:
@@ -171,12 +176,14 @@ class ImageStore:
         nbytes = tree_bytes(path)
         index_path = path / INDEX_FILE
         last_used = (index_path if index_path.exists() else path).stat().st_mtime
+        in_use = self._in_use(key)
+        users = holders(path / WEIGHTS_FILE) if in_use else ()
         try:
             index = read_index(path)
         except ImageFailure as failure:
-            return ImageSummary(key, "", "", nbytes, last_used, last_used, self._in_use(key), failure.message)
+            return ImageSummary(key, "", "", nbytes, last_used, last_used, in_use, users, str(failure.__cause__))
         identity = index.identity
-        return ImageSummary(key, identity.source, identity.dtype, nbytes, index.created, last_used, self._in_use(key))
+        return ImageSummary(key, identity.source, identity.dtype, nbytes, index.created, last_used, in_use, users)
 
     def _in_use(self, key: str) -> bool:
         with self._unused(key) as unused:
@@ -204,7 +211,8 @@ class ImageStore:
         key = self._resolve(key)
         with self._exclusive(key), self._unused(key) as unused:
             if not unused:
-                raise ImageFailure(f"The weight image {key} is in use. Stop the server that uses it first.")
+                state = in_use_by(holders(self._root / key / WEIGHTS_FILE))
+                raise ImageFailure(f"The weight image {key} is {state}. Stop the server that uses it first.")
             with reporting_write_errors(self._root / key):
                 nbytes = tree_bytes(self._root / key)
                 self._set_aside(key)
@@ -215,12 +223,13 @@ class ImageStore:
         """Read the whole image of `key` (or a unique prefix of one) and compare it with its checksums.
 
         Raises:
-            ImageFailure: no such image, an ambiguous prefix, or it cannot even be opened.
+            ImageFailure: no such image, an ambiguous prefix, it cannot even be opened, or a file beside the
+                weights differs.
         """
         image = self.open_key(self._resolve(key))
         try:
-            image.read_buffers()
-            return VerifyResult(verified_bytes=image.layout.nbytes, bad_extents=image.damaged_extents())
+            nbytes = image.require_files_unchanged() + image.layout.nbytes
+            return VerifyResult(verified_bytes=nbytes, bad_extents=image.damaged_extents())
         finally:
             image.close()
 
@@ -231,6 +240,11 @@ class ImageStore:
             problem = f"matches {', '.join(found)}" if found else f"matches none of: {', '.join(keys) or 'no images'}"
             raise ImageFailure(f"The image key {prefix!r} {problem}. `shuteye images ls` shows the keys.")
         return found[0]
+
+
+def in_use_by(users: Sequence[int]) -> str:
+    """`in use by process 7`, or only `in use` if nobody knows by which."""
+    return f"in use by process{'es' * (len(users) > 1)} {', '.join(map(str, users))}" if users else "in use"
 
 
 def _sync_directory(path: Path) -> None:

@@ -18,16 +18,16 @@ import torch
 
 from shuteye.errors import ImageFailure
 from shuteye.memory.arena import dtype_name
+from shuteye.memory.checksums import checksum_of_file
 from shuteye.memory.image import (
     BUFFERS_FILE,
     INDEX_FILE,
     WEIGHTS_FILE,
     ImageIdentity,
     ImageIndex,
-    checksum_hex,
-    checksum_of_file,
     encode_index,
 )
+from shuteye.memory.image_files import record_files
 from shuteye.memory.layout import Layout, Slot, TensorSpec, plan_layout
 
 WeightData: TypeAlias = torch.Tensor | bytes | bytearray | memoryview
@@ -44,8 +44,7 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ImageFailure(
-            f"Writing the weight image at {path} failed: {error}. "
-            f"Check permissions and free space there, or choose another --cache-dir."
+            f"Writing to {path} failed: {error}. Check permissions and free space there, or choose another --cache-dir."
         ) from error
 
 
@@ -94,7 +93,9 @@ class ImageWriter:
     def _require_space(self, nbytes: int) -> None:
         free = shutil.disk_usage(self.directory).free
         if free < nbytes + _SPARE_BYTES:
-            raise OSError(f"it takes {nbytes + _SPARE_BYTES:,} bytes and {free:,} are free")
+            raise OSError(
+                f"the weights take {nbytes:,} bytes, {_SPARE_BYTES:,} more must stay free, and only {free:,} are free"
+            )
 
     def put(self, name: str, data: WeightData) -> None:
         """Write one tensor to its place: a tensor of exactly the slot's shape and dtype, or its bytes.
@@ -132,7 +133,7 @@ class ImageWriter:
                 f"{len(names)} tensors of {self._identity.key} were never written, such as {', '.join(names[:3])}."
             )
         with reporting_write_errors(self.directory):
-            buffers, buffers_checksum = self._write_buffers()
+            buffers = self._write_buffers()
             index = ImageIndex(
                 identity=self._identity,
                 layout=self._layout,
@@ -140,7 +141,7 @@ class ImageWriter:
                 aliases=self._aliases,
                 metadata=self._metadata,
                 buffers=buffers,
-                buffers_checksum=buffers_checksum,
+                files=record_files(self.directory, besides=(WEIGHTS_FILE, INDEX_FILE)),
                 created=time.time(),
             )
             (self.directory / INDEX_FILE).write_bytes(encode_index(index))
@@ -148,17 +149,17 @@ class ImageWriter:
             _make_read_only(self.directory)
             sync_tree(self.directory)
 
-    def _write_buffers(self) -> tuple[tuple[Slot, ...], str]:
-        """The slots in `buffers.bin`, and its checksum; no file if there are none."""
+    def _write_buffers(self) -> tuple[Slot, ...]:
+        """The slots in `buffers.bin`; no file if there are none."""
         if not self._buffers:
-            return (), ""
+            return ()
         specs = [TensorSpec(name, tuple(t.shape), dtype_name(t.dtype)) for name, t in self._buffers.items()]
         layout = plan_layout(specs, page_bytes=self._page_bytes)
         content = bytearray(layout.nbytes)
         for name, slot in layout.slots.items():
             content[slot.offset : slot.end] = _bytes_for(slot, self._buffers[name])
         (self.directory / BUFFERS_FILE).write_bytes(content)
-        return tuple(layout.slots.values()), checksum_hex(content)
+        return tuple(layout.slots.values())
 
     def close(self) -> None:
         """Close the file, sealed or not. Idempotent."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from shuteye.memory.arena import Arena
 from shuteye.memory.backings.base import Backing, Source
 from shuteye.memory.backings.image import ImageSource
-from shuteye.memory.image import checksum_hex
+from shuteye.memory.checksums import checksum_hex
 from shuteye.memory.layout import MIB, Extent, ExtentRota
 from shuteye.memory.weights_state import SourceKind, WeightsState
 from shuteye.plans import VerifyMode, VerifyResult

@@ -7,6 +7,7 @@ what it has to tell goes to stdout, one JSON object a line.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -26,6 +27,8 @@ from shuteye.memory.image_store import ImageStore
 from shuteye.memory.orphans import sweep_orphans
 from shuteye.models.progress import Progress
 from shuteye.parent import die_with_parent
+
+logger = logging.getLogger(__name__)
 
 END_GRACE_S = 10.0
 """How long a process that is told to end may take to delete what it has begun."""
@@ -88,17 +91,24 @@ def obtain_image(order: Order, progress: Progress) -> WeightImage:
     Raises:
         ModelNotFound: nothing of that name; the message says what was tried.
         UnsupportedModel: it cannot be served, or its files are damaged.
-        ImageFailure: the image cannot be written, or the process that makes it was ended by something else.
+        ImageFailure: the image cannot be written, the process that makes it was ended by something else, or a file
+            beside the weights is not what it was.
         MemoryExhausted: there was not enough memory to convert it.
     """
     cache_dir = Path(order.cache_dir)
     sweep_orphans(cache_dir)
     store = ImageStore(cache_dir)
-    return _open_present(order, store) or store.open_key(make_apart(order, progress))
+    image = _open_present(order, store) or store.open_key(make_apart(order, progress))
+    try:
+        image.require_files_unchanged()
+    except BaseException:
+        image.close()
+        raise
+    return image
 
 
 def _open_present(order: Order, store: ImageStore) -> WeightImage | None:
-    """The image, if it is there and its checkpoint is known without asking anybody."""
+    """The image, if it is there, can be used, and its checkpoint is known without asking anybody."""
     from shuteye.models.checkpoint import resolve_dtype
     from shuteye.models.loader import identity_of
     from shuteye.models.sources import resolve_source
@@ -109,7 +119,11 @@ def _open_present(order: Order, store: ImageStore) -> WeightImage | None:
         if order.offline:
             raise
         return None
-    return store.open_usable(identity_of(source, resolve_dtype(source, order.dtype)))
+    try:
+        return store.open(identity_of(source, resolve_dtype(source, order.dtype)))
+    except ImageFailure as failure:
+        logger.warning("The weight image of %s is made anew. %s", order.model, failure.message)
+        return None
 
 
 def make(order: Order, progress: Progress) -> str:

@@ -24,7 +24,7 @@ from shuteye.errors import ModelNotFound
 from shuteye.memory.locks import lock_file
 from shuteye.models.progress import NoProgress, Progress
 
-_SCRATCH = ".fetch-"  # `memory/orphans.py` knows it
+_SCRATCH = ".fetch-"  # `memory/orphans.py` knows it, and sweeps what a killed process left
 _PROGRESS_LINE = re.compile(r"Progress (\d+) of (\d+)")
 
 
@@ -67,8 +67,6 @@ def fetch(wheel: Wheel, *, cache_dir: Path, progress: Progress | None = None) ->
     root = target.parent.parent
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root / ".lock") as lock:
-        for orphan in root.glob(f"{_SCRATCH}*"):  # of a process that was killed
-            shutil.rmtree(orphan)
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=root, prefix=_SCRATCH) as scratch:
                 archive = _download(wheel, Path(scratch), progress or NoProgress(), lock=lock)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shuteye.errors import InvalidRequest
+from shuteye.keys import require_sendable
 from shuteye.logs import LogFormat, LogLevel
 from shuteye.server.hosts import is_address, is_loopback_name
 from shuteye.server.reading.reasoning import ReasoningParserName
@@ -91,14 +92,8 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise InvalidRequest(f"port must be between 0 and 65535, got {self.port}.", param="port")
         for name, key in (("api_key", self.api_key), ("admin_api_key", self.admin_api_key)):
-            if key is not None and not key.strip():
-                raise InvalidRequest(f"{name} must not be empty; leave it out to use no key.", param=name)
-            if key is not None and (key != key.strip() or not key.isprintable()):
-                raise InvalidRequest(
-                    f"{name} begins or ends with a space, or holds a line break or the like, which no client can send; "
-                    "was it read from a file with its last line break?",
-                    param=name,
-                )
+            if key is not None:
+                require_sendable(name, key)
         if self.api_key is not None and self.api_key == self.admin_api_key:
             raise InvalidRequest(
                 "admin_api_key equals api_key, but an inference key must never open a control route: choose another.",

@@ -11,7 +11,9 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from shuteye.errors import InvalidRequest
+from shuteye.server.context import context_of
 from shuteye.server.errors import invalid_request
+from shuteye.server.json_body import parsed
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -21,14 +23,16 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def read_json(model: type[Model], content: bytes) -> Model:
-    """`content` as a `model`; values must have its types, as JSON can say them.
+def read_json(model: type[Model], content: bytes, *, max_bytes: int) -> Model:
+    """`content` as a `model`; values must have its types.
 
     Raises:
+        HTTPException: 413, it is longer than `max_bytes`.
         InvalidRequest: it is none; `param` names the field.
     """
+    found = parsed(content, max_bytes=max_bytes)
     try:
-        return model.model_validate_json(content, strict=True)
+        return model.model_validate(found, strict=True)
     except ValidationError as error:
         raise invalid_request([one | {"loc": ("body", *one["loc"])} for one in error.errors()]) from error
 
@@ -48,7 +52,7 @@ async def with_body(query: Model, request: Request) -> Model:
             f"The body must be a JSON object with Content-Type: application/json, got Content-Type: {kind or 'none'}. "
             "Parameters may also be sent in the query, without a body."
         )
-    body = read_json(type(query), content)
+    body = read_json(type(query), content, max_bytes=context_of(request).config.max_json_bytes)
     for name in sorted(query.model_fields_set & body.model_fields_set):
         in_query, in_body = getattr(query, name), getattr(body, name)
         if in_query != in_body:

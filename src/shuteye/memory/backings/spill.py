@@ -13,7 +13,7 @@ from shuteye.errors import MemoryExhausted
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends.base import MemoryBackend
 from shuteye.memory.backings.base import BackingName
-from shuteye.memory.image import checksum_hex
+from shuteye.memory.checksums import checksum_hex
 from shuteye.memory.layout import Extent
 
 

@@ -76,4 +76,5 @@ async def _uploaded(request: Request, context: ServerContext) -> UpdateReport:
 
 async def _json_body(request: Request, context: ServerContext) -> UpdateBody:
     receive = limited(request.scope, request.receive, max_bytes=context.config.max_body_bytes)
-    return read_json(UpdateBody, await Request(request.scope, receive).body())
+    content = await Request(request.scope, receive).body()
+    return read_json(UpdateBody, content, max_bytes=context.config.max_json_bytes)
