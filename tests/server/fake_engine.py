@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from shuteye.config import EngineConfig
 from shuteye.engine.detokenizer import Detokenizer
+from shuteye.engine.mailbox import Backlog
 from shuteye.engine.pooling import PoolInputs, embeddings_of, score_job
 from shuteye.engine.rpc import check_rpc
 from shuteye.errors import (
@@ -232,6 +233,7 @@ class FakeEngine:
         *,
         request_id: str | None = None,
         output_kind: OutputKind = "cumulative",
+        backlog: Backlog | None = None,
     ) -> AsyncIterator[RequestOutput]:
         assert output_kind == "delta", "the server only asks for deltas"
         assert request_id is not None

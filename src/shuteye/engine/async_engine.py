@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import msgspec
 
 from shuteye.config import EngineConfig
+from shuteye.engine import output_processor, transcript_outputs
 from shuteye.engine.following import outputs_of
 from shuteye.engine.frontend import Frontend, Status
+from shuteye.engine.mailbox import Backlog
 from shuteye.engine.messages import (
     AddRequests,
     Control,
@@ -247,15 +249,23 @@ class AsyncEngine:
         *,
         request_id: str | None = None,
         output_kind: OutputKind = "cumulative",
+        backlog: Backlog | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generate; the first output comes once the request was admitted. Closing the iterator aborts it.
 
+        Outputs that come faster than they are taken are joined.
+
+        Args:
+            backlog: counts deltas that were not taken, together with those of other requests.
+
         Raises:
+            RequestAborted: more deltas waited to be taken than may.
             ShuteyeError: refused or failed; before the first output if it never ran.
         """
         frontend = self._frontend
         submit = partial(frontend.submit, prompt, params, request_id=request_id, output_kind=output_kind)
-        async with contextlib.aclosing(outputs_of(frontend, submit)) as outputs:
+        deltas = output_processor.DELTAS if output_kind == "delta" else None
+        async with contextlib.aclosing(outputs_of(frontend, submit, deltas=deltas, backlog=backlog)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -287,7 +297,8 @@ class AsyncEngine:
             request_id=request_id,
             output_kind=output_kind,
         )
-        async with contextlib.aclosing(outputs_of(frontend, submit)) as outputs:
+        deltas = transcript_outputs.DELTAS if output_kind == "delta" else None
+        async with contextlib.aclosing(outputs_of(frontend, submit, deltas=deltas)) as outputs:
             async for output in outputs:
                 yield output
 

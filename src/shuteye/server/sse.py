@@ -5,6 +5,7 @@ Knows nothing of what the events say. Format: https://html.spec.whatwg.org/multi
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Protocol
@@ -17,6 +18,9 @@ from shuteye.server.errors import ClientDisconnected, error_json
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
+
+TURN = 8
+"""Events that are sent before others have their turn, and a client's leaving is noticed."""
 
 DONE = b"data: [DONE]\n\n"
 
@@ -71,6 +75,10 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        sent = 0
         async for chunk in self._events:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            sent += 1
+            if sent % TURN == 0:  # neither sending nor a backlog of events suspends
+                await asyncio.sleep(0)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
