@@ -86,7 +86,10 @@ class Request:
 
 @dataclass
 class FakeEngine:
-    """See the module; `start_gate`, if given, is awaited by `start`; `break_after` tokens, `breakage` is raised."""
+    """See the module; `start_gate`, if given, is awaited by `start`; `break_after` tokens, `breakage` is raised.
+
+    `aborts` every request before its prompt is computed.
+    """
 
     config: EngineConfig
     tokenizer_: Tokenizer = field(default_factory=byte_tokenizer)
@@ -95,6 +98,7 @@ class FakeEngine:
     start_error: Exception | None = None
     breakage: Exception | None = None
     break_after: int = 2
+    aborts: bool = False
     default_sampling: dict[str, float] = field(default_factory=dict)
     task: str = "generate"
     script: Sequence[str] = ()  # what choice i says, in place of its prompt
@@ -243,7 +247,7 @@ class FakeEngine:
             raise PromptTooLong(f"{len(prompt_ids)} tokens do not fit {self.max_model_len}.", param="prompt")
         if request_id in self.running:
             raise InvalidRequest(f"A request with id {request_id!r} is running already.", param="request_id")
-        request = Request(request_id)
+        request = Request(request_id, aborted=self.aborts)
         self.running[request_id] = request
         self.seen.append((prompt_ids, params))
         finished = False
@@ -264,7 +268,7 @@ class FakeEngine:
                     finished,
                     num_cached_tokens=1,
                     scheduled_at=scheduled_at,
-                    prompt_logprobs=_prompt_logprobs(prompt_ids, params.prompt_logprobs),
+                    prompt_logprobs=None if self.aborts else _prompt_logprobs(prompt_ids, params.prompt_logprobs),
                 )
         finally:
             self.running.pop(request_id, None)

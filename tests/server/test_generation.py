@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import aclosing
 
+from shuteye.server import sse
 from shuteye.server.generation import _merge
 from shuteye.server.sse import EventStream
 
@@ -63,8 +64,9 @@ class Leaving:
             self.gone.set()
 
 
-def test_a_client_that_leaves_ends_the_work_on_its_backlog():
+def test_a_client_that_leaves_ends_the_work_on_its_backlog(monkeypatch):
     """A server that encodes a long backlog for nobody, and answers nobody else meanwhile."""
+    monkeypatch.setattr(sse, "TURN_S", 0.0)
 
     async def scenario():
         async def events():
@@ -79,8 +81,9 @@ def test_a_client_that_leaves_ends_the_work_on_its_backlog():
     asyncio.run(scenario())
 
 
-def test_others_have_their_turn_while_a_backlog_is_worked_off():
+def test_others_have_their_turn_while_a_backlog_is_worked_off(monkeypatch):
     """A probe that times out because somebody's long answer is being written."""
+    monkeypatch.setattr(sse, "TURN_S", 0.0)
 
     async def scenario():
         turns = 0

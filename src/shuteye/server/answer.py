@@ -46,7 +46,7 @@ class Shape(Protocol):
         ...
 
     def prompt_scored(self, prompt_index: int, logprobs: Sequence[Mapping[int, Logprob] | None]) -> None:
-        """A prompt's log-probabilities, where they were asked for; known before any of its choices begins."""
+        """A prompt's log-probabilities, where they were asked for; known before any of its choices begins, if it was computed."""
         ...
 
     def extra(self) -> dict[str, Any]:
