@@ -202,7 +202,14 @@ class FakeEngine:
     def _residency(self, tag: str) -> Residency:
         return next(state.residency for state in self.state.tags if state.tag == tag)
 
-    def _push(self, *, paused: bool | None = None, level: int | None = None, **residency: Residency) -> None:
+    def _push(
+        self,
+        *,
+        paused: bool | None = None,
+        refusing: bool | None = None,
+        level: int | None = None,
+        **residency: Residency,
+    ) -> None:
         now = {tag: residency.get(tag) or self._residency(tag) for tag in TAGS}
         tags = tuple(
             TagState(
@@ -222,6 +229,7 @@ class FakeEngine:
             level=level if asleep else None,
             tags=tags,
             missing=("lm_head.weight",) if now["weights"] == "blank" else (),
+            refusing=self.state.refusing if refusing is None else refusing,
         )
 
     async def _notify(self) -> None:
@@ -417,13 +425,13 @@ class FakeEngine:
     async def pause(self, mode: str | None = None, *, timeout_s: float | None = None) -> None:
         self._check(mode=mode)
         await self._drain(mode, timeout_s)
-        self._push(paused=True)
+        self._push(paused=True, refusing=(mode or self.config.default_sleep_mode) != "keep")
 
     async def resume(self) -> None:
         self._check()
         if self.is_sleeping:
             raise TransitionConflict("Cannot resume while asleep; wake up first.")
-        self._push(paused=False)
+        self._push(paused=False, refusing=False)
         await self._notify()
 
     async def reload_weights(self, path: str | None = None) -> UpdateReport:

@@ -380,7 +380,13 @@ class AsyncEngine:
         return report
 
     async def pause(self, mode: str | None = None, *, timeout_s: float | None = None) -> None:
-        """Close the gate without giving memory back; requests that arrive wait for `resume`."""
+        """Close the gate without giving memory back, until `resume`.
+
+        Requests that arrive meanwhile raise `ModelPaused`; after mode `keep` they wait.
+
+        Raises:
+            InvalidRequest, DrainTimeout: nothing was paused.
+        """
         await self._call(PauseCall(mode, timeout_s))
 
     async def resume(self) -> None:

@@ -22,6 +22,7 @@ from shuteye.errors import (
     InternalError,
     InvalidRequest,
     MemoryExhausted,
+    ModelPaused,
     ModelSleeping,
     QueueFull,
     ServerStopping,
@@ -32,6 +33,7 @@ from shuteye.logs import REQUEST_ID
 
 RETRY_AFTER_S: Mapping[type[ShuteyeError], int] = {
     ModelSleeping: 1,
+    ModelPaused: 1,
     QueueFull: 1,
     WakeFailed: 2,
     MemoryExhausted: 5,

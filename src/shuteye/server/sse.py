@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 TURN_S = 0.03
-"""How long a stream may work off what waits to be sent before others have their turn, and its client's going is noticed.
+"""How long a stream may work off what waits to be sent before others have their turn, and its client's end noticed.
 
 Less than that leaves the loop to the engine's outputs, which then come faster than they are sent."""
 
