@@ -37,7 +37,7 @@ from shuteye.engine.messages import (
 )
 from shuteye.engine.pooling import PoolInputs, Prompt, Texts, as_list, embeddings_of, score_job
 from shuteye.engine.process_link import ProcessLink
-from shuteye.errors import EngineDead, EngineHung, InvalidRequest, ShuteyeError
+from shuteye.errors import EngineDead, EngineHung, InvalidRequest, ShuteyeError, TransitionConflict
 from shuteye.executors.handover import tensor_file
 from shuteye.outputs import (
     EmbeddingRequestOutput,
@@ -133,14 +133,14 @@ class AsyncEngine:
         """Start anew after the engine died, hung or failed to load; nothing of its memory is reused.
 
         Raises:
-            InvalidRequest: the engine is alive.
+            TransitionConflict: the engine is alive, as when somebody else has restarted it just now.
             ShuteyeError: loading failed.
         """
         async with self._restarting:
             if self._frontend.failure is None:
                 hang = self.hang
                 if hang is None:
-                    raise InvalidRequest("The engine is alive; only one that is dead or hangs can be restarted.")
+                    raise TransitionConflict("The engine is alive; only one that is dead or hangs can be restarted.")
                 lost = EngineDead(f"The engine hung ({hang}) and was ended; its requests are lost. Send them again.")
                 self._frontend.fail(lost, status="dead")
             await self.close()

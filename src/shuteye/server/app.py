@@ -17,11 +17,13 @@ from starlette.middleware.cors import CORSMiddleware
 from shuteye import __version__
 from shuteye.errors import InvalidRequest, ShuteyeError
 from shuteye.server.auth import control_routes_exist
+from shuteye.server.body_framing import BodyFraming
 from shuteye.server.body_limit import BodyLimit
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
 from shuteye.server.engine_protocol import ServedEngine
 from shuteye.server.errors import install_error_handlers
+from shuteye.server.head_requests import HeadRequests
 from shuteye.server.header_limit import HeaderLimit
 from shuteye.server.metrics import Metrics
 from shuteye.server.openapi import install_openapi
@@ -110,6 +112,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, except_paths=frozenset({weights.PATH}))
     if context.tracer is not None:
         app.add_middleware(context.tracer.around)
+    app.add_middleware(BodyFraming)
     app.add_middleware(HeaderLimit, max_count=config.max_header_count, max_bytes=config.max_header_bytes)
     app.add_middleware(RequestIds, on_answer=context.metrics.count_answer)
     if config.allowed_origins:
@@ -121,6 +124,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
             allow_credentials=config.allow_credentials,
             expose_headers=("X-Request-Id", "Retry-After"),
         )
+    app.add_middleware(HeadRequests)  # before whatever counts answers by the route's method
 
 
 def _warn_of_open_control_routes(config: ServerConfig, *, enable_sleep_mode: bool) -> None:

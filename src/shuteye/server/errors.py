@@ -48,6 +48,7 @@ _HTTP_ERROR_TYPES = {
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     413: "RequestTooLargeError",
+    415: "UnsupportedMediaTypeError",
     431: "HeadersTooLargeError",
 }
 
