@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
@@ -35,7 +35,7 @@ from shuteye.engine.messages import (
     WakeCall,
     tag_names,
 )
-from shuteye.engine.pooling import PoolInputs, Prompt, Texts, as_list, embeddings_of, score_job
+from shuteye.engine.pooling import PoolInputs, Prompt, Texts, as_list, embeddings_of, encoded, score_job
 from shuteye.engine.process_link import ProcessLink
 from shuteye.errors import EngineDead, EngineHung, InvalidRequest, ShuteyeError, TransitionConflict
 from shuteye.executors.handover import tensor_file
@@ -53,14 +53,12 @@ from shuteye.outputs import (
     WakeReport,
 )
 from shuteye.request import OutputKind, PoolingParams, PoolInput, SamplingParams, TranscribeParams
-from shuteye.tokenizer import LONG_TEXT, Tokenizer
+from shuteye.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from shuteye.engine.thread_link import ThreadLink
-
-T = TypeVar("T")
 
 
 class AsyncEngine:
@@ -322,7 +320,7 @@ class AsyncEngine:
         params = params or PoolingParams()
         prompt_list: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
         maker = PoolInputs(self.tokenizer, self.info, params, add_special_tokens=add_special_tokens)
-        inputs = await _encoded(prompt_list, lambda: maker.inputs(prompt_list))
+        inputs = await encoded(prompt_list, lambda: maker.inputs(prompt_list))
         return embeddings_of(inputs, await self._pool(inputs, params, request_id))
 
     async def score(
@@ -336,7 +334,7 @@ class AsyncEngine:
             ShuteyeError: failed otherwise.
         """
         maker = PoolInputs(self.tokenizer, self.info, params or PoolingParams())
-        job = await _encoded([*as_list(queries), *as_list(documents)], lambda: score_job(maker, queries, documents))
+        job = await encoded([*as_list(queries), *as_list(documents)], lambda: score_job(maker, queries, documents))
         return job.scores(await self._pool(job.inputs, job.params, request_id))
 
     async def _pool(self, inputs: Sequence[PoolInput], params: PoolingParams, request_id: str | None) -> PooledOutput:
@@ -447,10 +445,3 @@ class AsyncEngine:
 
     async def _call(self, call: ControlCall) -> Any:
         return await asyncio.wrap_future(self._frontend.call(call))
-
-
-async def _encoded(texts: Sequence[Prompt], encode: Callable[[], T]) -> T:
-    """What `encode` makes of `texts`, off the event loop if they are long."""
-    if sum(len(text) for text in texts) > LONG_TEXT:
-        return await asyncio.to_thread(encode)
-    return encode()
