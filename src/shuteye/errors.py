@@ -18,6 +18,7 @@ Knows nothing of HTTP libraries: `server/errors.py` turns these into OpenAI-shap
         ├── WakeFailed                  503  rolled back: still asleep, a retry may work
         │   └── VerificationFailed      503  the memory is not what it was
         ├── ModelSleeping               503  weights are needed and are not resident
+        ├── ModelPaused                 503  a pause is in force that takes no new requests
         ├── RequestAborted              503  ended before there was a result
         ├── DrainTimeout                503  requests outlasted the deadline of `mode=wait`
         ├── QueueFull                   503
@@ -141,6 +142,17 @@ class ModelSleeping(ServerError):
     MESSAGE: ClassVar[str] = "Model is currently in sleep mode. Please wake it up first with a POST request to /wake_up"
     status_code = 503
     error_type = "ModelSleepingError"
+
+    def __init__(self, message: str = MESSAGE, *, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+
+
+class ModelPaused(ServerError):
+    """A pause with `mode="abort"` or `"wait"` is in force, which takes no new requests."""
+
+    MESSAGE: ClassVar[str] = "The model is paused and takes no new requests until it is resumed: POST /resume."
+    status_code = 503
+    error_type = "ModelPausedError"
 
     def __init__(self, message: str = MESSAGE, *, param: str | None = None) -> None:
         super().__init__(message, param=param)

@@ -345,6 +345,7 @@ class EngineState:
     Attributes:
         gate: whether requests run.
         paused: a `pause()` is in force; waking never undoes it.
+        refusing: new requests are refused, by a pause that ended those in flight, or is about to.
         level: the deepest level asleep at, or None when awake.
         missing: tensors that must be written before the gate can open.
         faulted: why nothing can be served, or None.
@@ -357,6 +358,7 @@ class EngineState:
     missing: tuple[str, ...] = ()
     faulted: str | None = None
     transition: str | None = None
+    refusing: bool = False
 
     @property
     def is_sleeping(self) -> bool:

@@ -18,6 +18,7 @@ from shuteye.errors import (
     ModelNotFound,
     ModelSleeping,
     QueueFull,
+    TransitionConflict,
 )
 
 PROMPT = list(range(3, 40))
@@ -129,7 +130,7 @@ def test_a_dead_engine_process_is_noticed_at_once_and_can_be_restarted(config):
 def test_a_live_engine_is_not_restarted(config):
     async def scenario():
         async with AsyncEngine(config, in_process=True) as engine:
-            with pytest.raises(InvalidRequest):
+            with pytest.raises(TransitionConflict):
                 await engine.restart()
 
     asyncio.run(scenario())
@@ -343,7 +344,7 @@ def test_entering_twice_leaves_the_running_engine_alone(config):
 
 
 def test_two_who_restart_at_once_start_one_engine(config):
-    """Would catch an engine that nobody owns, started by the second of them."""
+    """Would catch an engine that nobody owns, started by the second of them, or a conflict told as a bad value."""
 
     async def scenario():
         async with AsyncEngine(config) as engine:
@@ -351,7 +352,7 @@ def test_two_who_restart_at_once_start_one_engine(config):
             while engine.failure is None:
                 await asyncio.sleep(0.01)
             outcomes = await asyncio.gather(engine.restart(), engine.restart(), return_exceptions=True)
-            assert [type(outcome) for outcome in outcomes] == [type(None), InvalidRequest]
+            assert [type(outcome) for outcome in outcomes] == [type(None), TransitionConflict]
             assert (await complete(engine)).finished
 
     asyncio.run(asyncio.wait_for(scenario(), 30))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from shuteye.engine.messages import PauseCall, ReloadCall, ResumeCall, SleepCall, UpdateCall, WakeCall
-from shuteye.errors import ModelSleeping, ShuteyeError, TransitionConflict
+from shuteye.errors import ModelPaused, ModelSleeping, ShuteyeError, TransitionConflict
 from shuteye.outputs import TAGS
 from shuteye.request import SamplingParams
 
@@ -56,7 +56,7 @@ class Machine(RuleBasedStateMachine):
         self.truth.begin()
         self.weights, self.kv = "resident", "resident"
         self.updated = False  # whether the true weights are the updated ones
-        self.paused = self.dozing = False
+        self.paused = self.refusing = self.dozing = False
         self.held = {}  # request id → prompt index, for requests still on their way
         self.count = 0
 
@@ -116,9 +116,10 @@ class Machine(RuleBasedStateMachine):
                 ("weights" in chosen and self.weights != target) or ("kv_cache" in chosen and self.kv == "resident")
             )
         assert self.outcome(SleepCall(level, tags, mode)) == legal
+        if legal:
+            self.settle(mode)
         if not changes:
             return
-        self.settle(mode)
         if level == 0:
             self.dozing = True
             return
@@ -151,16 +152,15 @@ class Machine(RuleBasedStateMachine):
     @rule(mode=MODES)
     def pause(self, mode):
         self.rig.call(PauseCall(mode))
-        if not self.paused:
-            self.settle(mode)
-        self.paused = True
+        self.settle(mode)
+        self.paused, self.refusing = True, mode != "keep"
 
     @rule()
     def resume(self):
         legal = self.awake
         assert self.outcome(ResumeCall()) == legal
         if legal:
-            self.paused = self.dozing = False
+            self.paused = self.refusing = self.dozing = False
 
     @rule(new=st.booleans())
     def update(self, new):
@@ -192,11 +192,11 @@ class Machine(RuleBasedStateMachine):
         self.rig.add(request_id, PROMPTS[index], self.params)
         for _ in range(steps):
             self.rig.step()
-        if self.awake:
+        if self.awake and not self.refusing:
             self.held[request_id] = index
         else:
             self.rig.step()
-            assert isinstance(self.rig.ended.pop(request_id), ModelSleeping)
+            assert isinstance(self.rig.ended.pop(request_id), ModelPaused if self.awake else ModelSleeping)
 
     @invariant()
     def the_engine_agrees_with_the_model(self):
@@ -206,6 +206,7 @@ class Machine(RuleBasedStateMachine):
         assert {tag.tag: tag.residency for tag in state.tags} == {"weights": self.weights, "kv_cache": self.kv}
         assert (state.gate == "open") == self.open
         assert state.is_sleeping == (not self.awake)
+        assert (state.paused, state.refusing) == (self.paused or self.dozing, self.refusing)
         assert state.faulted is None
         assert bool(state.missing) == (self.weights == "blank")
         for tag in state.tags:

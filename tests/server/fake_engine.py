@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from shuteye.config import EngineConfig
 from shuteye.engine.detokenizer import Detokenizer
+from shuteye.engine.mailbox import Backlog
 from shuteye.engine.pooling import PoolInputs, embeddings_of, score_job
 from shuteye.engine.rpc import check_rpc
 from shuteye.errors import (
@@ -85,7 +86,10 @@ class Request:
 
 @dataclass
 class FakeEngine:
-    """See the module; `start_gate`, if given, is awaited by `start`; `break_after` tokens, `breakage` is raised."""
+    """See the module; `start_gate`, if given, is awaited by `start`; `break_after` tokens, `breakage` is raised.
+
+    `aborts` every request before its prompt is computed.
+    """
 
     config: EngineConfig
     tokenizer_: Tokenizer = field(default_factory=byte_tokenizer)
@@ -94,6 +98,7 @@ class FakeEngine:
     start_error: Exception | None = None
     breakage: Exception | None = None
     break_after: int = 2
+    aborts: bool = False
     default_sampling: dict[str, float] = field(default_factory=dict)
     task: str = "generate"
     script: Sequence[str] = ()  # what choice i says, in place of its prompt
@@ -197,7 +202,14 @@ class FakeEngine:
     def _residency(self, tag: str) -> Residency:
         return next(state.residency for state in self.state.tags if state.tag == tag)
 
-    def _push(self, *, paused: bool | None = None, level: int | None = None, **residency: Residency) -> None:
+    def _push(
+        self,
+        *,
+        paused: bool | None = None,
+        refusing: bool | None = None,
+        level: int | None = None,
+        **residency: Residency,
+    ) -> None:
         now = {tag: residency.get(tag) or self._residency(tag) for tag in TAGS}
         tags = tuple(
             TagState(
@@ -217,6 +229,7 @@ class FakeEngine:
             level=level if asleep else None,
             tags=tags,
             missing=("lm_head.weight",) if now["weights"] == "blank" else (),
+            refusing=self.state.refusing if refusing is None else refusing,
         )
 
     async def _notify(self) -> None:
@@ -232,6 +245,7 @@ class FakeEngine:
         *,
         request_id: str | None = None,
         output_kind: OutputKind = "cumulative",
+        backlog: Backlog | None = None,
     ) -> AsyncIterator[RequestOutput]:
         assert output_kind == "delta", "the server only asks for deltas"
         assert request_id is not None
@@ -241,7 +255,7 @@ class FakeEngine:
             raise PromptTooLong(f"{len(prompt_ids)} tokens do not fit {self.max_model_len}.", param="prompt")
         if request_id in self.running:
             raise InvalidRequest(f"A request with id {request_id!r} is running already.", param="request_id")
-        request = Request(request_id)
+        request = Request(request_id, aborted=self.aborts)
         self.running[request_id] = request
         self.seen.append((prompt_ids, params))
         finished = False
@@ -262,7 +276,7 @@ class FakeEngine:
                     finished,
                     num_cached_tokens=1,
                     scheduled_at=scheduled_at,
-                    prompt_logprobs=_prompt_logprobs(prompt_ids, params.prompt_logprobs),
+                    prompt_logprobs=None if self.aborts else _prompt_logprobs(prompt_ids, params.prompt_logprobs),
                 )
         finally:
             self.running.pop(request_id, None)
@@ -411,13 +425,13 @@ class FakeEngine:
     async def pause(self, mode: str | None = None, *, timeout_s: float | None = None) -> None:
         self._check(mode=mode)
         await self._drain(mode, timeout_s)
-        self._push(paused=True)
+        self._push(paused=True, refusing=(mode or self.config.default_sleep_mode) != "keep")
 
     async def resume(self) -> None:
         self._check()
         if self.is_sleeping:
             raise TransitionConflict("Cannot resume while asleep; wake up first.")
-        self._push(paused=False)
+        self._push(paused=False, refusing=False)
         await self._notify()
 
     async def reload_weights(self, path: str | None = None) -> UpdateReport:

@@ -318,3 +318,31 @@ def test_rules_of_tokens_reach_the_engine(client, engine):
     assert (params.logit_bias, params.bad_words, params.priority) == ({5: -1.5}, ["x"], -3)
     post(client, prompt="a", allowed_token_ids=[3, 4])
     assert engine.seen[-1][1].allowed_token_ids == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"echo": True, "logprobs": 1},
+        {"echo": True, "logprobs": 1, "max_tokens": 0},
+        {"echo": True, "logprobs": 1, "n": 2},
+        {"echo": True, "logprobs": 1, "stream": True},
+        {"echo": True, "logprobs": 1, "max_tokens": 0, "stream": True},
+        {"prompt_logprobs": 1},
+        {"logprobs": 1},
+    ],
+)
+def test_aborted_before_its_prompt_was_scored(make_engine, client_of, fields):
+    """A request that a sleep aborts while it waits, answered with a bug's 500: nothing is known of its prompt."""
+    client = client_of(make_engine(aborts=True))
+    response = client.post("/v1/completions", json={"prompt": "abc"} | fields)
+    assert response.status_code == 200, response.text
+    chunks = events(response) if fields.get("stream") else [response.json()]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert choices[-1]["finish_reason"] == "abort"
+    assert "".join(choice["text"] for choice in choices) == "abc" * fields.get("n", 1) * fields.get("echo", 0)
+    if "prompt_logprobs" in fields:
+        assert choices[0]["prompt_logprobs"] is None
+    if "echo" in fields:
+        assert choices[0]["logprobs"]["tokens"] == ["a", "b", "c"]
+        assert choices[0]["logprobs"]["token_logprobs"] == [None, None, None]

@@ -38,6 +38,26 @@ def test_query_and_body_together(client):
     assert client.get("/is_sleeping").json() == {"is_sleeping": False}
 
 
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("/sleep?level=1&level=2", "level"),
+        ("/sleep?level=1&level=1", "level"),
+        ("/sleep?mode=keep&level=2&mode=abort", "mode"),
+        ("/sleep?timeout=1&timeout=2", "timeout"),
+        ("/pause?mode=keep&mode=abort", "mode"),
+        ("/pause?clear_cache=true&clear_cache=false", "clear_cache"),
+        ("/wake_up?tags=weights&tags=kv_cache&level=1&level=1", "level"),
+    ],
+)
+def test_a_name_that_comes_twice_in_the_query_is_400(client, engine, path, param):
+    """A deeper sleep than the one that was asked for first, in silence."""
+    found = error(client.post(path))
+    assert (found["code"], found["param"]) == (400, param)
+    assert not engine.is_sleeping
+    assert not engine.is_paused
+
+
 @pytest.mark.parametrize("path", ANY)
 @pytest.mark.parametrize("body", [{"leval": 2}, {"now": True}])
 def test_unknown_names_in_a_body_are_400(client, path, body):

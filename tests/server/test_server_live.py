@@ -101,7 +101,7 @@ def test_leaving_before_the_answer_begins_aborts_it(make_engine, live, why, stre
     engine = make_engine(token_delay_s=0.2 if why == "slow" else 0.0, on_sleeping_request="hold", max_model_len=100_000)
     server = live(engine)
     if why != "slow":
-        httpx2.post(f"{server.url}/{'sleep' if why == 'held' else 'pause'}").raise_for_status()
+        httpx2.post(f"{server.url}/{'sleep' if why == 'held' else 'pause?mode=keep'}").raise_for_status()
     ask = {"prompt": "abc", "stream": stream, "max_tokens": 50_000}
     with socket.create_connection(server.listener.getsockname()) as connection:
         body = httpx2.Request("POST", server.url, json=ask)

@@ -288,6 +288,22 @@ def test_pause_and_resume(client, engine):
     assert engine.prefix_resets == 1
 
 
+@pytest.mark.parametrize("mode", ["abort", "wait"])
+@pytest.mark.parametrize(("path", "body"), PROTECTED)
+def test_a_pause_that_ends_requests_answers_503_until_resumed(client, engine, path, body, mode):
+    """A request that waits without a deadline, where the contract says 503."""
+    client.post(f"/pause?mode={mode}").raise_for_status()
+    response = client.post(path, json=body)
+    found = error(response)
+    assert (response.status_code, found["code"], found["type"]) == (503, 503, "ModelPausedError")
+    assert "/resume" in found["message"]
+    assert int(response.headers["retry-after"]) >= 1
+    assert engine.seen == []
+    assert client.get("/health").status_code == 200
+    client.post("/resume").raise_for_status()
+    assert client.post(path, json=body).status_code != 503
+
+
 def test_reload_weights_takes_an_optional_path(client, engine):
     """A body that is required, or a path that is dropped."""
     assert client.post("/reload_weights").json()["updated"] == 3

@@ -21,7 +21,10 @@ def pause(
     ] = None,
     remote: Remote | None = None,
 ) -> None:
-    """Stop a served model's requests; those that come wait for `shuteye resume`. No memory is given back."""
+    """Stop a served model's requests, giving no memory back.
+
+    Until `shuteye resume`, requests that come are answered with 503; after `--mode keep` they wait.
+    """
     with (remote or Remote()).connect() as client:
         client.pause(mode)
     show("Paused; `shuteye resume` lets requests run again.")

@@ -10,13 +10,15 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
 from shuteye.config import EngineConfig
+from shuteye.engine import output_processor, transcript_outputs
 from shuteye.engine.following import outputs_of
 from shuteye.engine.frontend import Frontend, Status
+from shuteye.engine.mailbox import Backlog
 from shuteye.engine.messages import (
     AddRequests,
     Control,
@@ -33,9 +35,9 @@ from shuteye.engine.messages import (
     WakeCall,
     tag_names,
 )
-from shuteye.engine.pooling import PoolInputs, Prompt, Texts, as_list, embeddings_of, score_job
+from shuteye.engine.pooling import PoolInputs, Prompt, Texts, as_list, embeddings_of, encoded, score_job
 from shuteye.engine.process_link import ProcessLink
-from shuteye.errors import EngineDead, EngineHung, InvalidRequest, ShuteyeError
+from shuteye.errors import EngineDead, EngineHung, InvalidRequest, ShuteyeError, TransitionConflict
 from shuteye.executors.handover import tensor_file
 from shuteye.outputs import (
     EmbeddingRequestOutput,
@@ -51,14 +53,12 @@ from shuteye.outputs import (
     WakeReport,
 )
 from shuteye.request import OutputKind, PoolingParams, PoolInput, SamplingParams, TranscribeParams
-from shuteye.tokenizer import LONG_TEXT, Tokenizer
+from shuteye.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from shuteye.engine.thread_link import ThreadLink
-
-T = TypeVar("T")
 
 
 class AsyncEngine:
@@ -133,14 +133,14 @@ class AsyncEngine:
         """Start anew after the engine died, hung or failed to load; nothing of its memory is reused.
 
         Raises:
-            InvalidRequest: the engine is alive.
+            TransitionConflict: the engine is alive, as when somebody else has restarted it just now.
             ShuteyeError: loading failed.
         """
         async with self._restarting:
             if self._frontend.failure is None:
                 hang = self.hang
                 if hang is None:
-                    raise InvalidRequest("The engine is alive; only one that is dead or hangs can be restarted.")
+                    raise TransitionConflict("The engine is alive; only one that is dead or hangs can be restarted.")
                 lost = EngineDead(f"The engine hung ({hang}) and was ended; its requests are lost. Send them again.")
                 self._frontend.fail(lost, status="dead")
             await self.close()
@@ -251,15 +251,23 @@ class AsyncEngine:
         *,
         request_id: str | None = None,
         output_kind: OutputKind = "cumulative",
+        backlog: Backlog | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generate; the first output comes once the request was admitted. Closing the iterator aborts it.
 
+        Outputs that come faster than they are taken are joined.
+
+        Args:
+            backlog: counts deltas that were not taken, together with those of other requests.
+
         Raises:
+            RequestAborted: more deltas waited to be taken than may.
             ShuteyeError: refused or failed; before the first output if it never ran.
         """
         frontend = self._frontend
         submit = partial(frontend.submit, prompt, params, request_id=request_id, output_kind=output_kind)
-        async with contextlib.aclosing(outputs_of(frontend, submit)) as outputs:
+        deltas = output_processor.DELTAS if output_kind == "delta" else None
+        async with contextlib.aclosing(outputs_of(frontend, submit, deltas=deltas, backlog=backlog)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -291,7 +299,8 @@ class AsyncEngine:
             request_id=request_id,
             output_kind=output_kind,
         )
-        async with contextlib.aclosing(outputs_of(frontend, submit)) as outputs:
+        deltas = transcript_outputs.DELTAS if output_kind == "delta" else None
+        async with contextlib.aclosing(outputs_of(frontend, submit, deltas=deltas)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -315,7 +324,7 @@ class AsyncEngine:
         params = params or PoolingParams()
         prompt_list: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
         maker = PoolInputs(self.tokenizer, self.info, params, add_special_tokens=add_special_tokens)
-        inputs = await _encoded(prompt_list, lambda: maker.inputs(prompt_list))
+        inputs = await encoded(prompt_list, lambda: maker.inputs(prompt_list))
         return embeddings_of(inputs, await self._pool(inputs, params, request_id))
 
     async def score(
@@ -329,7 +338,7 @@ class AsyncEngine:
             ShuteyeError: failed otherwise.
         """
         maker = PoolInputs(self.tokenizer, self.info, params or PoolingParams())
-        job = await _encoded([*as_list(queries), *as_list(documents)], lambda: score_job(maker, queries, documents))
+        job = await encoded([*as_list(queries), *as_list(documents)], lambda: score_job(maker, queries, documents))
         return job.scores(await self._pool(job.inputs, job.params, request_id))
 
     async def _pool(self, inputs: Sequence[PoolInput], params: PoolingParams, request_id: str | None) -> PooledOutput:
@@ -373,7 +382,13 @@ class AsyncEngine:
         return report
 
     async def pause(self, mode: str | None = None, *, timeout_s: float | None = None) -> None:
-        """Close the gate without giving memory back; requests that arrive wait for `resume`."""
+        """Close the gate without giving memory back, until `resume`.
+
+        Requests that arrive meanwhile raise `ModelPaused`; after mode `keep` they wait.
+
+        Raises:
+            InvalidRequest, DrainTimeout: nothing was paused.
+        """
         await self._call(PauseCall(mode, timeout_s))
 
     async def resume(self) -> None:
@@ -434,10 +449,3 @@ class AsyncEngine:
 
     async def _call(self, call: ControlCall) -> Any:
         return await asyncio.wrap_future(self._frontend.call(call))
-
-
-async def _encoded(texts: Sequence[Prompt], encode: Callable[[], T]) -> T:
-    """What `encode` makes of `texts`, off the event loop if they are long."""
-    if sum(len(text) for text in texts) > LONG_TEXT:
-        return await asyncio.to_thread(encode)
-    return encode()

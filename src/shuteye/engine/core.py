@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from shuteye.config import EngineConfig
@@ -32,9 +32,11 @@ from shuteye.engine.rpc import check_rpc
 from shuteye.engine.sleep import SleepController, parse_level, parse_mode, parse_tags, parse_timeout
 from shuteye.engine.surprises import refusal
 from shuteye.engine.task_scheduler import open_scheduler, require_kind, starts_of
+from shuteye.engine.transition import Report, Steps, Transition
 from shuteye.errors import (
     DrainTimeout,
     EngineFaulted,
+    ModelPaused,
     ModelSleeping,
     QueueFull,
     ShuteyeError,
@@ -55,22 +57,8 @@ from shuteye.outputs import (
 from shuteye.plans import ModelFacts, SleepPlan
 from shuteye.request import DrainMode, Request
 
-Report = SleepReport | WakeReport | UpdateReport | list[Any] | None
-Steps = Generator[None, None, Report]
-"""A transition under way: each `next` is one look whether it can go on; the return value is its report."""
-
-
 REFRESH_EVERY_S = 1.0
 """How old the state's account of resident memory may be while requests run."""
-
-
-@dataclass(slots=True)
-class Transition:
-    """A control call on its way: waiting, under way (`steps`), or answered through `answer`."""
-
-    call: ControlCall
-    answer: Callable[[Report | ShuteyeError], None]
-    steps: Steps | None = None
 
 
 class EngineCore:
@@ -224,10 +212,14 @@ class EngineCore:
             if self._scheduler.num_waiting >= limit:
                 raise QueueFull(f"{limit} requests are waiting already, as many as may (--max-waiting-requests).")
             self._scheduler.add(request)
-        elif not (state.is_sleeping or self._closing_for_sleep):
-            self._held.add(request, deadline=None)  # only paused: resume runs it
-        elif self.config.on_sleeping_request == "reject":
+            return
+        asleep = state.is_sleeping or self._closing_for_sleep
+        if asleep and self.config.on_sleeping_request == "reject":
             raise ModelSleeping
+        if state.refusing:
+            raise ModelPaused
+        if not asleep:
+            self._held.add(request, deadline=None)  # only paused: resume runs it
         else:
             self._held.add(request, deadline=time.monotonic() + self.config.hold_timeout_s)
             if self.config.on_sleeping_request == "wake":
@@ -315,7 +307,7 @@ class EngineCore:
             return (yield from self._doze_steps(call, mode, begin))
         plan = self._sleep.plan_sleep(level, tags)
         if plan == SleepPlan():
-            return self._unchanged(begin)
+            return self._at_rest(begin, *self._empty_batch(mode))
         self._sleep.check_room(plan)
         self._closing_for_sleep = True
         try:
@@ -336,13 +328,12 @@ class EngineCore:
         state = self._sleep.state
         if state.is_sleeping:
             raise TransitionConflict(f"Cannot sleep at level 0: asleep at level {state.level}, which is deeper.")
-        if state.dozing:
-            return self._unchanged(begin)
         ended, held = yield from self._closed_by_pause(mode, call.timeout_s)
         self._sleep.set_gate(dozing=True)
-        return replace(self._unchanged(begin), changed=True, aborted_requests=ended, held_requests=held)
+        return replace(self._at_rest(begin, ended, held), changed=not state.dozing)
 
-    def _unchanged(self, begin: float) -> SleepReport:
+    def _at_rest(self, begin: float, ended: int, held: int) -> SleepReport:
+        """The report of a sleep that moved no memory, but may have aborted requests that were held."""
         level = self._sleep.state.level
         assert level is not None
         return SleepReport(
@@ -350,6 +341,8 @@ class EngineCore:
             level=level,
             residual_bytes=sum(self._executor.call("residual_bytes")),
             seconds=time.perf_counter() - begin,
+            aborted_requests=ended,
+            held_requests=held,
         )
 
     def _wake_steps(self, call: WakeCall) -> Steps:
@@ -361,9 +354,14 @@ class EngineCore:
 
     def _pause_steps(self, call: PauseCall) -> Steps:
         mode = parse_mode(call.mode, self.config.default_sleep_mode)
-        if not self._sleep.state.paused:
+        before = self._sleep.state.refusing
+        self._sleep.set_gate(refusing=mode != "keep")  # from now on: a drain would never end otherwise
+        try:
             yield from self._closed_by_pause(mode, call.timeout_s)
-            self._sleep.set_gate(paused=True)
+        except ShuteyeError:
+            self._sleep.set_gate(refusing=before)
+            raise
+        self._sleep.set_gate(paused=True)
         return None
 
     def _resume_steps(self, _call: ResumeCall) -> Steps:
@@ -372,7 +370,7 @@ class EngineCore:
         self._sleep.refuse_if_faulted()
         if state.is_sleeping:
             raise TransitionConflict("Cannot resume while asleep; wake up first with a POST request to /wake_up.")
-        self._sleep.set_gate(paused=False, dozing=False)
+        self._sleep.set_gate(paused=False, refusing=False, dozing=False)
         return None
 
     def _update_steps(self, call: UpdateCall | ReloadCall) -> Steps:

@@ -5,31 +5,37 @@ Knows nothing of what the request is.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from shuteye.engine.frontend import Frontend
-from shuteye.errors import ShuteyeError
+from shuteye.engine.mailbox import Backlog, Deltas, Mailbox
 
 
-async def outputs_of(frontend: Frontend, submit: Callable[..., str]) -> AsyncGenerator[Any, None]:
+async def outputs_of(
+    frontend: Frontend, submit: Callable[..., str], *, deltas: Deltas | None = None, backlog: Backlog | None = None
+) -> AsyncGenerator[Any, None]:
     """What is delivered for one request, until it is finished; the request is aborted if nobody waits for that.
 
     Args:
         frontend: the one of now; after a restart there is another.
         submit: sends the request, given `deliver`; returns its id.
+        deltas: how outputs that say only what is new become one, if they come faster than they are taken.
+        backlog: counts what was not taken, together with that of other requests; None for a count of its own.
     """
-    queue: asyncio.Queue[Any] = asyncio.Queue()
-    deliver = queue.put_nowait
-    request_id = submit(deliver=deliver)
+
+    def abort() -> None:
+        frontend.abort(request_id, deliver=mailbox.deliver)
+
+    backlog = backlog or Backlog()
+    mailbox = Mailbox(deltas, backlog, abort=abort)
+    request_id = submit(deliver=mailbox.deliver)
     try:
+        backlog.include(mailbox)
         while True:
-            item = await queue.get()
-            if isinstance(item, ShuteyeError):
-                raise item
+            item = await mailbox.take()
             yield item
             if item.finished:
                 return
     finally:
-        frontend.abort(request_id, deliver=deliver)
+        abort()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from shuteye.config import EngineConfig
-from shuteye.engine.core import EngineCore, Report
+from shuteye.engine.core import EngineCore
 from shuteye.engine.messages import (
     UNASKED,
     AbortRequests,
@@ -27,6 +27,7 @@ from shuteye.engine.messages import (
     info_of,
     reply_with,
 )
+from shuteye.engine.transition import Report
 from shuteye.errors import ShuteyeError
 from shuteye.executors import open_executor
 from shuteye.outputs import Delta, EngineState, SchedulerStats

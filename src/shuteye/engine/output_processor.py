@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from shuteye.engine.detokenizer import Detokenizer
+from shuteye.engine.mailbox import Deltas
 from shuteye.engine.messages import info_of
 from shuteye.engine.surprises import refusal
 from shuteye.errors import InvalidRequest
@@ -44,18 +45,17 @@ class Processed:
 
 @dataclass(slots=True)
 class _Completion:
-    """One of a request's n sequences. Lists grow; `num_*_sent` is how much of each was delivered as deltas."""
+    """One of a request's n sequences. Lists grow until they are delivered as a delta, which empties them."""
 
     index: int
     engine_id: str
     detokenizer: Detokenizer
+    begun: bool = False
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    num_texts_sent: int = 0
-    num_tokens_sent: int = 0
 
     @property
     def finished(self) -> bool:
@@ -74,6 +74,7 @@ class _Request:
     output_kind: OutputKind
     completions: list[_Completion] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
+    known_prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
     num_cached_tokens: int = 0
     scheduled_at: float | None = None
 
@@ -81,11 +82,11 @@ class _Request:
     def finished(self) -> bool:
         return all(completion.finished for completion in self.completions)
 
-    @property
-    def known_prompt_logprobs(self) -> tuple[dict[int, Logprob] | None, ...] | None:
-        if self.params.prompt_logprobs is None or len(self.prompt_logprobs) < len(self.prompt_token_ids):
-            return None
-        return tuple(self.prompt_logprobs)
+    def score_prompt(self, logprobs: Iterable[dict[int, Logprob]]) -> None:
+        """Take what more became known of the prompt; once that is all, every output tells it."""
+        self.prompt_logprobs += logprobs
+        if self.params.prompt_logprobs is not None and len(self.prompt_logprobs) >= len(self.prompt_token_ids):
+            self.known_prompt_logprobs = tuple(self.prompt_logprobs)
 
     @property
     def unfinished_ids(self) -> tuple[str, ...]:
@@ -131,6 +132,7 @@ class OutputProcessor:
             raise InvalidRequest(
                 f"Request id {request_id!r} is in use; wait for it to end or choose another.", param="request_id"
             )
+        request.score_prompt(())  # a prompt of one token has nothing to wait for
         self._requests[request_id] = request
         for index, child in enumerate(children):
             completion = _Completion(index, child.request_id, self._new_detokenizer(params))
@@ -212,10 +214,11 @@ class OutputProcessor:
 
     def _apply(self, request: _Request, completion: _Completion, delta: RequestDelta) -> None:
         if delta.prompt_logprobs:
-            request.prompt_logprobs += map(self._logprobs, delta.prompt_logprobs)
+            request.score_prompt(map(self._logprobs, delta.prompt_logprobs))
             return
-        if completion.index == 0 and not completion.token_ids:
+        if completion.index == 0 and not completion.begun:
             request.num_cached_tokens = delta.num_cached_tokens
+        completion.begun = True
         hidden = self._hidden_token(request.params, delta)
         for position, token_id in enumerate(delta.token_ids):
             completion.token_ids.append(token_id)
@@ -293,25 +296,51 @@ def _all_outputs(request: _Request) -> tuple[CompletionOutput, ...]:
 
 
 def _new_outputs(request: _Request) -> tuple[CompletionOutput, ...]:
-    """What was not delivered yet, per completion that has any; marks it as delivered."""
+    """What was not delivered yet, per completion that has any; it is forgotten here."""
     outputs = []
     for completion in request.completions:
-        since_text, since_token = completion.num_texts_sent, completion.num_tokens_sent
-        completion.num_texts_sent, completion.num_tokens_sent = len(completion.texts), len(completion.token_ids)
         # An abort brings no token, yet must be told: the text flushed at the end, empty or not, is what tells it.
-        if since_text < len(completion.texts) or since_token < len(completion.token_ids):
-            outputs.append(_completion_output(request, completion, since_text=since_text, since_token=since_token))
+        if completion.texts or completion.token_ids:
+            outputs.append(_completion_output(request, completion))
+            completion.texts, completion.token_ids, completion.logprobs = [], [], []
     return tuple(outputs)
 
 
-def _completion_output(
-    request: _Request, completion: _Completion, *, since_text: int = 0, since_token: int = 0
-) -> CompletionOutput:
+def _completion_output(request: _Request, completion: _Completion) -> CompletionOutput:
     return CompletionOutput(
         index=completion.index,
-        text="".join(completion.texts[since_text:]),
-        token_ids=tuple(completion.token_ids[since_token:]),
+        text="".join(completion.texts),
+        token_ids=tuple(completion.token_ids),
         finish_reason=completion.finish_reason,
         stop_reason=completion.stop_reason,
-        logprobs=None if request.params.logprobs is None else tuple(completion.logprobs[since_token:]),
+        logprobs=None if request.params.logprobs is None else tuple(completion.logprobs),
     )
+
+
+# --- several delta outputs -----------------------------------------------------------------------
+
+
+def _joined(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    completions: dict[int, list[CompletionOutput]] = {}
+    for output in outputs:
+        for completion in output.outputs:
+            completions.setdefault(completion.index, []).append(completion)
+    parts = (completions[index] for index in sorted(completions))
+    return replace(outputs[-1], outputs=tuple(map(_joined_completion, parts)))
+
+
+def _joined_completion(parts: Sequence[CompletionOutput]) -> CompletionOutput:
+    last = parts[-1]
+    return replace(
+        last,
+        text="".join(part.text for part in parts),
+        token_ids=tuple(token_id for part in parts for token_id in part.token_ids),
+        logprobs=None if last.logprobs is None else tuple(found for part in parts for found in part.logprobs or ()),
+    )
+
+
+def _num_entries(output: RequestOutput) -> int:
+    return sum(len(completion.token_ids) + sum(map(len, completion.logprobs or ())) for completion in output.outputs)
+
+
+DELTAS = Deltas(join=_joined, weigh=_num_entries)

@@ -5,10 +5,12 @@ Knows nothing of how inputs reach the engine; used alike by `LLM` and `AsyncEngi
 
 from __future__ import annotations
 
+import asyncio
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import mul
+from typing import TypeVar
 
 from shuteye.errors import InvalidRequest
 from shuteye.outputs import (
@@ -20,10 +22,12 @@ from shuteye.outputs import (
     ScoringRequestOutput,
 )
 from shuteye.request import PoolingParams, PoolInput
-from shuteye.tokenizer import Tokenizer
+from shuteye.tokenizer import LONG_TEXT, Tokenizer
 
 Prompt = str | Sequence[int]
 Texts = str | Sequence[str]
+
+T = TypeVar("T")
 
 
 def as_list(texts: Texts) -> list[str]:
@@ -154,3 +158,10 @@ def score_job(maker: PoolInputs, queries: Texts, documents: Texts) -> ScoreJob:
         params=replace(maker.params, use_activation=True),  # the dot product of two vectors of length 1
         compared=tuple((0 if shift == 1 else index, shift + index) for index in range(len(documents))),
     )
+
+
+async def encoded(texts: Sequence[Prompt], encode: Callable[[], T]) -> T:
+    """What `encode` makes of `texts`, off the event loop if they are long."""
+    if sum(len(text) for text in texts) > LONG_TEXT:
+        return await asyncio.to_thread(encode)
+    return encode()

@@ -9,8 +9,9 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
+from shuteye.engine.rank_sums import sum_reports, sum_states
 from shuteye.errors import (
     CANARY_DISAGREES,
     EngineFaulted,
@@ -30,7 +31,6 @@ from shuteye.outputs import (
     Residency,
     SleepReport,
     Tag,
-    TagReport,
     TagState,
     WakeReport,
 )
@@ -148,12 +148,22 @@ def _name_some(missing: Sequence[str], limit: int = 5) -> str:
 # --- the state ----------------------------------------------------------------------------------
 
 
+class GateFlags(TypedDict, total=False):
+    """What calls change of a `SleepState` beside residency."""
+
+    paused: bool
+    refusing: bool
+    dozing: bool
+    draining: bool
+
+
 @dataclass(frozen=True, slots=True)
 class SleepState:
     """Everything the gate depends on; the gate itself is derived.
 
     Attributes:
         paused: a `pause()` is in force.
+        refusing: new requests are refused: one with mode `abort` or `wait` is in force, or on its way.
         dozing: a `sleep(level=0)` is in force: a pause that `wake_up` lifts.
         draining: requests in flight are being finished before a transition.
         faulted: why nothing can be served.
@@ -163,6 +173,7 @@ class SleepState:
     tags: tuple[TagState, ...] = ()
     missing: tuple[str, ...] = ()
     paused: bool = False
+    refusing: bool = False
     dozing: bool = False
     draining: bool = False
     faulted: str | None = None
@@ -201,6 +212,7 @@ class SleepState:
             missing=self.missing,
             faulted=self.faulted,
             transition=transition,
+            refusing=self.refusing,
         )
 
 
@@ -230,13 +242,12 @@ class SleepController:
             epoch = tuple(self._executor.call("epoch"))
         except ShuteyeError as error:
             raise self.fault(f"a rank cannot tell where its memory is: {error.message}") from error
-        tags = tuple(map(_sum_states, zip(*ranks, strict=True)))
+        tags = tuple(map(sum_states, zip(*ranks, strict=True)))
         self._set(tags=tags, missing=tuple(sorted({*sum(missing, ())})), epoch=epoch)
 
-    def set_gate(self, *, paused: bool | None = None, dozing: bool | None = None, draining: bool | None = None) -> None:
-        """Change what the gate depends on beside residency; None leaves it."""
-        changes = {"paused": paused, "dozing": dozing, "draining": draining}
-        self._set(**{name: value for name, value in changes.items() if value is not None})
+    def set_gate(self, **changes: Unpack[GateFlags]) -> None:
+        """Change what the gate depends on beside residency, and whether new requests are refused."""
+        self._set(**changes)
 
     def plan_sleep(self, level: int, tags: Sequence[Tag]) -> SleepPlan:
         """The moves from the present state; see the module's `plan_sleep`."""
@@ -276,7 +287,7 @@ class SleepController:
         except ShuteyeError as error:
             raise self.fault(f"releasing failed: {error.message}") from error
         self.refresh()
-        reports = tuple(map(_sum_reports, zip(*ranks, strict=True)))
+        reports = tuple(map(sum_reports, zip(*ranks, strict=True)))
         level = self.state.level
         assert level is not None, "released, and yet awake"
         return SleepReport(
@@ -360,7 +371,7 @@ class SleepController:
             if isinstance(error, WakeFailed):
                 raise
             raise WakeFailed(f"Still asleep, a retry may work: {error.message}") from error
-        reports = tuple(map(_sum_reports, zip(*ranks, strict=True)))
+        reports = tuple(map(sum_reports, zip(*ranks, strict=True)))
         return WakeReport(
             changed=True,
             tags=reports,
@@ -433,21 +444,3 @@ class SleepController:
 
     def _set(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)
-
-
-def _sum_states(ranks: tuple[TagState, ...]) -> TagState:
-    return replace(
-        ranks[0],
-        nbytes=sum(state.nbytes for state in ranks),
-        resident_bytes=sum(state.resident_bytes for state in ranks),
-    )
-
-
-def _sum_reports(ranks: tuple[TagReport, ...]) -> TagReport:
-    return replace(
-        ranks[0],
-        freed_bytes=sum(report.freed_bytes for report in ranks),
-        restored_bytes=sum(report.restored_bytes for report in ranks),
-        saved_bytes=sum(report.saved_bytes for report in ranks),
-        seconds=max(report.seconds for report in ranks),
-    )

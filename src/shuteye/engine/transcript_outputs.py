@@ -6,10 +6,11 @@ Knows nothing of windows or of audio; times come with the tokens.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from shuteye.audio import SAMPLE_BYTES, SAMPLE_RATE
+from shuteye.engine.mailbox import Deltas
 from shuteye.engine.output_processor import Processed
 from shuteye.outputs import (
     Delta,
@@ -161,3 +162,19 @@ def _output(transcript: _Transcript, *, finished: bool) -> Transcription:
         num_tokens=transcript.num_tokens,
         finished=finished,
     )
+
+
+def _joined(outputs: Sequence[Transcription]) -> Transcription:
+    return replace(
+        outputs[-1],
+        text="".join(output.text for output in outputs),
+        language=next((output.language for output in reversed(outputs) if output.language), None),
+        segments=tuple(segment for output in outputs for segment in output.segments),
+    )
+
+
+def _num_entries(output: Transcription) -> int:
+    return 1 + sum(len(segment.token_ids) for segment in output.segments)
+
+
+DELTAS = Deltas(join=_joined, weigh=_num_entries)

@@ -1,4 +1,4 @@
-"""Refuses work for the model as early as possible: while loading, asleep, faulted, hung, dead or stopping.
+"""Refuses work for the model as early as possible: while loading, asleep, paused, faulted, hung, dead or stopping.
 
 Knows nothing of bodies or tokens; the engine core decides again, and for good, when a request reaches it.
 """
@@ -16,6 +16,7 @@ from shuteye.errors import (
     EngineHung,
     EngineNotReady,
     InvalidRequest,
+    ModelPaused,
     ModelSleeping,
     ServerStopping,
 )
@@ -79,6 +80,7 @@ def refuse_unless_serving(engine: ServedEngine) -> None:
     Raises:
         EngineNotReady: the model is loading.
         ModelSleeping: it is asleep, and the policy is to reject.
+        ModelPaused: it is paused, and what comes is not held.
         ServerError: whatever `refuse_unless_alive` raises.
     """
     refuse_unless_alive(engine)
@@ -86,6 +88,8 @@ def refuse_unless_serving(engine: ServedEngine) -> None:
         raise EngineNotReady("The model is still loading; GET /ready answers 200 when it can serve.")
     if engine.is_sleeping and engine.config.on_sleeping_request == "reject":
         raise ModelSleeping
+    if engine.state.refusing:
+        raise ModelPaused
 
 
 def require_task(context: ServerContext, tasks: str | tuple[str, ...], path: str) -> None:

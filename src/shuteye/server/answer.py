@@ -46,7 +46,10 @@ class Shape(Protocol):
         ...
 
     def prompt_scored(self, prompt_index: int, logprobs: Sequence[Mapping[int, Logprob] | None]) -> None:
-        """A prompt's log-probabilities, where they were asked for; known before any of its choices begins."""
+        """A prompt's log-probabilities, where they were asked for; known before any of its choices begins.
+
+        Unless it was aborted before it was computed: then they never are.
+        """
         ...
 
     def extra(self) -> dict[str, Any]:

@@ -18,11 +18,13 @@ from shuteye import __version__
 from shuteye.errors import InvalidRequest, ShuteyeError
 from shuteye.server.auth import control_routes_exist
 from shuteye.server.body_deadline import BodyDeadline
+from shuteye.server.body_framing import BodyFraming
 from shuteye.server.body_limit import BodyLimit
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
 from shuteye.server.engine_protocol import ServedEngine
 from shuteye.server.errors import install_error_handlers
+from shuteye.server.head_requests import HeadRequests
 from shuteye.server.header_limit import HeaderLimit
 from shuteye.server.metrics import Metrics
 from shuteye.server.notices import log_notices, with_flag
@@ -113,6 +115,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     app.add_middleware(BodyDeadline, timeout_s=config.body_timeout_s, pending=context.bodies)
     if context.tracer is not None:
         app.add_middleware(context.tracer.around)
+    app.add_middleware(BodyFraming)
     app.add_middleware(HeaderLimit, max_count=config.max_header_count, max_bytes=config.max_header_bytes)
     app.add_middleware(RequestIds, on_answer=context.metrics.count_answer)
     if config.allowed_origins:
@@ -124,6 +127,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
             allow_credentials=config.allow_credentials,
             expose_headers=("X-Request-Id", "Retry-After"),
         )
+    app.add_middleware(HeadRequests)  # before whatever counts answers by the route's method
 
 
 @asynccontextmanager

@@ -41,8 +41,10 @@ async def with_body(query: Model, request: Request) -> Model:
     """`query`, and what the JSON body says in its place; no body, or an empty one, says nothing.
 
     Raises:
-        InvalidRequest: the body is no JSON object of these fields, or contradicts the query.
+        InvalidRequest: the query has a name twice, though not for a list; the body is no JSON object of these fields,
+            or contradicts the query.
     """
+    _refuse_repeated(query, request)
     content = await request.body()
     if not content:
         return query
@@ -60,6 +62,14 @@ async def with_body(query: Model, request: Request) -> Model:
                 f"{name} is {in_query!r} in the query and {in_body!r} in the body; send one of them.", param=name
             )
     return query.model_copy(update={name: getattr(body, name) for name in body.model_fields_set})
+
+
+def _refuse_repeated(query: BaseModel, request: Request) -> None:
+    """Of a name that comes twice, the query has the last value alone, unless it is a list."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    for name in query.model_fields_set:
+        if names.count(name) > 1 and not isinstance(getattr(query, name), list):
+            raise InvalidRequest(f"{name} is given {names.count(name)} times in the query; send it once.", param=name)
 
 
 def documented_body(model: type[BaseModel]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Literal, Protocol
 
 from shuteye.config import EngineConfig
+from shuteye.engine.mailbox import Backlog
 from shuteye.errors import ShuteyeError
 from shuteye.outputs import (
     EmbeddingRequestOutput,
@@ -66,6 +67,7 @@ class ServedEngine(Protocol):
         *,
         request_id: str | None = None,
         output_kind: OutputKind = "cumulative",
+        backlog: Backlog | None = None,
     ) -> AsyncIterator[RequestOutput]: ...
 
     def transcribe(

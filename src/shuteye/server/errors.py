@@ -23,6 +23,7 @@ from shuteye.errors import (
     InternalError,
     InvalidRequest,
     MemoryExhausted,
+    ModelPaused,
     ModelSleeping,
     QueueFull,
     ServerStopping,
@@ -33,6 +34,7 @@ from shuteye.logs import REQUEST_ID
 
 RETRY_AFTER_S: Mapping[type[ShuteyeError], int] = {
     ModelSleeping: 1,
+    ModelPaused: 1,
     QueueFull: 1,
     WakeFailed: 2,
     MemoryExhausted: 5,
@@ -48,6 +50,7 @@ _HTTP_ERROR_TYPES = {
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
     413: "RequestTooLargeError",
+    415: "UnsupportedMediaTypeError",
     431: "HeadersTooLargeError",
 }
 

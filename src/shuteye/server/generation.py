@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Generic, Self, TypeVar, cast
 
+from shuteye.engine.mailbox import Backlog
 from shuteye.errors import PromptTooLong
 from shuteye.outputs import RequestOutput
 from shuteye.request import SamplingParams
@@ -73,17 +74,23 @@ def require_room(num_prompt_tokens: int, max_tokens: int | None, max_model_len: 
 
 
 async def run(context: ServerContext, job: Job) -> AsyncGenerator[Step, None]:
-    """Delta outputs of all prompts as they come; closing it aborts whatever still runs."""
+    """Delta outputs of all prompts as they come; closing it aborts whatever still runs.
+
+    Raises:
+        RequestAborted: more of them waited to be taken than may, over all prompts.
+        ShuteyeError: the engine refused or failed.
+    """
+    backlog = Backlog()
     if len(job.prompts) == 1:
-        merged = _run_one(context, job, 0)
+        merged = _run_one(context, job, 0, backlog)
     else:
-        merged = _merge([_run_one(context, job, index) for index in range(len(job.prompts))])
+        merged = _merge([_run_one(context, job, index, backlog) for index in range(len(job.prompts))])
     async with aclosing(merged):
         async for step in merged:
             yield step
 
 
-async def _run_one(context: ServerContext, job: Job, index: int) -> AsyncGenerator[Step, None]:
+async def _run_one(context: ServerContext, job: Job, index: int, backlog: Backlog) -> AsyncGenerator[Step, None]:
     outputs = cast(  # the engine promises an iterator that can be closed, which aborts
         "AsyncGenerator[RequestOutput, None]",
         context.engine.generate(
@@ -91,6 +98,7 @@ async def _run_one(context: ServerContext, job: Job, index: int) -> AsyncGenerat
             job.params,
             request_id=f"{job.request_id}-{index}-{job.run}",
             output_kind="delta",
+            backlog=backlog,
         ),
     )
     with context.metrics.request() as timer:
@@ -101,7 +109,8 @@ async def _run_one(context: ServerContext, job: Job, index: int) -> AsyncGenerat
 
 
 async def _merge(sources: Sequence[AsyncGenerator[Step, None]]) -> AsyncGenerator[Step, None]:
-    queue: asyncio.Queue[Step | int] = asyncio.Queue()  # an int says which source ended
+    """Steps of all sources, each in its order; while nobody takes them, the sources wait."""
+    queue: asyncio.Queue[Step | int] = asyncio.Queue(maxsize=len(sources))  # an int says which source ended
     tasks: list[asyncio.Task[None]] = []
     running = len(sources)
     try:
@@ -126,9 +135,11 @@ async def _pump(index: int, source: AsyncGenerator[Step, None], queue: asyncio.Q
     try:
         async with aclosing(source):
             async for step in source:
-                queue.put_nowait(step)
-    finally:
-        queue.put_nowait(index)
+                await queue.put(step)
+    except Exception:
+        await queue.put(index)
+        raise
+    await queue.put(index)
 
 
 class StartedSteps(Generic[T]):

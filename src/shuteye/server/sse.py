@@ -5,6 +5,8 @@ Knows nothing of what the events say. Format: https://html.spec.whatwg.org/multi
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Protocol
@@ -17,6 +19,11 @@ from shuteye.server.errors import ClientDisconnected, error_json
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
+
+TURN_S = 0.03
+"""How long a stream may work off what waits to be sent before others have their turn, and its client's end noticed.
+
+Less than that leaves the loop to the engine's outputs, which then come faster than they are sent."""
 
 DONE = b"data: [DONE]\n\n"
 
@@ -71,6 +78,10 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        turn_ends = time.monotonic() + TURN_S
         async for chunk in self._events:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            if time.monotonic() > turn_ends:  # neither sending nor taking what waits need have suspended
+                await asyncio.sleep(0)
+                turn_ends = time.monotonic() + TURN_S
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 from pydantic import Field, field_validator, model_validator
 
 from shuteye.errors import InvalidRequest
-from shuteye.outputs import CompletionOutput, Logprob
+from shuteye.outputs import CompletionOutput, FinishReason, Logprob
 from shuteye.request import MAX_LOGPROBS
 from shuteye.server.generation import Prompt
 from shuteye.server.protocol.fields import GenerationBody, one_message
@@ -111,7 +111,7 @@ class CompletionShape:
 
     def whole(self, index: int, transcript: Transcript) -> dict[str, Any]:
         """A finished choice."""
-        made = Transcript(finish_reason="length") if self.echoes_only else transcript
+        made = Transcript(finish_reason=_echo_ends(transcript)) if self.echoes_only else transcript
         choice = {
             "index": index,
             "text": self._echo(index) + made.text,
@@ -120,7 +120,8 @@ class CompletionShape:
             "stop_reason": made.stop_reason,
         } | self._token_ids(made.token_ids)
         if self.shows_prompt_logprobs:
-            choice["prompt_logprobs"] = prompt_logprobs_json(self._prompt_logprobs[index // self.num_choices])
+            known = self._prompt_logprobs.get(index // self.num_choices)
+            choice["prompt_logprobs"] = None if known is None else prompt_logprobs_json(known)
         return choice | self._prompt_token_ids(index)
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -138,7 +139,8 @@ class CompletionShape:
     def delta(self, index: int, delta: CompletionOutput) -> dict[str, Any] | None:
         """What is new of a choice."""
         if self.echoes_only:
-            return {"index": index, "text": "", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+            reason = _echo_ends(delta)
+            return {"index": index, "text": "", "logprobs": None, "finish_reason": reason, "stop_reason": None}
         choice = {
             "index": index,
             "text": delta.text,
@@ -166,7 +168,15 @@ class CompletionShape:
         if index not in self._logprobs:
             self._logprobs[index] = CompletionLogprobs(self.names)
             if self.echoes:
-                prompt_index = index // self.num_choices
-                self._logprobs[index].add(self.prompts[prompt_index].token_ids, self._prompt_logprobs[prompt_index])
+                self._logprobs[index].add(*self._scored_prompt(index // self.num_choices))
         self._logprobs[index].add(source.token_ids, source.logprobs or ())
         return self._logprobs[index].take()
+
+    def _scored_prompt(self, prompt_index: int) -> tuple[Sequence[int], Sequence[Mapping[int, Logprob] | None]]:
+        """A prompt's tokens, and what is known of each: nothing, if it was aborted before it was computed."""
+        token_ids = self.prompts[prompt_index].token_ids
+        return token_ids, self._prompt_logprobs.get(prompt_index, [None] * len(token_ids))
+
+
+def _echo_ends(source: Transcript | CompletionOutput) -> FinishReason:
+    return "abort" if source.finish_reason == "abort" else "length"

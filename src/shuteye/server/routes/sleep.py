@@ -99,7 +99,7 @@ async def is_sleeping(_query: Annotated[NoQuery, Query()], context: Context) -> 
 
 @router.post("/pause", openapi_extra=documented_body(PauseQuery))
 async def pause(query: Annotated[PauseQuery, Query()], request: Request, context: Context) -> dict[str, str]:
-    """Stops running requests, keeping all memory. Parameters may also be a JSON body."""
+    """Stops running requests, keeping all memory; new ones get 503, or wait after mode `keep`. Or as a JSON body."""
     call = await with_body(query, request)
     mode = "wait" if call.mode is None and call.wait_for_inflight_requests else call.mode
     await context.metrics.transition("pause", context.engine.pause(mode, timeout_s=call.timeout))
