@@ -49,6 +49,7 @@ from shuteye.errors import (
 from shuteye.outputs import EngineState, ErrorInfo, ModelInfo, SchedulerStats, WakeReport
 from shuteye.request import OutputKind, PoolingParams, PoolInput, Request, SamplingParams, TranscribeParams
 from shuteye.tokenizer import Tokenizer
+from shuteye.typed_fields import require_instance
 
 Status = Literal["starting", "ready", "hung", "failed", "dead", "closed"]
 Deliver = Callable[[Any], None]
@@ -166,6 +167,7 @@ class Frontend:
     ) -> str:
         """Send a request; `deliver` gets its outputs, and last a finished one or an error. Returns its id."""
         self._refuse_if_gone()
+        require_instance(params, SamplingParams, param="sampling_params")
         text, token_ids = self._tokens_of(prompt)
         outputs = self._outputs_for("generate")
         assert isinstance(outputs, OutputProcessor)
@@ -208,6 +210,7 @@ class Frontend:
     ) -> str:
         """Send a recording; `deliver` gets `Transcription`s, the last one finished, or an error. Returns its id."""
         self._refuse_if_gone()
+        require_instance(params, TranscribeParams, param="params")
         outputs = self._outputs_for("transcribe")
         assert isinstance(outputs, TranscriptOutputs)
         before = self.tokenizer.encode(f" {prompt.strip()}", add_special_tokens=False) if prompt else ()
