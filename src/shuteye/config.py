@@ -45,6 +45,7 @@ class EngineConfig:
 
     Attributes:
         model: local directory, `.gguf` file, hub id, or built-in alias.
+        revision: branch, tag or commit of a hub id; a local path has none.
         kv_cache_memory: bytes of KV cache per rank; None sizes it from free memory, 0 is for models without one.
         max_model_len: longest prompt plus output in tokens; None takes the checkpoint's, if the KV cache can hold it.
         max_num_batched_tokens: the token budget of one step.
