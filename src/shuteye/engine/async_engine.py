@@ -119,7 +119,7 @@ class AsyncEngine:
     async def close(self, reason: ShuteyeError | None = None) -> None:
         """End the engine; requests in flight fail with `reason`, else with EngineDead. Idempotent."""
         link, self._link = self._link, None
-        if link is None:
+        if link is None or link.inherited:
             return
         self._frontend.fail(reason or EngineDead("The engine was closed."), status="closed")
         if isinstance(link, ProcessLink):

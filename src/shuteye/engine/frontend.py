@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 from uuid import uuid4
 
 from shuteye.config import EngineConfig
+from shuteye.engine.inheritance import tell_forks
 from shuteye.engine.messages import (
     UNASKED,
     AbortRequests,
@@ -131,6 +132,7 @@ class Frontend:
         self._deliver: dict[str, Deliver] = {}
         self._calls: dict[int, Future[Any]] = {}
         self._numbers = itertools.count(1)
+        tell_forks(self)
 
     # --- what is known --------------------------------------------------------------------------
 
@@ -409,3 +411,8 @@ class Frontend:
             future.set_exception(error)
         if not self.ready.done():
             self.ready.set_exception(error)
+
+    def leave_to_parent(self, reason: EngineDead) -> None:
+        """See `inheritance.Inherited`: those who wait are in the parent, and are not told."""
+        self._lock = threading.RLock()  # another thread may have held it, which no fork has
+        self.failure, self.status = reason, "dead"
