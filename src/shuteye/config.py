@@ -14,6 +14,7 @@ from typing import Literal
 from shuteye.errors import InvalidRequest, MemoryExhausted, PromptTooLong
 from shuteye.plans import RESERVED_BLOCKS, ModelFacts, VerifyMode
 from shuteye.request import DrainMode
+from shuteye.typed_fields import settle_types
 
 DType = Literal["auto", "bfloat16", "float32"]
 SleepingPolicy = Literal["reject", "hold", "wake"]
@@ -44,6 +45,7 @@ class EngineConfig:
 
     Attributes:
         model: local directory, `.gguf` file, hub id, or built-in alias.
+        revision: branch, tag or commit of a hub id; a local path has none.
         kv_cache_memory: bytes of KV cache per rank; None sizes it from free memory, 0 is for models without one.
         max_model_len: longest prompt plus output in tokens; None takes the checkpoint's, if the KV cache can hold it.
         max_num_batched_tokens: the token budget of one step.
@@ -62,7 +64,7 @@ class EngineConfig:
         kernels: `auto` uses the native kernels where they can be used, `torch` never.
 
     Raises:
-        InvalidRequest: a value is out of range; `param` names it.
+        InvalidRequest: a value is of another type or out of range; `param` names it.
     """
 
     model: str = DEFAULT_MODEL
@@ -102,6 +104,7 @@ class EngineConfig:
         cache_dir = _path_text("cache_dir", self.cache_dir, meaning="a directory")
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "cache_dir", Path(cache_dir).expanduser())
+        settle_types(self)
         positive = {
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,

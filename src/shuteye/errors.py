@@ -15,7 +15,7 @@ Knows nothing of HTTP libraries: `server/errors.py` turns these into OpenAI-shap
     └── ServerError                     we, or the machine, must mend it (5xx)
         ├── InternalError               500  a bug of ours
         ├── SleepFailed                 500  rolled back: still awake
-        ├── WakeFailed                  503  rolled back: still asleep, a retry may work
+        ├── WakeFailed                  503  rolled back: still asleep
         │   └── VerificationFailed      503  the memory is not what it was
         ├── ModelSleeping               503  weights are needed and are not resident
         ├── ModelPaused                 503  a pause is in force that takes no new requests
@@ -121,7 +121,7 @@ class SleepFailed(ServerError):
 
 
 class WakeFailed(ServerError):
-    """Waking failed and was rolled back: the model is still asleep and a retry may work."""
+    """Waking failed and was rolled back: the model is still asleep. The message says whether a retry may work."""
 
     status_code = 503
     error_type = "WakeFailedError"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from shuteye.errors import InvalidRequest
+from shuteye.typed_fields import settle_types
 
 DrainMode = Literal["abort", "wait", "keep"]
 """What becomes of requests in flight when the gate closes."""
@@ -63,7 +64,7 @@ class StructuredOutputsParams:
         param: the caller's field, which errors name.
 
     Raises:
-        InvalidRequest: none or several are given.
+        InvalidRequest: none or several are given, or one of another type.
     """
 
     json: str | dict[str, Any] | None = None
@@ -77,6 +78,7 @@ class StructuredOutputsParams:
     param: str = "structured_outputs"
 
     def __post_init__(self) -> None:
+        settle_types(self, of=self.param, param=self.param)
         given = [name for name in ("json", "json_object", "regex", "choice", "grammar") if self._asks_for(name)]
         if len(given) != 1:
             raise InvalidRequest(
@@ -112,7 +114,7 @@ class SamplingParams:
         priority: requests with lower values leave the queue first.
 
     Raises:
-        InvalidRequest: a value is out of range; `param` names it.
+        InvalidRequest: a value is of another type or out of range; `param` names it.
     """
 
     n: int = 1
@@ -141,6 +143,7 @@ class SamplingParams:
     priority: int = 0
 
     def __post_init__(self) -> None:
+        settle_types(self)
         _require(1 <= self.n <= 128, "n", "between 1 and 128", self.n)
         _require(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100", self.temperature)
         _require(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]", self.top_p)
@@ -227,7 +230,7 @@ class PoolingParams:
             what the checkpoint says.
 
     Raises:
-        InvalidRequest: a value is out of range; `param` names it.
+        InvalidRequest: a value is of another type or out of range; `param` names it.
     """
 
     dimensions: int | None = None
@@ -235,6 +238,7 @@ class PoolingParams:
     use_activation: bool | None = None
 
     def __post_init__(self) -> None:
+        settle_types(self)
         _require(self.dimensions is None or self.dimensions >= 1, "dimensions", "at least 1", self.dimensions)
         limit = self.truncate_prompt_tokens
         _require(limit is None or limit == -1 or limit >= 1, "truncate_prompt_tokens", "-1 or at least 1", limit)
@@ -265,7 +269,7 @@ class TranscribeParams:
         timestamps: whether segments are told apart. Audio that does not fit the model's window at once always has them.
 
     Raises:
-        InvalidRequest: a value is out of range; `param` names it.
+        InvalidRequest: a value is of another type or out of range; `param` names it.
     """
 
     language: str | None = None
@@ -274,6 +278,7 @@ class TranscribeParams:
     timestamps: bool = False
 
     def __post_init__(self) -> None:
+        settle_types(self)
         _require(0.0 <= self.temperature <= 1.0, "temperature", "between 0 and 1", self.temperature)
         _require(0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1", self.seed)
 

@@ -50,7 +50,7 @@ class TestServe:
                     patched.setenv(variable, said)
                     changed = next(one for one in served() if isinstance(one, config))
                 assert getattr(changed, field.name) == value, variable
-                literal = f'["{text}"]' if isinstance(value, tuple) else json.dumps(text if text else value)
+                literal = f'["{text}"]' if isinstance(value, tuple) else json.dumps(value, default=str)
                 file.write_text(f"[serve]\n{field.name.replace('_', '-')} = {literal}\n")
                 changed = next(one for one in served("--config", str(file)) if isinstance(one, config))
                 assert getattr(changed, field.name) == value, f"{field.name} in the file"

@@ -254,7 +254,7 @@ def test_values_that_cannot_travel_are_refused_and_the_engine_lives(config):
 
     async def scenario():
         async with AsyncEngine(config) as engine:
-            for bad in (SamplingParams(max_tokens=5.5), SamplingParams(stop_token_ids=[2**70])):
+            for bad in (SamplingParams(seed=2**70), SamplingParams(stop_token_ids=[2**70])):
                 with pytest.raises(InvalidRequest):
                     await complete(engine, bad)
             for level in ("1", 2**70):

@@ -3,6 +3,7 @@
 import contextlib
 import mmap
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from shuteye import LLM
+from shuteye.cli import main as cli
 from shuteye.engine.messages import ReloadCall, SleepCall, UpdateCall, WakeCall
 from shuteye.errors import EngineFaulted, SleepFailed, VerificationFailed, WakeFailed
 
@@ -244,3 +247,46 @@ def test_a_truncated_image_is_no_end_of_the_process(tiny_checkpoint, tmp_path):
         *("ImageFailure", "VerificationFailed True", "WakeFailed"),
         "WakeFailed 1",
     ]
+
+
+def test_the_advice_about_a_damaged_image_works_as_it_is_written(tiny_checkpoint, tiny_options, tmp_path, capsys):
+    """Would catch advice that the engine itself stands in the way of, and a fault that hides before it is mended."""
+    options = tiny_options | {"cache_dir": tmp_path / "a cache", "enable_sleep_mode": True}
+    with LLM(str(tiny_checkpoint), **options) as llm:
+        before = llm.generate([list(PROMPT)])[0].outputs[0].token_ids
+        (file,) = options["cache_dir"].glob("images/*/weights.rank0.bin")
+        file.chmod(0o644)
+        with file.open("r+b") as opened:
+            opened.write(b"\x55" * mmap.PAGESIZE)
+        with pytest.raises(VerificationFailed):
+            llm.generate([list(PROMPT)])
+        for _ in range(2):
+            with pytest.raises(WakeFailed) as caught:
+                llm.wake_up()
+            assert "retry" not in caught.value.message
+            assert llm.is_sleeping
+            assert "was changed while in use" in llm.state.faulted
+            with pytest.raises(EngineFaulted, match="was changed while in use"):
+                llm.generate([list(PROMPT)])
+        advice = caught.value.message
+    assert "End the server or program that serves it, run `" in advice
+    command = shlex.split(advice.split("`")[1])
+    assert command[0] == "shuteye"
+    assert cli.run(command[1:]) == 0, capsys.readouterr().err
+    with LLM(str(tiny_checkpoint), **options) as llm:
+        assert llm.generate([list(PROMPT)])[0].outputs[0].token_ids == before
+        assert llm.state.faulted is None
+
+
+def test_a_wake_that_found_a_changed_image_does_not_close_the_other_ways(rig, weights_file):
+    """Would catch weights that are at hand, and cannot be written over an image that is needed no more."""
+    before = rig.generate(PROMPT)
+    tensors = {name: tensor.clone() for name, tensor in rig.tensors().items()}
+    rig.call(SleepCall(2))
+    with overwritten(weights_file):
+        with pytest.raises(WakeFailed, match="was changed while in use"):
+            rig.call(WakeCall())
+        rig.call(WakeCall(tags=("weights",)))
+        rig.call(UpdateCall(named_tensors=list(tensors.items())))
+        rig.call(WakeCall())
+        assert rig.generate(PROMPT) == before

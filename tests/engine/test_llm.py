@@ -66,6 +66,14 @@ def test_what_is_no_prompt_is_refused(llm, prompts):
         llm.generate(prompts, GREEDY)
 
 
+@pytest.mark.parametrize("params", [{"temperature": 0}, [{"temperature": 0}], "greedy", ["greedy"], 5, {}, [None]])
+def test_what_are_no_sampling_params_is_refused(llm, params):
+    """Would catch the keys of a dict taken for the parameters of one prompt each, and an AttributeError from inside."""
+    with pytest.raises(InvalidRequest, match="sampling_params must be a SamplingParams, got") as caught:
+        llm.generate("hello", params)
+    assert caught.value.param == "sampling_params"
+
+
 def test_n_completions_share_their_prompt(llm):
     output = llm.generate("hello", SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=6, ignore_eos=True))[0]
     assert [completion.index for completion in output.outputs] == [0, 1, 2]

@@ -247,6 +247,11 @@ def test_llm_embeds_and_scores_by_cosine(encoder_checkpoint, options):
         assert cut.prompt_token_ids[-1] == outputs[0].prompt_token_ids[-1]  # the special token at the end stays
         with pytest.raises(InvalidRequest, match="'generate'"):
             llm.generate("x")
+        for params in ({"dimensions": 3}, {}, 5):
+            with pytest.raises(InvalidRequest, match="pooling_params must be a PoolingParams"):
+                llm.embed("x", params)
+            with pytest.raises(InvalidRequest, match="pooling_params must be a PoolingParams"):
+                llm.score("x", "y", params)
 
 
 def test_llm_scores_pairs_with_a_cross_encoder(scorer_checkpoint, options):

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from shuteye.errors import ModelNotFound, UnsupportedModel
+from shuteye.errors import InvalidRequest, ModelNotFound, UnsupportedModel
 from shuteye.models import sources, wheel
 from shuteye.models.sources import ALIASES, resolve_source
 from shuteye.testing import tiny_model
@@ -76,6 +76,14 @@ def no_hub(monkeypatch):
 def test_a_directory_is_a_source(tiny_checkpoint, tmp_path):
     found = resolve_source(str(tiny_checkpoint), cache_dir=tmp_path)
     assert (found.kind, found.path, found.name) == ("directory", tiny_checkpoint, str(tiny_checkpoint))
+
+
+def test_a_path_has_no_revision(tiny_checkpoint, tmp_path):
+    """Catches whoever pins a revision being served whatever lies there, in silence."""
+    with pytest.raises(InvalidRequest, match=r"revision is 'v1'.*there is a directory") as caught:
+        resolve_source(str(tiny_checkpoint), revision="v1", cache_dir=tmp_path)
+    assert caught.value.param == "revision"
+    assert resolve_source(str(tiny_checkpoint), revision="", cache_dir=tmp_path).path == tiny_checkpoint
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])

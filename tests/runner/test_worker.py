@@ -1,6 +1,7 @@
 """A rank as it begins and ends; what its verbs do is tested through the engine (tests/engine)."""
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ from shuteye.config import EngineConfig
 from shuteye.errors import ShuteyeError
 from shuteye.memory.backends.fake import FakeBackend
 from shuteye.memory.image_store import ImageStore
+from shuteye.models.converter import obtain_image
 from shuteye.runner.worker import Worker
 
 
@@ -48,3 +50,26 @@ def test_a_model_that_cannot_be_bound_gives_everything_back(config, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         Worker(config, backend=FakeBackend())
     assert open_fds() == before
+
+
+def test_a_revision_is_of_the_served_model_alone(config, monkeypatch):
+    """Would catch a reload from a path that is refused, or from a branch that only the served model has."""
+    orders = []
+
+    def obtain(order, progress):
+        orders.append(order)
+        return obtain_image(replace(order, model=config.model, revision=None), progress)
+
+    monkeypatch.setattr("shuteye.runner.worker.obtain_image", obtain)
+    worker = Worker(replace(config, model="owner/name", revision="v1"), backend=FakeBackend())
+    try:
+        for path in ("owner/other", config.model, "owner/name"):
+            worker.reload_weights(path)
+    finally:
+        worker.close()
+    assert [(one.model, one.revision) for one in orders] == [
+        ("owner/name", "v1"),
+        ("owner/other", None),
+        (config.model, None),
+        ("owner/name", "v1"),
+    ]

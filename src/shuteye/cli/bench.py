@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from shuteye.cli.flags import INTEGER
 from shuteye.cli.remote import AsJson, Remote
 from shuteye.cli.sizes import format_seconds, format_size
 from shuteye.cli.terminal import show, show_json, table
@@ -27,30 +28,33 @@ FAILED = 1
 def bench(
     *,
     requests: Annotated[
-        int, Parameter(help="How many requests; 0 for none but those of --sleep-wake.", validator=Number(gte=0))
+        int,
+        INTEGER,
+        Parameter(help="How many requests; 0 for none but those of --sleep-wake.", validator=Number(gte=0)),
     ] = 32,
-    concurrency: Annotated[int, Parameter(help="How many of them at once.", validator=Number(gte=1))] = 4,
+    concurrency: Annotated[int, INTEGER, Parameter(help="How many of them at once.", validator=Number(gte=1))] = 4,
     prompt_words: Annotated[
-        int, Parameter(help="Random words in a prompt, about a token each.", validator=Number(gte=1))
+        int, INTEGER, Parameter(help="Random words in a prompt, about a token each.", validator=Number(gte=1))
     ] = 128,
-    max_tokens: Annotated[int, Parameter(help="Tokens to generate for each.", validator=Number(gte=1))] = 128,
+    max_tokens: Annotated[int, INTEGER, Parameter(help="Tokens to generate for each.", validator=Number(gte=1))] = 128,
     route: Annotated[Literal["completions", "chat"], Parameter(help="Which of OpenAI's routes.")] = "completions",
     ignore_eos: Annotated[
         bool, Parameter(help="Always generate --max-tokens; servers that refuse the field need --no-ignore-eos.")
     ] = True,
-    seed: Annotated[int, Parameter(help="Another seed, other prompts.")] = 0,
+    seed: Annotated[int, INTEGER, Parameter(help="Another seed, other prompts.")] = 0,
     model: Annotated[
         str | None, Parameter(help="The model's name; by default the first that the server lists.")
     ] = None,
     api_key: Annotated[str | None, Parameter(help="The server's key for inference.", env_var="SHUTEYE_API_KEY")] = None,
     sleep_wake: Annotated[
         int,
+        INTEGER,
         Parameter(
             help="Afterwards, so often: sleep, wake, and wait for the first token. Needs the admin key.",
             validator=Number(gte=0),
         ),
     ] = 0,
-    sleep_level: Annotated[Literal[1, 2], Parameter(help="How deep these sleeps are.")] = 1,
+    sleep_level: Annotated[Literal[1, 2], INTEGER, Parameter(help="How deep these sleeps are.")] = 1,
     as_json: AsJson = False,
     remote: Remote | None = None,
 ) -> int:

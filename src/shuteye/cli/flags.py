@@ -9,11 +9,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter, Token
 
-from shuteye.cli.sizes import format_size, parse_size
+from shuteye.cli.sizes import format_size, parse_integer, parse_size
 
 ENV_PREFIX = "SHUTEYE_"
 URL_VARIABLE, TIMEOUT_VARIABLE = f"{ENV_PREFIX}URL", f"{ENV_PREFIX}TIMEOUT_S"
@@ -56,7 +56,7 @@ def _parameter(one: Field[Any], hint: Any, flag: Flag, group: Group) -> inspect.
         alias=flag.alias,
         group=group,
         env_var=flag.env or f"{ENV_PREFIX}{one.name.upper()}",
-        converter=_size_converter if flag.size else None,
+        converter=size_converter if flag.size else integer_converter if _is_integer(hint) else None,
         show_default=_shown_default(flag, default),
         metavar="SIZE" if flag.size else None,
         consume_multiple=True if _is_tuple(hint) else None,
@@ -70,8 +70,29 @@ def _is_tuple(hint: Any) -> bool:
     return getattr(hint, "__origin__", None) is tuple
 
 
-def _size_converter(_type: Any, tokens: Sequence[Token]) -> int:
+def _is_integer(hint: Any) -> bool:
+    return hint is int or int in get_args(hint)
+
+
+def size_converter(_type: Any, tokens: Sequence[Token]) -> int:
+    """What cyclopts calls for a size."""
     return parse_size(tokens[0].value)
+
+
+def integer_converter(hint: Any, tokens: Sequence[Token]) -> int:
+    """What cyclopts calls for an integer, or for one of a few; its own converter rounds what is none.
+
+    Raises:
+        ValueError: it is none, or none of those.
+    """
+    number = parse_integer(tokens[0].value)
+    if get_origin(hint) is Literal and number not in get_args(hint):
+        raise ValueError(f"{number} is none of {', '.join(map(str, get_args(hint)))}.")
+    return number
+
+
+INTEGER = Parameter(converter=integer_converter)
+"""To be added to the annotation of a flag that is an integer, where it is not made by `flags_of`."""
 
 
 def _shown_default(flag: Flag, default: Any) -> Callable[[Any], str] | bool | None:

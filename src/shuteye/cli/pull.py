@@ -23,7 +23,8 @@ def pull(
     ] = DEFAULT_MODEL,
     *,
     revision: Annotated[
-        str | None, Parameter(help="Branch, tag or commit of a hub id.", env_var="SHUTEYE_REVISION")
+        str | None,
+        Parameter(help="Branch, tag or commit of a hub id; refused for a local path.", env_var="SHUTEYE_REVISION"),
     ] = None,
     dtype: Annotated[
         DType, Parameter(help="Number format of the image. auto takes the checkpoint's.", env_var="SHUTEYE_DTYPE")

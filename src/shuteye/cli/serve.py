@@ -27,7 +27,7 @@ MODEL_FLAGS = {
         "What to serve: a directory in Hugging Face format, a .gguf file, a hub id (owner/name) or a built-in alias.",
         positional=True,
     ),
-    "revision": Flag("Branch, tag or commit of a hub id."),
+    "revision": Flag("Branch, tag or commit of a hub id; refused for a local path."),
     "dtype": Flag("Number format of weights and KV cache. auto takes the checkpoint's."),
     "max_model_len": Flag(
         "Longest prompt plus output, in tokens. By default the checkpoint's context, or what the KV cache can hold."

@@ -1,20 +1,25 @@
 """Where a command's values come from: flags, then environment variables, then the TOML file of `--config`.
 
-Knows nothing of what the values mean. What nobody reads is refused in a file, and warned of in the environment.
+Knows nothing of what the values mean, only of what type they must be in a file. What nobody reads is refused in a file,
+and warned of in the environment.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin
 
-from cyclopts import App, ArgumentCollection, CycloptsError, Token
+from cyclopts import App, Argument, ArgumentCollection, CycloptsError, Token
 from cyclopts.config import Dict
 
-from shuteye.cli.flags import ENV_PREFIX
+from shuteye.cli.flags import ENV_PREFIX, size_converter
+from shuteye.typed_fields import MISFIT, Kind, kind_of
 
 CONFIG_FLAG = "--config"
 TEST_PREFIX = "SHUTEYE_TEST_"
@@ -31,7 +36,7 @@ class Settings:
         """What cyclopts calls once it has read flags and environment."""
         path = _config_path(arguments)
         if path is not None:
-            table = _table(path, commands, _keys(arguments))
+            table = _table(path, commands, _types(arguments))
             Dict(_nested(commands, table), source=str(path))(app, commands, arguments)
         for argument in arguments:
             if argument.tokens:
@@ -57,35 +62,55 @@ def _origin(name: str, token: Token, path: Path | None) -> str:
 # --- the file -----------------------------------------------------------------------------------
 
 
-def _keys(arguments: ArgumentCollection) -> frozenset[str]:
-    """The keys that a table may have, as flags are written."""
-    return frozenset(one.name.removeprefix("--") for one in arguments if CONFIG_FLAG not in one.names)
+def _types(arguments: ArgumentCollection) -> Mapping[str, Kind]:
+    """The keys that a table may have, as flags are written, and what each must be."""
+    return {one.name.removeprefix("--"): _type(one) for one in arguments if CONFIG_FLAG not in one.names}
 
 
-def _table(path: Path, commands: tuple[str, ...], keys: frozenset[str]) -> Mapping[str, Any]:
+def _type(argument: Argument) -> Kind:
+    if argument.parameter.converter is size_converter:
+        return replace(kind_of(float | str), expected='a number of bytes, or a text such as "512MiB"')
+    kinds = [one for one in get_args(argument.hint) if one is not NoneType]
+    hint = kinds[0] if NoneType in get_args(argument.hint) and len(kinds) == 1 else argument.hint  # no TOML is None
+    if hint is Path:
+        return kind_of(str)
+    if hint is bool:
+        return replace(kind_of(bool), expected="true or false")
+    return kind_of(str | hint) if get_origin(hint) is tuple else kind_of(hint)
+
+
+def _table(path: Path, commands: tuple[str, ...], types: Mapping[str, Kind]) -> Mapping[str, Any]:
     """The table of this command in the file.
 
     Raises:
-        CycloptsError: the file cannot be read, lacks the table, or has anything that nobody reads.
+        CycloptsError: the file cannot be read, lacks the table, or has anything that nobody reads or of another type.
     """
     document, name = _document(path), commands[-1]
     for key, value in document.items():
         if key != name:
-            raise CycloptsError(msg=_unknown_table(path, key, value, name, keys))
+            raise CycloptsError(msg=_unknown_table(path, key, value, name, types.keys()))
     if name not in document:
         raise CycloptsError(msg=f"{path} has no table [{name}]; put the settings under that line.")
     table = document[name]
     if not isinstance(table, dict):
         raise CycloptsError(msg=f"{name} in {path} must be a table: write [{name}], and its keys below.")
     seen: dict[str, str] = {}
-    for key in table:
+    for key, value in table.items():
         flag = key.replace("_", "-")
-        if flag not in keys:
-            raise CycloptsError(msg=f"{path} has an unknown key {key!r} in [{name}]{_nearest(flag, keys)}.")
+        if flag not in types:
+            raise CycloptsError(msg=f"{path} has an unknown key {key!r} in [{name}]{_nearest(flag, types)}.")
         if flag in seen:
             raise CycloptsError(msg=f"{path} sets {seen[flag]!r} and {key!r} in [{name}], which are the same key.")
         seen[flag] = key
+        if type(value) not in types[flag].plain and types[flag].fitted(value) is MISFIT:
+            expected, shown = types[flag].expected, _shown(flag, value)
+            raise CycloptsError(msg=f"{path}: {key} in [{name}] must be {expected}, got {shown}.")
     return table
+
+
+def _shown(flag: str, value: object) -> str:
+    """A value as TOML has it, roughly; of a secret only its type."""
+    return f"an {type(value).__name__}" if flag.endswith("api-key") else json.dumps(value, default=str)
 
 
 def _document(path: Path) -> dict[str, Any]:
@@ -97,7 +122,7 @@ def _document(path: Path) -> dict[str, Any]:
         raise CycloptsError(msg=f"{path} cannot be read as TOML: {error}.") from error
 
 
-def _unknown_table(path: Path, key: str, value: object, name: str, keys: frozenset[str]) -> str:
+def _unknown_table(path: Path, key: str, value: object, name: str, keys: Collection[str]) -> str:
     if isinstance(value, dict):
         return f"{path} has an unknown table [{key}]; the one that is read is [{name}]."
     if key.replace("_", "-") in keys:

@@ -1,4 +1,4 @@
-"""Sizes and times as people write and read them.
+"""Numbers, sizes and times as people write and read them.
 
 Knows nothing of flags.
 """
@@ -29,6 +29,18 @@ def parse_size(text: str) -> int:
     if not nbytes.is_integer():
         raise ValueError(f"{text!r} is {nbytes} bytes, which is not a whole number.")
     return int(nbytes)
+
+
+def parse_integer(text: str) -> int:
+    """An integer in digits, which may have `_` between them, or in Python's notation for hex, octal and binary.
+
+    Raises:
+        ValueError: it is none; nothing is rounded.
+    """
+    try:
+        return int(text) if text.strip("+-0123456789_ ") == "" else int(text, base=0)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not an integer.") from error
 
 
 def format_size(nbytes: int) -> str:

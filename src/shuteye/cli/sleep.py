@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from shuteye.cli.flags import INTEGER
 from shuteye.cli.remote import AsJson, Remote, tags_parameter
 from shuteye.cli.sizes import format_seconds, format_size
 from shuteye.cli.terminal import show, show_json, table
@@ -20,6 +21,7 @@ def sleep(
     *,
     level: Annotated[
         Literal[0, 1, 2],
+        INTEGER,
         Parameter(help="0 only pauses; 1 gives memory back and keeps the weights restorable; 2 forgets them too."),
     ] = 1,
     mode: Annotated[

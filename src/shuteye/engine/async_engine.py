@@ -120,7 +120,7 @@ class AsyncEngine:
     async def close(self, reason: ShuteyeError | None = None) -> None:
         """End the engine; requests in flight fail with `reason`, else with EngineDead. Idempotent."""
         link, self._link = self._link, None
-        if link is None:
+        if link is None or link.inherited:
             return
         closed = EngineDead("The engine was closed: restart() starts it anew, or make another one.")
         self._frontend.fail(reason or closed, status="closed")
@@ -294,7 +294,7 @@ class AsyncEngine:
         submit = partial(
             frontend.submit_transcription,
             pcm,
-            params or TranscribeParams(),
+            TranscribeParams() if params is None else params,
             prompt=prompt,
             request_id=request_id,
             output_kind=output_kind,
@@ -321,7 +321,7 @@ class AsyncEngine:
             ModelSleeping: asleep, or put to sleep before all of them were computed.
             ShuteyeError: failed otherwise.
         """
-        params = params or PoolingParams()
+        params = PoolingParams() if params is None else params
         prompt_list: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
         maker = PoolInputs(self.tokenizer, self.info, params, add_special_tokens=add_special_tokens)
         inputs = await encoded(prompt_list, lambda: maker.inputs(prompt_list))
@@ -337,7 +337,7 @@ class AsyncEngine:
             ModelSleeping: asleep, or put to sleep before all of them were computed.
             ShuteyeError: failed otherwise.
         """
-        maker = PoolInputs(self.tokenizer, self.info, params or PoolingParams())
+        maker = PoolInputs(self.tokenizer, self.info, PoolingParams() if params is None else params)
         job = await encoded([*as_list(queries), *as_list(documents)], lambda: score_job(maker, queries, documents))
         return job.scores(await self._pool(job.inputs, job.params, request_id))
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 from uuid import uuid4
 
 from shuteye.config import EngineConfig
+from shuteye.engine.inheritance import tell_forks
 from shuteye.engine.messages import (
     UNASKED,
     AbortRequests,
@@ -49,6 +50,7 @@ from shuteye.errors import (
 from shuteye.outputs import EngineState, ErrorInfo, ModelInfo, SchedulerStats, WakeReport
 from shuteye.request import OutputKind, PoolingParams, PoolInput, Request, SamplingParams, TranscribeParams
 from shuteye.tokenizer import Tokenizer
+from shuteye.typed_fields import require_instance
 
 Status = Literal["starting", "ready", "hung", "failed", "dead", "closed"]
 Deliver = Callable[[Any], None]
@@ -134,6 +136,7 @@ class Frontend:
         self._deliver: dict[str, Deliver] = {}
         self._calls: dict[int, Future[Any]] = {}
         self._numbers = itertools.count(1)
+        tell_forks(self)
 
     # --- what is known --------------------------------------------------------------------------
 
@@ -174,6 +177,7 @@ class Frontend:
     ) -> str:
         """Send a request; `deliver` gets its outputs, and last a finished one or an error. Returns its id."""
         self._refuse_if_gone()
+        require_instance(params, SamplingParams, param="sampling_params")
         text, token_ids = self._tokens_of(prompt)
         outputs = self._outputs_for("generate")
         assert isinstance(outputs, OutputProcessor)
@@ -216,6 +220,7 @@ class Frontend:
     ) -> str:
         """Send a recording; `deliver` gets `Transcription`s, the last one finished, or an error. Returns its id."""
         self._refuse_if_gone()
+        require_instance(params, TranscribeParams, param="params")
         outputs = self._outputs_for("transcribe")
         assert isinstance(outputs, TranscriptOutputs)
         before = self.tokenizer.encode(f" {prompt.strip()}", add_special_tokens=False) if prompt else ()
@@ -414,3 +419,8 @@ class Frontend:
             future.set_exception(error)
         if not self.ready.done():
             self.ready.set_exception(error)
+
+    def leave_to_parent(self, reason: EngineDead) -> None:
+        """See `inheritance.Inherited`: those who wait are in the parent, and are not told."""
+        self._lock = threading.RLock()  # another thread may have held it, which no fork has
+        self.failure, self.status = reason, "dead"

@@ -146,17 +146,12 @@ class LLM:
             sampling_params: one for all, or one per prompt.
 
         Raises:
-            InvalidRequest: a prompt is something else.
+            InvalidRequest: a prompt, or its parameters, are something else.
             ShuteyeError: the first request that was refused or failed; the others are aborted.
         """
         _require_prompts(prompts)
         prompt_list: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
-        given = SamplingParams() if sampling_params is None else sampling_params
-        params = [given] * len(prompt_list) if isinstance(given, SamplingParams) else list(given)
-        if len(params) != len(prompt_list):
-            raise InvalidRequest(
-                f"{len(params)} sampling_params for {len(prompt_list)} prompts.", param="sampling_params"
-            )
+        params = _one_each(SamplingParams() if sampling_params is None else sampling_params, len(prompt_list))
         submit = partial(self._frontend.submit, request_id=None, output_kind="final_only")
         return self._collect([partial(submit, prompt, one) for prompt, one in zip(prompt_list, params, strict=True)])
 
@@ -175,7 +170,7 @@ class LLM:
         recordings = audio if isinstance(audio, list | tuple) else [audio]
         submit = partial(
             self._frontend.submit_transcription,
-            params=params or TranscribeParams(),
+            params=TranscribeParams() if params is None else params,
             prompt=prompt,
             request_id=None,
             output_kind="final_only",
@@ -224,7 +219,7 @@ class LLM:
         Raises:
             ShuteyeError: the request was refused or failed.
         """
-        params = pooling_params or PoolingParams()
+        params = PoolingParams() if pooling_params is None else pooling_params
         inputs = self._pool_inputs(params).inputs([prompts] if isinstance(prompts, str) else prompts)
         return embeddings_of(inputs, self._pool(inputs, params))
 
@@ -238,7 +233,8 @@ class LLM:
         Raises:
             ShuteyeError: the request was refused or failed.
         """
-        job = score_job(self._pool_inputs(pooling_params or PoolingParams()), queries, documents)
+        params = PoolingParams() if pooling_params is None else pooling_params
+        job = score_job(self._pool_inputs(params), queries, documents)
         return job.scores(self._pool(job.inputs, job.params))
 
     def _pool_inputs(self, params: PoolingParams) -> PoolInputs:
@@ -306,3 +302,11 @@ def _require_prompts(given: object) -> None:
             f"prompts must be a text, or a list of texts or of lists of token ids, got {type(given).__name__}.",
             param="prompts",
         )
+
+
+def _one_each(given: object, count: int) -> Sequence[Any]:
+    """Parameters for `count` prompts; whether they are parameters at all, whoever takes them looks."""
+    params = list(given) if isinstance(given, list | tuple) else [given] * count
+    if len(params) != count:
+        raise InvalidRequest(f"{len(params)} sampling_params for {count} prompts.", param="sampling_params")
+    return params

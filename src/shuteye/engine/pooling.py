@@ -23,6 +23,7 @@ from shuteye.outputs import (
 )
 from shuteye.request import PoolingParams, PoolInput
 from shuteye.tokenizer import LONG_TEXT, Tokenizer
+from shuteye.typed_fields import require_instance
 
 Prompt = str | Sequence[int]
 Texts = str | Sequence[str]
@@ -41,12 +42,18 @@ class PoolInputs:
 
     Attributes:
         add_special_tokens: whether texts get the tokens that the model was trained to see around them.
+
+    Raises:
+        InvalidRequest: `params` are something else.
     """
 
     tokenizer: Tokenizer
     info: ModelInfo
     params: PoolingParams
     add_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        require_instance(self.params, PoolingParams, param="pooling_params")
 
     def inputs(self, prompts: Sequence[Prompt]) -> tuple[PoolInput, ...]:
         """One input per prompt, cut if the parameters say so.

@@ -19,6 +19,7 @@ import zmq.asyncio
 
 from shuteye import descriptors, logs
 from shuteye.config import EngineConfig
+from shuteye.engine.inheritance import tell_forks
 from shuteye.engine.messages import Connected, FromEngine, Ready, Shutdown, ToEngine
 from shuteye.engine.pulse import LOOK_S, HangWatch, Pulse
 from shuteye.engine.rendezvous import Rendezvous
@@ -56,6 +57,8 @@ class ProcessLink:
         self._hang: str | None = None
         self._opened = contextlib.ExitStack()
         self._tasks: list[asyncio.Task[None]] = []
+        self.inherited = False
+        tell_forks(self)
 
     @property
     def pid(self) -> int | None:
@@ -140,6 +143,8 @@ class ProcessLink:
 
     async def close(self) -> None:
         """Stop the engine after its current step; kill it if that takes longer than the grace, or if it hangs."""
+        if self.inherited:
+            return
         process = self._process
         if process is not None:
             if self._listens:
@@ -153,6 +158,10 @@ class ProcessLink:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._opened.close()
+
+    def leave_to_parent(self, reason: EngineDead) -> None:
+        """See `inheritance.Inherited`: process, socket and the event loop that watches them are the parent's."""
+        self.inherited = True
 
     async def _listen(self) -> None:
         while True:

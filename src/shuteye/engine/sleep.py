@@ -6,9 +6,11 @@ Knows nothing of requests or tensors: the engine core drains requests first, the
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
 from shuteye.engine.rank_sums import sum_reports, sum_states
@@ -307,11 +309,12 @@ class SleepController:
 
         Raises:
             TransitionConflict: see `plan_wake`.
-            WakeFailed: rolled back, still asleep, a retry may work.
+            WakeFailed: rolled back, still asleep; a retry may work. After a fault over a damaged image: still faulted.
             EngineFaulted: rolling back failed too.
         """
         begin = time.perf_counter()
-        if self.state.faulted is not None:
+        reason = self.state.faulted
+        if reason is not None:
             self._recover()
             tags = TAGS  # a part of what is not trusted would leave the rest behind
         state = self.state
@@ -321,7 +324,12 @@ class SleepController:
         plan = plan_wake(state.residency("weights"), state.residency("kv_cache"), tags=tags, missing=state.missing)
         if plan == WakePlan():
             return WakeReport(changed=False, missing=state.missing, seconds=time.perf_counter() - begin)
-        report = self._restore(plan, verify=self._mode, prove_first_step=prove_first_step and not self._distrusted)
+        try:
+            report = self._restore(plan, verify=self._mode, prove_first_step=prove_first_step and not self._distrusted)
+        except WakeFailed as error:
+            if reason is not None and isinstance(error.__cause__, ImageFailure):
+                self.fault(reason)  # until the image is mended, whoever looks is to find it
+            raise
         self.set_gate(dozing=False)
         return replace(report, seconds=time.perf_counter() - begin)
 
@@ -335,10 +343,11 @@ class SleepController:
             self._check_bytes("off" if self._verify == "off" else "full")
             self._check_canary()
         except VerificationFailed as error:
-            key = self._executor.call("weights_source")[0]
+            image = Path(self._executor.call("facts")[0].image_dir)
+            command = f"shuteye images rm {image.name} --cache-dir {shlex.quote(str(image.parent.parent))}"
             raise ImageFailure(
-                f"The weight image {key} cannot be served: {error.message} "
-                f"Run `shuteye images rm {key}` and start again: it is then made anew from the checkpoint."
+                f"The weight image {image} cannot be served: {error.message} "
+                f"Run `{command}` and start again: it is then made anew from the checkpoint."
             ) from error
 
     def check_after_update(self, *, reloaded: bool) -> None:
@@ -370,7 +379,8 @@ class SleepController:
             self._undo(error)
             if isinstance(error, WakeFailed):
                 raise
-            raise WakeFailed(f"Still asleep, a retry may work: {error.message}") from error
+            hope = "" if isinstance(error, ImageFailure) else ", a retry may work"
+            raise WakeFailed(f"Still asleep{hope}: {error.message}") from error
         reports = tuple(map(sum_reports, zip(*ranks, strict=True)))
         return WakeReport(
             changed=True,

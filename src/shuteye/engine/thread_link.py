@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from shuteye.config import EngineConfig
+from shuteye.engine.inheritance import tell_forks
 from shuteye.engine.loop import run_engine
 from shuteye.engine.messages import FromEngine, Shutdown, ToEngine
 from shuteye.errors import EngineDead, ShuteyeError
@@ -30,6 +31,8 @@ class ThreadLink:
         self._on_message = on_message
         self._on_death = on_death
         self._thread = threading.Thread(target=self._run, name="shuteye-engine", daemon=True)
+        self.inherited = False
+        tell_forks(self)
 
     def start(self) -> None:
         """Start loading; Ready or Failed is the first message."""
@@ -41,8 +44,14 @@ class ThreadLink:
 
     def close(self) -> None:
         """Stop the engine after its current step and give back its memory."""
+        if self.inherited:
+            return
         self._inbox.put(Shutdown())
         self._thread.join()
+
+    def leave_to_parent(self, reason: EngineDead) -> None:
+        """See `inheritance.Inherited`."""
+        self.inherited = True
 
     def _run(self) -> None:
         try:

@@ -15,6 +15,7 @@ import hashlib
 import mmap
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -238,16 +239,24 @@ class WeightImage:
         """
         with _reporting_damage(self.path):
             stamp = _stamp(self.fd)
-            if stamp == self._stamp:
-                return False
-            if stamp[0] != self.layout.nbytes:
-                raise ValueError(f"it was changed while in use: {stamp[0]:,} bytes instead of {self.layout.nbytes:,}")
+        if stamp == self._stamp:
+            return False
+        if stamp[0] != self.layout.nbytes:
+            raise self._changed_in_use(f"{stamp[0]:,} bytes instead of {self.layout.nbytes:,}")
         damaged = self.damaged_extents()
         if damaged:
-            count = f"{len(damaged)} of {len(self.checksums)} extents differ from their checksums"
-            raise _damage(self.path, ValueError(f"it was changed while in use: {count}"))
+            raise self._changed_in_use(f"{len(damaged)} of {len(self.checksums)} extents differ from their checksums")
         self._stamp = stamp
         return True
+
+    def _changed_in_use(self, what: str) -> ImageFailure:
+        """As long as we hold it nobody can remove it, so the advice begins with our own end."""
+        command = f"shuteye images rm {self.path.name} --cache-dir {shlex.quote(str(self.path.parent.parent))}"
+        return ImageFailure(
+            f"The weight image {self.path} was changed while in use: {what}. End the server or program that serves it, "
+            f"run `{command}`, and start it again: the image is then made anew. Or put back the "
+            "file's bytes, and wake up."
+        )
 
     @property
     def closed(self) -> bool:

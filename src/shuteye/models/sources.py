@@ -13,7 +13,7 @@ from typing import Literal
 
 import xxhash
 
-from shuteye.errors import ModelNotFound, UnsupportedModel
+from shuteye.errors import InvalidRequest, ModelNotFound, UnsupportedModel
 from shuteye.models import wheel
 from shuteye.models.checkpoint_files import WEIGHTS_FILE, missing_files, require_regular
 from shuteye.models.fingerprint import fingerprint_path
@@ -111,11 +111,19 @@ def resolve_source(
         progress: told how far downloads are.
 
     Raises:
+        InvalidRequest: a revision of what is no model of the hub.
         ModelNotFound: nothing of that name; the message says what was tried.
         UnsupportedModel: it was found, but not in a format that can be read.
     """
     path = _existing(model)
     if path is not None:
+        if revision:
+            what = "directory" if path.is_dir() else "file"
+            raise InvalidRequest(
+                f"revision is {revision!r}, which only a model of the hub has, but there is a {what} {path}. Leave "
+                "revision out, or, if a model of the hub is meant, start where there is nothing of that name.",
+                param="revision",
+            )
         return _local(path)
     if model in ALIASES:
         return _alias(model, revision=revision, cache_dir=cache_dir, offline=offline, progress=progress or NoProgress())

@@ -120,7 +120,8 @@ class Worker:
 
     def _open_image(self, model: str) -> WeightImage:
         config = self._config
-        order = Order(model, str(config.cache_dir), config.revision, config.dtype, config.offline)
+        revision = config.revision if model == config.model else None
+        order = Order(model, str(config.cache_dir), revision, config.dtype, config.offline)
         return obtain_image(order, LoggedProgress())
 
     def allocate_kv_cache(self, num_blocks: int) -> None:

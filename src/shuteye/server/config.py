@@ -15,6 +15,7 @@ from shuteye.logs import LogFormat, LogLevel
 from shuteye.server.hosts import is_address, is_loopback_name
 from shuteye.server.reading.reasoning import ReasoningParserName
 from shuteye.server.reading.tool_formats import ToolFormat
+from shuteye.typed_fields import settle_types
 
 ToolCallParser = Literal["auto"] | ToolFormat
 
@@ -55,7 +56,7 @@ class ServerConfig:
         otlp_traces_endpoint: where spans go, as OTLP over HTTP; None makes none.
 
     Raises:
-        InvalidRequest: a value is out of range; `param` names it.
+        InvalidRequest: a value is of another type or out of range; `param` names it.
     """
 
     host: str = "127.0.0.1"
@@ -89,6 +90,7 @@ class ServerConfig:
     reasoning_parser: ReasoningParserName = "none"
 
     def __post_init__(self) -> None:
+        settle_types(self)
         if not 0 <= self.port <= 65535:
             raise InvalidRequest(f"port must be between 0 and 65535, got {self.port}.", param="port")
         for name, key in (("api_key", self.api_key), ("admin_api_key", self.admin_api_key)):
