@@ -13,7 +13,7 @@ import pytest
 from shuteye import AsyncEngine, EngineConfig, SamplingParams
 from shuteye.engine.messages import AddRequests
 from shuteye.engine.process_link import ProcessLink
-from shuteye.errors import DescriptorsExhausted, EngineDead, EngineHung, InvalidRequest
+from shuteye.errors import DescriptorsExhausted, EngineDead, EngineHung, InvalidRequest, TransitionConflict
 from shuteye.request import GenerateRequest, StructuredOutputsParams
 from test_descriptors import none_left
 
@@ -119,7 +119,7 @@ def test_a_stopped_engine_is_noticed_goes_on_and_can_be_restarted(config, tmp_pa
             pid = engine.engine_pid
             stream = engine.generate([5, 6], HANGING)
             await anext(stream)
-            with pytest.raises(InvalidRequest, match="alive"):
+            with pytest.raises(TransitionConflict, match="alive"):
                 await engine.restart()
             os.kill(pid, signal.SIGSTOP)
             await until(lambda: engine.status == "hung", "the hang to be noticed")

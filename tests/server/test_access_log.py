@@ -12,6 +12,7 @@ from shuteye.server.run import _worth_logging
     [
         ('127.0.0.1:1 - "GET /ready HTTP/1.1" 503', False),
         ('127.0.0.1:1 - "GET /metrics HTTP/1.1" 200', False),
+        ('127.0.0.1:1 - "HEAD /health HTTP/1.1" 200', False),
         ('127.0.0.1:1 - "GET /v1/models HTTP/1.1" 200', True),
         ('127.0.0.1:1 - "POST /sleep?level=1 HTTP/1.1" 200', True),
         ('127.0.0.1:1 - "GET /readyness HTTP/1.1" 404', True),

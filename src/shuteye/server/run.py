@@ -72,7 +72,8 @@ def serve_engine(engine: ServedEngine, config: ServerConfig) -> int:
 
 def _worth_logging(record: logging.LogRecord) -> bool:
     """False for the questions that probes and scrapers ask every second."""
-    return not any(f'"GET {path} ' in record.getMessage() for path in POLLED_PATHS)
+    message = record.getMessage()
+    return not any(f'"{method} {path} ' in message for method in ("GET", "HEAD") for path in POLLED_PATHS)
 
 
 def _log_cause(engine: ServedEngine, *, failed: bool, was_loaded: bool) -> None:
