@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import pytest
 
+from few_descriptors import none_left
 from shuteye import AsyncEngine, EngineConfig, SamplingParams
 from shuteye.engine.messages import AddRequests
 from shuteye.engine.process_link import ProcessLink
 from shuteye.errors import DescriptorsExhausted, EngineDead, EngineHung, InvalidRequest, TransitionConflict
 from shuteye.request import GenerateRequest, StructuredOutputsParams
-from test_descriptors import none_left
 
 
 @pytest.fixture
