@@ -14,7 +14,7 @@ Knows nothing of HTTP libraries: `server/errors.py` turns these into OpenAI-shap
     │   └── TransitionConflict          409  the transition table forbids the move
     └── ServerError                     we, or the machine, must mend it (5xx)
         ├── InternalError               500  a bug of ours
-        ├── SleepFailed                 500  rolled back: still awake
+        ├── SleepFailed                 503  rolled back: still awake
         ├── WakeFailed                  503  rolled back: still asleep
         │   └── VerificationFailed      503  the memory is not what it was
         ├── ModelSleeping               503  weights are needed and are not resident
