@@ -6,6 +6,7 @@ Knows nothing of what is being broken.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import threading
@@ -54,7 +55,8 @@ class History:
     def during(self, begin: float, end: float) -> frozenset[str]:
         """What the weights may have been at any moment in between."""
         found: frozenset[str] = frozenset()
-        for (start, weights), (stop, _) in zip(self.spans, [*self.spans[1:], (float("inf"), frozenset())], strict=True):
+        spans = [*self.spans, (float("inf"), frozenset())]  # a copy: whoever changes the weights adds to it meanwhile
+        for (start, weights), (stop, _) in itertools.pairwise(spans):
             if start <= end and begin <= stop:
                 found |= weights
         return found
@@ -123,6 +125,13 @@ class Load:
                 self.violations.append("a request never ended")
 
     def _run(self, rng: random.Random) -> None:
+        try:
+            self._ask_until_stopped(rng)
+        except Exception as error:  # whatever it is, one stream less was under test
+            self.violations.append(f"a stream ended by a bug of this tool: {type(error).__name__}: {error}")
+            raise
+
+    def _ask_until_stopped(self, rng: random.Random) -> None:
         while not self._stopped.is_set():
             prompt, length = rng.choice(PROMPTS), rng.choice(LENGTHS)
             begin = time.monotonic()
