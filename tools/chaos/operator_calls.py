@@ -58,10 +58,14 @@ class Operator:
             yield
 
     def _run(self) -> None:
-        while not self._stopped.is_set():
-            with self._turn:
-                self._call()
-            time.sleep(self._rng.uniform(0.02, 0.4))
+        try:
+            while not self._stopped.is_set():
+                with self._turn:
+                    self._call()
+                time.sleep(self._rng.uniform(0.02, 0.4))
+        except Exception as error:  # whatever it is, nothing sleeps or wakes from here on
+            self.violations.append(f"the operator ended by a bug of this tool: {type(error).__name__}: {error}")
+            raise
 
     def _call(self) -> None:
         rng = self._rng
