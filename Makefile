@@ -82,6 +82,7 @@ bench-sleep: setup ## Measure sleeping and waking on this machine.
 docs: setup ## Write docs/reference/ from the code: commands, routes, metrics, errors.
 	$(VENV)/bin/python tools/cli_reference.py
 	$(VENV)/bin/python tools/server_reference.py
+	$(VENV)/bin/python tools/module_list.py
 
 clean: ## Remove the set-up and what the tools leave behind; models and images stay in ~/.cache.
 	rm -rf '$(VENV)' '$(VENV)-latest' build dist .mypy_cache .ruff_cache .hypothesis .import_linter_cache

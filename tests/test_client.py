@@ -25,7 +25,7 @@ from shuteye.client import (
     error_from_response,
     waking,
 )
-from shuteye.outputs import EngineState, SchedulerStats, SleepReport, TagReport, TagState, UpdateReport, WakeReport
+from shuteye.state import EngineState, SchedulerStats, SleepReport, TagReport, TagState, UpdateReport, WakeReport
 
 SLEEPING = {"error": {"message": errors.ModelSleeping.MESSAGE, "type": "ModelSleepingError", "code": 503}}
 URL = "http://test:8000"

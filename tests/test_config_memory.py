@@ -6,7 +6,7 @@ import pytest
 
 from shuteye import EngineConfig
 from shuteye.errors import MemoryExhausted
-from shuteye.plans import ModelFacts
+from shuteye.model_info import ModelFacts
 
 FACTS = ModelFacts(
     architecture="Tiny",

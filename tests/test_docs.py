@@ -18,8 +18,8 @@ from shuteye.errors import ModelSleeping, TransitionConflict
 from shuteye.models.blueprint import quiet
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
-from shuteye.server.errors import error_body
-from shuteye.server.protocol.answers import SleepAnswer
+from shuteye.server.http.errors import error_body
+from shuteye.server.openai.answers import SleepAnswer
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "shuteye"

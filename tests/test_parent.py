@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shuteye import parent
+from shuteye import processes as parent
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_process_whose_parent_has_gone_ends(no_prctl, monkeypatch):
 
 PARENT = """
     import os, subprocess, sys
-    code = f"import time; from shuteye.parent import die_with_parent; die_with_parent({os.getpid()}); "
+    code = f"import time; from shuteye.processes import die_with_parent; die_with_parent({os.getpid()}); "
     child = subprocess.Popen([sys.executable, "-c", code + "print(1, flush=True); time.sleep(60)"], stdout=-1)
     child.stdout.readline()
     print(child.pid, flush=True)

@@ -8,7 +8,7 @@ import resource
 import pytest
 
 from few_descriptors import limited, none_left
-from shuteye import descriptors
+from shuteye import processes as descriptors
 
 
 def test_the_soft_limit_is_raised_but_not_beyond_reason(monkeypatch):

@@ -11,8 +11,10 @@ import pytest
 from shuteye import EngineConfig, SamplingParams
 from shuteye.errors import InvalidRequest
 from shuteye.executors.wire import Decoder, encode
-from shuteye.request import PoolingParams, StructuredOutputsParams, TranscribeParams
 from shuteye.server.config import ServerConfig
+from shuteye.tasks.generate.requests import StructuredOutputsParams
+from shuteye.tasks.pool.requests import PoolingParams
+from shuteye.tasks.transcribe.requests import TranscribeParams
 
 WRONG = [
     (EngineConfig, "dtype", "half", "'auto', 'bfloat16', 'float32'"),

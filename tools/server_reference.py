@@ -16,12 +16,12 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from shuteye import errors
 from shuteye.config import EngineConfig
-from shuteye.engine.async_engine import AsyncEngine
-from shuteye.server.admission import ModelRoute
+from shuteye.frontend.async_engine import AsyncEngine
 from shuteye.server.app import create_app
-from shuteye.server.auth import ControlRoute, InferenceRoute
 from shuteye.server.config import ServerConfig
-from shuteye.server.errors import RETRY_AFTER_S
+from shuteye.server.http.admission import ModelRoute
+from shuteye.server.http.auth import ControlRoute, InferenceRoute
+from shuteye.server.http.errors import RETRY_AFTER_S
 
 PAGES = Path(__file__).resolve().parent.parent / "docs" / "reference"
 

@@ -10,22 +10,37 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shuteye.config import EngineConfig
-    from shuteye.engine.async_engine import AsyncEngine
-    from shuteye.engine.llm import LLM
     from shuteye.errors import ShuteyeError
-    from shuteye.request import SamplingParams
+    from shuteye.frontend.async_engine import AsyncEngine
+    from shuteye.frontend.llm import LLM
+    from shuteye.tasks.generate.requests import SamplingParams, StructuredOutputsParams
+    from shuteye.tasks.pool.requests import PoolingParams
+    from shuteye.tasks.transcribe.requests import TranscribeParams
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LLM": "shuteye.engine.llm",
-    "AsyncEngine": "shuteye.engine.async_engine",
+    "LLM": "shuteye.frontend.llm",
+    "AsyncEngine": "shuteye.frontend.async_engine",
     "EngineConfig": "shuteye.config",
-    "SamplingParams": "shuteye.request",
+    "SamplingParams": "shuteye.tasks.generate.requests",
+    "StructuredOutputsParams": "shuteye.tasks.generate.requests",
+    "PoolingParams": "shuteye.tasks.pool.requests",
+    "TranscribeParams": "shuteye.tasks.transcribe.requests",
     "ShuteyeError": "shuteye.errors",
 }
 
-__all__ = ["LLM", "AsyncEngine", "EngineConfig", "SamplingParams", "ShuteyeError", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "EngineConfig",
+    "PoolingParams",
+    "SamplingParams",
+    "ShuteyeError",
+    "StructuredOutputsParams",
+    "TranscribeParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> object:

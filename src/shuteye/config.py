@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from shuteye.errors import InvalidRequest, MemoryExhausted, PromptTooLong
-from shuteye.plans import RESERVED_BLOCKS, ModelFacts, VerifyMode
-from shuteye.request import DrainMode
+from shuteye.model_info import ModelFacts
+from shuteye.state import RESERVED_BLOCKS, DrainMode, VerifyMode
 from shuteye.typed_fields import settle_types
 
 DType = Literal["auto", "bfloat16", "float32"]

@@ -1,6 +1,6 @@
 """Every exception shuteye raises, and the HTTP status each one answers with.
 
-Knows nothing of HTTP libraries: `server/errors.py` turns these into OpenAI-shaped bodies.
+Knows nothing of HTTP libraries: `server/http/errors.py` turns these into OpenAI-shaped bodies.
 
     ShuteyeError
     ├── ClientError                     the caller can mend it (4xx)
@@ -36,6 +36,8 @@ Knows nothing of HTTP libraries: `server/errors.py` turns these into OpenAI-shap
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from typing import ClassVar
 
 
@@ -261,3 +263,42 @@ _BY_NAME = _all_errors(ShuteyeError)
 def rebuild(kind: str, message: str, param: str | None = None) -> ShuteyeError:
     """The error that another process named by class name `kind`; `InternalError` if unknown to us."""
     return _BY_NAME.get(kind, InternalError)(message, param=param)
+
+
+def info_of(error: ShuteyeError) -> ErrorInfo:
+    """An error as it travels between processes."""
+    return ErrorInfo(kind=type(error).__name__, message=error.message, param=error.param)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """An error on its way between processes; `errors.rebuild` makes the exception again."""
+
+    kind: str
+    message: str
+    param: str | None = None
+
+
+logger = logging.getLogger(__name__)
+
+
+def refusal(error: BaseException, what: str, *, param: str | None = None) -> ShuteyeError:
+    """The error that refuses a request over which `error` was raised.
+
+    Args:
+        what: the part of the request that was being looked at, or done; begins the message.
+        param: the caller's field, if one is known.
+    """
+    match error:
+        case ShuteyeError():
+            return error
+        case RecursionError():
+            return InvalidRequest(f"{what} is nested too deeply.", param=param)
+        case UnicodeError():
+            return InvalidRequest(
+                f"{what} has a text that is no Unicode, such as a lone surrogate: {error}.", param=param
+            )
+        case OverflowError():
+            return InvalidRequest(f"{what} has a number that is too large: {error}.", param=param)
+    logger.error("%s failed because of a bug of ours; its request is refused.", what, exc_info=error)
+    return InternalError(f"{what} failed: {type(error).__name__}: {error}")

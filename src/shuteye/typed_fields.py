@@ -184,3 +184,13 @@ def _plural(expected: str) -> str:
     if article not in ("a", "an"):
         return expected
     return noun.replace("list of", "lists of") if noun.startswith("list of") else f"{noun}s"
+
+
+def require(ok: bool, param: str, expected: str, seen: object) -> None:
+    """Refuse `seen` unless it is `ok`.
+
+    Raises:
+        InvalidRequest: names the parameter, what was seen and what was expected.
+    """
+    if not ok:
+        raise InvalidRequest(f"{param} must be {expected}, got {reprlib.repr(seen)}.", param=param)

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from shuteye.cli import main as cli
-from shuteye.outputs import EngineState, SleepReport, TagReport, TagState, WakeReport
+from shuteye.state import EngineState, SleepReport, TagReport, TagState, WakeReport
 
 MIB = 1024**2
 

@@ -8,8 +8,8 @@ from shuteye.engine.core import EngineCore
 from shuteye.engine.messages import ControlCall, WakeCall
 from shuteye.errors import ShuteyeError, VerificationFailed, rebuild
 from shuteye.memory.backends.base import MemoryBackend
-from shuteye.plans import VerifyResult
-from shuteye.request import GenerateRequest, SamplingParams
+from shuteye.state import VerifyResult
+from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 

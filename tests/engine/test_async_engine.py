@@ -9,7 +9,6 @@ import time
 import pytest
 
 from shuteye import AsyncEngine, EngineConfig, SamplingParams
-from shuteye.engine.frontend import Frontend
 from shuteye.engine.messages import UpdateCall
 from shuteye.errors import (
     EngineDead,
@@ -20,6 +19,7 @@ from shuteye.errors import (
     QueueFull,
     TransitionConflict,
 )
+from shuteye.frontend.engine_client import Frontend
 
 PROMPT = list(range(3, 40))
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)

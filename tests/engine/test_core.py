@@ -35,8 +35,8 @@ from shuteye.errors import (
 )
 from shuteye.memory import verifier
 from shuteye.memory.backends.linux import LinuxBackend
-from shuteye.memory.backings.disk import DiskBacking
-from shuteye.request import GenerateRequest, SamplingParams
+from shuteye.memory.backings.spill import DiskBacking
+from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
 
 PROMPT = tuple(range(3, 40))
 LONG = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)

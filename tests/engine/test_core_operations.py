@@ -7,7 +7,7 @@ from rigs import wake_to_wrong_bytes
 
 from shuteye.engine.messages import PauseCall, ResumeCall, RpcCall, SleepCall, WakeCall
 from shuteye.errors import EngineFaulted, InvalidRequest, ModelSleeping, ShuteyeError
-from shuteye.outputs import WakeReport
+from shuteye.state import WakeReport
 
 PROMPT = (5, 6, 7, 8)
 

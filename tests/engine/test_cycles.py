@@ -9,7 +9,7 @@ import pytest
 
 from shuteye.engine.messages import ReloadCall, SleepCall, WakeCall
 from shuteye.memory.backends.linux import LinuxBackend
-from shuteye.request import SamplingParams
+from shuteye.tasks.generate.requests import SamplingParams
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
 

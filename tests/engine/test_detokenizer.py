@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shuteye.engine.detokenizer import Detokenizer
+from shuteye.tasks.generate.detokenizer import Detokenizer
 from shuteye.testing import write_tiny_tokenizer
 from shuteye.tokenizer import Tokenizer
 

@@ -11,11 +11,11 @@ from test_faults import bring_awake
 
 from shuteye.cache.block_pool import BlockPool
 from shuteye.engine.messages import ReloadCall, ResetPrefixCacheCall, SleepCall, UpdateCall, WakeCall
-from shuteye.engine.scheduler import Scheduler
 from shuteye.errors import InternalError, ShuteyeError
 from shuteye.memory.residency import Residency
-from shuteye.plans import SleepPlan, WakePlan
-from shuteye.runner.worker import Worker
+from shuteye.state import SleepPlan, WakePlan
+from shuteye.tasks.generate.scheduler import Scheduler
+from shuteye.worker.worker import Worker
 
 PROMPT = tuple(range(5, 45))
 NAME = "model.layers.0.self_attn.v_proj.weight"

@@ -7,8 +7,8 @@ import pytest
 
 from shuteye.engine.messages import ReloadCall, SleepCall, UpdateCall, WakeCall
 from shuteye.errors import EngineFaulted, ShuteyeError
-from shuteye.plans import VerifyResult
-from shuteye.request import SamplingParams
+from shuteye.state import VerifyResult
+from shuteye.tasks.generate.requests import SamplingParams
 
 PROMPT = tuple(range(5, 45))
 PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)

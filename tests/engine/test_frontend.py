@@ -6,11 +6,13 @@ import time
 import pytest
 
 from shuteye.config import EngineConfig
-from shuteye.engine.frontend import Frontend
 from shuteye.engine.messages import AbortRequests, PlainReply, Ready, ResumeCall, Stepped
 from shuteye.errors import EngineDead, InternalError, InvalidRequest, UnsupportedModel
-from shuteye.outputs import ModelInfo, RequestDelta, SchedulerStats
-from shuteye.request import SamplingParams
+from shuteye.frontend.engine_client import Frontend
+from shuteye.model_info import ModelInfo
+from shuteye.state import SchedulerStats
+from shuteye.tasks.base import RequestDelta
+from shuteye.tasks.generate.requests import SamplingParams
 from shuteye.testing import write_tiny_tokenizer
 
 GONE = EngineDead("gone")

@@ -11,7 +11,7 @@ import pytest
 
 from shuteye.engine.messages import SleepCall, WakeCall
 from shuteye.errors import InternalError, InvalidRequest, ModelSleeping, QueueFull
-from shuteye.request import SamplingParams, StructuredOutputsParams
+from shuteye.tasks.generate.requests import SamplingParams, StructuredOutputsParams
 from shuteye.tokenizer import Tokenizer
 
 PROMPT = tuple(range(3, 40))

@@ -5,7 +5,7 @@ import pytest
 from shuteye.config import EngineConfig
 from shuteye.engine.loop import run_engine
 from shuteye.engine.messages import AddRequests, Control, Ready, Shutdown, SleepCall, SleepReply, StateChanged, Stepped
-from shuteye.request import GenerateRequest
+from shuteye.tasks.generate.requests import GenerateRequest
 
 
 class Script:

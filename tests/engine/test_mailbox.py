@@ -5,11 +5,12 @@ import gc
 
 import pytest
 
-from shuteye.engine import output_processor, transcript_outputs
-from shuteye.engine.following import outputs_of
-from shuteye.engine.mailbox import JOINED, Backlog
 from shuteye.errors import EngineDead, RequestAborted
-from shuteye.outputs import CompletionOutput, Logprob, RequestOutput, Transcription
+from shuteye.frontend.mailbox import JOINED, Backlog, outputs_of
+from shuteye.tasks.generate import outputs as output_processor
+from shuteye.tasks.generate.requests import CompletionOutput, Logprob, RequestOutput
+from shuteye.tasks.transcribe import outputs as transcript_outputs
+from shuteye.tasks.transcribe.requests import Transcription
 
 
 class Deliverer:

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shuteye.engine.output_processor import OutputProcessor
-from shuteye.errors import InvalidRequest
-from shuteye.outputs import ErrorInfo, RequestDelta, TokenLogprobs
-from shuteye.request import SamplingParams
+from shuteye.errors import ErrorInfo, InvalidRequest
+from shuteye.tasks.base import RequestDelta
+from shuteye.tasks.generate.outputs import OutputProcessor
+from shuteye.tasks.generate.requests import SamplingParams, TokenLogprobs
 from shuteye.testing import write_tiny_tokenizer
 from shuteye.tokenizer import Tokenizer
 

@@ -4,7 +4,7 @@ import pytest
 
 from shuteye.engine.messages import PauseCall, ResumeCall, SleepCall, WakeCall
 from shuteye.errors import DrainTimeout, ModelPaused, ModelSleeping
-from shuteye.request import SamplingParams
+from shuteye.tasks.generate.requests import SamplingParams
 
 PROMPT = tuple(range(3, 40))
 LONG = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)

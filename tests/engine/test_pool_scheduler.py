@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shuteye.engine.pool_scheduler import MAX_PADDING, PoolScheduler
-from shuteye.errors import InvalidRequest, PromptTooLong
-from shuteye.outputs import ErrorInfo, PoolingInfo
-from shuteye.plans import PoolResult
-from shuteye.request import PoolingParams, PoolInput, PoolRequest
+from shuteye.errors import ErrorInfo, InvalidRequest, PromptTooLong
+from shuteye.model_info import PoolingInfo
+from shuteye.tasks.pool.plans import PoolResult
+from shuteye.tasks.pool.requests import PoolingParams, PoolInput, PoolRequest
+from shuteye.tasks.pool.scheduler import MAX_PADDING, PoolScheduler
 
 BUDGET, MOST, CONTEXT = 64, 8, 100
 

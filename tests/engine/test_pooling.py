@@ -17,8 +17,8 @@ from shuteye.engine.messages import ReloadCall, SleepCall, UpdateCall, WakeCall
 from shuteye.errors import InvalidRequest, ModelSleeping, PromptTooLong, RequestAborted, ShuteyeError, rebuild
 from shuteye.executors.inproc import InprocExecutor
 from shuteye.memory.backends.fake import FakeBackend
-from shuteye.outputs import PooledDelta
-from shuteye.request import GenerateRequest, PoolingParams, PoolInput, PoolRequest
+from shuteye.tasks.generate.requests import GenerateRequest
+from shuteye.tasks.pool.requests import PooledDelta, PoolingParams, PoolInput, PoolRequest
 from shuteye.testing import poison, tiny_encoder
 
 TEXTS = ["a", "the quick brown fox", "jumps", "over the lazy dog"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shuteye.engine import process
-from shuteye.engine.pulse import Pulse
+from shuteye.engine.liveness import Pulse
 
 PATIENCE_S = 60
 
@@ -46,7 +46,7 @@ def test_the_pulse_tells_work_from_waiting():
 LOAD = """
 import time
 from shuteye.engine.process import _stop_loading_on_sigterm
-from shuteye.engine.pulse import Pulse
+from shuteye.engine.liveness import Pulse
 pulse = Pulse()
 _stop_loading_on_sigterm(pulse)
 {state}

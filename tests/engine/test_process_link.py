@@ -13,9 +13,9 @@ import pytest
 from few_descriptors import none_left
 from shuteye import AsyncEngine, EngineConfig, SamplingParams
 from shuteye.engine.messages import AddRequests
-from shuteye.engine.process_link import ProcessLink
 from shuteye.errors import DescriptorsExhausted, EngineDead, EngineHung, InvalidRequest, TransitionConflict
-from shuteye.request import GenerateRequest, StructuredOutputsParams
+from shuteye.frontend.process_link import ProcessLink
+from shuteye.tasks.generate.requests import GenerateRequest, StructuredOutputsParams
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shuteye.engine.messages import SleepCall, WakeCall
-from shuteye.request import SamplingParams
+from shuteye.tasks.generate.requests import SamplingParams
 
 PROMPT = tuple(range(3, 103))
 SCORED = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, prompt_logprobs=2)

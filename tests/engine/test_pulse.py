@@ -2,7 +2,7 @@
 
 import pytest
 
-from shuteye.engine.pulse import LOOK_S, HangWatch, Pulse
+from shuteye.engine.liveness import LOOK_S, HangWatch, Pulse
 
 
 @pytest.fixture
@@ -80,7 +80,8 @@ def test_a_process_of_its_own_beats():
 
     pulse = Pulse()
     code = (
-        f"import time; from shuteye.engine.pulse import Pulse; Pulse({pulse.fd}).beat_in_background(); time.sleep(60)"
+        "import time; from shuteye.engine.liveness import Pulse; "
+        f"Pulse({pulse.fd}).beat_in_background(); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], pass_fds=(pulse.fd,))
     try:

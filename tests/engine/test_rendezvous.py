@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from shuteye.engine.rendezvous import PREFIX, Rendezvous
+from shuteye.engine.liveness import PREFIX, Rendezvous
 
 HOLD = """
 import time
-from shuteye.engine.rendezvous import Rendezvous
+from shuteye.engine.liveness import Rendezvous
 held = Rendezvous()
 print(held.endpoint, flush=True)
 time.sleep(60)

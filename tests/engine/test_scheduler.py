@@ -2,11 +2,10 @@
 
 import pytest
 
-from shuteye.engine.scheduler import Scheduler
-from shuteye.errors import InvalidRequest, PromptTooLong
-from shuteye.outputs import ErrorInfo, TokenLogprobs
-from shuteye.plans import SampledToken, StepResult
-from shuteye.request import GenerateRequest, SamplingParams
+from shuteye.errors import ErrorInfo, InvalidRequest, PromptTooLong
+from shuteye.tasks.generate.plans import SampledToken, StepResult
+from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams, TokenLogprobs
+from shuteye.tasks.generate.scheduler import Scheduler
 
 EOS = 99
 

@@ -13,10 +13,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from shuteye.engine.scheduler import Scheduler
-from shuteye.outputs import ErrorInfo
-from shuteye.plans import SampledToken, StepResult
-from shuteye.request import GenerateRequest, SamplingParams
+from shuteye.errors import ErrorInfo
+from shuteye.tasks.generate.plans import SampledToken, StepResult
+from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
+from shuteye.tasks.generate.scheduler import Scheduler
 
 VOCABULARY = 16
 EOS = 0

@@ -6,8 +6,7 @@ import pytest
 
 from shuteye.engine.sleep import SleepState, parse_level, parse_mode, parse_tags, plan_sleep, plan_wake
 from shuteye.errors import InvalidRequest, TransitionConflict
-from shuteye.outputs import TAGS, TagState
-from shuteye.plans import SleepPlan, WakePlan
+from shuteye.state import TAGS, SleepPlan, TagState, WakePlan
 
 WEIGHTS = ("resident", "offloaded", "discarded", "blank")
 KV = ("resident", "discarded")

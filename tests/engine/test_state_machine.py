@@ -8,8 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from shuteye.engine.messages import PauseCall, ReloadCall, ResumeCall, SleepCall, UpdateCall, WakeCall
 from shuteye.errors import ModelPaused, ModelSleeping, ShuteyeError, TransitionConflict
-from shuteye.outputs import TAGS
-from shuteye.request import SamplingParams
+from shuteye.state import TAGS
+from shuteye.tasks.generate.requests import SamplingParams
 
 PROMPTS = [tuple(range(start, start + length)) for start, length in ((3, 5), (9, 20), (4, 40))]
 TAG_CHOICES = st.sampled_from([None, ("weights",), ("kv_cache",), TAGS])

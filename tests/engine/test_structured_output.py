@@ -7,7 +7,7 @@ import pytest
 from schemas import SCHEMAS
 
 from shuteye import LLM
-from shuteye.request import SamplingParams, StructuredOutputsParams
+from shuteye.tasks.generate.requests import SamplingParams, StructuredOutputsParams
 
 pytestmark = pytest.mark.model
 ENOUGH = 700  # tokens; no schema here allows nearly as many

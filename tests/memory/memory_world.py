@@ -16,7 +16,7 @@ from shuteye.memory.backends.fake import FakeBackend
 from shuteye.memory.image_writer import ImageWriter
 from shuteye.memory.layout import TensorSpec
 from shuteye.memory.residency import Residency
-from shuteye.plans import SleepPlan, WakePlan
+from shuteye.state import SleepPlan, WakePlan
 
 PAGE = mmap.PAGESIZE
 KV_BYTES = 4 * PAGE

@@ -12,11 +12,10 @@ from memory_world import PAGE, open_fds
 from shuteye.errors import BackendFailure, MemoryExhausted
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends.fake import FakeBackend
-from shuteye.memory.backings.disk import DiskBacking
-from shuteye.memory.backings.host import HostBacking
-from shuteye.memory.backings.image import ImageSource
-from shuteye.memory.checksums import checksum_hex
+from shuteye.memory.backings.base import ImageSource
+from shuteye.memory.backings.spill import DiskBacking, HostBacking
 from shuteye.memory.image import WeightImage
+from shuteye.memory.image_files import checksum_hex
 from shuteye.memory.layout import Extent
 
 EXTENTS = (Extent(0, 0, PAGE), Extent(1, PAGE, 2 * PAGE), Extent(2, 3 * PAGE, PAGE))

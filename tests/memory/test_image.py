@@ -16,7 +16,6 @@ import torch
 from memory_world import PAGE, SPECS, TEMPLATE, open_fds, unseal
 
 from shuteye.errors import ImageFailure
-from shuteye.memory.checksums import checksum_hex, checksum_of_file
 from shuteye.memory.image import (
     BUFFERS_FILE,
     INDEX_FILE,
@@ -26,6 +25,7 @@ from shuteye.memory.image import (
     encode_index,
     read_index,
 )
+from shuteye.memory.image_files import checksum_hex, checksum_of_file
 
 IDENTITY = ImageIdentity("HuggingFaceTB/SmolLM2-135M-Instruct", "abc", "bfloat16")
 
@@ -209,7 +209,7 @@ def test_no_source_makes_a_key_that_leaves_the_directory(source: str) -> None:
 
 
 def test_a_file_is_hashed_in_pieces_like_a_whole(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("shuteye.memory.checksums._READ_BYTES", 7)
+    monkeypatch.setattr("shuteye.memory.image_files._READ_BYTES", 7)
     content = random.Random(0).randbytes(100)
     (tmp_path / "file").write_bytes(content)
     with (tmp_path / "file").open("rb") as file:

@@ -11,8 +11,8 @@ import pytest
 from memory_world import PAGE
 
 from shuteye.memory.arena import Arena
+from shuteye.memory.backends.kernel import IoctlScanner, PagemapScanner, PageQuery, merge, open_page_scanner
 from shuteye.memory.backends.linux import LinuxBackend
-from shuteye.memory.backends.page_scan import IoctlScanner, PagemapScanner, PageQuery, merge, open_page_scanner
 
 NUM_PAGES = 700
 
@@ -93,7 +93,7 @@ def test_written_is_exactly_what_was_written(scanner, arena: Arena, file: int) -
 
 @pytest.mark.parametrize("query", list(PageQuery))
 def test_both_scanners_agree_on_thousands_of_ranges(query: PageQuery, arena: Arena, file: int, monkeypatch) -> None:
-    monkeypatch.setattr("shuteye.memory.backends.page_scan._REGIONS_PER_CALL", 16)
+    monkeypatch.setattr("shuteye.memory.backends.kernel._REGIONS_PER_CALL", 16)
     monkeypatch.setattr(PagemapScanner, "_PAGES_PER_READ", 64)
     arena.map_file(0, arena.nbytes, fd=file)
     for page in random.Random(1).sample(range(NUM_PAGES), NUM_PAGES // 2):
@@ -105,7 +105,7 @@ def test_both_scanners_agree_on_thousands_of_ranges(query: PageQuery, arena: Are
 
 
 def test_a_kernel_without_the_ioctl_gets_the_fallback(monkeypatch) -> None:
-    monkeypatch.setattr("shuteye.memory.backends.page_scan._PAGEMAP_SCAN", 0x6600 + 99)
+    monkeypatch.setattr("shuteye.memory.backends.kernel._PAGEMAP_SCAN", 0x6600 + 99)
     assert isinstance(open_page_scanner(), PagemapScanner)
 
 

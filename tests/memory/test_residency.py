@@ -24,7 +24,7 @@ from shuteye.memory.backends.fake import POISON
 from shuteye.memory.image import ImageIdentity, WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.memory.layout import TensorSpec
-from shuteye.plans import SleepPlan, VerifyResult, WakePlan
+from shuteye.state import SleepPlan, VerifyResult, WakePlan
 
 WEIGHTS_PAGES = 7
 
@@ -518,7 +518,7 @@ def test_running_out_of_file_space_while_saving_leaves_it_awake(tmp_path) -> Non
         from shuteye.memory.image import ImageIdentity
         from shuteye.memory.image_store import ImageStore
         from shuteye.memory.residency import Residency
-        from shuteye.plans import SleepPlan, WakePlan
+        from shuteye.state import SleepPlan, WakePlan
 
         root, backend = Path(sys.argv[1]), LinuxBackend()
         image = ImageStore(root).open_or_build(ImageIdentity("m", "1", "bfloat16"), build_image(1))

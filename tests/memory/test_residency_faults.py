@@ -13,7 +13,7 @@ from memory_world import LEVEL_1, LEVEL_2, RELOAD, WAKE, World
 
 from shuteye.errors import BackendFailure, EngineFaulted
 from shuteye.memory.image import WeightImage
-from shuteye.plans import SleepPlan, WakePlan
+from shuteye.state import SleepPlan, WakePlan
 
 MakeWorld = Callable[..., World]
 

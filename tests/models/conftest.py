@@ -14,10 +14,10 @@ from shuteye.memory.arena import Arena
 from shuteye.memory.backends import open_backend
 from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
-from shuteye.models.loader import LoadedModel, bind, open_image
+from shuteye.models.image_builder import LoadedModel, bind, open_image
 from shuteye.models.sources import ModelSource, resolve_source
-from shuteye.plans import Chunk, StepPlan
-from shuteye.runner.batch import PackedBatch
+from shuteye.tasks.generate.batch import PackedBatch
+from shuteye.tasks.generate.plans import Chunk, StepPlan
 from shuteye.testing import poison
 
 BLOCK_SIZE = 16

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoConfig
 
 from shuteye.errors import UnsupportedModel
-from shuteye.models.capabilities import check
+from shuteye.models.support import check
 from shuteye.models.tasks import task_of
 
 SMALL = {

@@ -17,9 +17,9 @@ from shuteye import LLM, SamplingParams
 from shuteye.cli import main as cli
 from shuteye.errors import MemoryExhausted, ShuteyeError, UnsupportedModel
 from shuteye.memory.image_store import ImageStore
-from shuteye.models.checkpoint import stored_as
-from shuteye.models.checkpoint_files import missing_files, refusing, weight_files
-from shuteye.models.loader import open_image
+from shuteye.models.formats.checkpoint import stored_as
+from shuteye.models.formats.files import missing_files, refusing, weight_files
+from shuteye.models.image_builder import open_image
 from shuteye.models.sources import resolve_source
 from shuteye.testing import tiny_model
 

@@ -10,9 +10,9 @@ from shuteye.errors import UnsupportedModel
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends import open_backend
 from shuteye.models.encoder import bind_encoder
-from shuteye.models.loader import open_image
+from shuteye.models.image_builder import open_image
 from shuteye.models.sources import resolve_source
-from shuteye.request import PoolInput
+from shuteye.tasks.pool.requests import PoolInput
 from shuteye.testing import tiny_encoder
 from shuteye.tokenizer import Tokenizer
 

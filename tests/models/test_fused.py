@@ -8,10 +8,10 @@ import torch
 
 from shuteye.memory.layout import Slot
 from shuteye.models import fused
+from shuteye.models.decoder import ModuleDecoder
 from shuteye.models.fused import FusedDecoder
-from shuteye.models.loaded import ModuleDecoder
-from shuteye.plans import Chunk, StepPlan
-from shuteye.runner.batch import PackedBatch
+from shuteye.tasks.generate.batch import PackedBatch
+from shuteye.tasks.generate.plans import Chunk, StepPlan
 from shuteye.testing import tiny_model
 
 RECOGNISED = {

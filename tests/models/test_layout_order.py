@@ -1,6 +1,6 @@
 """Projections that could be one matrix lie next to each other, in the image and in memory."""
 
-from shuteye.models.layout_order import group_of, layout_order
+from shuteye.models.fused import group_of, layout_order
 
 
 def test_weights_come_together_and_biases_come_together():

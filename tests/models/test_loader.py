@@ -10,9 +10,9 @@ import torch
 
 from shuteye.errors import UnsupportedModel
 from shuteye.memory.image_store import ImageStore
-from shuteye.models import loader
-from shuteye.models.checkpoint import open_checkpoint, read_config, resolve_dtype
-from shuteye.models.loader import open_image
+from shuteye.models import image_builder as loader
+from shuteye.models.formats.checkpoint import open_checkpoint, read_config, resolve_dtype
+from shuteye.models.image_builder import open_image
 from shuteye.models.progress import NoProgress
 from shuteye.models.sources import resolve_source
 from shuteye.testing import tiny_model
@@ -209,7 +209,7 @@ def test_progress_covers_every_byte_and_nothing_is_printed(tiny_checkpoint, tmp_
 
 
 def test_another_transformers_version_has_the_model_examined_again(tiny_checkpoint, tmp_path):
-    from shuteye.models import loaded
+    from shuteye.models import decoder as loaded
     from shuteye.models.binding import read_image_config
 
     image = open_image(source_of(tiny_checkpoint, tmp_path), dtype="auto", store=ImageStore(tmp_path))

@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 
 from shuteye.errors import InvalidRequest, ModelNotFound, UnsupportedModel
-from shuteye.models import sources, wheel
+from shuteye.models import sources
+from shuteye.models.formats import wheel
 from shuteye.models.sources import ALIASES, resolve_source
 from shuteye.testing import tiny_model
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load
 
 from shuteye.errors import InvalidRequest
-from shuteye.models.tensor_files import open_tensors, safetensors_chunks
+from shuteye.models.weight_updates import open_tensors, safetensors_chunks
 
 
 def test_the_library_reads_what_is_written():

@@ -10,8 +10,8 @@ import torch
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
 from shuteye.models.fused import FusedDecoder, FusedFacts, FusedWeights, Layer, Projection, decoder_spec
-from shuteye.plans import Chunk, Scoring, StepPlan
-from shuteye.runner.batch import PackedBatch
+from shuteye.tasks.generate.batch import PackedBatch
+from shuteye.tasks.generate.plans import Chunk, Scoring, StepPlan
 
 BLOCK_SIZE, NUM_BLOCKS, HIDDEN, INNER, VOCAB, NUM_LAYERS = 8, 65, 72, 104, 131, 3
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from shuteye.plans import Chunk, StepPlan
-from shuteye.runner.batch import PackedBatch
+from shuteye.tasks.generate.batch import PackedBatch
+from shuteye.tasks.generate.plans import Chunk, StepPlan
 
 
 def chunk(token_ids, start, block_ids, *, sample=True):

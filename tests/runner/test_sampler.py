@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shuteye.plans import Admission
-from shuteye.request import SamplingParams
-from shuteye.runner import sampler as sampler_module
-from shuteye.runner.sampler import LARGE_WIDTH, SMALL_WIDTH, Sampler
+from shuteye.tasks.generate import sampler as sampler_module
+from shuteye.tasks.generate.plans import Admission
+from shuteye.tasks.generate.requests import SamplingParams
+from shuteye.tasks.generate.sampler import LARGE_WIDTH, SMALL_WIDTH, Sampler
 
 EOS = 1
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from shuteye.plans import Admission, TokenMask
-from shuteye.request import SamplingParams
-from shuteye.runner.sampler import Sampler
+from shuteye.tasks.generate.plans import Admission, TokenMask
+from shuteye.tasks.generate.requests import SamplingParams
+from shuteye.tasks.generate.sampler import Sampler
 
 VOCAB = 40
 EOS = 1

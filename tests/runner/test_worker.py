@@ -10,7 +10,7 @@ from shuteye.errors import ShuteyeError
 from shuteye.memory.backends.fake import FakeBackend
 from shuteye.memory.image_store import ImageStore
 from shuteye.models.converter import obtain_image
-from shuteye.runner.worker import Worker
+from shuteye.worker.worker import Worker
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_rank_that_cannot_be_loaded_gives_everything_back(config):
 def test_a_model_that_cannot_be_bound_gives_everything_back(config, monkeypatch):
     """Would catch the same where it is not memory that fails, but the model."""
     before = open_fds()
-    monkeypatch.setattr("shuteye.runner.generation.bind", lambda *_args, **_options: 1 / 0)
+    monkeypatch.setattr("shuteye.tasks.generate.runner.bind", lambda *_args, **_options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Worker(config, backend=FakeBackend())
     assert open_fds() == before
@@ -60,7 +60,7 @@ def test_a_revision_is_of_the_served_model_alone(config, monkeypatch):
         orders.append(order)
         return obtain_image(replace(order, model=config.model, revision=None), progress)
 
-    monkeypatch.setattr("shuteye.runner.worker.obtain_image", obtain)
+    monkeypatch.setattr("shuteye.worker.worker.obtain_image", obtain)
     worker = Worker(replace(config, model="owner/name", revision="v1"), backend=FakeBackend())
     try:
         for path in ("owner/other", config.model, "owner/name"):

@@ -17,10 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from shuteye.config import EngineConfig
-from shuteye.engine.detokenizer import Detokenizer
-from shuteye.engine.mailbox import Backlog
-from shuteye.engine.pooling import PoolInputs, embeddings_of, score_job
-from shuteye.engine.rpc import check_rpc
+from shuteye.engine.messages import check_rpc
 from shuteye.errors import (
     DrainTimeout,
     EngineDead,
@@ -33,27 +30,31 @@ from shuteye.errors import (
     SleepModeDisabled,
     TransitionConflict,
 )
-from shuteye.outputs import (
+from shuteye.frontend.mailbox import Backlog
+from shuteye.model_info import ModelInfo
+from shuteye.state import (
     TAGS,
-    CompletionOutput,
-    EmbeddingRequestOutput,
     EngineState,
-    FinishReason,
-    Logprob,
-    ModelInfo,
-    PooledOutput,
-    RequestOutput,
-    Residency,
     SchedulerStats,
-    ScoringRequestOutput,
     SleepReport,
     TagReport,
+    TagResidency,
     TagState,
-    Transcription,
     UpdateReport,
     WakeReport,
 )
-from shuteye.request import OutputKind, PoolingParams, PoolInput, SamplingParams, TranscribeParams
+from shuteye.tasks.base import OutputKind
+from shuteye.tasks.generate.detokenizer import Detokenizer
+from shuteye.tasks.generate.requests import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams
+from shuteye.tasks.pool.inputs import PoolInputs, embeddings_of, score_job
+from shuteye.tasks.pool.requests import (
+    EmbeddingRequestOutput,
+    PooledOutput,
+    PoolingParams,
+    PoolInput,
+    ScoringRequestOutput,
+)
+from shuteye.tasks.transcribe.requests import TranscribeParams, Transcription
 from shuteye.tokenizer import Tokenizer
 
 NBYTES = {"weights": 1000, "kv_cache": 500}
@@ -199,7 +200,7 @@ class FakeEngine:
     def is_paused(self) -> bool:
         return self.state.paused
 
-    def _residency(self, tag: str) -> Residency:
+    def _residency(self, tag: str) -> TagResidency:
         return next(state.residency for state in self.state.tags if state.tag == tag)
 
     def _push(
@@ -208,7 +209,7 @@ class FakeEngine:
         paused: bool | None = None,
         refusing: bool | None = None,
         level: int | None = None,
-        **residency: Residency,
+        **residency: TagResidency,
     ) -> None:
         now = {tag: residency.get(tag) or self._residency(tag) for tag in TAGS}
         tags = tuple(

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 from test_chat_route import error
 
-from shuteye.server import budget, generation
+from shuteye.server.generation import run as generation
+from shuteye.server.http import budget
 
 CHAT = [{"role": "user", "content": "hi"}]
 

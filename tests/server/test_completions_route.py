@@ -6,8 +6,7 @@ import pytest
 from openai.types import Completion
 from test_chat_route import error, events
 
-from shuteye.outputs import Logprob
-from shuteye.request import StructuredOutputsParams
+from shuteye.tasks.generate.requests import Logprob, StructuredOutputsParams
 
 
 def post(client, **fields):

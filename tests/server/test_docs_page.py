@@ -6,7 +6,7 @@ import base64
 import hashlib
 import re
 
-from shuteye.server.docs_page import render
+from shuteye.server.http.docs_page import render
 
 
 def test_the_page_needs_nothing_from_elsewhere(client):

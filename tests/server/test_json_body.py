@@ -8,7 +8,7 @@ import pytest
 from test_chat_route import error
 
 from shuteye.errors import InvalidRequest
-from shuteye.server.json_body import MAX_CONTAINERS, MAX_DEPTH, parsed
+from shuteye.server.http.bodies import MAX_CONTAINERS, MAX_DEPTH, parsed
 
 DEEP = "[" * 100_000
 BODIES = {

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shuteye.server.reading.pieces import CallArguments, CallBegin, Content, PlainReader, Reasoning, held_length
-from shuteye.server.reading.reasoning import ReasoningReader, begins_inside
-from shuteye.server.reading.tool_formats import HermesReader, LlamaReader, MistralReader, format_of
+from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, PlainReader, Reasoning, held_length
+from shuteye.server.parsing.reasoning import ReasoningReader, begins_inside
+from shuteye.server.parsing.tool_formats import HermesReader, LlamaReader, MistralReader, format_of
 
 
 def merged(pieces):

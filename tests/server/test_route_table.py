@@ -76,8 +76,8 @@ def test_every_route_of_the_app_has_a_row(client):
 
 def test_protected_routes_are_those_that_the_gate_guards(client):
     """A route moved behind the gate, or out of it, while its row stays."""
-    from shuteye.server.admission import ModelRoute
-    from shuteye.server.auth import ControlRoute
+    from shuteye.server.http.admission import ModelRoute
+    from shuteye.server.http.auth import ControlRoute
 
     kinds = {ModelRoute: "protected", ControlRoute: "control"}
     expected = {(row.method, row.path): row.kind for row in ROUTES}

@@ -11,9 +11,9 @@ from fastapi.routing import iter_route_contexts
 from test_chat_route import error
 
 from shuteye.errors import InvalidRequest
-from shuteye.server.admission import ModelRoute
-from shuteye.server.auth import ControlRoute, InferenceRoute
 from shuteye.server.config import ServerConfig
+from shuteye.server.http.admission import ModelRoute
+from shuteye.server.http.auth import ControlRoute, InferenceRoute
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "production.md"
 KEYED = (ModelRoute, InferenceRoute)

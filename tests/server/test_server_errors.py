@@ -6,7 +6,7 @@ import pytest
 from test_chat_route import error, events
 
 from shuteye.errors import EngineDead, QueueFull, ShuteyeError, WakeFailed, _all_errors
-from shuteye.server.errors import error_body, error_response
+from shuteye.server.http.errors import error_body, error_response
 
 COMPLETION = {"prompt": "abcdef", "max_tokens": 5}
 JSON = {"content-type": "application/json"}

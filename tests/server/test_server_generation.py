@@ -3,9 +3,9 @@
 import asyncio
 from contextlib import aclosing
 
-from shuteye.server import sse
-from shuteye.server.generation import _merge
-from shuteye.server.sse import EventStream
+from shuteye.server.generation.run import _merge
+from shuteye.server.http import events as sse
+from shuteye.server.http.events import EventStream
 
 
 def test_sources_wait_for_a_reader_that_is_slow():

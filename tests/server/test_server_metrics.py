@@ -6,7 +6,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from shuteye.errors import EngineDead
-from shuteye.outputs import SchedulerStats
+from shuteye.state import SchedulerStats
 
 COMPLETION = {"prompt": "abc", "max_tokens": 4}
 

@@ -65,10 +65,10 @@ def test_partly_asleep_is_asleep(client, path, body, tag):
 @pytest.mark.parametrize(("path", "body"), PROTECTED[:4])
 def test_a_sleep_between_the_check_and_the_engine_is_refused_alike(client, engine, path, body, monkeypatch):
     """The engine's own refusal, racing the early one, must be the same bytes and come before any stream."""
-    import shuteye.server.admission
+    import shuteye.server.http.admission
 
     client.post("/sleep")
-    monkeypatch.setattr(shuteye.server.admission, "refuse_unless_serving", lambda _engine: None)
+    monkeypatch.setattr(shuteye.server.http.admission, "refuse_unless_serving", lambda _engine: None)
     response = client.post(path, json=body)
     assert (response.status_code, response.content) == (503, SLEEPING)
     assert len(engine.seen) == 1

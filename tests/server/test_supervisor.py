@@ -11,10 +11,10 @@ from fake_engine import FakeEngine
 
 from shuteye.config import EngineConfig
 from shuteye.errors import DescriptorsExhausted, ImageFailure
-from shuteye.server import supervisor as module
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
-from shuteye.server.supervisor import Supervisor
+from shuteye.server.control import supervisor as module
+from shuteye.server.control.supervisor import Supervisor
 
 
 class Rig:

@@ -17,8 +17,8 @@ from starlette.testclient import TestClient
 from shuteye.errors import EngineDead
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
-from shuteye.server.spans import ServedPrompt
-from shuteye.server.tracing import OpenTelemetryTracer
+from shuteye.server.telemetry.timing import ServedPrompt
+from shuteye.server.telemetry.tracing import OpenTelemetryTracer
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 COMPLETION = {"prompt": "abc", "max_tokens": 4}
@@ -153,7 +153,7 @@ def test_nothing_of_it_is_imported_without_an_endpoint():
     """Start-up time and memory of everybody, for a feature of few."""
     code = (
         "import sys; from shuteye.server.app import create_app; from shuteye.server.config import ServerConfig\n"
-        "from shuteye.engine.async_engine import AsyncEngine; from shuteye.config import EngineConfig\n"
+        "from shuteye.frontend.async_engine import AsyncEngine; from shuteye.config import EngineConfig\n"
         "create_app(AsyncEngine(EngineConfig()), ServerConfig())\n"
         "assert not [name for name in sys.modules if name.startswith('opentelemetry.sdk')]\n"
     )
@@ -164,7 +164,7 @@ def test_a_missing_extra_is_said_clearly(make_engine, monkeypatch):
     """A traceback, or spans that silently go nowhere."""
     from shuteye.errors import InvalidRequest
 
-    monkeypatch.setitem(sys.modules, "shuteye.server.tracing", None)
+    monkeypatch.setitem(sys.modules, "shuteye.server.telemetry.tracing", None)
     with pytest.raises(InvalidRequest, match=r"shuteye\[otel\]"):
         create_app(make_engine(), ServerConfig(otlp_traces_endpoint="http://127.0.0.1:4318/v1/traces"))
 

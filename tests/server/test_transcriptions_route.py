@@ -9,7 +9,7 @@ import soundfile
 from openai import OpenAI
 
 from shuteye.errors import ModelSleeping
-from shuteye.outputs import Transcription, TranscriptSegment
+from shuteye.tasks.transcribe.requests import Transcription, TranscriptSegment
 
 PATH = "/v1/audio/transcriptions"
 TEXTS = (" One --> two.", " Three.")

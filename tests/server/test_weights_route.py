@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_chat_route import error
 
-from shuteye.server.disconnect import unabandoned
+from shuteye.server.http.events import unabandoned
 
 UPLOAD = {"Content-Type": "application/octet-stream"}
 
@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_503(client, engine, monkeypatch):
     def full(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shuteye.executors.handover.os.write", full)
+    monkeypatch.setattr("shuteye.frontend.handover.os.write", full)
     response = client.post("/update_weights", content=b"tensors", headers=UPLOAD)
     assert (response.status_code, error(response)["type"]) == (503, "MemoryExhaustedError")
     assert "No space left" in error(response)["message"]
@@ -92,7 +92,7 @@ def test_an_upload_outlives_whoever_waited_for_its_update():
 
 def test_an_upload_may_be_larger_than_other_bodies_but_not_than_the_model(make_engine, client_of, monkeypatch):
     """Weights refused by the limit for prompts; a disk filled by whoever has the key."""
-    monkeypatch.setattr("shuteye.server.routes.weights.SLACK_BYTES", 0)
+    monkeypatch.setattr("shuteye.server.control.weights.SLACK_BYTES", 0)
     engine = make_engine()  # its weights are 1000 bytes
     client = client_of(engine, max_body_bytes=100)
     assert client.post("/update_weights", content=b"x" * 3999, headers=UPLOAD).status_code == 200

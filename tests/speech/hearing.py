@@ -7,8 +7,8 @@ import numpy as np
 from shuteye.audio import SAMPLE_RATE
 from shuteye.engine.core import EngineCore
 from shuteye.errors import ShuteyeError, rebuild
-from shuteye.outputs import RequestDelta, SpokenTokens
-from shuteye.request import TranscribeParams, TranscribeRequest
+from shuteye.tasks.base import RequestDelta
+from shuteye.tasks.transcribe.requests import SpokenTokens, TranscribeParams, TranscribeRequest
 
 
 def noise(seconds: float, *, seed: int = 0) -> np.ndarray:

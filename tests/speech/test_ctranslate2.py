@@ -8,7 +8,7 @@ import torch
 from hearing import Reference
 
 from shuteye.errors import UnsupportedModel
-from shuteye.models.ctranslate2 import convert, read_variables
+from shuteye.models.formats.ctranslate2 import convert, read_variables
 
 CODES = {torch.float32: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.float16: 4}
 

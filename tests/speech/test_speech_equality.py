@@ -5,8 +5,8 @@ import torch
 from hearing import Reference, noise
 
 from shuteye.errors import InvalidRequest
-from shuteye.plans import SpeechAdmission
-from shuteye.runner.speech import _Listening
+from shuteye.tasks.transcribe.plans import SpeechAdmission
+from shuteye.tasks.transcribe.runner import _Listening
 
 SEEDS = range(4)
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shuteye.engine.speech_windows import num_final, split_window
-from shuteye.plans import SpeechFacts
+from shuteye.model_info import SpeechFacts
+from shuteye.tasks.transcribe.segments import num_final, split_window
 
 FACTS = SpeechFacts(
     hop_samples=160, window_frames=3000, frames_per_timestamp=2, start_token_id=101, eos_token_id=100,

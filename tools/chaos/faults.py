@@ -17,9 +17,9 @@ from shuteye.engine.core import EngineCore
 from shuteye.engine.messages import ControlCall, ReloadCall, SleepCall, WakeCall
 from shuteye.errors import ShuteyeError
 from shuteye.executors.inproc import InprocExecutor
+from shuteye.memory.backends.base import failure_of
 from shuteye.memory.backends.fake import FakeBackend
-from shuteye.memory.failures import failure_of
-from shuteye.request import GenerateRequest, SamplingParams
+from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
 
 NUM_PROMPTS = 6
 PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)

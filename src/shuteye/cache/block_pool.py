@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from shuteye.plans import RESERVED_BLOCKS
+from shuteye.state import RESERVED_BLOCKS
 
 
 class BlockPool:

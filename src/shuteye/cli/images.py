@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from shuteye.cli.sizes import format_size
-from shuteye.cli.terminal import show, show_error, show_json, table
+from shuteye.cli.terminal import format_size, show, show_error, show_json, table
 from shuteye.config import default_cache_dir
 from shuteye.errors import ImageFailure, InvalidRequest
 

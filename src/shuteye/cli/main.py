@@ -13,9 +13,8 @@ from cyclopts import App, CycloptsError
 
 from shuteye import __version__
 from shuteye.cli import serve
-from shuteye.cli.flags import TIMEOUT_VARIABLE, URL_VARIABLE
-from shuteye.cli.settings import Settings, unread_variables
 from shuteye.cli.terminal import show_error, show_warning
+from shuteye.cli.values import TIMEOUT_VARIABLE, URL_VARIABLE, Settings, unread_variables
 from shuteye.errors import AuthenticationFailed, InvalidRequest, PermissionRefused, ShuteyeError
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
@@ -51,8 +50,11 @@ _COMMANDS = {
 }
 """What each command is for, and an example of it."""
 
+_IN_CONTROL = ("sleep", "wake", "pause", "resume", "restart")
+
 for _name, (_help, _example) in _COMMANDS.items():
-    app.command(f"shuteye.cli.{_name}:{_name}", name=_name, help=_help, help_epilogue=f"Example: {_example}")
+    _module = "control" if _name in _IN_CONTROL else _name
+    app.command(f"shuteye.cli.{_module}:{_name}", name=_name, help=_help, help_epilogue=f"Example: {_example}")
 app.command("shuteye.cli.images:app", name="images", help="List, remove and verify weight images.")
 
 

@@ -11,11 +11,10 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from shuteye.cli.remote import AsJson, Remote
-from shuteye.cli.sizes import format_seconds, format_size
-from shuteye.cli.terminal import show, show_json, table
+from shuteye.cli.terminal import format_seconds, format_size, show, show_json, table
 from shuteye.client import ServerState
 from shuteye.errors import ShuteyeError
-from shuteye.outputs import TagState
+from shuteye.state import TagState
 
 UNREACHABLE = 1
 ENDED = ("failed", "dead", "closed")

@@ -10,9 +10,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from shuteye.cli.progress import ProgressBars
-from shuteye.cli.sizes import format_size
-from shuteye.cli.terminal import show
+from shuteye.cli.terminal import ProgressBars, format_size, show
 from shuteye.config import DEFAULT_MODEL, DType, default_cache_dir
 
 

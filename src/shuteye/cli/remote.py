@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter, Token
 
-from shuteye.cli.flags import TIMEOUT_VARIABLE, URL_VARIABLE
+from shuteye.cli.values import TIMEOUT_VARIABLE, URL_VARIABLE
 from shuteye.client import DEFAULT_TIMEOUT_S, DEFAULT_URL, AsyncClient, Client
-from shuteye.outputs import TAGS
+from shuteye.state import TAGS
 
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print everything as JSON.")]
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from shuteye.cli.flags import Flag, flags_of
+from shuteye.cli.values import Flag, flags_of
 from shuteye.config import EngineConfig
 from shuteye.server.config import ServerConfig
 

@@ -25,14 +25,10 @@ from shuteye.engine.messages import (
     SleepCall,
     UpdateCall,
     WakeCall,
-    info_of,
+    check_rpc,
 )
-from shuteye.engine.model_info import model_info
-from shuteye.engine.rpc import check_rpc
 from shuteye.engine.sleep import SleepController, parse_level, parse_mode, parse_tags, parse_timeout
-from shuteye.engine.surprises import refusal
-from shuteye.engine.task_scheduler import open_scheduler, require_kind, starts_of
-from shuteye.engine.transition import Report, Steps, Transition
+from shuteye.engine.transitions import Report, Steps, Transition
 from shuteye.errors import (
     DrainTimeout,
     EngineFaulted,
@@ -43,19 +39,14 @@ from shuteye.errors import (
     SleepModeDisabled,
     TransitionConflict,
     VerificationFailed,
+    info_of,
+    refusal,
 )
 from shuteye.executors.base import Executor
-from shuteye.outputs import (
-    Delta,
-    EngineState,
-    RequestDelta,
-    SchedulerStats,
-    SleepReport,
-    UpdateReport,
-    WakeReport,
-)
-from shuteye.plans import ModelFacts, SleepPlan
-from shuteye.request import DrainMode, Request
+from shuteye.model_info import ModelFacts, model_info
+from shuteye.state import DrainMode, EngineState, SchedulerStats, SleepPlan, SleepReport, UpdateReport, WakeReport
+from shuteye.tasks.base import Delta, RequestDelta
+from shuteye.tasks.table import Request, open_scheduler, require_kind, starts_of
 
 REFRESH_EVERY_S = 1.0
 """How old the state's account of resident memory may be while requests run."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from shuteye.errors import InvalidRequest, ModelSleeping, QueueFull
-from shuteye.outputs import ErrorInfo, RequestDelta
-from shuteye.request import Request
+from shuteye.errors import ErrorInfo, InvalidRequest, ModelSleeping, QueueFull
+from shuteye.tasks.base import RequestDelta
+from shuteye.tasks.table import Request
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,13 @@ from shuteye.engine.messages import (
     StateChanged,
     Stepped,
     ToEngine,
-    info_of,
     reply_with,
 )
-from shuteye.engine.transition import Report
-from shuteye.errors import ShuteyeError
+from shuteye.engine.transitions import Report
+from shuteye.errors import ShuteyeError, info_of
 from shuteye.executors import open_executor
-from shuteye.outputs import Delta, EngineState, SchedulerStats
+from shuteye.state import EngineState, SchedulerStats
+from shuteye.tasks.base import Delta
 
 
 class Channel(Protocol):

@@ -5,24 +5,17 @@ Knows nothing of transport; frozen tagged Structs, so that msgspec can type them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 import msgspec
 
 from shuteye.config import EngineConfig
-from shuteye.errors import InvalidRequest, ShuteyeError
-from shuteye.outputs import (
-    Delta,
-    EngineState,
-    ErrorInfo,
-    ModelInfo,
-    SchedulerStats,
-    SleepReport,
-    UpdateReport,
-    WakeReport,
-)
-from shuteye.request import Request
+from shuteye.errors import ErrorInfo, InvalidRequest
+from shuteye.model_info import ModelInfo
+from shuteye.state import EngineState, SchedulerStats, SleepReport, UpdateReport, VerifyMode, WakeReport
+from shuteye.tasks.base import Delta
+from shuteye.tasks.table import Request
 
 # --- control calls ------------------------------------------------------------------------------
 
@@ -125,11 +118,6 @@ class Connected(msgspec.Struct, frozen=True, tag=True):
     """The first word of an engine process: both sides of the socket are there."""
 
 
-def info_of(error: ShuteyeError) -> ErrorInfo:
-    """An error as it travels between processes."""
-    return ErrorInfo(kind=type(error).__name__, message=error.message, param=error.param)
-
-
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """Loaded: the model's facts and the completed config."""
 
@@ -210,3 +198,31 @@ def reply_with(call_id: int, report: object) -> Reply:
         case UpdateReport():
             return UpdateReply(call_id, report)
     return PlainReply(call_id, report)
+
+
+_NO_ARGUMENTS: tuple[tuple[Any, ...], ...] = ((),)
+
+RPC_VERBS: Mapping[str, tuple[tuple[Any, ...], ...]] = {
+    "facts": _NO_ARGUMENTS,
+    "missing": _NO_ARGUMENTS,
+    "residual_bytes": _NO_ARGUMENTS,
+    "states": _NO_ARGUMENTS,
+    "verify": tuple((mode,) for mode in get_args(VerifyMode)),
+    "weights_source": _NO_ARGUMENTS,
+}
+
+
+def check_rpc(verb: str, args: tuple[Any, ...]) -> None:
+    """Refuse what may not be called.
+
+    Raises:
+        InvalidRequest: names the verbs, or the arguments, that may be used.
+    """
+    allowed = RPC_VERBS.get(verb)
+    if allowed is None:
+        raise InvalidRequest(
+            f"collective_rpc cannot call {verb!r}; it can call {', '.join(RPC_VERBS)}.", param="method"
+        )
+    if args not in allowed:
+        listed = " or ".join(str(list(one)) for one in allowed)
+        raise InvalidRequest(f"args of {verb!r} must be {listed}, got {list(args)}.", param="args")

@@ -16,11 +16,11 @@ import zmq
 
 from shuteye import logs
 from shuteye.config import EngineConfig
+from shuteye.engine.liveness import Pulse
 from shuteye.engine.loop import run_engine
 from shuteye.engine.messages import Connected, FromEngine, ToEngine
-from shuteye.engine.pulse import Pulse
 from shuteye.executors.wire import Decoder, connect_pair, encode
-from shuteye.parent import die_with_parent
+from shuteye.processes import die_with_parent
 
 MAX_POLL_MS = 1 << 30
 

@@ -1,4 +1,4 @@
-"""Sleep as Gate × Residency: one table of legal moves, and the transaction that carries a move out on every rank.
+"""Sleep as Gate × TagResidency: one table of legal moves, and the transaction that carries a move out on every rank.
 
 Knows nothing of requests or tensors: the engine core drains requests first, the ranks move the bytes.
 """
@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
-from shuteye.engine.rank_sums import sum_reports, sum_states
 from shuteye.errors import (
     CANARY_DISAGREES,
     EngineFaulted,
@@ -26,25 +25,30 @@ from shuteye.errors import (
     WakeFailed,
 )
 from shuteye.executors.base import Executor
-from shuteye.outputs import (
+from shuteye.state import (
     TAGS,
+    DrainMode,
     EngineState,
+    Epoch,
     Gate,
-    Residency,
+    SleepPlan,
     SleepReport,
     Tag,
+    TagResidency,
     TagState,
+    VerifyMode,
+    WakePlan,
     WakeReport,
+    sum_reports,
+    sum_states,
 )
-from shuteye.plans import Epoch, SleepPlan, VerifyMode, WakePlan
-from shuteye.request import DrainMode
 
 # --- the table ----------------------------------------------------------------------------------
 
 SleepMove = Literal["keep", "offload", "discard"]
 WakeMove = Literal["keep", "restore", "reload", "blank"]
 
-SLEEP_WEIGHTS: dict[tuple[Residency, int], SleepMove | str] = {
+SLEEP_WEIGHTS: dict[tuple[TagResidency, int], SleepMove | str] = {
     # (where the weights are, level) → what to do, or why it cannot be done
     ("resident", 1): "offload",
     ("resident", 2): "discard",
@@ -56,7 +60,7 @@ SLEEP_WEIGHTS: dict[tuple[Residency, int], SleepMove | str] = {
     ("blank", 2): "discard",
 }
 
-WAKE_WEIGHTS: dict[tuple[Residency, bool], WakeMove | str] = {
+WAKE_WEIGHTS: dict[tuple[TagResidency, bool], WakeMove | str] = {
     # (where the weights are, whether every sleeping tag is woken) → what to do, or why it cannot be done
     ("resident", True): "keep",
     ("resident", False): "keep",
@@ -108,7 +112,7 @@ def parse_timeout(timeout_s: float | None, default: float) -> float:
     return timeout_s
 
 
-def plan_sleep(weights: Residency, kv_cache: Residency, *, level: int, tags: Sequence[Tag]) -> SleepPlan:
+def plan_sleep(weights: TagResidency, kv_cache: TagResidency, *, level: int, tags: Sequence[Tag]) -> SleepPlan:
     """The moves that put `tags` to sleep at `level` (1 or 2).
 
     Raises:
@@ -121,7 +125,9 @@ def plan_sleep(weights: Residency, kv_cache: Residency, *, level: int, tags: Seq
     return SleepPlan(weights=move, kv_cache="discard" if release_kv else "keep")  # type: ignore[arg-type]
 
 
-def plan_wake(weights: Residency, kv_cache: Residency, *, tags: Sequence[Tag], missing: Sequence[str] = ()) -> WakePlan:
+def plan_wake(
+    weights: TagResidency, kv_cache: TagResidency, *, tags: Sequence[Tag], missing: Sequence[str] = ()
+) -> WakePlan:
     """The moves that wake `tags`.
 
     Raises:
@@ -181,7 +187,7 @@ class SleepState:
     faulted: str | None = None
     epoch: Epoch = ()
 
-    def residency(self, tag: Tag) -> Residency:
+    def residency(self, tag: Tag) -> TagResidency:
         """Where a tag's bytes are."""
         return next(state.residency for state in self.tags if state.tag == tag)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from shuteye.plans import Plan, Result
+from shuteye.tasks.table import Plan, Result
 
 
 class Executor(Protocol):

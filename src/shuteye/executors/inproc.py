@@ -12,8 +12,8 @@ from typing import Any
 from shuteye.config import EngineConfig
 from shuteye.errors import InternalError, ShuteyeError
 from shuteye.memory.backends.base import MemoryBackend
-from shuteye.plans import Plan, Result
-from shuteye.runner.worker import VERBS, Worker
+from shuteye.tasks.table import Plan, Result
+from shuteye.worker.worker import VERBS, Worker
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import torch
 
 from shuteye.memory.backends.base import MemoryBackend
 from shuteye.memory.layout import DTYPE_NBYTES, Slot, round_up, tensor_nbytes
-from shuteye.outputs import Tag
+from shuteye.state import Tag
 
 _TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NBYTES}
 _DTYPE_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}

@@ -27,8 +27,7 @@ import torch
 
 from shuteye.errors import ImageFailure
 from shuteye.memory.arena import torch_dtype
-from shuteye.memory.checksums import checksum_hex, checksum_of_file
-from shuteye.memory.image_files import FileRecord, require_present, require_unchanged
+from shuteye.memory.image_files import FileRecord, checksum_hex, checksum_of_file, require_present, require_unchanged
 from shuteye.memory.layout import Layout, Slot
 
 FORMAT_VERSION = 2

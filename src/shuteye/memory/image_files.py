@@ -1,4 +1,4 @@
-"""The small files beside an image's weights: recorded when it is sealed, looked for and compared when it is loaded.
+"""The files of an image, each with its size and checksum: what is missing, what is short, what has changed.
 
 Knows nothing of what is in them.
 """
@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from shuteye.memory.checksums import checksum_hex
+import xxhash
 
 _MAX_NAMED = 3
 
@@ -105,3 +105,28 @@ def _refuse(*problems: str) -> None:
     if problems:
         more = f", and {len(problems) - _MAX_NAMED} files more" if len(problems) > _MAX_NAMED else ""
         raise ValueError("; ".join(problems[:_MAX_NAMED]) + more)
+
+
+_READ_BYTES = 4 << 20
+
+
+def checksum_hex(data: bytes | bytearray | memoryview) -> str:
+    """XXH3, 64 bits: finds damage, not malice. Source: https://xxhash.com."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def checksum_of_file(fd: int, offset: int, nbytes: int) -> str:
+    """`checksum_hex` of a file's bytes [offset, offset + nbytes), read in pieces.
+
+    Raises:
+        OSError: reading failed or the file ended early.
+    """
+    hasher = xxhash.xxh3_64()
+    end = offset + nbytes
+    while offset < end:
+        piece = os.pread(fd, min(_READ_BYTES, end - offset), offset)
+        if not piece:
+            raise OSError(f"the file ends at {offset:,} instead of {end:,}")
+        hasher.update(piece)
+        offset += len(piece)
+    return hasher.hexdigest()

@@ -24,7 +24,7 @@ from shuteye.memory.image import INDEX_FILE, WEIGHTS_FILE, ImageIdentity, Weight
 from shuteye.memory.image_writer import ImageWriter, reporting_write_errors
 from shuteye.memory.locks import holders, lock_file, try_lock
 from shuteye.memory.orphans import remove_tree, tree_bytes
-from shuteye.plans import VerifyResult
+from shuteye.state import VerifyResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,16 +18,8 @@ import torch
 
 from shuteye.errors import ImageFailure
 from shuteye.memory.arena import dtype_name
-from shuteye.memory.checksums import checksum_of_file
-from shuteye.memory.image import (
-    BUFFERS_FILE,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    ImageIdentity,
-    ImageIndex,
-    encode_index,
-)
-from shuteye.memory.image_files import record_files
+from shuteye.memory.image import BUFFERS_FILE, INDEX_FILE, WEIGHTS_FILE, ImageIdentity, ImageIndex, encode_index
+from shuteye.memory.image_files import checksum_of_file, record_files
 from shuteye.memory.layout import Layout, Slot, TensorSpec, plan_layout
 
 WeightData: TypeAlias = torch.Tensor | bytes | bytearray | memoryview

@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from shuteye.memory.failures import closing_on_error
+from shuteye.memory.backends.base import closing_on_error
 
 _LOCKS = Path("/proc/locks")
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shuteye import outputs
 from shuteye.errors import (
     EngineFaulted,
     InternalError,
@@ -28,16 +27,22 @@ from shuteye.errors import (
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends.base import MemoryBackend
 from shuteye.memory.backings.base import Backing, BackingName
-from shuteye.memory.backings.disk import DiskBacking
-from shuteye.memory.backings.host import HostBacking
+from shuteye.memory.backings.spill import DiskBacking, HostBacking
 from shuteye.memory.image import WeightImage
-from shuteye.memory.image_watch import ImageWatch
 from shuteye.memory.layout import Layout, first_difference
-from shuteye.memory.measure import freed_by_release, timed
-from shuteye.memory.verifier import Verifier
+from shuteye.memory.process_memory import freed_by_release, timed
+from shuteye.memory.verifier import ImageWatch, Verifier
 from shuteye.memory.weights_state import WeightsState
-from shuteye.outputs import TagReport, TagState
-from shuteye.plans import SleepEstimate, SleepPlan, VerifyMode, VerifyResult, WakePlan
+from shuteye.state import (
+    SleepEstimate,
+    SleepPlan,
+    TagReport,
+    TagResidency,
+    TagState,
+    VerifyMode,
+    VerifyResult,
+    WakePlan,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ class Residency:
         self._next_image = image
         self._backing: Backing = DiskBacking(backend, spill_dir) if backing == "disk" else HostBacking(backend)
         self._kv_arena: Arena | None = None
-        self._kv: outputs.Residency = "discarded"
+        self._kv: TagResidency = "discarded"
         self._missing: set[str] = set()
         self._saved: frozenset[int] | None = None
         self._last_restore: _Restored | None = None

@@ -1,17 +1,17 @@
-"""Whether weights in memory are what they should be: which extents were written, and whether the others are true.
+"""Whether weights in memory are what they should be, and whether the image under them is still theirs.
 
 Knows nothing of transitions, nor of what to do where they are not.
 """
 
 from __future__ import annotations
 
+from shuteye.errors import ImageFailure
 from shuteye.memory.arena import Arena
-from shuteye.memory.backings.base import Backing, Source
-from shuteye.memory.backings.image import ImageSource
-from shuteye.memory.checksums import checksum_hex
+from shuteye.memory.backings.base import Backing, ImageSource, Source
+from shuteye.memory.image_files import checksum_hex
 from shuteye.memory.layout import MIB, Extent, ExtentRota
 from shuteye.memory.weights_state import SourceKind, WeightsState
-from shuteye.plans import VerifyMode, VerifyResult
+from shuteye.state import VerifyMode, VerifyResult
 
 SAMPLE_BYTES = 8 * MIB
 """What `verify("sample")` compares: about a millisecond."""
@@ -62,3 +62,65 @@ class Verifier:
 
     def _checksum_in_memory(self, extent: Extent) -> str:
         return checksum_hex(self._arena.bytes_view(extent.offset, extent.nbytes))
+
+
+class ImageWatch:
+    """Over the weights of an arena, from one mapping of them to the next.
+
+    A file that is cut short takes along the pages written over it, even if it is as it was a moment later (`cp` of the
+    very same bytes begins so). So how much was written is remembered, and what was found wrong once stays wrong.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._written_bytes = 0
+        self._spoilt: str | None = None
+
+    def mapped_anew(self) -> None:
+        """Whatever was mapped before is gone, and with it what was wrong with it."""
+        self._written_bytes, self._spoilt = 0, None
+
+    def note_written(self) -> None:
+        """An update has ended: what lies over the image now is to stay there.
+
+        Raises:
+            BackendFailure: the kernel would not say which pages were written.
+        """
+        self._written_bytes = self._count_written()
+
+    def require_intact(self, state: WeightsState) -> None:
+        """Refuse to go on with weights under which the image's file was changed, until they are mapped anew.
+
+        Raises:
+            ImageFailure: see `WeightImage.require_intact`; or updates are lost.
+            BackendFailure: the kernel would not say which pages were written.
+        """
+        if not state.is_mapped or "image" not in state.sources:
+            return
+        if self._spoilt is None:
+            self._spoilt = self._find_damage(state)
+        if self._spoilt is not None:
+            raise ImageFailure(self._spoilt)
+
+    def is_intact(self, state: WeightsState) -> bool:
+        """Whether `require_intact` would let it pass."""
+        try:
+            self.require_intact(state)
+        except ImageFailure:
+            return False
+        return True
+
+    def _find_damage(self, state: WeightsState) -> str | None:
+        try:
+            touched = state.image.require_intact()
+        except ImageFailure as failure:
+            return failure.message
+        if touched and self._count_written() < self._written_bytes:
+            return (
+                f"The weight image {state.image.path} was cut short while in use. It is as it was, but updates written "
+                "over it are lost. Wake up to serve the image, and update the weights again."
+            )
+        return None
+
+    def _count_written(self) -> int:
+        return sum(nbytes for _, nbytes in self._arena.written_ranges())

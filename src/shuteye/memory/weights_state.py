@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
-from shuteye import outputs
 from shuteye.errors import TransitionConflict
 from shuteye.memory.image import WeightImage
+from shuteye.state import TagResidency
 
 SourceKind = Literal["image", "saved", "memory"]
 """Of one extent: the image's bytes; a copy in the backing; or memory alone, because no file is mapped there."""
 
 Move = Literal["offload", "discard", "restore", "reload", "blank"]
 
-_ALLOWED_FROM: Mapping[Move, frozenset[outputs.Residency]] = {
+_ALLOWED_FROM: Mapping[Move, frozenset[TagResidency]] = {
     "offload": frozenset({"resident", "offloaded"}),
     "discard": frozenset({"resident", "offloaded", "discarded", "blank"}),
     "restore": frozenset({"offloaded", "resident"}),
@@ -49,7 +49,7 @@ class WeightsState:
     differ from it; while they are offloaded it is what will bring them back; discarded, it means nothing.
     """
 
-    residency: outputs.Residency
+    residency: TagResidency
     image: WeightImage
     sources: tuple[SourceKind, ...]
 

@@ -16,8 +16,7 @@ from torch import nn
 from shuteye.errors import ImageFailure
 from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image import WeightImage
-from shuteye.outputs import PoolingInfo
-from shuteye.plans import SpeechFacts
+from shuteye.model_info import PoolingInfo, SpeechFacts
 
 TOKENIZER_DIR = "tokenizer"
 CONFIG_DIR = "config"

@@ -26,7 +26,7 @@ from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.memory.orphans import sweep_orphans
 from shuteye.models.progress import Progress
-from shuteye.parent import die_with_parent
+from shuteye.processes import die_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ def obtain_image(order: Order, progress: Progress) -> WeightImage:
 
 def _open_present(order: Order, store: ImageStore) -> WeightImage | None:
     """The image, if it is there, can be used, and its checkpoint is known without asking anybody."""
-    from shuteye.models.checkpoint import resolve_dtype
-    from shuteye.models.loader import identity_of
+    from shuteye.models.formats.checkpoint import resolve_dtype
+    from shuteye.models.image_builder import identity_of
     from shuteye.models.sources import resolve_source
 
     try:
@@ -134,7 +134,7 @@ def make(order: Order, progress: Progress) -> str:
     source = resolve_source(
         order.model, revision=order.revision, cache_dir=cache_dir, offline=order.offline, progress=progress
     )
-    from shuteye.models.loader import open_image  # torch takes seconds, which a name that is wrong need not
+    from shuteye.models.image_builder import open_image  # torch takes seconds, which a name that is wrong need not
 
     image = open_image(source, dtype=order.dtype, store=ImageStore(cache_dir), progress=progress)
     image.close()

@@ -1,7 +1,7 @@
 """Models that read a whole text at once, to embed it or to score a pair: examined, bound to an arena, run in batches.
 
-Knows nothing of checkpoints' tensors, nor of when the memory under the views comes and goes. The computation is
-transformers' own; inputs are padded to the longest, and the padding is masked.
+The computation is transformers' own; inputs are padded to the longest, and the padding is masked. How token states
+become one embedding is read from sentence-transformers' `modules.json` and the config.json of each module it names.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -20,15 +20,20 @@ from torch.nn.functional import normalize
 from shuteye.errors import UnsupportedModel
 from shuteye.memory.arena import Arena, dtype_name, torch_dtype
 from shuteye.memory.image import WeightImage
+from shuteye.model_info import PoolingInfo
 from shuteye.models.binding import BoundModel, bind_module, read_image_config, slot_names_of
 from shuteye.models.blueprint import build_module, quiet
-from shuteye.models.capabilities import refuse_quantized
-from shuteye.models.checkpoint import read_tokenizer_facts
-from shuteye.models.sentence_files import Activation, Pooling, SentenceFiles, read_activation, read_sentence_files
+from shuteye.models.formats.checkpoint import read_tokenizer_facts
 from shuteye.models.sources import ModelSource
+from shuteye.models.support import refuse_quantized
 from shuteye.models.tasks import model_class
-from shuteye.outputs import PoolingInfo
-from shuteye.request import PoolInput
+
+if TYPE_CHECKING:
+    from shuteye.tasks.pool.requests import PoolInput
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, get_args
 
 logger = logging.getLogger(__name__)
 
@@ -265,3 +270,117 @@ def bind_encoder(image: WeightImage, arena: Arena) -> LoadedEncoder:
         )
     bind_module(module, image, arena)
     return LoadedEncoder(facts, module, slot_names_of(image))
+
+
+Pooling = Literal["mean", "cls", "lasttoken", "max"]
+Activation = Literal["sigmoid", "identity"]
+
+MODULES_FILE = "modules.json"
+_SERVED_MODULES = ("Transformer", "Pooling", "Normalize")
+_LEGACY_POOLING = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+"""The keys of 1_Pooling/config.json before sentence-transformers 6, each true or false."""
+
+
+@dataclass(frozen=True, slots=True)
+class SentenceFiles:
+    """The modules after the model itself, and limits of its input; None is what the files do not say.
+
+    Attributes:
+        max_length: longest input in tokens.
+        lowercase: texts are lowercased before they reach the tokenizer.
+    """
+
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+    max_length: int | None = None
+    lowercase: bool = False
+
+
+def has_pooling(directory: Path) -> bool:
+    """True if the checkpoint says how its states are pooled."""
+    return any(_kind(module) == "Pooling" for module in _modules(directory))
+
+
+def read_sentence_files(directory: Path) -> SentenceFiles:
+    """What the files in a checkpoint's directory say; all None if there are none.
+
+    Raises:
+        UnsupportedModel: a module or a kind of pooling that is not served; the message names it.
+    """
+    modules = _modules(directory)
+    for module in modules:
+        if _kind(module) not in _SERVED_MODULES:
+            raise UnsupportedModel(
+                f"{directory} has a module {_kind(module)!r} after its model; served are {', '.join(_SERVED_MODULES)}."
+            )
+    poolings = [
+        _pooling_of_files(directory / module["path"] / "config.json")
+        for module in modules
+        if _kind(module) == "Pooling"
+    ]
+    transformer = _transformer_settings(directory)
+    return SentenceFiles(
+        pooling=poolings[0] if poolings else None,
+        normalize=any(_kind(module) == "Normalize" for module in modules) if modules else None,
+        max_length=transformer.get("max_seq_length"),
+        lowercase=bool(transformer.get("do_lower_case")),
+    )
+
+
+def read_activation(directory: Path, config: Any) -> Activation:
+    """What a cross-encoder's logit goes through: what its files name, else a sigmoid (CrossEncoder's default).
+
+    Raises:
+        UnsupportedModel: neither a sigmoid nor the identity.
+    """
+    said = getattr(config, "sentence_transformers", None) or {}
+    name = (
+        _read(directory / "config_sentence_transformers.json").get("activation_fn")
+        or said.get("activation_fn")
+        or getattr(config, "sbert_ce_default_activation_function", None)
+        or "torch.nn.modules.activation.Sigmoid"
+    )
+    activations: Mapping[str, Activation] = {"Sigmoid": "sigmoid", "Identity": "identity"}
+    found = activations.get(str(name).rpartition(".")[2])
+    if found is None:
+        raise UnsupportedModel(f"{directory} puts its scores through {name!r}; served are Sigmoid and Identity.")
+    return found
+
+
+def _modules(directory: Path) -> list[dict[str, Any]]:
+    path = directory / MODULES_FILE
+    found: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+    return found
+
+
+def _kind(module: Mapping[str, Any]) -> str:
+    return str(module["type"]).rpartition(".")[2]
+
+
+def _pooling_of_files(path: Path) -> Pooling:
+    settings = _read(path)
+    modes = settings.get("pooling_mode") or [mode for key, mode in _LEGACY_POOLING.items() if settings.get(key)]
+    modes = [modes] if isinstance(modes, str) else list(modes) or ["mean"]
+    if len(modes) != 1 or modes[0] not in get_args(Pooling):
+        raise UnsupportedModel(
+            f"{path} pools by {' and '.join(map(repr, modes))}; served is one of {', '.join(get_args(Pooling))}."
+        )
+    found: Pooling = modes[0]
+    return found
+
+
+def _transformer_settings(directory: Path) -> dict[str, Any]:
+    """sentence_bert_config.json, or what it is called for another model type."""
+    return _read(min(directory.glob("sentence_*_config.json"), default=directory / "sentence_bert_config.json"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found

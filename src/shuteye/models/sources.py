@@ -14,11 +14,10 @@ from typing import Literal
 import xxhash
 
 from shuteye.errors import InvalidRequest, ModelNotFound, UnsupportedModel
-from shuteye.models import wheel
-from shuteye.models.checkpoint_files import WEIGHTS_FILE, missing_files, require_regular
-from shuteye.models.fingerprint import fingerprint_path
+from shuteye.models.formats import wheel
+from shuteye.models.formats.files import WEIGHTS_FILE, fingerprint_path, missing_files, require_regular
+from shuteye.models.formats.wheel import Wheel
 from shuteye.models.progress import NoProgress, Progress
-from shuteye.models.wheel import Wheel
 
 HUB_TIMEOUT_S = 4.0
 """How long the hub may take to answer before it counts as unreachable."""
@@ -38,7 +37,7 @@ class Alias:
 
 
 def _convert_ctranslate2(unpacked: Path, target: Path) -> None:
-    from shuteye.models.ctranslate2 import convert
+    from shuteye.models.formats.ctranslate2 import convert
 
     convert(unpacked, target)
 

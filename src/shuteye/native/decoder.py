@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shuteye.native import structs
+from shuteye.native import library as structs
 from shuteye.native.kernels import DTYPES, PackedSequences, cache_struct, pointer
 from shuteye.native.library import load
 

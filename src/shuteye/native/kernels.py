@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shuteye.native import structs
+from shuteye.native import library as structs
 from shuteye.native.library import load
 
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}

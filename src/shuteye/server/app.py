@@ -16,38 +16,23 @@ from starlette.middleware.cors import CORSMiddleware
 
 from shuteye import __version__
 from shuteye.errors import InvalidRequest, ShuteyeError
-from shuteye.server.auth import control_routes_exist
-from shuteye.server.body_deadline import BodyDeadline
-from shuteye.server.body_framing import BodyFraming
-from shuteye.server.body_limit import BodyLimit
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
+from shuteye.server.control import engine as engine_routes
+from shuteye.server.control import health, sleep, weights
 from shuteye.server.engine_protocol import ServedEngine
-from shuteye.server.errors import install_error_handlers
-from shuteye.server.head_requests import HeadRequests
-from shuteye.server.header_limit import HeaderLimit
-from shuteye.server.metrics import Metrics
+from shuteye.server.http import docs_page
+from shuteye.server.http.auth import control_routes_exist
+from shuteye.server.http.deadlines import BodyDeadline
+from shuteye.server.http.errors import install_error_handlers
+from shuteye.server.http.framing import BodyFraming, HeadRequests
+from shuteye.server.http.limits import BodyLimit, HeaderLimit
+from shuteye.server.http.request_ids import RequestIds
 from shuteye.server.notices import log_notices, with_flag
+from shuteye.server.openai import chat, completions, invocations, models, pooling, responses, transcriptions
 from shuteye.server.openapi import install_openapi
-from shuteye.server.request_ids import RequestIds
-from shuteye.server.routes import (
-    chat,
-    completions,
-    docs,
-    embeddings,
-    health,
-    invocations,
-    metrics,
-    models,
-    responses,
-    scores,
-    sleep,
-    tokenize,
-    transcriptions,
-    weights,
-)
-from shuteye.server.routes import engine as engine_routes
-from shuteye.server.spans import Tracer
+from shuteye.server.telemetry.metrics import Metrics
+from shuteye.server.telemetry.timing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +65,9 @@ def create_app(engine: ServedEngine, config: ServerConfig, *, tracer: Tracer | N
     _add_middleware(app, app.state.context)
     install_error_handlers(app)
     install_openapi(app)
-    for module in (chat, completions, responses, embeddings, scores, transcriptions, invocations):
+    for module in (chat, completions, responses, pooling, transcriptions, invocations):
         app.include_router(module.router)
-    for module in (models, tokenize, health, metrics, docs):
+    for module in (models, health, docs_page):
         app.include_router(module.router)
     app.include_router(health.keyed)
     if control_routes_exist(config):
@@ -98,7 +83,7 @@ def _configured_tracer(config: ServerConfig, model_name: str) -> Tracer | None:
     if config.otlp_traces_endpoint is None:
         return None
     try:
-        from shuteye.server.tracing import otlp_tracer
+        from shuteye.server.telemetry.tracing import otlp_tracer
 
         return otlp_tracer(config.otlp_traces_endpoint, model_name)
     except ImportError as error:

@@ -12,9 +12,9 @@ from typing import Literal
 from shuteye.errors import InvalidRequest
 from shuteye.keys import require_sendable
 from shuteye.logs import LogFormat, LogLevel
-from shuteye.server.hosts import is_address, is_loopback_name
-from shuteye.server.reading.reasoning import ReasoningParserName
-from shuteye.server.reading.tool_formats import ToolFormat
+from shuteye.server.http.hosts import is_address, is_loopback_name
+from shuteye.server.parsing.reasoning import ReasoningParserName
+from shuteye.server.parsing.tool_formats import ToolFormat
 from shuteye.typed_fields import settle_types
 
 ToolCallParser = Literal["auto"] | ToolFormat

@@ -15,11 +15,11 @@ from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from shuteye.errors import ModelNotFound, QueueFull
-from shuteye.server.body_deadline import PendingBodies
 from shuteye.server.config import ServerConfig
 from shuteye.server.engine_protocol import ServedEngine
-from shuteye.server.metrics import Metrics
-from shuteye.server.spans import Tracer
+from shuteye.server.http.deadlines import PendingBodies
+from shuteye.server.telemetry.metrics import Metrics
+from shuteye.server.telemetry.timing import Tracer
 
 
 @dataclass(slots=True)

@@ -11,21 +11,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Literal, Protocol
 
 from shuteye.config import EngineConfig
-from shuteye.engine.mailbox import Backlog
 from shuteye.errors import ShuteyeError
-from shuteye.outputs import (
-    EmbeddingRequestOutput,
-    EngineState,
-    ModelInfo,
-    RequestOutput,
-    SchedulerStats,
-    ScoringRequestOutput,
-    SleepReport,
-    Transcription,
-    UpdateReport,
-    WakeReport,
-)
-from shuteye.request import OutputKind, PoolingParams, SamplingParams, TranscribeParams
+from shuteye.frontend.mailbox import Backlog
+from shuteye.model_info import ModelInfo
+from shuteye.state import EngineState, SchedulerStats, SleepReport, UpdateReport, WakeReport
+from shuteye.tasks.base import OutputKind
+from shuteye.tasks.generate.requests import RequestOutput, SamplingParams
+from shuteye.tasks.pool.requests import EmbeddingRequestOutput, PoolingParams, ScoringRequestOutput
+from shuteye.tasks.transcribe.requests import TranscribeParams, Transcription
 from shuteye.tokenizer import Tokenizer
 
 EngineStatus = Literal["starting", "ready", "hung", "failed", "dead", "closed"]

@@ -9,8 +9,8 @@ import logging
 
 from shuteye.config import EngineConfig
 from shuteye.errors import ShuteyeError
-from shuteye.server.auth import control_routes_exist
 from shuteye.server.config import ServerConfig
+from shuteye.server.http.auth import control_routes_exist
 
 logger = logging.getLogger(__name__)
 

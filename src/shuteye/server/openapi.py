@@ -13,13 +13,12 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import iter_route_contexts
 from pydantic import TypeAdapter
 
-from shuteye.outputs import TAGS, UpdateReport
-from shuteye.request import DrainMode
-from shuteye.server.admission import ModelRoute
-from shuteye.server.auth import ControlRoute, InferenceRoute
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
-from shuteye.server.protocol import answers
+from shuteye.server.http.admission import ModelRoute
+from shuteye.server.http.auth import ControlRoute, InferenceRoute
+from shuteye.server.openai import answers
+from shuteye.state import TAGS, DrainMode, UpdateReport
 
 ANSWERS: Mapping[str, Any] = {
     "POST /v1/chat/completions": answers.ChatAnswer,

@@ -21,18 +21,18 @@ import uvicorn
 from uvicorn.lifespan.on import LifespanOn
 from uvicorn.server import HANDLED_SIGNALS
 
-from shuteye import descriptors, logs
+from shuteye import logs
+from shuteye import processes as descriptors
 from shuteye.config import EngineConfig
 from shuteye.errors import InvalidRequest, ServerStopping
-from shuteye.server.acceptor import Acceptor
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
-from shuteye.server.connection import Connection
 from shuteye.server.context import ServerContext
+from shuteye.server.control.supervisor import Supervisor
 from shuteye.server.engine_protocol import ServedEngine
-from shuteye.server.listener import open_listener
+from shuteye.server.http.deadlines import Connection
 from shuteye.server.notices import with_flag
-from shuteye.server.supervisor import Supervisor
+from shuteye.server.sockets import Acceptor, open_listener
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ POLLED_PATHS = ("/health", "/ready", "/ping", "/metrics")
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     """Serve a model in an engine process of its own until SIGINT or SIGTERM; returns the process's exit code."""
-    from shuteye.engine.async_engine import AsyncEngine
+    from shuteye.frontend.async_engine import AsyncEngine
 
     return serve_engine(AsyncEngine(engine_config), server_config)
 

@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 
 from shuteye.errors import BackendFailure, MemoryExhausted, ShuteyeError
-from shuteye.memory.backends import memory_limits
-from shuteye.memory.backends.page_scan import PageQuery, PageScanner, open_page_scanner
-from shuteye.memory.failures import failure_of
+from shuteye.memory.backends import kernel as memory_limits
+from shuteye.memory.backends.base import failure_of
+from shuteye.memory.backends.kernel import PageQuery, PageScanner, open_page_scanner
 from shuteye.memory.layout import round_up
 
 _PROT_NONE = 0

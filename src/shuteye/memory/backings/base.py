@@ -1,4 +1,4 @@
-"""The two seams of a backing: what extents can be brought back from, and what they can be saved to.
+"""The seams of a backing: what extents are brought back from, and what they are saved to; the image is such a source.
 
 Knows nothing of transitions; `residency.py` decides what is saved and when.
 """
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from shuteye.memory.arena import Arena
+from shuteye.memory.image import WeightImage
 from shuteye.memory.layout import Extent
 
 BackingName = Literal["image", "disk", "host"]
@@ -65,3 +66,20 @@ class Backing(Source, Protocol):
     def drop(self) -> None:
         """Forget every copy and give back the room. Nothing may be mapped from here. Idempotent."""
         ...
+
+
+class ImageSource:
+    """The extents of an open image."""
+
+    name: BackingName = "image"
+
+    def __init__(self, image: WeightImage) -> None:
+        self._image = image
+
+    def load(self, arena: Arena, offset: int, nbytes: int) -> None:
+        """See `Source`."""
+        arena.map_file(offset, nbytes, fd=self._image.fd)
+
+    def checksum(self, extent: Extent) -> str:
+        """See `Source`."""
+        return self._image.checksums[extent.index]

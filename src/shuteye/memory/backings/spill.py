@@ -1,19 +1,22 @@
-"""Extents saved in a nameless file at the arena's own offsets, and mapped back from it privately.
+"""Extents saved in a nameless file at the arena's own offsets, on disk or in host memory, and mapped back privately.
 
-Knows nothing of what the file lies on; `disk.py` and `host.py` say that.
+On disk it takes no memory, and vanishes with the process. In host memory, for devices whose memory is another or where
+no disk may be written, it gives back none on the CPU.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 from shuteye.errors import MemoryExhausted
 from shuteye.memory.arena import Arena
-from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.backends.base import MemoryBackend, closing_on_error, failure_of
 from shuteye.memory.backings.base import BackingName
-from shuteye.memory.checksums import checksum_hex
+from shuteye.memory.image_files import checksum_hex
 from shuteye.memory.layout import Extent
 
 
@@ -93,3 +96,59 @@ class SpillBacking(ABC):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+_ADVICE = "Changed weights are kept there while asleep: choose a --cache-dir that can be written, or sleep at level 2."
+
+
+class DiskBacking(SpillBacking):
+    """A `Backing` in `directory`, which is made if need be."""
+
+    name: BackingName = "disk"
+
+    def __init__(self, backend: MemoryBackend, directory: Path) -> None:
+        super().__init__(backend)
+        self._directory = directory
+
+    def __str__(self) -> str:
+        return f"the spill directory {self._directory}"
+
+    def free_bytes(self) -> int:
+        """See `Backing`. What an unprivileged process may still write to the file system; nothing is made for it."""
+        try:
+            status = os.statvfs(next(path for path in (self._directory, *self._directory.parents) if path.exists()))
+        except OSError as error:
+            raise failure_of(f"Reading the free space of {self}", error.errno, advice=_ADVICE) from error
+        return status.f_bavail * status.f_frsize
+
+    def _create(self, nbytes: int) -> int:
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(prefix="shuteye-", suffix=".spill", dir=self._directory) as file:
+                os.ftruncate(file.fileno(), nbytes)
+                fd = os.dup(file.fileno())
+        except OSError as error:
+            raise failure_of(f"Making a file in {self}", error.errno, advice=_ADVICE) from error
+        return fd
+
+
+class HostBacking(SpillBacking):
+    """A `Backing` in a memory file, which counts as memory of its own and is mapped back without a copy."""
+
+    name: BackingName = "host"
+
+    def __str__(self) -> str:
+        return "host memory"
+
+    def free_bytes(self) -> int:
+        """See `SpillBacking`."""
+        return self._backend.available_bytes()
+
+    def _create(self, nbytes: int) -> int:
+        try:
+            fd = os.memfd_create("shuteye-spill", os.MFD_CLOEXEC)
+            with closing_on_error(fd):
+                os.ftruncate(fd, nbytes)
+        except OSError as error:
+            raise failure_of(f"Making a file in {self}", error.errno) from error
+        return fd

@@ -1,0 +1,153 @@
+"""The commands that ask a running server: sleep, wake, pause, resume, restart."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from shuteye.cli.remote import AsJson, Remote, tags_parameter
+from shuteye.cli.terminal import format_seconds, format_size, show, show_json, table
+from shuteye.cli.values import INTEGER
+from shuteye.state import EngineState, SleepReport, WakeReport
+
+
+def sleep(
+    *,
+    level: Annotated[
+        Literal[0, 1, 2],
+        INTEGER,
+        Parameter(help="0 only pauses; 1 gives memory back and keeps the weights restorable; 2 forgets them too."),
+    ] = 1,
+    mode: Annotated[
+        Literal["abort", "wait", "keep"] | None,
+        Parameter(help="Requests in flight: end them, let them finish, or resume them after the wake."),
+    ] = None,
+    tags: Annotated[tuple[str, ...] | None, tags_parameter("Release only these")] = None,
+    as_json: AsJson = False,
+    remote: Remote | None = None,
+) -> None:
+    """Put a served model to sleep; prints the memory that was measured to come back."""
+    with (remote or Remote()).connect() as client:
+        report = client.sleep(level, mode=mode, tags=tags)
+    if as_json:
+        show_json(asdict(report))
+    else:
+        _show_sleep(report)
+
+
+def _show_sleep(report: SleepReport) -> None:
+    if not report.changed:
+        show(f"Nothing to do: already asleep at level {report.level}.")
+        return
+    if report.level == 0:
+        show("Paused: no memory is given back at level 0. `shuteye wake` or `shuteye resume` lets requests run.")
+        return
+    show(
+        f"Asleep at level {report.level} in {format_seconds(report.seconds)}: {format_size(report.freed_bytes)} given "
+        f"back, {format_size(report.residual_bytes)} still resident."
+    )
+    if report.aborted_requests or report.held_requests:
+        show(f"Requests aborted: {report.aborted_requests}, held: {report.held_requests}.")
+    rows = [
+        (
+            tag.tag,
+            tag.residency,
+            tag.backing or "–",
+            format_size(tag.freed_bytes),
+            format_size(tag.saved_bytes),
+            format_seconds(tag.seconds),
+        )
+        for tag in report.tags
+    ]
+    if rows:
+        show(table(("TAG", "NOW", "BACKING", "FREED ", "SAVED ", "TIME "), rows))
+
+
+def wake(
+    *,
+    tags: Annotated[tuple[str, ...] | None, tags_parameter("Wake only these")] = None,
+    as_json: AsJson = False,
+    remote: Remote | None = None,
+) -> None:
+    """Wake a served model; prints what was brought back, and how it was verified."""
+    with (remote or Remote()).connect() as client:
+        report = client.wake_up(tags)
+        state = None if as_json else client.state().state
+    if state is None:
+        show_json(asdict(report))
+    else:
+        _show_wake_up(report, state)
+
+
+def _show_wake_up(report: WakeReport, state: EngineState) -> None:
+    if report.changed and report.tags:
+        _show_wake(report)
+    elif report.changed:
+        show("Awake again; at level 0 no memory had been given back.")
+    elif not state.is_sleeping:
+        show("Nothing to do: already awake.")
+    else:
+        show("Nothing to do: what was to be woken is awake.")
+    away = [tag.tag for tag in state.tags if tag.residency not in ("resident", "blank")]
+    if state.missing:
+        show(
+            f"Not serving yet: {len(state.missing)} tensors must be written first, {state.missing[0]} among them, by "
+            "update_weights or reload_weights. To load the image's: `shuteye sleep --level 2`, then `shuteye wake`."
+        )
+    elif away:
+        show(f"Still asleep: {' and '.join(away)}. `shuteye wake` wakes all of it.")
+    if state.paused:
+        show("Still paused: `shuteye resume` lets requests run.")
+
+
+def _show_wake(report: WakeReport) -> None:
+    has_weights = any(tag.tag == "weights" and tag.residency == "resident" for tag in report.tags)
+    source = f" from {report.weights_source}" if has_weights and report.weights_source else ""
+    show(f"Woken in {format_seconds(report.seconds)}: {format_size(report.restored_bytes)} brought back{source}.")
+    show(_verification(report))
+    rows = [
+        (tag.tag, tag.residency, format_size(tag.restored_bytes), format_seconds(tag.seconds)) for tag in report.tags
+    ]
+    if rows:
+        show(table(("TAG", "NOW", "RESTORED ", "TIME "), rows))
+
+
+def _verification(report: WakeReport) -> str:
+    canary = "the canary gave the same logits" if report.canary else "no canary ran"
+    if report.verified == "off":
+        return f"Checksums were not compared; {canary}."
+    return f"Checksums of {format_size(report.verified_bytes)} agree ({report.verified}); {canary}."
+
+
+def pause(
+    *,
+    mode: Annotated[
+        Literal["abort", "wait", "keep"] | None,
+        Parameter(help="Requests in flight: end them, let them finish, or resume them after the pause."),
+    ] = None,
+    remote: Remote | None = None,
+) -> None:
+    """Stop a served model's requests, giving no memory back.
+
+    Until `shuteye resume`, requests that come are answered with 503; after `--mode keep` they wait.
+    """
+    with (remote or Remote()).connect() as client:
+        client.pause(mode)
+    show("Paused; `shuteye resume` lets requests run again.")
+
+
+def resume(*, remote: Remote | None = None) -> None:
+    """Let a paused model's requests run again; a sleeping one must be woken first."""
+    with (remote or Remote()).connect() as client:
+        was_paused = client.is_paused()
+        client.resume()
+    show("Requests run again." if was_paused else "Nothing to do: not paused.")
+
+
+def restart(*, remote: Remote | None = None) -> None:
+    """Start a server's dead or hung engine anew; the server itself goes on listening all the while."""
+    with (remote or Remote()).connect() as client:
+        seconds = client.restart_engine()
+    show(f"The engine is loaded again after {format_seconds(seconds)}.")

@@ -1,0 +1,1 @@
+"""The callers' side of an engine: `LLM`, `AsyncEngine`, and the client they share. No torch."""

@@ -1,0 +1,208 @@
+"""An engine in a process of its own, seen from the asyncio process that started it.
+
+Knows nothing of requests; notices at once when the engine process ends, and soon when it hangs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import msgspec
+import zmq.asyncio
+
+from shuteye import logs
+from shuteye import processes as descriptors
+from shuteye.config import EngineConfig
+from shuteye.engine.liveness import LOOK_S, HangWatch, Pulse, Rendezvous
+from shuteye.engine.messages import Connected, FromEngine, Ready, Shutdown, ToEngine
+from shuteye.errors import DescriptorsExhausted, EngineDead, InvalidRequest, ShuteyeError, refusal
+from shuteye.executors.wire import Decoder, bind_pair, encode
+from shuteye.frontend.forks import tell_forks
+
+logger = logging.getLogger(__name__)
+
+SHUTDOWN_GRACE_S = 10.0
+NUM_DESCRIPTORS = 32
+"""Needed for a start, and then some; out of them, ZeroMQ ends the whole process (`errno_assert`)."""
+LAST_WORDS_S = 0.05
+"""After the process has ended, how long what it sent last may still be on its way."""
+
+
+class ProcessLink:
+    """Starts the engine process and carries messages; callbacks are called on the event loop."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        on_message: Callable[[FromEngine], None],
+        on_death: Callable[[ShuteyeError], None],
+    ) -> None:
+        self._config = config
+        self._on_message = on_message
+        self._on_death = on_death
+        self._decoder: Decoder[FromEngine] = Decoder(FromEngine)
+        self._checker: Decoder[ToEngine] = Decoder(ToEngine)
+        self._process: asyncio.subprocess.Process | None = None
+        self._closing = False
+        self._listens = False  # to us: it does not while it loads
+        self._hang: str | None = None
+        self._opened = contextlib.ExitStack()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.inherited = False
+        tell_forks(self)
+
+    @property
+    def pid(self) -> int | None:
+        """The engine process's id; None until it was started."""
+        return self._process.pid if self._process else None
+
+    @property
+    def hang(self) -> str | None:
+        """Why the engine counts as hung; None while it does not. It may go on by itself."""
+        return self._hang
+
+    async def start(self) -> None:
+        """Start loading; Ready or Failed follows.
+
+        Raises:
+            DescriptorsExhausted: there are too few left to start a process.
+            EngineDead: there is no process to load in.
+        """
+        self._open()
+        logged = logs.settings()
+        arguments = (self._rendezvous.endpoint, str(os.getpid()), str(self._pulse.fd), logged.format, logged.level)
+        command = (sys.executable, "-m", "shuteye.engine.process", *arguments)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                pass_fds=(self._pulse.fd,),
+                start_new_session=True,  # a terminal's Ctrl-C is for the server alone
+            )
+            if self._closing:
+                process.kill()
+                raise EngineDead("The engine was closed while its process was being started.")
+            self._process = process
+            work = (self._listen(), self._watch(process), self._watch_pulse(process))
+            self._tasks = [asyncio.create_task(one) for one in work]
+            await self._give_config(process)
+        except OSError as error:
+            raise _not_started(error) from error
+
+    def _open(self) -> None:
+        """Make everything that the two processes share."""
+        if not descriptors.are_left(NUM_DESCRIPTORS):
+            raise _not_started(None)
+        with contextlib.ExitStack() as stack:
+            try:
+                self._rendezvous = Rendezvous()
+                stack.callback(self._rendezvous.close)
+                self._pulse = Pulse()
+                stack.callback(self._pulse.close)
+                self._context = zmq.asyncio.Context()
+                stack.callback(self._context.term)
+                self._socket = bind_pair(self._context, self._rendezvous.endpoint)
+                stack.callback(self._socket.close)
+            except (OSError, zmq.ZMQError) as error:
+                raise _not_started(error) from error
+            self._opened = stack.pop_all()
+
+    async def _give_config(self, process: asyncio.subprocess.Process) -> None:
+        stdin = process.stdin
+        assert stdin is not None
+        stdin.write(encode(self._config))
+        await stdin.drain()
+        stdin.close()
+
+    def post(self, message: ToEngine) -> None:
+        """Deliver a message to the engine.
+
+        Raises:
+            InvalidRequest: a value in it cannot be sent, or is of another type than it should be; the engine would end
+                over it.
+        """
+        if self._closing:
+            return
+        try:
+            frame = encode(message)
+            self._checker.decode(frame)
+        except (msgspec.ValidationError, TypeError) as error:
+            raise InvalidRequest(f"A value cannot be sent to the engine: {error}.") from error
+        except Exception as error:
+            raise refusal(error, "The request") from error
+        self._socket.send(frame)
+
+    async def close(self) -> None:
+        """Stop the engine after its current step; kill it if that takes longer than the grace, or if it hangs."""
+        if self.inherited:
+            return
+        process = self._process
+        if process is not None:
+            if self._listens:
+                self.post(Shutdown())
+            elif process.returncode is None:
+                process.terminate()  # it stops loading, and leaves nothing half-written
+        self._closing = True
+        if process is not None:
+            await _end(process, SHUTDOWN_GRACE_S if self._hang is None else 0.0)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._opened.close()
+
+    def leave_to_parent(self, reason: EngineDead) -> None:
+        """See `inheritance.Inherited`: process, socket and the event loop that watches them are the parent's."""
+        self.inherited = True
+
+    async def _listen(self) -> None:
+        while True:
+            message = self._decoder.decode(await self._socket.recv())
+            if isinstance(message, Connected):
+                self._rendezvous.close()
+                continue
+            self._listens = self._listens or isinstance(message, Ready)
+            self._on_message(message)
+
+    async def _watch_pulse(self, process: asyncio.subprocess.Process) -> None:
+        watch = HangWatch(self._pulse, self._config.hang_timeout_s, self._config.step_timeout_s)
+        while process.returncode is None:  # a dead engine does not hang
+            found = watch.look(time.monotonic())
+            if found is not None and self._hang is None:
+                logger.error("The engine hangs: %s. It may go on by itself; a restart kills it.", found)
+            if found is None and self._hang is not None:
+                logger.warning("The engine goes on.")
+            self._hang = found
+            await asyncio.sleep(LOOK_S)
+        self._hang = None
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        code = await process.wait()
+        await asyncio.sleep(LAST_WORDS_S)
+        if not self._closing:
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            self._on_death(
+                EngineDead(f"The engine process ended by {how}; its requests are lost. It must be restarted.")
+            )
+
+
+def _not_started(error: Exception | None) -> EngineDead:
+    """Why there is no engine process; libraries do not always say that descriptors were what they lacked."""
+    if error is None or not descriptors.are_left(NUM_DESCRIPTORS):
+        return DescriptorsExhausted(f"The engine process could not be started: {descriptors.shortage()}.")
+    return EngineDead(f"The engine process could not be started: {error}.")
+
+
+async def _end(process: asyncio.subprocess.Process, grace_s: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(process.wait(), grace_s)
+    if process.returncode is None:
+        process.kill()  # ends a stopped process, too
+        await process.wait()

@@ -1,0 +1,158 @@
+"""What is known of a loaded model: by its rank, by the engine, by callers. Plain frozen data; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shuteye.config import EngineConfig
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingInfo:
+    """What a model that embeds or scores makes of one input.
+
+    Attributes:
+        size: numbers per input: the length of an embedding, or 1 for a score.
+        normalized: whether embeddings have length 1 unless the caller asks otherwise.
+        dimensions: lengths that an embedding may be cut to; empty if none, None if any.
+    """
+
+    size: int
+    normalized: bool = False
+    dimensions: tuple[int, ...] | None = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a frontend must know of the loaded model. Paths are strings so that it can travel.
+
+    Attributes:
+        tokenizer_dir: holds tokenizer.json, tokenizer_config.json and the chat template.
+        image_dir: the weight image in use.
+        kv_bytes_per_token: KV cache bytes of one token on one rank, all layers; 0 without a KV cache.
+        pooling: what a model that embeds or scores makes of an input; None for the others.
+        source: where the weights come from, such as `hub: owner/name at 12fd25f77366` or `path: /models/x`.
+        source_format: how they were stored there, such as `GGUF Q4_1`; `dtype` is what they are served in.
+    """
+
+    model: str
+    architecture: str
+    task: str
+    tokenizer_dir: str
+    image_dir: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    eos_token_ids: tuple[int, ...]
+    weights_bytes: int
+    kv_cache_bytes: int
+    kv_bytes_per_token: int
+    default_sampling: dict[str, float] = field(default_factory=dict)
+    pooling: PoolingInfo | None = None
+    source: str = ""
+    source_format: str = ""
+
+    @property
+    def weights_are(self) -> str:
+        """What is served, from where and in what bits, in words."""
+        stored, served = self.source_format, self.dtype
+        cast = "" if stored.endswith(f" {served}") else f", served as {served}"
+        return f"{stored}{cast}, from {self.source}" if self.source else served
+
+
+# --- the model ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SpeechFacts:
+    """What must be known of a Whisper model to lead it through a recording.
+
+    Attributes:
+        hop_samples: samples per frame.
+        window_frames: frames that the model hears at once; audio is cut into such windows.
+        frames_per_timestamp: how many frames the next timestamp token is later.
+        languages: ISO 639-1 code → token; empty if the model knows English alone.
+        language_names: English name → code, of the languages it knows.
+        max_tokens: prompt plus output of one window.
+        state_bytes: what the decoder keeps of one request.
+    """
+
+    hop_samples: int
+    window_frames: int
+    frames_per_timestamp: int
+    start_token_id: int
+    eos_token_id: int
+    no_timestamps_token_id: int
+    previous_token_id: int | None
+    transcribe_token_id: int | None
+    languages: dict[str, int]
+    language_names: dict[str, str]
+    max_tokens: int
+    state_bytes: int
+
+    @property
+    def first_timestamp_id(self) -> int:
+        """The token of 0.00 s; all after it are timestamps, too."""
+        return self.no_timestamps_token_id + 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a worker learnt by loading the model, from which the engine sizes everything else.
+
+    Attributes:
+        context_length: positions the checkpoint was made for.
+        kv_bytes_per_token: KV cache bytes of one token on this rank, all layers; 0 without a KV cache.
+        available_bytes: memory the system could still give after loading.
+        pooling: what a model that embeds or scores makes of an input; None for the others.
+        speech: how to lead a model that transcribes; None for the others.
+        source: where the weights come from: a hub id, a wheel or a path, each named as such.
+        source_format: how they were stored there, before they were cast to `dtype`.
+    """
+
+    architecture: str
+    task: str
+    dtype: str
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    weights_bytes: int
+    kv_bytes_per_token: int
+    available_bytes: int
+    image_dir: str
+    tokenizer_dir: str
+    default_sampling: dict[str, float]
+    pooling: PoolingInfo | None = None
+    speech: SpeechFacts | None = None
+    source: str = ""
+    source_format: str = ""
+
+
+def model_info(config: EngineConfig, facts: ModelFacts, num_blocks: int) -> ModelInfo:
+    """Everything a frontend must know; `config` is complete."""
+    assert config.kv_cache_memory is not None
+    assert config.max_model_len is not None
+    return ModelInfo(
+        model=config.model,
+        architecture=facts.architecture,
+        task=facts.task,
+        tokenizer_dir=facts.tokenizer_dir,
+        image_dir=facts.image_dir,
+        dtype=facts.dtype,
+        vocab_size=facts.vocab_size,
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        eos_token_ids=facts.eos_token_ids,
+        weights_bytes=facts.weights_bytes,
+        kv_cache_bytes=config.kv_cache_memory,
+        kv_bytes_per_token=facts.kv_bytes_per_token,
+        default_sampling=facts.default_sampling,
+        pooling=facts.pooling,
+        source=facts.source,
+        source_format=facts.source_format,
+    )

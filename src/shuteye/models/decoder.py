@@ -1,0 +1,185 @@
+"""A model bound to an arena: its tensors are views, its attention is paged, its forward takes packed batches.
+
+Knows nothing of checkpoints, nor of when the memory under the views comes and goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import msgspec
+import torch
+
+from shuteye.memory.arena import Arena, torch_dtype
+from shuteye.memory.image import WeightImage
+from shuteye.models import attention
+from shuteye.models.attention import AttentionContext, ModelBatch, PagedCache, attending
+from shuteye.models.binding import BoundModel, bind_module, read_image_config, slot_names_of
+from shuteye.models.blueprint import build_module, quiet
+from shuteye.models.fused import INVERSE_FREQUENCIES, FusedDecoder, FusedFacts, wide_weights
+from shuteye.models.support import AttentionFacts, check
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What an image's metadata says of its model.
+
+    Attributes:
+        context_length: positions the checkpoint was made for.
+        default_sampling: what the checkpoint's generation config recommends.
+        fused: what the flat loop must know, if it can stand in for the modules.
+        transformers: the version whose code was examined for `attention` and `fused`.
+    """
+
+    architecture: str
+    task: str
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    default_sampling: dict[str, float]
+    attention: AttentionFacts
+    fused: FusedFacts | None
+    dtype: str
+    transformers: str
+
+
+class Decoder(Protocol):
+    """Whatever computes a packed step: a flat loop, or transformers' own modules."""
+
+    @property
+    def native_tokens(self) -> int:
+        """The largest step that the native kernels compute; 0 if none."""
+        ...
+
+    def forward(self, batch: ModelBatch, kv_cache: PagedCache) -> torch.Tensor:
+        """Logits [num_sampled, vocab_size] of the tokens in `batch.logits_indices`, in that order."""
+        ...
+
+
+class ModuleDecoder:
+    """A transformers module whose parameters are views of an arena and whose attention is paged."""
+
+    native_tokens = 0
+
+    def __init__(self, module: Any, windows: Sequence[int | None]) -> None:
+        self.module = module
+        self._windows = windows
+
+    def forward(self, batch: ModelBatch, kv_cache: PagedCache) -> torch.Tensor:
+        """See `Decoder`."""
+        with attending(AttentionContext(batch, kv_cache, self._windows)):
+            output = self.module(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                logits_to_keep=batch.logits_indices,
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+
+class LoadedModel(BoundModel[ImageFacts]):
+    """A model that generates.
+
+    Attributes:
+        decoder: what computes its steps.
+    """
+
+    def __init__(self, facts: ImageFacts, decoder: Decoder, slot_names: dict[str, str]) -> None:
+        super().__init__(facts, slot_names)
+        self.decoder = decoder
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer, by generation config and config."""
+        return self.facts.eos_token_ids
+
+    @property
+    def default_sampling(self) -> dict[str, float]:
+        """What the checkpoint's generation config recommends."""
+        return dict(self.facts.default_sampling)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers with a KV cache."""
+        return self.facts.attention.num_layers
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of every layer."""
+        return self.facts.attention.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one key, and of one value."""
+        return self.facts.attention.head_dim
+
+    @property
+    def native_tokens(self) -> int:
+        """Steps of up to so many tokens are computed by the native kernels, with threads of their own; 0: none."""
+        return self.decoder.native_tokens
+
+    @torch.inference_mode()
+    def forward(self, batch: ModelBatch, kv_cache: PagedCache) -> torch.Tensor:
+        """Compute a packed step: its keys and values go to the cache.
+
+        Returns:
+            float32 logits [num_sampled, vocab_size] of the tokens in `batch.logits_indices`, in that order.
+        """
+        return self.decoder.forward(batch, kv_cache).float()
+
+
+def bind(image: WeightImage, arena: Arena, *, modules: bool = False, native: bool = True) -> LoadedModel:
+    """Let every tensor of an image look into `arena`, which has the image's layout; touches no weight.
+
+    Args:
+        arena: need not be resident yet.
+        modules: use transformers' modules even for a model that the flat loop can compute.
+        native: let the flat loop use the native kernels where they can be used.
+
+    Raises:
+        ImageFailure: image and module disagree; the message names the tensors.
+        UnsupportedModel: transformers is another version than the image was made with, and serves this model no more.
+    """
+    facts = msgspec.convert(dict(image.metadata), ImageFacts)
+    slot_names = slot_names_of(image)
+    decoder = None if modules else _bind_flat(image, arena, facts, slot_names, native=native)
+    if decoder is not None:
+        return LoadedModel(facts, decoder, slot_names)
+    config = read_image_config(image)
+    facts = _current_facts(facts, config)
+    module = _bind_module(image, arena, facts, config)
+    return LoadedModel(facts, ModuleDecoder(module, facts.attention.windows), slot_names)
+
+
+def _bind_flat(
+    image: WeightImage, arena: Arena, facts: ImageFacts, slot_names: dict[str, str], *, native: bool
+) -> FusedDecoder | None:
+    """The flat loop, which needs neither transformers nor the checkpoint's config; None if it is not for this model."""
+    if facts.fused is None:
+        return None
+    slots = {name: image.layout.slots[slot_name] for name, slot_name in slot_names.items()}
+    weights = wide_weights(slots, arena.view, num_layers=facts.fused.num_layers)
+    if weights is None:
+        return None
+    frequencies = image.read_buffers()[INVERSE_FREQUENCIES]
+    return FusedDecoder(facts.fused, weights, frequencies, facts.attention.windows, native=native)
+
+
+def _bind_module(image: WeightImage, arena: Arena, facts: ImageFacts, config: Any) -> Any:
+    attention.register()
+    with quiet():
+        module = build_module(config, dtype=torch_dtype(facts.dtype), attention=attention.IMPLEMENTATION)
+    bind_module(module, image, arena)
+    return module
+
+
+def _current_facts(facts: ImageFacts, config: Any) -> ImageFacts:
+    """The image's facts; the model is examined anew if transformers has changed since the image was made."""
+    from transformers import __version__
+
+    if facts.transformers == __version__:
+        return facts
+    return replace(facts, attention=check(config), transformers=__version__)

@@ -1,0 +1,1 @@
+"""How checkpoints are stored: read, and turned into what the builder takes."""

@@ -1,0 +1,295 @@
+"""A checkpoint's tensors, cast and under the module's own names: streamed if they agree, else through transformers.
+
+Knows nothing of images or arenas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shuteye.config import DType
+from shuteye.errors import UnsupportedModel
+from shuteye.models.blueprint import build_module, quiet, tied_names
+from shuteye.models.formats.files import (
+    gguf_formats,
+    main_formats,
+    open_weights,
+    read_json,
+    refusing,
+    require_json,
+    stored_formats,
+    weight_files,
+)
+from shuteye.models.sources import ModelSource
+from shuteye.models.tasks import model_class, model_options
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WIDE = frozenset({"float32", "float64"})
+_NARROW = frozenset({"bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"})
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointTensors:
+    """Everything that a module needs of a checkpoint.
+
+    Attributes:
+        parameters: names in module order → shape and dtype; tied ones only once.
+        aliases: tied name → the name in `parameters` that holds its values.
+        read: gives one parameter, cast.
+        buffers: persistent buffers.
+    """
+
+    parameters: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    aliases: Mapping[str, str]
+    read: Callable[[str], torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.parameters.values())
+
+
+def resolve_dtype(source: ModelSource, wanted: DType) -> torch.dtype:
+    """The dtype to serve in; "auto" is the checkpoint's, with float16 (slow on CPU) and packed formats as bfloat16."""
+    if wanted != "auto":
+        return _DTYPES[wanted]
+    if source.kind == "gguf":
+        return torch.bfloat16
+    path = source.path / "config.json"
+    config = read_json(path)
+    named = config.get("dtype") or config.get("torch_dtype")
+    named = named.removeprefix("torch.") if isinstance(named, str) else "auto"
+    if named not in _NARROW | _WIDE | {"auto"}:
+        raise UnsupportedModel(
+            f"{path} names the dtype {named!r}, which is not served; expected {', '.join(sorted(_NARROW | _WIDE))}."
+        )
+    return torch.float32 if (_stored_dtype(source) if named == "auto" else named) in _WIDE else torch.bfloat16
+
+
+def _stored_dtype(source: ModelSource) -> str:
+    """The dtype that most numbers are stored in."""
+    with ExitStack() as stack:
+        counts = stored_formats(open_weights(weight_files(source.path), stack))
+    return counts.most_common(1)[0][0] if counts else "bfloat16"
+
+
+def stored_as(source: ModelSource) -> str:
+    """How the checkpoint's numbers are stored: `GGUF Q4_1`, `safetensors bfloat16`. Opens every file that matters.
+
+    Raises:
+        UnsupportedModel: one of them is damaged.
+    """
+    if source.kind == "gguf":
+        return f"GGUF {main_formats(gguf_formats(source.path))}"
+    require_json(source.path)
+    with ExitStack() as stack:
+        return f"safetensors {main_formats(stored_formats(open_weights(weight_files(source.path), stack)))}"
+
+
+def read_config(source: ModelSource) -> Any:
+    """The transformers config of a checkpoint.
+
+    Raises:
+        UnsupportedModel: it is damaged, or transformers does not know the model type without running code from the
+            checkpoint.
+    """
+    from transformers import AutoConfig
+
+    where, extra = _location(source)
+    with quiet(), refusing(f"{source.name}: its configuration cannot be used"):
+        return AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=True, **extra)
+
+
+def read_generation_config(source: ModelSource) -> dict[str, Any]:
+    """generation_config.json as it is, or nothing.
+
+    Raises:
+        UnsupportedModel: it is damaged.
+    """
+    path = source.path / "generation_config.json"
+    return {} if source.kind == "gguf" or not path.is_file() else read_json(path)
+
+
+def save_tokenizer(source: ModelSource, directory: Path) -> None:
+    """Write the checkpoint's tokenizer and chat template in the form that `shuteye.tokenizer` reads.
+
+    Raises:
+        UnsupportedModel: there is none, or it is not a fast one (tokenizer.json).
+    """
+    tokenizer = _read_tokenizer(source)
+    with quiet():
+        tokenizer.save_pretrained(directory)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """What a checkpoint's tokenizer does beside tokenizing.
+
+    Attributes:
+        outputs: the model's arguments that it gives: `input_ids`, perhaps `token_type_ids`, …
+        max_length: longest text in tokens that it was made for; astronomical if it does not say.
+    """
+
+    outputs: tuple[str, ...]
+    max_length: int
+    has_chat_template: bool
+
+
+def read_tokenizer_facts(source: ModelSource) -> TokenizerFacts:
+    """Load the checkpoint's tokenizer and ask it.
+
+    Raises:
+        UnsupportedModel: as `save_tokenizer`.
+    """
+    tokenizer = _read_tokenizer(source)
+    return TokenizerFacts(
+        tuple(tokenizer.model_input_names), int(tokenizer.model_max_length), bool(tokenizer.chat_template)
+    )
+
+
+def _read_tokenizer(source: ModelSource) -> Any:
+    from transformers import AutoTokenizer
+
+    where, extra = _location(source)
+    with quiet(), refusing(f"{source.name}: its tokenizer cannot be read"):
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=True, **extra)
+    if not tokenizer.is_fast:
+        raise UnsupportedModel(
+            f"{source.name}: {type(tokenizer).__name__} is not a fast tokenizer; only those with a tokenizer.json "
+            "are read, because the server decodes without transformers."
+        )
+    return tokenizer
+
+
+@contextmanager
+def open_checkpoint(
+    source: ModelSource, config: Any, *, dtype: torch.dtype, streaming: bool = True, task: str = "generate"
+) -> Iterator[CheckpointTensors]:
+    """The tensors of a checkpoint for `task`; `streaming=False` always goes through transformers.
+
+    Raises:
+        UnsupportedModel: a tensor that the model needs is missing or has another shape.
+    """
+    with ExitStack() as stack:
+        streams = streaming and source.kind == "directory"
+        tensors = _stream(source, config, dtype, stack, task=task) if streams else None
+        yield tensors or _load_whole(source, config, dtype, task=task)
+
+
+def _location(source: ModelSource) -> tuple[str, dict[str, Any]]:
+    if source.kind == "gguf":
+        return str(source.path.parent), {"gguf_file": source.path.name}
+    return str(source.path), {}
+
+
+# --- tensor by tensor -----------------------------------------------------------------------------
+
+
+def _stream(
+    source: ModelSource, config: Any, dtype: torch.dtype, stack: ExitStack, *, task: str
+) -> CheckpointTensors | None:
+    """One tensor in memory at a time; None if the checkpoint needs more than casting."""
+    module = build_module(config, dtype=dtype, attention="eager", task=task)
+    ties = tied_names(module)
+    wanted = {
+        name: tuple(parameter.shape)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if name not in ties
+    }
+    stored = open_weights(weight_files(source.path), stack)
+    if not _is_plain(module, wanted, stored, dtype):
+        return None
+    _require_floats(source, stored)
+
+    def read(name: str) -> torch.Tensor:
+        tensor: torch.Tensor = stored[name].get_tensor(name)
+        return tensor.to(dtype)
+
+    return CheckpointTensors({name: (shape, dtype) for name, shape in wanted.items()}, ties, read, {})
+
+
+def _require_floats(source: ModelSource, stored: dict[str, Any]) -> None:
+    """Refuse whole numbers, whose scales the checkpoint does not tell; cast, they would be served as weights."""
+    for name, file in stored.items():
+        kind = file.get_slice(name).get_dtype()
+        if "F" not in kind:
+            raise UnsupportedModel(
+                f"{source.name}: {name} is stored as {kind}, expected a floating-point format. If the checkpoint is "
+                "quantized, use the unquantized one or a .gguf file."
+            )
+
+
+def _is_plain(module: Any, wanted: dict[str, tuple[int, ...]], stored: dict[str, Any], dtype: torch.dtype) -> bool:
+    """True if names and shapes agree one to one, and transformers would neither rename, convert nor keep any apart."""
+    persistent = set(module.state_dict()) - {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    if persistent or set(stored) != set(wanted) or module._get_dtype_plan(dtype):
+        return False
+    if any(tuple(stored[name].get_slice(name).get_shape()) != shape for name, shape in wanted.items()):
+        return False
+    return not _is_converted(module, wanted)
+
+
+def _is_converted(module: Any, names: Iterable[str]) -> bool:
+    """True if transformers would load any of these tensors under another name, or changed."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(module)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    if len(renamings) + len(converters) != len(transforms):
+        return True  # a kind of transform that is new to us
+    return any(rename_source_key(name, renamings, converters) != (name, None) for name in names)
+
+
+# --- through transformers -------------------------------------------------------------------------
+
+
+def _load_whole(source: ModelSource, config: Any, dtype: torch.dtype, *, task: str) -> CheckpointTensors:
+    """The whole model in memory: for packed formats, and where transformers renames or converts."""
+    from transformers import GgufConfig
+
+    where, extra = _location(source)
+    if source.kind == "gguf":
+        # Without this transformers keeps the weights packed.
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    found = model_class(config, task)
+    extra |= model_options(found, task)
+    with quiet():
+        model, report = found.from_pretrained(
+            where,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, by name, and refused
+            **extra,
+        )
+    _check_report(source, report)
+    parameters: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = owners.setdefault(id(parameter), name)
+        if owner == name:
+            parameters[name] = parameter.detach()
+        else:
+            aliases[name] = owner
+    buffers = {name: value for name, value in model.state_dict().items() if name not in parameters | aliases}
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in parameters.items()}
+    return CheckpointTensors(shapes, aliases, parameters.__getitem__, buffers)
+
+
+def _check_report(source: ModelSource, report: Mapping[str, Any]) -> None:
+    """Transformers fills what is missing with random numbers and only logs it; that must not be served."""
+    for what in ("missing_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
+        if found := report.get(what):
+            some = ", ".join(sorted(str(each) for each in found)[:5])
+            raise UnsupportedModel(f"{source.name}: the checkpoint does not fit the model, {what}: {some}")

@@ -1,0 +1,169 @@
+"""Runs one HTTP request's prompts on the engine and merges their outputs, timed.
+
+Knows nothing of OpenAI's shapes, nor of how a client is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Generic, Self, TypeVar, cast
+
+from shuteye.errors import PromptTooLong
+from shuteye.frontend.mailbox import Backlog
+from shuteye.server.context import ServerContext
+from shuteye.tasks.generate.requests import RequestOutput, SamplingParams
+
+_RUNS = itertools.count(1)
+
+STARTED_AT_ONCE = 16
+"""Prompts of one request that are submitted before the event loop turns to others."""
+
+T = TypeVar("T")
+
+Step = tuple[int, RequestOutput]
+"""Which prompt, and what is new for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as the engine takes it, and its text if the caller gave, or wants back, text."""
+
+    token_ids: Sequence[int]
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that one HTTP request asks of the engine; prompt i runs under the id `{request_id}-{i}-{run}`.
+
+    `run` tells two HTTP requests apart that carry the same X-Request-Id.
+
+    Attributes:
+        best: how many of each prompt's `params.n` completions are wanted, the likeliest; None means all.
+        echoes_only: what is generated, a single token, is not wanted.
+    """
+
+    request_id: str
+    prompts: tuple[Prompt, ...]
+    params: SamplingParams
+    best: int | None = None
+    echoes_only: bool = False
+    run: str = field(default_factory=lambda: f"{next(_RUNS):x}")
+
+
+def require_room(num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> None:
+    """Refuse what the context can never hold.
+
+    Raises:
+        PromptTooLong: says how many tokens there are, were asked for, and fit.
+    """
+    wanted = num_prompt_tokens + (1 if max_tokens is None else max_tokens)
+    if wanted <= max_model_len:
+        return
+    asked = "" if max_tokens is None else f" and {max_tokens} were asked for"
+    raise PromptTooLong(
+        f"The context is {max_model_len} tokens, but the prompt has {num_prompt_tokens}{asked}. "
+        "Shorten the prompt or lower max_tokens.",
+        param="max_tokens" if num_prompt_tokens < max_model_len else "prompt",
+    )
+
+
+async def run(context: ServerContext, job: Job) -> AsyncGenerator[Step, None]:
+    """Delta outputs of all prompts as they come; closing it aborts whatever still runs.
+
+    Raises:
+        RequestAborted: more of them waited to be taken than may, over all prompts.
+        ShuteyeError: the engine refused or failed.
+    """
+    backlog = Backlog()
+    if len(job.prompts) == 1:
+        merged = _run_one(context, job, 0, backlog)
+    else:
+        merged = _merge([_run_one(context, job, index, backlog) for index in range(len(job.prompts))])
+    async with aclosing(merged):
+        async for step in merged:
+            yield step
+
+
+async def _run_one(context: ServerContext, job: Job, index: int, backlog: Backlog) -> AsyncGenerator[Step, None]:
+    outputs = cast(  # the engine promises an iterator that can be closed, which aborts
+        "AsyncGenerator[RequestOutput, None]",
+        context.engine.generate(
+            job.prompts[index].token_ids,
+            job.params,
+            request_id=f"{job.request_id}-{index}-{job.run}",
+            output_kind="delta",
+            backlog=backlog,
+        ),
+    )
+    with context.metrics.request() as timer:
+        async with aclosing(outputs):
+            async for output in outputs:
+                timer.observe(output)
+                yield index, output
+
+
+async def _merge(sources: Sequence[AsyncGenerator[Step, None]]) -> AsyncGenerator[Step, None]:
+    """Steps of all sources, each in its order; while nobody takes them, the sources wait."""
+    queue: asyncio.Queue[Step | int] = asyncio.Queue(maxsize=len(sources))  # an int says which source ended
+    tasks: list[asyncio.Task[None]] = []
+    running = len(sources)
+    try:
+        for index, source in enumerate(sources):
+            tasks.append(asyncio.create_task(_pump(index, source, queue)))
+            if len(tasks) % STARTED_AT_ONCE == 0:  # submitting takes a while, and others are to be served in between
+                await asyncio.sleep(0)
+        while running:
+            item = await queue.get()
+            if isinstance(item, int):
+                await tasks[item]
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(index: int, source: AsyncGenerator[Step, None], queue: asyncio.Queue[Step | int]) -> None:
+    try:
+        async with aclosing(source):
+            async for step in source:
+                await queue.put(step)
+    except Exception:
+        await queue.put(index)
+        raise
+    await queue.put(index)
+
+
+class StartedSteps(Generic[T]):
+    """Steps whose first has come already; unlike a generator, closing it before its first use closes the source."""
+
+    def __init__(self, first: T, rest: AsyncGenerator[T, None]) -> None:
+        self._first: T | None = first
+        self._rest = rest
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        first, self._first = self._first, None
+        return first if first is not None else await anext(self._rest)
+
+    async def aclose(self) -> None:
+        """Abort what still runs."""
+        await self._rest.aclose()
+
+
+async def started(steps: AsyncGenerator[T, None]) -> StartedSteps[T]:
+    """The same steps, once the first has come: errors of admission are raised here, before any byte is sent."""
+    try:
+        first = await anext(steps)
+    except StopAsyncIteration:
+        raise AssertionError("the engine ended a request without any output") from None
+    return StartedSteps(first, steps)

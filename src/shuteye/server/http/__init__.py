@@ -1,0 +1,1 @@
+"""HTTP, whatever the route: keys, limits, errors, events."""

@@ -1,0 +1,119 @@
+"""Refuses work for the model as early as possible: while loading, asleep, paused, faulted, hung, dead or stopping.
+
+Knows nothing of bodies or tokens; the engine core decides again, and for good, when a request reaches it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Depends, Request, Response
+from fastapi.routing import APIRoute
+
+from shuteye.errors import (
+    EngineDead,
+    EngineFaulted,
+    EngineHung,
+    EngineNotReady,
+    InvalidRequest,
+    ModelPaused,
+    ModelSleeping,
+    ServerStopping,
+)
+from shuteye.server.context import ServerContext, context_of
+from shuteye.server.engine_protocol import ServedEngine
+from shuteye.server.http.auth import Handler, behind_inference_key
+
+
+class ModelRoute(APIRoute):
+    """A route that needs the weights; refused before its body is read when they cannot be had."""
+
+    def get_route_handler(self) -> Handler:
+        """The route's handler, behind key and gate."""
+        handle = super().get_route_handler()
+
+        async def admitted(request: Request) -> Response:
+            context = context_of(request)
+            refuse_if_stopping(context)
+            refuse_unless_serving(context.engine)
+            return await handle(request)
+
+        return behind_inference_key(admitted)
+
+
+def refuse_if_stopping(context: ServerContext) -> None:
+    """Begin nothing that a stop would have to wait for.
+
+    Raises:
+        ServerStopping: the server was told to stop.
+    """
+    if context.stopping.begun:
+        raise ServerStopping("This server is stopping; it finishes what runs and takes no new requests.")
+
+
+def refuse_unless_alive(engine: ServedEngine) -> None:
+    """Raise what keeps `engine` from ever working again without help; loading and sleeping are no such thing.
+
+    Raises:
+        EngineNotReady: it failed to load.
+        EngineDead: its process is gone, or it was closed.
+        EngineHung: its process gives no sign of life; it may go on.
+        EngineFaulted: a transition could not be rolled back.
+    """
+    if engine.status == "failed":
+        raise EngineNotReady(f"The model failed to load: {_reason(engine)}")
+    if engine.status in {"dead", "closed"}:
+        raise EngineDead(f"The engine is {engine.status}: {_reason(engine)}")
+    if engine.hang is not None:
+        raise EngineHung(f"The engine hangs: {engine.hang}. It may go on by itself; POST /restart_engine ends it.")
+    if engine.state.faulted is not None:
+        raise EngineFaulted(f"The engine is faulted ({engine.state.faulted}); POST /wake_up tries to recover it.")
+
+
+def _reason(engine: ServedEngine) -> str:
+    return engine.failure.message if engine.failure is not None else "it gave no reason."
+
+
+def refuse_unless_serving(engine: ServedEngine) -> None:
+    """Raise what keeps a request from being served now.
+
+    Raises:
+        EngineNotReady: the model is loading.
+        ModelSleeping: it is asleep, and the policy is to reject.
+        ModelPaused: it is paused, and what comes is not held.
+        ServerError: whatever `refuse_unless_alive` raises.
+    """
+    refuse_unless_alive(engine)
+    if engine.status == "starting":
+        raise EngineNotReady("The model is still loading; GET /ready answers 200 when it can serve.")
+    if engine.is_sleeping and engine.config.on_sleeping_request == "reject":
+        raise ModelSleeping
+    if engine.state.refusing:
+        raise ModelPaused
+
+
+def require_task(context: ServerContext, tasks: str | tuple[str, ...], path: str) -> None:
+    """Refuse a route that the model's task does not serve.
+
+    Args:
+        tasks: the one, or any of those, that do.
+
+    Raises:
+        InvalidRequest: names both tasks.
+    """
+    served = context.engine.info.task
+    accepted = (tasks,) if isinstance(tasks, str) else tasks
+    if served not in accepted:
+        wanted = " or ".join(f"'{task}'" for task in accepted)
+        raise InvalidRequest(
+            f"{path} needs a model for the task {wanted}; {context.model_names[0]!r} is one for '{served}'."
+        )
+
+
+def needs_task(*tasks: str) -> Any:
+    """A dependency of a route that only models for these tasks serve: it refuses before the body is looked at."""
+
+    def check(request: Request) -> None:
+        require_task(context_of(request), tasks, request.url.path)
+
+    return Depends(check)

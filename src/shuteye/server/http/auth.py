@@ -1,0 +1,123 @@
+"""Decides which key opens which route, before the body is read.
+
+Knows nothing of what the routes do.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Coroutine
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from shuteye.errors import AuthenticationFailed, PermissionRefused
+from shuteye.server.config import ServerConfig
+from shuteye.server.context import context_of
+from shuteye.server.http.bodies import JsonRequest
+from shuteye.server.http.hosts import host_name
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class InferenceRoute(APIRoute):
+    """Opened by the API key or the admin key; open to all if no API key is configured."""
+
+    def get_route_handler(self) -> Handler:
+        """The route's handler, behind the check."""
+        return behind_inference_key(super().get_route_handler())
+
+
+class ControlRoute(APIRoute):
+    """Opened by the admin key alone; in development mode without one, by any caller that is not a web page."""
+
+    def get_route_handler(self) -> Handler:
+        """The route's handler, behind the check."""
+        handle = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            config = context_of(request).config
+            _require_admin_key(request, config)
+            return await handle(_with_json(request, config))
+
+        return checked
+
+
+def behind_inference_key(handle: Handler) -> Handler:
+    """`handle`, called only for requests that carry a key that opens inference routes."""
+
+    async def checked(request: Request) -> Response:
+        config = context_of(request).config
+        _require_inference_key(request, config)
+        return await handle(_with_json(request, config))
+
+    return checked
+
+
+def _with_json(request: Request, config: ServerConfig) -> JsonRequest:
+    return JsonRequest(request.scope, request.receive, max_bytes=config.max_json_bytes)
+
+
+def control_routes_exist(config: ServerConfig) -> bool:
+    """True if there is anyone who may control the server; what needs sleep mode needs that, too."""
+    return config.admin_api_key is not None or config.dev_mode
+
+
+def _require_inference_key(request: Request, config: ServerConfig) -> None:
+    if config.api_key is None:
+        return
+    given = _bearer_token(request)
+    if not (_same(given, config.api_key) | _same(given, config.admin_api_key)):
+        raise _unauthenticated(given, "API key")
+
+
+def _require_admin_key(request: Request, config: ServerConfig) -> None:
+    if config.admin_api_key is None:
+        assert config.dev_mode, "control routes are registered only with an admin key or in development mode"
+        _refuse_strangers_names(request, config)
+        _refuse_other_origins(request)
+        return
+    given = _bearer_token(request)
+    if _same(given, config.admin_api_key):
+        return
+    if _same(given, config.api_key):
+        raise PermissionRefused("This key is for inference; control routes need the admin key (--admin-api-key).")
+    raise _unauthenticated(given, "admin key")
+
+
+def _refuse_strangers_names(request: Request, config: ServerConfig) -> None:
+    # a page whose name is resolved to this machine only after it was loaded is of the same origin as this server
+    host = request.headers.get("host")
+    name = host_name(host)
+    if name is not None and config.may_be_called(name):
+        return
+    raise PermissionRefused(
+        f"Control routes without an admin key must be called by a name that no web page can take, such as localhost or "
+        f"127.0.0.1, and this request was for host {host!r}. Call the server by such a name, list this one in "
+        "--allowed-hosts, or use --admin-api-key."
+    )
+
+
+def _refuse_other_origins(request: Request) -> None:
+    # without a key, any web page open in a browser on this machine could otherwise put the model to sleep
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise PermissionRefused(f"Control routes without an admin key refuse web pages of another origin ({origin}).")
+
+
+def _bearer_token(request: Request) -> str | None:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" and token.strip() else None
+
+
+def _same(given: str | None, key: str | None) -> bool:
+    if given is None or key is None:
+        return False
+    return hmac.compare_digest(given.encode("latin-1"), key.encode())  # headers arrive decoded as latin-1
+
+
+def _unauthenticated(given: str | None, what: str) -> AuthenticationFailed:
+    seen = "none was given" if given is None else "the one given is wrong"
+    return AuthenticationFailed(f"This route needs the {what}, and {seen}; send Authorization: Bearer <key>.")

@@ -1,0 +1,260 @@
+"""POST /v1/completions: OpenAI's request, answer and chunks, with vLLM's additions.
+
+Knows nothing of how tokens are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, cast
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field, field_validator, model_validator
+
+from shuteye.errors import InvalidRequest
+from shuteye.server.context import Context, ServerContext
+from shuteye.server.generation.answer import answer_stream, answer_whole, new_request_id
+from shuteye.server.generation.chunks import Transcript
+from shuteye.server.generation.run import Job, Prompt, require_room
+from shuteye.server.http.admission import ModelRoute, require_task
+from shuteye.server.http.budget import require_prompt_tokens, require_sequences
+from shuteye.server.openai.fields import GenerationBody, Many, one_message
+from shuteye.server.openai.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs_json
+from shuteye.server.openai.prompts import prompt_of, truncation_of
+from shuteye.tasks.generate.requests import MAX_LOGPROBS, CompletionOutput, FinishReason, Logprob, SamplingParams
+from shuteye.tokenizer import LONG_TEXT
+
+DEFAULT_MAX_TOKENS = 16
+PROMPT_FORMS = "a string, a list of strings, a list of token ids or a list of lists of token ids, none of them empty"
+
+
+class CompletionBody(GenerationBody):
+    """The request, with vLLM's extra fields."""
+
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = Field(default=None, ge=1, le=128)
+
+    _prompt_message = field_validator("prompt", mode="wrap")(one_message(PROMPT_FORMS))
+
+    @model_validator(mode="after")
+    def _check_completion_fields_that_go_together(self) -> CompletionBody:
+        n = self.n or 1
+        if self.best_of is not None and self.best_of < n:
+            raise InvalidRequest(f"best_of ({self.best_of}) must be at least n ({n}).", param="best_of")
+        if self.stream and self.best_of not in {None, n}:
+            raise InvalidRequest(
+                f"best_of ({self.best_of}) other than n ({n}) cannot be streamed: the best are known only at the end.",
+                param="best_of",
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens must be at least 1 unless echo is true, got 0.", param="max_tokens")
+        return self
+
+    @property
+    def echoes_only(self) -> bool:
+        """Whether nothing but the prompt is wanted, as those do who score texts."""
+        return self.max_tokens == 0
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One prompt per completion asked for, whatever form they came in.
+
+        Raises:
+            InvalidRequest: a prompt is empty.
+        """
+        prompts = _listed(self.prompt)
+        if not prompts or not all(prompts):
+            raise InvalidRequest(f"prompt must be {PROMPT_FORMS}.", param="prompt")
+        return prompts
+
+
+def _listed(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if prompt and isinstance(prompt[0], int):  # all of them are: validated, and too many to look at again
+        return [prompt]
+    return list(cast("list[str] | list[list[int]]", prompt))
+
+
+@dataclass(slots=True)
+class CompletionShape:
+    """Writes choices of a completion.
+
+    Attributes:
+        names: how tokens are shown.
+        num_choices: choices per prompt.
+        echoes: every choice begins with its prompt.
+        echoes_only: and ends there.
+        shows_prompt_logprobs: the caller asked for them by name.
+        shows_token_ids: token ids of prompt and output are part of every choice.
+    """
+
+    names: TokenNames
+    prompts: tuple[Prompt, ...]
+    num_choices: int
+    wants_logprobs: bool = False
+    echoes: bool = False
+    echoes_only: bool = False
+    shows_prompt_logprobs: bool = False
+    shows_token_ids: bool = False
+    _logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict)
+    _prompt_logprobs: dict[int, Sequence[Mapping[int, Logprob] | None]] = field(default_factory=dict)
+
+    whole_object: ClassVar[str] = "text_completion"
+    chunk_object: ClassVar[str] = "text_completion"
+
+    def prompt_scored(self, prompt_index: int, logprobs: Sequence[Mapping[int, Logprob] | None]) -> None:
+        """A prompt's log-probabilities are known."""
+        self._prompt_logprobs[prompt_index] = logprobs
+
+    def extra(self) -> dict[str, Any]:
+        """Nothing: all there is to say is said of single choices."""
+        return {}
+
+    def whole(self, index: int, transcript: Transcript) -> dict[str, Any]:
+        """A finished choice."""
+        made = Transcript(finish_reason=_echo_ends(transcript)) if self.echoes_only else transcript
+        choice = {
+            "index": index,
+            "text": self._echo(index) + made.text,
+            "logprobs": self._take_logprobs(index, made),
+            "finish_reason": made.finish_reason,
+            "stop_reason": made.stop_reason,
+        } | self._token_ids(made.token_ids)
+        if self.shows_prompt_logprobs:
+            known = self._prompt_logprobs.get(index // self.num_choices)
+            choice["prompt_logprobs"] = None if known is None else prompt_logprobs_json(known)
+        return choice | self._prompt_token_ids(index)
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The echoed prompt, if it is to be, or its token ids."""
+        if not self.echoes and not self.shows_token_ids:
+            return None
+        choice = {
+            "index": index,
+            "text": self._echo(index),
+            "logprobs": self._take_logprobs(index, Transcript()) if self.echoes else None,
+            "finish_reason": None,
+        }
+        return choice | self._token_ids([]) | self._prompt_token_ids(index)
+
+    def delta(self, index: int, delta: CompletionOutput) -> dict[str, Any] | None:
+        """What is new of a choice."""
+        if self.echoes_only:
+            reason = _echo_ends(delta)
+            return {"index": index, "text": "", "logprobs": None, "finish_reason": reason, "stop_reason": None}
+        choice = {
+            "index": index,
+            "text": delta.text,
+            "logprobs": self._take_logprobs(index, delta),
+            "finish_reason": delta.finish_reason,
+        }
+        if self.shows_token_ids:
+            choice["token_ids"] = list(delta.token_ids)
+        return choice if delta.finish_reason is None else choice | {"stop_reason": delta.stop_reason}
+
+    def _echo(self, index: int) -> str:
+        return (self.prompts[index // self.num_choices].text or "") if self.echoes else ""
+
+    def _token_ids(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        return {"token_ids": list(token_ids)} if self.shows_token_ids else {}
+
+    def _prompt_token_ids(self, index: int) -> dict[str, Any]:
+        if not self.shows_token_ids:
+            return {}
+        return {"prompt_token_ids": list(self.prompts[index // self.num_choices].token_ids)}
+
+    def _take_logprobs(self, index: int, source: Transcript | CompletionOutput) -> dict[str, Any] | None:
+        if not self.wants_logprobs:
+            return None
+        if index not in self._logprobs:
+            self._logprobs[index] = CompletionLogprobs(self.names)
+            if self.echoes:
+                self._logprobs[index].add(*self._scored_prompt(index // self.num_choices))
+        self._logprobs[index].add(source.token_ids, source.logprobs or ())
+        return self._logprobs[index].take()
+
+    def _scored_prompt(self, prompt_index: int) -> tuple[Sequence[int], Sequence[Mapping[int, Logprob] | None]]:
+        """A prompt's tokens, and what is known of each: nothing, if it was aborted before it was computed."""
+        token_ids = self.prompts[prompt_index].token_ids
+        return token_ids, self._prompt_logprobs.get(prompt_index, [None] * len(token_ids))
+
+
+def _echo_ends(source: Transcript | CompletionOutput) -> FinishReason:
+    return "abort" if source.finish_reason == "abort" else "length"
+
+
+router = APIRouter(route_class=ModelRoute)
+
+
+@router.post("/v1/completions", response_model=None)
+async def completions(request: Request, body: CompletionBody, context: Context) -> Response:
+    """Continues one or more prompts, whole or streamed."""
+    require_task(context, "generate", request.url.path)
+    model = context.served_name(body.model)
+    job = await _job(body, context)
+    shape = CompletionShape(
+        names=TokenNames(context.engine.tokenizer, as_ids=body.return_tokens_as_token_ids is True),
+        prompts=job.prompts,
+        num_choices=job.best or job.params.n,
+        wants_logprobs=body.logprobs is not None,
+        echoes=body.echo is True,
+        echoes_only=job.echoes_only,
+        shows_prompt_logprobs=body.prompt_logprobs is not None,
+        shows_token_ids=body.return_token_ids is True,
+    )
+    if body.stream:
+        return await answer_stream(request, context, job, shape=shape, model=model, usage_in=body.usage_in)
+    return await answer_whole(request, context, job, shape=shape, model=model)
+
+
+async def _job(body: CompletionBody, context: ServerContext) -> Job:
+    info = context.engine.info
+    n = max(body.n or 1, body.best_of or 1)
+    given = body.prompts
+    require_sequences(context.config, len(given) * n, param="n" if len(given) == 1 else "prompt")
+    prompts = await _prompts(body, given, context)
+    require_prompt_tokens(sum(len(prompt.token_ids) for prompt in prompts) * n, param="prompt")
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    max_tokens = 1 if body.echoes_only else body.max_tokens
+    if max_tokens is None:
+        max_tokens = max(1, min(DEFAULT_MAX_TOKENS, info.max_model_len - longest))
+    params = body.sampling_params(info.default_sampling, max_tokens=max_tokens, logprobs=body.logprobs)
+    require_room(longest, max_tokens, info.max_model_len)
+    params, best = _ranked(body, params)
+    if body.echo and body.logprobs is not None:
+        params = replace(params, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
+    return Job(new_request_id("cmpl"), prompts, params, best=best, echoes_only=body.echoes_only)
+
+
+def _ranked(body: CompletionBody, params: SamplingParams) -> tuple[SamplingParams, int | None]:
+    """With `best_of`, as many completions as that, with log-probabilities to rank them by; and how many to keep."""
+    if body.best_of in {None, params.n}:
+        return params, None
+    return replace(params, n=body.best_of, logprobs=params.logprobs or 0), params.n
+
+
+async def _prompts(
+    body: CompletionBody, given: Sequence[str | list[int]], context: ServerContext
+) -> tuple[Prompt, ...]:
+    truncation = truncation_of(
+        body, max_model_len=context.engine.info.max_model_len, max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS
+    )
+    many = sum(map(len, given)) > LONG_TEXT
+    return tuple(
+        [
+            await prompt_of(
+                context.engine.tokenizer,
+                prompt,
+                vocab_size=context.engine.info.vocab_size,
+                add_special_tokens=body.add_special_tokens is not False,
+                want_text=body.echo is True,
+                truncation=truncation,
+                one_of_many=many,
+            )
+            for prompt in given
+        ]
+    )

@@ -1,0 +1,126 @@
+"""What needs no weights and works while asleep: GET /v1/models, POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
+
+from shuteye.errors import InvalidRequest
+from shuteye.server.context import Context, ServerContext
+from shuteye.server.generation.chunks import encode_json
+from shuteye.server.http.auth import InferenceRoute
+from shuteye.server.openai.fields import Many
+from shuteye.server.openai.messages import Message
+from shuteye.server.openai.prompts import encode, render_chat, require_known
+from shuteye.tokenizer import LONG_TEXT, Tokenizer
+
+router = APIRouter(route_class=InferenceRoute)
+
+
+@router.get("/v1/models")
+async def list_models(context: Context) -> dict[str, Any]:
+    """All served names."""
+    return {"object": "list", "data": [_card(name, context) for name in context.model_names]}
+
+
+@router.get("/v1/models/{name:path}")
+async def retrieve_model(name: str, context: Context) -> dict[str, Any]:
+    """One served name, which may hold slashes."""
+    return _card(context.served_name(name), context)
+
+
+def _card(name: str, context: ServerContext) -> dict[str, Any]:
+    engine = context.engine
+    loaded = engine.status != "starting" and engine.failure is None
+    return {
+        "id": name,
+        "object": "model",
+        "created": context.created,
+        "owned_by": "shuteye",
+        "root": engine.config.model,
+        "parent": None,
+        "max_model_len": engine.info.max_model_len if loaded else engine.config.max_model_len,
+    }
+
+
+_ONE_OF_TWO: JsonDict = {
+    "oneOf": [
+        {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}},
+        {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
+    ]
+}
+
+
+class TokenizeBody(BaseModel):
+    """A text, or a conversation to be rendered first (vLLM's shape)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_ONE_OF_TWO)
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Many[Message] | None = Field(default=None, min_length=1)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("Send either prompt or messages.", param="prompt")
+        return self
+
+
+class DetokenizeBody(BaseModel):
+    """Token ids."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    tokens: Many[int]
+
+
+@router.post("/tokenize", response_model=None)
+async def tokenize(body: TokenizeBody, context: Context) -> Response:
+    """Token ids of a text; special tokens are added to a text by default, to a rendered conversation not."""
+    context.served_name(body.model)
+    tokenizer = context.engine.tokenizer
+    text = body.prompt
+    if body.messages is not None:
+        text = await render_chat(
+            tokenizer,
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt,
+            template_kwargs=body.chat_template_kwargs or {},
+        )
+    assert text is not None
+    add_special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
+    tokens = await encode(tokenizer, text, add_special_tokens=add_special)
+    answer = {
+        "count": len(tokens),
+        "max_model_len": context.engine.info.max_model_len,
+        "tokens": tokens,
+        "token_strs": await _spelled(tokenizer, tokens) if body.return_token_strs else None,
+    }
+    return Response(encode_json(answer), media_type="application/json")
+
+
+async def _spelled(tokenizer: Tokenizer, tokens: list[int]) -> list[str | None]:
+    if len(tokens) > LONG_TEXT:
+        return await asyncio.to_thread(lambda: [tokenizer.id_to_token(token) for token in tokens])
+    return [tokenizer.id_to_token(token) for token in tokens]
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeBody, context: Context) -> dict[str, str]:
+    """The text of token ids, special tokens included."""
+    context.served_name(body.model)
+    engine = context.engine
+    require_known(body.tokens, engine.info.vocab_size, param="tokens")
+    if len(body.tokens) > LONG_TEXT:
+        return {"prompt": await asyncio.to_thread(engine.tokenizer.decode, body.tokens, skip_special_tokens=False)}
+    return {"prompt": engine.tokenizer.decode(body.tokens, skip_special_tokens=False)}

@@ -1,0 +1,109 @@
+"""How a model is told of tools where its template has none for them, and grammars that make it call one.
+
+Syntax of grammars: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shuteye.server.openai.messages import Tool
+from shuteye.server.parsing.tool_formats import HERMES_BEGIN, HERMES_END, MISTRAL_BEGIN, ToolFormat
+from shuteye.tasks.generate.requests import JSON_WHITESPACE, StructuredOutputsParams
+from shuteye.tokenizer import Tokenizer
+
+MAX_CALLS = 16
+"""Most calls that a model can be made to write in one answer, so that one that repeats itself comes to an end."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """What stands around calls: before and after all of them, around and between single ones, and before arguments."""
+
+    opening: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    arguments: str = "arguments"
+    after: tuple[str, ...] = ()
+    between: str = ""
+    closing: tuple[str, ...] = ()
+
+
+_WORDS: Mapping[ToolFormat, _Words] = {
+    "hermes": _Words(before=(HERMES_BEGIN, "\n"), after=("\n", HERMES_END), between="\n"),
+    "llama3_json": _Words(arguments="parameters", between="; "),
+    "mistral": _Words(opening=(MISTRAL_BEGIN, "["), between=", ", closing=("]",)),
+}
+
+
+def forced_call(
+    tools: Sequence[Tool], tool_format: ToolFormat, tokenizer: Tokenizer, *, several: bool
+) -> StructuredOutputsParams:
+    """Structure of an output that calls one of the tools, or, if `several`, up to MAX_CALLS."""
+    words = _WORDS[tool_format]
+
+    def literal(*texts: str) -> str:
+        return " ".join(_literal(text, tokenizer) for text in texts)
+
+    more = f"({literal(words.between)} call){{0,{MAX_CALLS - 1}}}" if several else ""
+    rules = [
+        f"start: {literal(*words.opening)} call {more} {literal(*words.closing)}",
+        f"call: {literal(*words.before)} ({' | '.join(f'tool_{index}' for index in range(len(tools)))}) "
+        f"{literal(*words.after)}",
+    ]
+    for index, tool in enumerate(tools):
+        head = f'{{"name": {json.dumps(tool.function.name)}, "{words.arguments}": '
+        schema = tool.function.schema_of_arguments | {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
+        rules += [
+            f'tool_{index}: {json.dumps(head)} arguments_{index} "}}"',
+            f"arguments_{index}: %json {json.dumps(schema)}",
+        ]
+    return StructuredOutputsParams(grammar="\n".join(rules), param="tools")
+
+
+def _literal(text: str, tokenizer: Tokenizer) -> str:
+    """A text as it is, or as the special token that it is to this tokenizer."""
+    token_id = tokenizer.token_to_id(text)
+    return f"<[{token_id}]>" if token_id is not None and tokenizer.is_special(token_id) else json.dumps(text)
+
+
+_INTRODUCTION = (
+    "You can call these functions, each described by a JSON object on a line of its own:\n{tools}\n"
+    "To call one, write a JSON object with its name and its arguments, like this:\n"
+    f'{HERMES_BEGIN}\n{{{{"name": "…", "arguments": {{{{…}}}}}}}}\n{HERMES_END}'
+)
+
+
+def in_plain_words(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation with tools described in its system message, and calls and their results written out as text."""
+    plain = [_plain(message) for message in messages]
+    if not tools:
+        return plain
+    described = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
+    introduction = _INTRODUCTION.format(tools=described)
+    if plain and plain[0]["role"] == "system":
+        head = plain[0] | {"content": f"{_text(plain[0].get('content'))}\n\n{introduction}"}
+        return [head, *plain[1:]]
+    return [{"role": "system", "content": introduction}, *plain]
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = _text(message.get("content"))
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+    if message.get("tool_calls"):
+        calls = [f"{HERMES_BEGIN}\n{_call(call['function'])}\n{HERMES_END}" for call in message["tool_calls"]]
+        return {"role": message["role"], "content": "\n".join([*([content] if content else []), *calls])}
+    return dict(message)
+
+
+def _call(function: Mapping[str, Any]) -> str:
+    return json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content)
+    return content or ""

@@ -1,0 +1,258 @@
+"""The ways in which models write tool calls, read as they come: Hermes and Qwen, Llama 3, Mistral.
+
+Knows nothing of which tools there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from shuteye.server.parsing.call_scanner import CallScanner, JsonValue
+from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, Piece, PieceReader, held_length
+
+ToolFormat = Literal["hermes", "llama3_json", "mistral"]
+
+HERMES_BEGIN, HERMES_END = "<tool_call>", "</tool_call>"
+LLAMA_BEGIN = "<|python_tag|>"
+MISTRAL_BEGIN, MISTRAL_ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
+
+MARKERS: Mapping[ToolFormat, tuple[str, ...]] = {
+    "hermes": (HERMES_BEGIN, HERMES_END),
+    "llama3_json": (LLAMA_BEGIN,),
+    "mistral": (MISTRAL_BEGIN, MISTRAL_ARGUMENTS),
+}
+"""What must be seen to read a format, even where a tokenizer has special tokens for it."""
+
+
+def format_of(template: str) -> ToolFormat:
+    """The format that a chat template speaks; Hermes', which most share, if it does not tell."""
+    if MISTRAL_BEGIN in template:
+        return "mistral"
+    return "llama3_json" if LLAMA_BEGIN in template else "hermes"
+
+
+def tool_reader(name: ToolFormat) -> PieceReader:
+    """A reader of one answer."""
+    readers: Mapping[ToolFormat, Callable[[], PieceReader]] = {
+        "hermes": HermesReader,
+        "llama3_json": LlamaReader,
+        "mistral": MistralReader,
+    }
+    return readers[name]()
+
+
+class _MarkedReader:
+    """Content until a marker comes; then calls, which a subclass reads.
+
+    White space before a marker is no content. What turns out to be no call is content after all, marker included.
+    """
+
+    begin: str
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._num_calls = 0
+        self._call: CallScanner | None = None
+        self._raw = ""  # of the call, as long as it may turn out to be content
+        self._in_calls = False
+
+    def feed(self, text: str) -> list[Piece]:
+        """See `PieceReader`."""
+        pieces: list[Piece] = []
+        text, self._held = self._held + text, ""
+        while text:
+            text = self._step(text, pieces)
+        return pieces
+
+    def _step(self, text: str, pieces: list[Piece]) -> str:
+        """Read some of the text; what is left to read at once. What must wait goes to `_held`."""
+        if self._call is not None:
+            return self._read_call(self._call, text, pieces)
+        return self._read_between(text, pieces) if self._in_calls else self._read_content(text, pieces)
+
+    def _read_content(self, text: str, pieces: list[Piece]) -> str:
+        before, marker, after = text.partition(self.begin)
+        if marker:
+            self._tell_content(before.rstrip(), pieces)
+            self._in_calls, self._raw = True, marker
+            return after
+        shown = len(text) - held_length(text, self.begin)
+        shown = len(text[:shown].rstrip())
+        self._held = text[shown:]
+        self._tell_content(text[:shown], pieces)
+        return ""
+
+    def _tell_content(self, text: str, pieces: list[Piece]) -> None:
+        if text:
+            pieces.append(Content(text))
+
+    def _read_between(self, text: str, pieces: list[Piece]) -> str:
+        """After a marker, where a call begins, or the calls end."""
+        raise NotImplementedError
+
+    def _tell_raw(self, pieces: list[Piece]) -> None:
+        """It was no call."""
+        pieces.append(Content(self._raw))
+        self._raw = ""
+
+    def _begin_call(self) -> None:
+        self._call = CallScanner(self._num_calls)
+
+    def _read_call(self, call: CallScanner, text: str, pieces: list[Piece]) -> str:
+        found, rest = call.feed(text)
+        pieces += found
+        self._raw += text[: len(text) - len(rest)]
+        if call.done:
+            self._num_calls += 1
+            self._call, self._raw = None, ""
+        elif call.failed:
+            self._give_up(call, pieces)
+        return rest
+
+    def _give_up(self, call: CallScanner, pieces: list[Piece]) -> None:
+        if call.has_begun:
+            self._num_calls += 1  # its arguments stay as they are
+        else:
+            pieces.append(Content(self._raw))
+        self._call, self._raw, self._in_calls = None, "", False
+
+    def finish(self) -> list[Piece]:
+        """See `PieceReader`."""
+        pieces: list[Piece] = []
+        if self._call is not None:
+            self._give_up(self._call, pieces)
+        rest = self._raw + self._held
+        self._raw = self._held = ""
+        if rest.strip() or (rest and not self._num_calls):
+            pieces.append(Content(rest))
+        return pieces
+
+
+class HermesReader(_MarkedReader):
+    """`<tool_call>{"name": …, "arguments": {…}}</tool_call>`, any number of times (Hermes, Qwen)."""
+
+    begin = HERMES_BEGIN
+
+    def _read_between(self, text: str, pieces: list[Piece]) -> str:
+        if self._raw:  # the marker has just come
+            self._begin_call()
+            return text
+        stripped = text.lstrip()
+        if stripped.startswith(HERMES_END):
+            self._in_calls = False
+            return stripped[len(HERMES_END) :]
+        if HERMES_END.startswith(stripped):
+            self._held = stripped
+        else:  # it forgot to close
+            self._in_calls = False
+            return text
+        return ""
+
+
+class LlamaReader(_MarkedReader):
+    """`{"name": …, "parameters": {…}}`, several with `;` between them; `<|python_tag|>` may come first (Llama 3)."""
+
+    begin = LLAMA_BEGIN
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._opened = False
+
+    def _read_content(self, text: str, pieces: list[Piece]) -> str:
+        stripped = text.lstrip()
+        if self._opened or (stripped and not stripped.startswith("{")):
+            self._opened = self._opened or not LLAMA_BEGIN.startswith(stripped)
+            return super()._read_content(text, pieces)
+        if not stripped:
+            self._held = text
+            return ""
+        self._opened = self._in_calls = True
+        return stripped
+
+    def _read_between(self, text: str, pieces: list[Piece]) -> str:
+        stripped = text.lstrip(" \t\r\n;")
+        self._opened = True
+        if stripped.startswith("{"):
+            self._begin_call()
+            return stripped
+        if not stripped:
+            self._held = text
+            return ""
+        self._in_calls = False
+        if not self._raw:  # what follows a call
+            return stripped
+        self._tell_raw(pieces)
+        return text
+
+
+class MistralReader(_MarkedReader):
+    """`[TOOL_CALLS][{"name": …, "arguments": {…}}, …]`, or, since tokenizer v11, `[TOOL_CALLS]name[ARGS]{…}`."""
+
+    begin = MISTRAL_BEGIN
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._in_list = False
+        self._arguments: JsonValue | None = None
+
+    def _step(self, text: str, pieces: list[Piece]) -> str:
+        return self._read_arguments(text, pieces) if self._arguments is not None else super()._step(text, pieces)
+
+    def _read_between(self, text: str, pieces: list[Piece]) -> str:
+        stripped = text.lstrip()
+        if not stripped:
+            self._held = text
+            return ""
+        if self._in_list:
+            return self._read_list(stripped)
+        if not self._raw:  # a named call has ended
+            self._in_calls = False
+            return stripped
+        if stripped[0] == "[":
+            self._in_list = True
+            self._raw += "["
+            return stripped[1:]
+        return self._read_name(stripped, pieces)
+
+    def _read_list(self, text: str) -> str:
+        if text[0] == ",":
+            return text[1:]
+        if text[0] == "]":
+            self._in_list = self._in_calls = False
+            self._raw = ""
+            return text[1:]
+        self._begin_call()
+        return text
+
+    def _read_name(self, text: str, pieces: list[Piece]) -> str:
+        name, brace, rest = text.partition("{")
+        if not brace:
+            self._held = text
+            return ""
+        name = name.split("[", 1)[0].strip()
+        if not name:
+            self._in_calls = False
+            self._tell_raw(pieces)
+            return text
+        self._raw = ""
+        self._arguments = JsonValue("{")
+        pieces += [CallBegin(self._num_calls, name), CallArguments(self._num_calls, "{")]
+        return rest
+
+    def _read_arguments(self, text: str, pieces: list[Piece]) -> str:
+        assert self._arguments is not None
+        taken = 0
+        while taken < len(text) and not self._arguments.done:
+            self._arguments.take(text[taken])
+            taken += 1
+        if taken:
+            pieces.append(CallArguments(self._num_calls, text[:taken]))
+        if self._arguments.done:
+            self._arguments = None
+            self._num_calls += 1
+        return text[taken:]
+
+    def _give_up(self, call: CallScanner, pieces: list[Piece]) -> None:
+        super()._give_up(call, pieces)
+        self._in_list = False

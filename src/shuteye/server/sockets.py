@@ -1,0 +1,132 @@
+"""The socket that a server listens on, and connections accepted from it while there are descriptors for them.
+
+Knows nothing of what is said on them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import cast
+
+from shuteye import processes as descriptors
+from shuteye.errors import InvalidRequest
+from shuteye.server.config import ServerConfig
+
+BACKLOG = 2048
+_ADVICE = {
+    errno.EADDRINUSE: ("port", "Stop what listens there, or choose another."),
+    errno.EADDRNOTAVAIL: ("host", "It is no address of this machine; 0.0.0.0 is every one that it has."),
+    errno.EACCES: ("port", "Ports below 1024 are for privileged users; choose a higher one, or give the capability."),
+}
+"""errno → the field to change, and how."""
+
+
+def open_listener(config: ServerConfig) -> socket.socket:
+    """A socket that listens where the config says.
+
+    Raises:
+        InvalidRequest: it cannot; `param` names the field that is at fault, as far as the system tells.
+    """
+    where = f"Cannot listen on {config.host}:{config.port}"
+    try:
+        address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (OSError, ValueError) as error:  # ValueError: no name at all, such as one with an empty part
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        advice = "The host is neither an address nor a name that can be looked up."
+        raise InvalidRequest(f"{where}: {reason}. {advice}", param="host") from error
+    try:
+        return socket.create_server(cast(tuple[str, int], address[4][:2]), family=address[0], backlog=BACKLOG)
+    except OSError as error:
+        field, advice = _ADVICE.get(error.errno or 0, ("host", "Choose another --host or --port."))
+        raise InvalidRequest(f"{where}: {os.strerror(error.errno or 0)}. {advice}", param=field) from error
+
+
+logger = logging.getLogger(__name__)
+
+RESERVED_DESCRIPTORS = 64
+"""Left to the server itself: to start an engine anew, to receive uploads, to open files."""
+AT_ONCE = 64
+"""Connections taken before the event loop does something else."""
+PAUSE_S = 0.1
+LOG_EVERY_S = 60.0
+
+
+class Acceptor:
+    """Accepts connections for as long as there are descriptors; those beyond wait in the listener's backlog.
+
+    Args:
+        listener: listens already; stays the caller's to close.
+        new_connection: makes the protocol of a connection.
+        num_open: how many connections there are.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        new_connection: Callable[[], asyncio.Protocol],
+        *,
+        num_open: Callable[[], int],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._listener = listener
+        self._new_connection = new_connection
+        self._num_open = num_open
+        self._most = max(1, descriptors.limit() - RESERVED_DESCRIPTORS)
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._pause: asyncio.TimerHandle | None = None
+        self._logged: float | None = None
+        self._closed = False
+        listener.setblocking(False)
+        self._resume()
+
+    def close(self) -> None:
+        """Accept no more. Idempotent."""
+        self._closed = True
+        if self._pause is not None:
+            self._pause.cancel()
+        self._loop.remove_reader(self._listener)
+
+    def _accept(self) -> None:
+        for _ in range(AT_ONCE):
+            if self._num_open() + len(self._connecting) >= self._most:
+                self._wait(f"{self._most:,} are open, as many as there are file descriptors for")
+                return
+            try:
+                accepted, _address = self._listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except ConnectionAbortedError:  # it went before it was taken
+                continue
+            except OSError as error:  # a want of something, or trouble with the network: both may pass
+                self._wait(descriptors.shortage() if descriptors.is_shortage(error) else str(error))
+                return
+            task = self._loop.create_task(self._connect(accepted))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+
+    async def _connect(self, accepted: socket.socket) -> None:
+        try:
+            accepted.setblocking(False)
+            await self._loop.connect_accepted_socket(self._new_connection, accepted)
+        except OSError as error:
+            logger.warning("A connection could not be used: %s", error)
+            accepted.close()
+
+    def _wait(self, why: str) -> None:
+        """Leave new connections in the backlog for a moment; say so, but not every time."""
+        self._loop.remove_reader(self._listener)
+        self._pause = self._loop.call_later(PAUSE_S, self._resume)
+        now = self._loop.time()
+        if self._logged is None or now - self._logged >= LOG_EVERY_S:
+            self._logged = now
+            logger.error("No new connections are taken until others end: %s.", why)
+
+    def _resume(self) -> None:
+        self._pause = None
+        if not self._closed:
+            self._loop.add_reader(self._listener, self._accept)

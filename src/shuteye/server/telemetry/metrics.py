@@ -1,0 +1,262 @@
+"""Prometheus metrics of one app: what is counted and timed here, beside the engine's last pushed snapshot.
+
+Knows nothing of routes. Names are vLLM's with the prefix `shuteye_`; the colon of `vllm:` belongs to recording rules.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from shuteye.errors import ClientError, ShuteyeError
+from shuteye.server.telemetry.snapshots import SnapshotCollector, Snapshots
+from shuteye.server.telemetry.timing import RequestTimer, ServedPrompt, Tracer
+from shuteye.state import SleepReport, UpdateReport, WakeReport
+
+if TYPE_CHECKING:
+    from starlette.types import Scope
+
+logger = logging.getLogger("shuteye.requests")
+
+LATENCY_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
+REQUEST_BUCKETS_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0)
+TRANSITION_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""Those that may be a label; each series takes memory for ever, so that no caller may make one up."""
+
+TOKEN_BUCKETS = tuple(float(2**power) for power in range(18))
+
+CALL, REQUEST = "call", "request"
+"""What caused a transition: somebody's call, or a request that found the model asleep (policy `wake`)."""
+
+Report = TypeVar("Report")
+
+
+class Metrics:
+    """All metrics of one app, in a registry of its own.
+
+    Args:
+        tracer: told of prompts and transitions, too.
+        log_requests: log a line for every prompt that was served.
+    """
+
+    def __init__(
+        self, engine: Snapshots, model_name: str, *, tracer: Tracer | None = None, log_requests: bool = False
+    ) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model_name
+        self._tracer = tracer
+        self._log_requests = log_requests
+        self._last_wake: tuple[float, int] | None = None  # seconds, and bytes of weights that came back
+        self._define_requests()
+        self._define_transitions()
+        self.registry.register(SnapshotCollector(engine, model_name))
+
+    def _define_requests(self) -> None:
+        self._answers = self._counter(
+            "shuteye_http_requests", "HTTP requests answered, by route and status.", "method", "path", "status"
+        )
+        self._success = self._counter(
+            "shuteye_request_success", "Choices that ended in order: stop, length or abort.", "finished_reason"
+        )
+        self._failure = self._counter(
+            "shuteye_request_failure",
+            "Prompts that were lost: disconnected (the client went), refused (a bad value) or error.",
+            "reason",
+        )
+        self._first_token = self._latency("shuteye_time_to_first_token_seconds", "Arrival to first token.")
+        self._inter_token = self._latency("shuteye_inter_token_latency_seconds", "Time between tokens of a choice.")
+        self._whole = self._whole_request("shuteye_e2e_request_latency_seconds", "Arrival to last token.")
+        self._phases = {
+            "queue": self._whole_request("shuteye_request_queue_time_seconds", "Arrival to a place in the batch."),
+            "prefill": self._whole_request("shuteye_request_prefill_time_seconds", "That place to the first token."),
+            "decode": self._whole_request("shuteye_request_decode_time_seconds", "First to last token."),
+        }
+        self._num_prompt_tokens = self._histogram(
+            "shuteye_request_prompt_tokens", "Tokens of a prompt.", buckets=TOKEN_BUCKETS
+        ).labels(self._model)
+        self._num_output_tokens = self._histogram(
+            "shuteye_request_generation_tokens", "Tokens generated for a prompt.", buckets=TOKEN_BUCKETS
+        ).labels(self._model)
+
+    def _define_transitions(self) -> None:
+        self._transitions = self._counter(
+            "shuteye_transitions",
+            "Transitions by kind, by outcome (changed, unchanged, or the error's class), and by what caused them "
+            "(call, or request: policy wake).",
+            "transition",
+            "outcome",
+            "cause",
+        )
+        self._transition_time = self._histogram(
+            "shuteye_transition_seconds",
+            "Duration of transitions that succeeded.",
+            "transition",
+            buckets=TRANSITION_BUCKETS_S,
+        )
+        self._freed = self._counter("shuteye_sleep_freed_bytes", "Bytes given back by sleeping, as measured.")
+        self._restored = self._counter("shuteye_wake_restored_bytes", "Bytes mapped again by waking, as measured.")
+        self._updated = self._counter("shuteye_weights_updated_bytes", "Bytes written by weight updates and reloads.")
+        self._residual = Gauge(
+            "shuteye_sleep_residual_bytes",
+            "Bytes that stayed in the process at the last sleep.",
+            ("model_name",),
+            registry=self.registry,
+        )
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, ("model_name", *labels), registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, ("model_name", *labels), buckets=buckets, registry=self.registry)
+
+    def _latency(self, name: str, text: str) -> Histogram:
+        return self._histogram(name, text, buckets=LATENCY_BUCKETS_S).labels(self._model)
+
+    def _whole_request(self, name: str, text: str) -> Histogram:
+        return self._histogram(name, text, buckets=REQUEST_BUCKETS_S).labels(self._model)
+
+    def exposition(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def count_answer(self, scope: Scope, status: int) -> None:
+        """An HTTP request is being answered; paths that no route has are counted together, as are unusual methods."""
+        path = getattr(scope.get("route"), "path", "other")
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._answers.labels(self._model, "" if path == "other" else method, path, str(status)).inc()
+
+    @contextmanager
+    def request(self) -> Iterator[RequestTimer]:
+        """Times one prompt from here on; every choice that finishes is counted, and so is a prompt that is lost."""
+        timer = RequestTimer(self)
+        try:
+            yield timer
+        except GeneratorExit:
+            timer.lost("disconnected")
+            raise
+        except ClientError:
+            timer.lost("refused")
+            raise
+        except BaseException as error:
+            timer.lost("error" if isinstance(error, Exception) else "disconnected")
+            raise
+
+    def observe_inter_token(self, seconds: float, count: int) -> None:
+        """See `TimedPrompts`."""
+        for _ in range(count):
+            self._inter_token.observe(seconds)
+
+    def observe_prompt(self, served: ServedPrompt, *, failure: str | None) -> None:
+        """See `TimedPrompts`."""
+        if failure is None:
+            self._count_served(served)
+        else:
+            self._failure.labels(self._model, failure).inc()
+        if self._tracer is not None:
+            self._tracer.prompt(served)
+        if self._log_requests:
+            _log(served)
+
+    def _count_served(self, served: ServedPrompt) -> None:
+        for reason in served.outcome:
+            self._success.labels(self._model, reason).inc()
+        self._whole.observe(served.ended - served.arrived)
+        if served.first_token is not None:
+            self._first_token.observe(served.first_token - served.arrived)
+        for name, (begin, end) in served.phases.items():
+            self._phases[name].observe(end - begin)
+        self._num_prompt_tokens.observe(served.num_prompt_tokens)
+        self._num_output_tokens.observe(served.num_output_tokens)
+
+    # --- transitions ----------------------------------------------------------------------------
+
+    @property
+    def last_wake_s(self) -> float | None:
+        """How long the last wake took that brought weights back, whatever caused it."""
+        return self._last_wake[0] if self._last_wake else None
+
+    def expected_wake_s(self, restore_bytes: int) -> float | None:
+        """How long bringing `restore_bytes` of weights back should take, at the last wake's pace; None if unknown."""
+        if self._last_wake is None or restore_bytes == 0:
+            return None
+        seconds, restored_bytes = self._last_wake
+        return seconds * (restore_bytes / restored_bytes)
+
+    async def transition(self, kind: str, work: Awaitable[Report]) -> Report:
+        """The result of `work`, timed and counted as a transition of this kind."""
+        started = time.perf_counter()
+        try:
+            report = await work
+        except BaseException as error:
+            self._count_transition(kind, error, time.perf_counter() - started, cause=CALL)
+            raise
+        self._count_transition(kind, report, time.perf_counter() - started, cause=CALL)
+        return report
+
+    def on_own_wake(self, outcome: WakeReport | ShuteyeError) -> None:
+        """A wake has ended that a request caused (policy `wake`)."""
+        self._count_transition("wake_up", outcome, getattr(outcome, "seconds", 0.0), cause=REQUEST)
+
+    def _count_transition(self, kind: str, outcome: object, seconds: float, *, cause: str) -> None:
+        failed = isinstance(outcome, BaseException)
+        how = type(outcome).__name__ if failed else "changed" if getattr(outcome, "changed", True) else "unchanged"
+        self._transitions.labels(self._model, kind, how, cause).inc()
+        if not failed:
+            self._transition_time.labels(self._model, kind).observe(seconds)
+            self._keep_figures(outcome)
+        if self._tracer is not None:
+            self._tracer.transition(kind, seconds, {"outcome": how, "cause": cause} | _figures_of(outcome))
+
+    def _keep_figures(self, report: object) -> None:
+        if isinstance(report, SleepReport) and report.changed:
+            self._freed.labels(self._model).inc(report.freed_bytes)
+            self._residual.labels(self._model).set(report.residual_bytes)
+        if isinstance(report, WakeReport) and report.changed:
+            self._restored.labels(self._model).inc(report.restored_bytes)
+            self._keep_pace(report)
+        if isinstance(report, UpdateReport):
+            self._updated.labels(self._model).inc(report.updated_bytes)
+
+    def _keep_pace(self, report: WakeReport) -> None:
+        """Remember a wake that brought weights back; not one of level 0, of the KV cache alone, or to blank weights."""
+        restored = sum(
+            one.restored_bytes for one in report.tags if one.tag == "weights" and one.residency == "resident"
+        )
+        if restored > 0:
+            self._last_wake = (report.seconds, restored)
+
+
+def _figures_of(report: object) -> dict[str, Any]:
+    """What a span says of a transition's report."""
+    names = ("level", "freed_bytes", "residual_bytes", "restored_bytes", "verified", "updated_bytes")
+    return {name: getattr(report, name) for name in names if hasattr(report, name)}
+
+
+def _log(served: ServedPrompt) -> None:
+    """One line for one prompt, without its text."""
+    seconds = served.ended - served.arrived
+    phases = {f"{name}_s": round(end - begin, 6) for name, (begin, end) in served.phases.items()}
+    logger.info(
+        "%s: %d tokens in (%d cached), %d out, %.3f s",
+        " ".join(served.outcome),
+        served.num_prompt_tokens,
+        served.num_cached_tokens,
+        served.num_output_tokens,
+        seconds,
+        extra={
+            "outcome": served.outcome,
+            "num_prompt_tokens": served.num_prompt_tokens,
+            "num_cached_tokens": served.num_cached_tokens,
+            "num_output_tokens": served.num_output_tokens,
+            "seconds": round(seconds, 6),
+            **phases,
+        },
+    )

@@ -1,0 +1,224 @@
+"""Where the memory of a model is, how it gets elsewhere, and what is told of both. Plain frozen data; no torch.
+
+The sleep controller makes plans; ranks carry them out; reports and states are what callers see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Tag = Literal["weights", "kv_cache"]
+TAGS: tuple[Tag, ...] = ("weights", "kv_cache")
+
+TagResidency = Literal["resident", "offloaded", "discarded", "blank"]
+"""Where a tag's bytes are: in memory; in a backing; nowhere; mapped, but not yet written."""
+
+Gate = Literal["open", "draining", "closed"]
+
+
+# --- sleep and wake -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TagReport:
+    """What one transition did to one tag, in bytes the operating system or driver reported.
+
+    Attributes:
+        residency: where the tag's bytes are now.
+        backing: what can restore them: `image`, `disk`, `host`, or None.
+        freed_bytes: physical memory that left the process (sleep).
+        restored_bytes: physical memory mapped again (wake).
+        saved_bytes: bytes copied into the backing because they had been written.
+    """
+
+    tag: Tag
+    residency: TagResidency
+    backing: str | None = None
+    freed_bytes: int = 0
+    restored_bytes: int = 0
+    saved_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SleepReport:
+    """The measured outcome of `sleep`; `residual_bytes` is what stays resident in the process."""
+
+    changed: bool
+    level: int
+    tags: tuple[TagReport, ...] = ()
+    freed_bytes: int = 0
+    residual_bytes: int = 0
+    seconds: float = 0.0
+    aborted_requests: int = 0
+    held_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WakeReport:
+    """The measured outcome of `wake_up`.
+
+    `verified` says what was checked before the gate opened (`off`, `sample`, `full`, and whether the canary ran);
+    `missing` names tensors that must still be written before it can open.
+    """
+
+    changed: bool
+    tags: tuple[TagReport, ...] = ()
+    restored_bytes: int = 0
+    verified: str = "off"
+    verified_bytes: int = 0
+    canary: bool = False
+    weights_source: str | None = None
+    missing: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """The outcome of `update_weights` or `reload_weights`; `missing` must be written before the gate can open."""
+
+    updated: int
+    updated_bytes: int
+    missing: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """Counters since start (`num_*_total`) and gauges now, for `/metrics`."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_prompt_tokens_total: int = 0
+    num_generation_tokens_total: int = 0
+    num_prefix_queries_total: int = 0
+    num_prefix_hits_total: int = 0
+    num_preemptions_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TagState:
+    """Where a tag is, and what waking it would cost."""
+
+    tag: Tag
+    residency: TagResidency
+    backing: str | None
+    nbytes: int
+    resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """The sleep state that the engine pushes to whoever admits requests.
+
+    Attributes:
+        gate: whether requests run.
+        paused: a `pause()` is in force; waking never undoes it.
+        refusing: new requests are refused, by a pause that ended those in flight, or is about to.
+        level: the deepest level asleep at, or None when awake.
+        missing: tensors that must be written before the gate can open.
+        faulted: why nothing can be served, or None.
+    """
+
+    gate: Gate = "closed"
+    paused: bool = False
+    level: int | None = None
+    tags: tuple[TagState, ...] = ()
+    missing: tuple[str, ...] = ()
+    faulted: str | None = None
+    transition: str | None = None
+    refusing: bool = False
+
+    @property
+    def is_sleeping(self) -> bool:
+        """True until every tag is resident and loaded."""
+        return any(tag.residency != "resident" for tag in self.tags)
+
+
+VerifyMode = Literal["off", "sample", "full"]
+
+SCRATCH_BLOCK = 0
+RESERVED_BLOCKS = 1
+"""KV block 0 is the canary's scratch block: it exists in the cache but is never handed out to a request."""
+
+# --- a step -------------------------------------------------------------------------------------
+
+
+Epoch = tuple[int, ...]
+"""What the memory of each rank holds, as a number that every release, reset, reload and update of weights raises.
+
+K/V, prefix digests and whatever else was computed belong to the epoch in which they were computed, and to no other.
+"""
+
+
+# --- sleep and wake -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SleepPlan:
+    """What to do with each tag; `keep` leaves it alone.
+
+    weights: `offload` keeps them restorable, `discard` forgets them (and drops a backing that held them).
+    """
+
+    weights: Literal["keep", "offload", "discard"] = "keep"
+    kv_cache: Literal["keep", "discard"] = "keep"
+
+
+@dataclass(frozen=True, slots=True)
+class SleepEstimate:
+    """What a plan would need, found before anything is touched.
+
+    Attributes:
+        save_bytes: what would be written.
+        growth_bytes: the part of it for which the backing needs new room; the rest overwrites older copies.
+    """
+
+    save_bytes: int
+    growth_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WakePlan:
+    """What to do with each tag; `keep` leaves it alone.
+
+    weights: `restore` brings back what was offloaded, `reload` the image's, `blank` maps memory to be written.
+    """
+
+    weights: Literal["keep", "restore", "reload", "blank"] = "keep"
+    kv_cache: Literal["keep", "commit"] = "keep"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """How many bytes were compared with their checksums, and which extents differ."""
+
+    verified_bytes: int
+    bad_extents: tuple[int, ...] = ()
+
+
+DrainMode = Literal["abort", "wait", "keep"]
+"""What becomes of requests in flight when the gate closes."""
+
+
+def sum_states(ranks: tuple[TagState, ...]) -> TagState:
+    """Where a tag is, with the bytes of all ranks."""
+    return replace(
+        ranks[0],
+        nbytes=sum(state.nbytes for state in ranks),
+        resident_bytes=sum(state.resident_bytes for state in ranks),
+    )
+
+
+def sum_reports(ranks: tuple[TagReport, ...]) -> TagReport:
+    """What a transition did to a tag, with the bytes of all ranks and the seconds of the slowest."""
+    return replace(
+        ranks[0],
+        freed_bytes=sum(report.freed_bytes for report in ranks),
+        restored_bytes=sum(report.restored_bytes for report in ranks),
+        saved_bytes=sum(report.saved_bytes for report in ranks),
+        seconds=max(report.seconds for report in ranks),
+    )

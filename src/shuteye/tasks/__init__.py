@@ -1,0 +1,1 @@
+"""What an engine can be for: each task a folder, with the same file names in each."""

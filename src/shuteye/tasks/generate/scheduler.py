@@ -1,0 +1,416 @@
+"""Decides what the next step of the model computes, and what its tokens mean for each request.
+
+Knows nothing of tensors, text or sleep: ids in, `StepPlan` out; `StepResult` in, `RequestDelta` out. No torch.
+
+There is no prefill phase. A sequence is a list of known tokens, of which the first `num_computed` have K/V; a step
+computes some of the rest, within one token budget over all sequences. When it catches up, a token is sampled.
+
+    tokens   [0 ........ num_computed) [num_computed ........ len(token_ids))
+              in the KV cache           to be computed; the last one's logits choose the next token
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from shuteye.cache.block_pool import BlockPool
+from shuteye.cache.prefix import HashChain, PrefixCache
+from shuteye.errors import ErrorInfo, InvalidRequest, PromptTooLong
+from shuteye.state import RESERVED_BLOCKS, Epoch, SchedulerStats
+from shuteye.tasks.base import RequestDelta
+from shuteye.tasks.generate.plans import Admission, Chunk, SampledToken, StepPlan, StepResult
+from shuteye.tasks.generate.requests import FinishReason, GenerateRequest, TokenLogprobs
+from shuteye.tasks.generate.sequence import MAX_SCORED_CHUNK, ActiveSequence
+
+
+@dataclass(slots=True)
+class _Batch:
+    """A plan in the making; `budget` is how many more tokens it may compute."""
+
+    budget: int
+    chunks: list[Chunk] = field(default_factory=list)
+    admissions: list[Admission] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Totals:
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+
+
+class Scheduler:
+    """Continuous batching over one token budget, with chunked prefill, prefix sharing and preemption by recompute.
+
+    Requests in the batch come first, in the order they were admitted; then waiting ones by priority, then arrival. When
+    blocks run out, the most recently admitted request loses its blocks and returns to the head of the queue: its
+    tokens stay and are computed again. The oldest request can thus always take a step, so that all of them finish.
+
+    Use is strictly `schedule`, then `update` or `fail_step` with that plan. In between, `abort` and `preempt_all` are
+    allowed: what the step yields for those requests is then ignored.
+
+    Block 0 of the KV cache is reserved (the canary's scratch block) and never handed out, so that `num_blocks - 1`
+    blocks hold requests.
+
+    Args:
+        num_blocks: blocks of the KV cache, block 0 included.
+        max_num_seqs: requests in one batch.
+        max_num_batched_tokens: the token budget of one step.
+        max_model_len: longest prompt plus output in tokens; also bounded by what the blocks can hold.
+        eos_token_ids: tokens that end a sequence unless `ignore_eos`.
+
+    Raises:
+        InvalidRequest: there is no block to hand out.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: Collection[int],
+        enable_prefix_caching: bool,
+    ) -> None:
+        if num_blocks <= RESERVED_BLOCKS:
+            raise InvalidRequest(
+                f"The KV cache has {num_blocks} blocks, of which {RESERVED_BLOCKS} is reserved: no request fits. "
+                "Raise kv_cache_memory.",
+                param="kv_cache_memory",
+            )
+        self._pool = BlockPool(num_blocks)
+        self._prefix = PrefixCache(self._pool, block_size=block_size, enabled=enable_prefix_caching)
+        self._block_size = block_size
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        # The last token of a sequence is never computed, so it needs no place in the cache.
+        self._max_length = min(max_model_len, self._pool.num_usable * block_size + 1)
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._sequences: dict[str, ActiveSequence] = {}
+        self._waiting: deque[ActiveSequence] = deque()
+        self._running: list[ActiveSequence] = []
+        self._forget: list[str] = []
+        self._in_flight: StepPlan | None = None
+        self._epoch: Epoch = ()
+        self._num_resets = 0
+        self._totals = _Totals()
+
+    # --- requests in and out ---------------------------------------------------------------------
+
+    def add(self, request: GenerateRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequest: the prompt is empty, or the id is in use.
+            PromptTooLong: the prompt leaves no room for a single output token.
+        """
+        self.check(request)
+        params, num_prompt = request.params, len(request.prompt_token_ids)
+        limit = self._max_length if params.max_tokens is None else num_prompt + params.max_tokens
+        sequence = ActiveSequence(
+            request=request,
+            token_ids=list(request.prompt_token_ids),
+            hashes=HashChain(self._block_size),
+            stop_token_ids=frozenset(params.stop_token_ids),
+            max_length=min(limit, self._max_length),
+            scored=params.prompt_logprobs is not None,
+            max_chunk=sys.maxsize if params.prompt_logprobs is None else MAX_SCORED_CHUNK,
+        )
+        self._sequences[request.request_id] = sequence
+        self._waiting.insert(self._place_in_queue(params.priority), sequence)
+
+    def _place_in_queue(self, priority: int) -> int:
+        """Behind everything that is as urgent, and behind what was preempted: that has begun."""
+        for place in range(len(self._waiting), 0, -1):
+            before = self._waiting[place - 1]
+            if before.request.params.priority <= priority or before.num_cached is not None:
+                return place
+        return 0
+
+    def check(self, request: GenerateRequest) -> None:
+        """Refuse what can never run; raises as `add` does, and changes nothing."""
+        num_prompt = len(request.prompt_token_ids)
+        if request.request_id in self._sequences:
+            raise InvalidRequest(
+                f"Request id {request.request_id!r} is in use; wait for it to end or choose another.",
+                param="request_id",
+            )
+        if num_prompt == 0:
+            raise InvalidRequest("The prompt has no tokens; at least one is needed.", param="prompt")
+        if num_prompt >= self._max_length:
+            raise PromptTooLong(
+                f"The prompt has {num_prompt} tokens, but this engine's context is {self._max_length} tokens, of which "
+                "at least one is needed for the output. Shorten the prompt, or raise max_model_len or kv_cache_memory.",
+                param="prompt",
+            )
+
+    def abort(self, request_ids: Iterable[str]) -> list[RequestDelta]:
+        """End requests with reason "abort" and free their blocks at once; ids not known are ignored."""
+        found = [self._sequences[request_id] for request_id in request_ids if request_id in self._sequences]
+        return [self._finish(sequence, reason="abort") for sequence in dict.fromkeys(found)]
+
+    def abort_all(self) -> list[RequestDelta]:
+        """Abort every request, in order of arrival."""
+        return self.abort(list(self._sequences))
+
+    def preempt_all(self) -> int:
+        """Send every running request back to the head of the queue, in order, and free all blocks.
+
+        Nothing is lost: their tokens stay and are computed again. Returns how many requests were sent back.
+        """
+        count = len(self._running)
+        while self._running:
+            self._preempt(self._running.pop())
+        return count
+
+    def reset_prefix_cache(self) -> None:
+        """Forget which block holds what. Running requests go on; what they began before is shared with nobody."""
+        self._num_resets += 1
+        self._pool.forget_all()
+
+    @property
+    def _root(self) -> bytes:
+        """What digests of blocks begin with: nothing from before the last reset, or of another epoch, has it."""
+        return repr((self._epoch, self._num_resets)).encode()
+
+    def enter_epoch(self, epoch: Epoch) -> None:
+        """If it is another one: preempt every request and forget all blocks, since memory holds something else now."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self.preempt_all()
+            self.reset_prefix_cache()
+
+    # --- a step ----------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if there is no request at all: while there is one, some request makes progress."""
+        assert self._in_flight is None, "schedule() before update() or fail_step() of the previous plan"
+        batch = _Batch(budget=self._max_num_batched_tokens)
+        if self._schedule_running(batch):
+            self._schedule_waiting(batch)
+        if not batch.chunks:
+            return None
+        plan = StepPlan(
+            chunks=tuple(batch.chunks),
+            admissions=tuple(batch.admissions),
+            forget=tuple(self._forget),
+            epoch=self._epoch,
+        )
+        self._forget.clear()
+        self._in_flight = plan
+        return plan
+
+    def _schedule_running(self, batch: _Batch) -> bool:
+        """Give running requests their share, oldest first; False if one had to be preempted for lack of blocks.
+
+        A victim is always younger than the request it makes room for (or is that request), hence not in the plan yet:
+        whatever a plan registers, its step computes.
+        """
+        num_running = len(self._running)
+        index = 0
+        while index < len(self._running) and batch.budget > 0:
+            sequence = self._running[index]
+            end = sequence.num_computed + min(sequence.num_missing, sequence.max_chunk, batch.budget)
+            while sequence.running and self._num_blocks_to_add(sequence, end) > self._pool.num_free:
+                self._preempt(self._running.pop())
+            if sequence.running:
+                self._append_chunk(batch, sequence, end)
+            index += 1
+        return len(self._running) == num_running
+
+    def _schedule_waiting(self, batch: _Batch) -> None:
+        while self._waiting and batch.budget > 0 and len(self._running) < self._max_num_seqs:
+            sequence = self._waiting[0]
+            sequence.hashes.restart(self._root)
+            # what the cache holds has no logits any more
+            matched = () if sequence.to_be_scored else self._prefix.match(sequence.hashes, sequence.token_ids)
+            if not self._has_room(sequence, matched):
+                return
+            self._admit(self._waiting.popleft(), matched, batch)
+            end = sequence.num_computed + min(sequence.num_missing, sequence.max_chunk, batch.budget)
+            self._append_chunk(batch, sequence, end)
+
+    def _has_room(self, sequence: ActiveSequence, matched: tuple[int, ...]) -> bool:
+        """Whether all known tokens fit, leaving a block to grow into for each running request.
+
+        Asking for more than the first chunk avoids admitting what would be preempted soon. An idle engine has room for
+        whatever `add` accepted, so nothing waits forever.
+        """
+        num_revived = sum(self._pool.is_free(block_id) for block_id in matched)
+        num_new = self._num_blocks(len(sequence.token_ids)) - len(matched)
+        return num_revived + num_new + len(self._running) <= self._pool.num_free
+
+    def _admit(self, sequence: ActiveSequence, matched: tuple[int, ...], batch: _Batch) -> None:
+        for block_id in matched:
+            self._pool.share(block_id)
+        sequence.block_ids = matched
+        sequence.num_computed = len(matched) * self._block_size
+        sequence.running = True
+        sequence.epoch = self._epoch
+        self._running.append(sequence)
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+            batch.admissions.append(
+                Admission(sequence.request_id, sequence.request.params, sequence.request.prompt_token_ids)
+            )
+            self._totals.prompt_tokens += sequence.num_prompt
+            self._totals.prefix_queries += sequence.num_prompt
+            self._totals.prefix_hits += sequence.num_cached
+
+    def _append_chunk(self, batch: _Batch, sequence: ActiveSequence, end: int) -> None:
+        """Plan tokens [num_computed, end): allocate their blocks and register those that the step will fill."""
+        assert sequence.epoch == self._epoch, "the blocks of a sequence are those of another epoch"
+        start = sequence.num_computed
+        num_new = self._num_blocks_to_add(sequence, end)
+        if num_new > 0:
+            sequence.block_ids += tuple(self._pool.allocate() for _ in range(num_new))
+        self._prefix.register(sequence.hashes, sequence.token_ids, block_ids=sequence.block_ids, start=start, end=end)
+        chunk = Chunk(
+            request_id=sequence.request_id,
+            token_ids=tuple(sequence.token_ids[start:end]),
+            start=start,
+            block_ids=sequence.block_ids,
+            sample=end == len(sequence.token_ids),
+            scoring=sequence.scoring(start, end) if sequence.scored else None,
+        )
+        batch.chunks.append(chunk)
+        batch.budget -= end - start
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def _num_blocks_to_add(self, sequence: ActiveSequence, end: int) -> int:
+        return self._num_blocks(end) - len(sequence.block_ids)
+
+    # --- its outcome -----------------------------------------------------------------------------
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[RequestDelta]:
+        """Take the step's tokens; one delta per request that got one, in the order of the plan."""
+        self._land(plan)
+        if plan.epoch != self._epoch:
+            return []
+        sampled, scored = iter(result.sampled), iter(result.scored)
+        deltas = []
+        for chunk in plan.chunks:
+            scores = next(scored) if chunk.scoring is not None else ()
+            token = next(sampled) if chunk.sample else None
+            assert token is None or token.request_id == chunk.request_id, "results are not in the order of the plan"
+            sequence = self._sequences.get(chunk.request_id)
+            if sequence is None or not sequence.running:  # aborted or preempted while the step ran
+                continue
+            sequence.num_computed = chunk.start + len(chunk.token_ids)
+            if scores:
+                sequence.num_scored += len(scores)
+                deltas.append(RequestDelta(chunk.request_id, prompt_logprobs=scores))
+            if token is not None:
+                deltas.append(self._advance(sequence, token))
+        return deltas
+
+    def fail_step(self, plan: StepPlan, error: ErrorInfo) -> list[RequestDelta]:
+        """The step was not computed: end its requests with `error` and forget the blocks it was to fill."""
+        self._land(plan)
+        for chunk in plan.chunks:
+            end = chunk.start + len(chunk.token_ids)
+            self._prefix.forget(block_ids=chunk.block_ids, start=chunk.start, end=end)
+        found = [self._sequences[chunk.request_id] for chunk in plan.chunks if chunk.request_id in self._sequences]
+        return [self._finish(sequence, error=error) for sequence in found]
+
+    def _land(self, plan: StepPlan) -> None:
+        assert plan is self._in_flight, "the outcome of a plan that is not in flight"
+        self._in_flight = None
+
+    def _advance(self, sequence: ActiveSequence, token: SampledToken) -> RequestDelta:
+        is_first = sequence.num_output == 0
+        sequence.token_ids.append(token.token_id)
+        self._totals.generation_tokens += 1
+        reason = self._finish_reason(sequence, token.token_id)
+        if reason is not None:
+            self._remove(sequence)
+        stopped_by_id = reason == "stop" and not self._is_eos(sequence, token.token_id)
+        logprobs: tuple[TokenLogprobs, ...] = () if token.logprobs is None else (token.logprobs,)
+        return RequestDelta(
+            request_id=sequence.request_id,
+            token_ids=(token.token_id,),
+            logprobs=logprobs,
+            finish_reason=reason,
+            stop_token_id=token.token_id if stopped_by_id else None,
+            num_cached_tokens=(sequence.num_cached or 0) if is_first else 0,
+        )
+
+    def _is_eos(self, sequence: ActiveSequence, token_id: int) -> bool:
+        return token_id in self._eos_token_ids and (not sequence.request.params.ignore_eos or sequence.has_grammar)
+
+    def _finish_reason(self, sequence: ActiveSequence, token_id: int) -> FinishReason | None:
+        is_eos = self._is_eos(sequence, token_id)
+        is_enough = sequence.num_output >= sequence.request.params.min_tokens
+        if (is_eos or token_id in sequence.stop_token_ids) and (is_enough or (is_eos and sequence.has_grammar)):
+            return "stop"
+        return "length" if len(sequence.token_ids) >= sequence.max_length else None
+
+    # --- leaving the batch -----------------------------------------------------------------------
+
+    def _preempt(self, sequence: ActiveSequence) -> None:
+        """Return a sequence, already taken out of `_running`, to the head of the queue without its blocks."""
+        self._free(sequence)
+        self._waiting.appendleft(sequence)
+        self._totals.preemptions += 1
+
+    def _free(self, sequence: ActiveSequence) -> None:
+        self._pool.release(sequence.block_ids)
+        sequence.block_ids = ()
+        sequence.num_computed = 0
+        sequence.running = False
+
+    def _remove(self, sequence: ActiveSequence) -> None:
+        if sequence.running:
+            self._running.remove(sequence)
+            self._free(sequence)
+        else:
+            self._waiting.remove(sequence)
+        if sequence.num_cached is not None:  # a worker knows it
+            self._forget.append(sequence.request_id)
+        del self._sequences[sequence.request_id]
+
+    def _finish(
+        self, sequence: ActiveSequence, *, reason: FinishReason | None = None, error: ErrorInfo | None = None
+    ) -> RequestDelta:
+        self._remove(sequence)
+        return RequestDelta(request_id=sequence.request_id, finish_reason=reason, error=error)
+
+    # --- what can be seen ------------------------------------------------------------------------
+
+    @property
+    def has_unfinished(self) -> bool:
+        """True while there is a request, running or waiting."""
+        return bool(self._sequences)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that own blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that own none: new or preempted."""
+        return len(self._waiting)
+
+    def stats(self) -> SchedulerStats:
+        """Gauges and counters; `num_blocks` leaves out the reserved block."""
+        return SchedulerStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_blocks=self._pool.num_usable,
+            num_free_blocks=self._pool.num_free,
+            num_prompt_tokens_total=self._totals.prompt_tokens,
+            num_generation_tokens_total=self._totals.generation_tokens,
+            num_prefix_queries_total=self._totals.prefix_queries,
+            num_prefix_hits_total=self._totals.prefix_hits,
+            num_preemptions_total=self._totals.preemptions,
+        )

@@ -1,0 +1,54 @@
+"""Steps of a model that embeds or scores: whole inputs through the encoder, one row of numbers each.
+
+Knows nothing of scheduling or sleeping; nothing outlives a step.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from shuteye.memory.arena import Arena
+from shuteye.memory.image import WeightImage
+from shuteye.models.encoder import LoadedEncoder, bind_encoder
+from shuteye.tasks.canary import NUM_TOKENS, Prove, fixed_tokens
+from shuteye.tasks.pool.plans import PoolPlan, PoolResult
+from shuteye.tasks.pool.requests import PoolingParams, PoolInput
+
+
+class PoolingRunner:
+    """See `ModelRunner`."""
+
+    kv_bytes_per_token = 0
+
+    def __init__(self, image: WeightImage, weights: Arena) -> None:
+        self.model: LoadedEncoder = bind_encoder(image, weights)
+        limit = min(NUM_TOKENS, self.model.context_length)
+        self._canary = PoolInput(fixed_tokens(self.model.vocab_size, limit=limit))
+
+    def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
+        """See `ModelRunner`: there is none."""
+        assert arena.nbytes == num_blocks == 0, "an encoder was given a KV cache"
+
+    def drop_computed(self) -> None:
+        """See `ModelRunner`: nothing outlives a step."""
+
+    def execute(self, plan: PoolPlan, *, prove: Prove | None = None) -> PoolResult:
+        """Run the batch; rows with the same wishes are finished together."""
+        if prove is not None:
+            prove(self.canary_pass())
+        rows = self.model.forward([item.input for item in plan.items])  # [num_items, size]
+        wishes: dict[PoolingParams, list[int]] = {}
+        for index, item in enumerate(plan.items):
+            wishes.setdefault(item.params, []).append(index)
+        found: dict[int, bytes] = {}
+        for params, indices in wishes.items():
+            finished = self.model.finish(
+                rows[indices], dimensions=params.dimensions, use_activation=params.use_activation
+            )
+            for index, row in zip(indices, finished.numpy(), strict=True):
+                found[index] = row.tobytes()
+        return PoolResult(tuple(found[index] for index in range(len(plan.items))))
+
+    def canary_pass(self) -> torch.Tensor:
+        """The row [1, size] of one fixed input, as the model gives it."""
+        return self.model.forward([self._canary])

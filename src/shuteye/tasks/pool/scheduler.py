@@ -1,0 +1,251 @@
+"""Decides which inputs to embed or score the next step computes, and gathers their rows per request.
+
+Knows nothing of tensors, text or sleep: ids in, `PoolPlan` out; `PoolResult` in, `PooledDelta` out. No torch.
+
+A request is a list of inputs, each computed whole in one step. A step takes the oldest waiting input and those most
+like it in length, of whichever request, within one token budget: little is padded, and nothing waits for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from shuteye.errors import ErrorInfo, InvalidRequest, PromptTooLong
+from shuteye.model_info import PoolingInfo
+from shuteye.state import Epoch, SchedulerStats
+from shuteye.tasks.base import RequestDelta
+from shuteye.tasks.pool.plans import PoolItem, PoolPlan, PoolResult
+from shuteye.tasks.pool.requests import PooledDelta, PoolRequest
+
+MAX_PADDING = 0.2
+"""Largest share of a step's positions that may be padding."""
+
+WINDOW = 4
+"""Inputs looked at for a step, as a multiple of the most that a step takes."""
+
+
+@dataclass(slots=True, eq=False)
+class _Pooling:
+    """A request on its way. `pending` has the indices of inputs without a row, longest first; `rows` the others' rows.
+
+    Beginning anew is another object: rows that arrive for this one are then ignored.
+    """
+
+    request: PoolRequest
+    pending: dict[int, None]
+    rows: dict[int, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, request: PoolRequest) -> _Pooling:
+        """Nothing computed yet."""
+        by_length = sorted(range(len(request.inputs)), key=lambda index: -len(request.inputs[index].token_ids))
+        return cls(request, dict.fromkeys(by_length))
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def delta(self) -> PooledDelta:
+        """All rows, in the order of the inputs."""
+        return PooledDelta(self.request_id, tuple(self.rows[index] for index in range(len(self.request.inputs))))
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """One input without a row."""
+
+    pooling: _Pooling
+    index: int
+
+    @property
+    def length(self) -> int:
+        return len(self.pooling.request.inputs[self.index].token_ids)
+
+    @property
+    def item(self) -> PoolItem:
+        request = self.pooling.request
+        return PoolItem(request.inputs[self.index], request.params)
+
+
+class PoolScheduler:
+    """First come, first served, with inputs of similar length batched across requests; see `TaskScheduler`.
+
+    Args:
+        max_num_seqs: inputs in one step.
+        max_num_batched_tokens: positions in one step, padding included; a longer input is computed alone.
+        max_model_len: longest input in tokens.
+        pooling: what the model makes of an input.
+    """
+
+    def __init__(
+        self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, pooling: PoolingInfo | None
+    ) -> None:
+        assert pooling is not None, "a model that embeds or scores says what it makes of an input"
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._pooling = pooling
+        self._requests: dict[str, _Pooling] = {}
+        self._in_flight: tuple[PoolPlan, tuple[_Waiting, ...]] | None = None
+        self._epoch: Epoch = ()
+        self._num_prompt_tokens = 0
+        self._num_preemptions = 0
+
+    # --- requests in and out ---------------------------------------------------------------------
+
+    def add(self, request: PoolRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequest: it can never be computed, or the id is in use.
+            PromptTooLong: an input is longer than the context.
+        """
+        self.check(request)
+        self._requests[request.request_id] = _Pooling.begin(request)
+
+    def check(self, request: PoolRequest) -> None:
+        """Refuse what can never run; raises as `add` does, and changes nothing."""
+        if request.request_id in self._requests:
+            raise InvalidRequest(
+                f"Request id {request.request_id!r} is in use; wait for it to end or choose another.",
+                param="request_id",
+            )
+        if not request.inputs:
+            raise InvalidRequest("There is no input; at least one is needed.", param="input")
+        for index, each in enumerate(request.inputs):
+            self._check_length(index, len(each.token_ids))
+        self._check_dimensions(request.params.dimensions)
+
+    def _check_length(self, index: int, num_tokens: int) -> None:
+        if num_tokens == 0:
+            raise InvalidRequest(f"Input {index} has no tokens; at least one is needed.", param="input")
+        if num_tokens > self._max_model_len:
+            raise PromptTooLong(
+                f"Input {index} has {num_tokens} tokens, but this model's context is {self._max_model_len} tokens. "
+                "Shorten it, or have it cut with truncate_prompt_tokens=-1.",
+                param="input",
+            )
+
+    def _check_dimensions(self, wanted: int | None) -> None:
+        size, allowed = self._pooling.size, self._pooling.dimensions
+        if wanted is None or (wanted == size) or (1 <= wanted <= size and (allowed is None or wanted in allowed)):
+            return
+        possible = f"1 to {size}" if allowed is None else ", ".join(str(each) for each in sorted({*allowed, size}))
+        raise InvalidRequest(
+            f"dimensions must be {possible}, got {wanted}: that is what this model's embeddings can be cut to.",
+            param="dimensions",
+        )
+
+    def abort(self, request_ids: Iterable[str]) -> list[RequestDelta]:
+        """End requests with reason "abort"; ids not known are ignored."""
+        found = [request_id for request_id in request_ids if self._requests.pop(request_id, None) is not None]
+        return [RequestDelta(request_id, finish_reason="abort") for request_id in found]
+
+    def abort_all(self) -> list[RequestDelta]:
+        """Abort every request, in order of arrival."""
+        return self.abort(list(self._requests))
+
+    def preempt_all(self) -> int:
+        """Forget the rows computed so far, so that no request mixes those of two sets of weights."""
+        in_flight = {each.pooling.request_id for each in self._in_flight[1]} if self._in_flight else set()
+        begun = [each for each in self._requests.values() if each.rows or each.request_id in in_flight]
+        for pooling in begun:
+            self._requests[pooling.request_id] = _Pooling.begin(pooling.request)
+        self._num_preemptions += len(begun)
+        return len(begun)
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing is kept between requests."""
+
+    def enter_epoch(self, epoch: Epoch) -> None:
+        """If it is another one, forget the rows computed so far."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self.preempt_all()
+
+    # --- a step ----------------------------------------------------------------------------------
+
+    def schedule(self) -> PoolPlan | None:
+        """The next step, or None if there is no request at all."""
+        assert self._in_flight is None, "schedule() before update() or fail_step() of the previous plan"
+        waiting = list(islice(self._waiting(), WINDOW * self._max_num_seqs))
+        if not waiting:
+            return None
+        chosen = self._choose(waiting)
+        starts = dict.fromkeys(each.pooling.request_id for each in chosen if not each.pooling.rows)
+        plan = PoolPlan(tuple(each.item for each in chosen), tuple(starts), self._epoch)
+        self._in_flight = plan, tuple(chosen)
+        return plan
+
+    def _waiting(self) -> Iterator[_Waiting]:
+        for pooling in self._requests.values():
+            for index in pooling.pending:
+                yield _Waiting(pooling, index)
+
+    def _choose(self, waiting: list[_Waiting]) -> list[_Waiting]:
+        """The oldest input, and the others by how near their length is to its, as long as they fit."""
+        oldest = waiting[0]
+        chosen, longest, total = [oldest], oldest.length, oldest.length
+        for each in sorted(waiting[1:], key=lambda each: abs(each.length - oldest.length)):
+            positions = max(longest, each.length) * (len(chosen) + 1)
+            padding = positions - total - each.length
+            full = len(chosen) == self._max_num_seqs or positions > self._max_num_batched_tokens
+            if full or padding > MAX_PADDING * positions:
+                break
+            chosen.append(each)
+            longest, total = max(longest, each.length), total + each.length
+        return chosen
+
+    def update(self, plan: PoolPlan, result: PoolResult) -> list[PooledDelta]:
+        """Take the step's rows; one delta per request that has all of its rows now."""
+        finished = []
+        for each, row in zip(self._land(plan), result.rows, strict=True):
+            pooling = each.pooling
+            if self._requests.get(pooling.request_id) is not pooling:  # aborted or begun anew meanwhile
+                continue
+            del pooling.pending[each.index]
+            pooling.rows[each.index] = row
+            self._num_prompt_tokens += each.length
+            if not pooling.pending:
+                finished.append(self._requests.pop(pooling.request_id).delta)
+        return finished
+
+    def fail_step(self, plan: PoolPlan, error: ErrorInfo) -> list[RequestDelta]:
+        """The step was not computed: end its requests with `error`."""
+        failed = dict.fromkeys(each.pooling.request_id for each in self._land(plan))
+        return [RequestDelta(request_id, error=error) for request_id in failed if self._requests.pop(request_id, None)]
+
+    def _land(self, plan: PoolPlan) -> tuple[_Waiting, ...]:
+        assert self._in_flight is not None, "the outcome of a plan that is not in flight"
+        assert self._in_flight[0] is plan, "the outcome of a plan that is not in flight"
+        (_, chosen), self._in_flight = self._in_flight, None
+        return chosen
+
+    # --- what can be seen ------------------------------------------------------------------------
+
+    @property
+    def has_unfinished(self) -> bool:
+        """True while there is a request."""
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        """Requests of which some rows are there."""
+        return sum(bool(pooling.rows) for pooling in self._requests.values())
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests of which nothing is there yet."""
+        return len(self._requests) - self.num_running
+
+    def stats(self) -> SchedulerStats:
+        """Gauges and counters; there are no blocks."""
+        return SchedulerStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_prompt_tokens_total=self._num_prompt_tokens,
+            num_preemptions_total=self._num_preemptions,
+        )

@@ -1,0 +1,136 @@
+"""Steps of a model that transcribes: windows heard, tokens decoded for all open windows at once, tokens chosen.
+
+Knows nothing of scheduling, of sleeping, or of what tokens mean. What it keeps of a request is small beside the weights
+and lives outside of the arenas; it is gone when the request is forgotten, and when memory is released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from shuteye.memory.arena import Arena
+from shuteye.memory.image import WeightImage
+from shuteye.memory.process_memory import return_free_heap
+from shuteye.models.whisper import SpeechModel, bind_speech
+from shuteye.state import Epoch
+from shuteye.tasks.canary import Prove, fixed_tokens
+from shuteye.tasks.transcribe.plans import (
+    SpeechAdmission,
+    SpeechPlan,
+    SpeechResult,
+    SpeechStep,
+    SpeechWindow,
+    SpokenToken,
+    WindowRules,
+)
+
+
+@dataclass(slots=True)
+class _Listening:
+    """What is kept of one request.
+
+    Attributes:
+        features: [num_mel_bins, num_frames] of the whole recording.
+        heard: what the encoder made of a window whose language was asked for, until the window itself is opened.
+        cache: the decoder's memory of the window, which has `num_read` tokens, the last ones of which are `token_ids`.
+    """
+
+    admission: SpeechAdmission
+    features: torch.Tensor
+    heard: torch.Tensor | None = None
+    cache: Any = None
+    num_read: int = 0
+    rules: WindowRules = "text"
+    token_ids: list[int] = field(default_factory=list)
+
+
+class SpeechRunner:
+    """See `ModelRunner`; owns what the decoder keeps of every request."""
+
+    kv_bytes_per_token = 0
+
+    def __init__(self, image: WeightImage, weights: Arena) -> None:
+        self.model: SpeechModel = bind_speech(image, weights)
+        self._listening: dict[str, _Listening] = {}
+        self._epoch: Epoch = ()
+
+    def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
+        """See `ModelRunner`; the arena has no bytes."""
+
+    def drop_computed(self) -> None:
+        """See `ModelRunner`: the scheduler admits again who is still to be served."""
+        if self._listening:
+            self._listening.clear()
+            return_free_heap()
+
+    def canary_pass(self) -> torch.Tensor:
+        """Logits of a few tokens after a window of a few frames."""
+        return self.model.short_pass(fixed_tokens(self.model.vocab_size))
+
+    def execute(self, plan: SpeechPlan, *, prove: Prove | None = None) -> SpeechResult:
+        """Open the plan's windows one by one, then take one step in all others together."""
+        if prove is not None:
+            prove(self.canary_pass())
+        if plan.epoch != self._epoch:
+            self._epoch = plan.epoch
+            self.drop_computed()
+        for request_id in plan.forget:
+            self._listening.pop(request_id, None)
+        for admission in plan.admissions:
+            features = self.model.features(admission.pcm, pad=admission.pad)
+            self._listening[admission.request_id] = _Listening(admission, features)
+        opened = tuple(self._open(window) for window in plan.windows)
+        return SpeechResult(tokens=opened + self._step(plan.steps))
+
+    def _open(self, window: SpeechWindow) -> SpokenToken:
+        state = self._listening[window.request_id]
+        if state.heard is None:
+            end = window.start_frame + window.num_frames
+            state.heard = self.model.hear(state.features[:, window.start_frame : end])
+        read = [*window.prompt_token_ids, *window.token_ids]
+        state.cache, hidden = self.model.begin(state.heard, read)
+        state.num_read, state.rules, state.token_ids = len(read), window.rules, list(window.token_ids)
+        facts = self.model.speech
+        # Asked where OpenAI's implementation asks it: after the start token, before language and task are given.
+        begin = window.prompt_token_ids.index(facts.start_token_id)
+        at_begin, at_end = self.model.logits(hidden[[begin, -1]])
+        no_speech = torch.softmax(at_begin, dim=-1)[facts.no_timestamps_token_id - 1]
+        if window.rules != "language":
+            state.heard = None  # what the decoder needs of it is in its cache
+        return self._choose(state, at_end, drawn=window.drawn, no_speech_prob=float(no_speech))
+
+    def _step(self, steps: Sequence[SpeechStep]) -> tuple[SpokenToken, ...]:
+        if not steps:
+            return ()
+        states = [self._listening[step.request_id] for step in steps]
+        hidden = self.model.step(
+            [step.token_id for step in steps], [state.num_read for state in states], [state.cache for state in states]
+        )
+        logits = self.model.logits(hidden)
+        for state, step in zip(states, steps, strict=True):
+            state.num_read += 1
+            assert state.token_ids[-1] == step.token_id, "a step after another token than the last"
+        return tuple(
+            self._choose(state, row, drawn=step.drawn) for state, row, step in zip(states, logits, steps, strict=True)
+        )
+
+    def _choose(
+        self, state: _Listening, logits: torch.Tensor, *, drawn: int, no_speech_prob: float = 0.0
+    ) -> SpokenToken:
+        """Greedy at temperature 0, else drawn: by seed and `drawn` alone, so that a sleep does not change it."""
+        scores = self.model.allowed(logits, state.rules, state.token_ids)
+        logprobs = torch.log_softmax(scores, dim=-1)
+        admission = state.admission
+        if admission.temperature == 0.0 or state.rules == "language":
+            token_id = int(scores.argmax())
+        else:
+            generator = torch.Generator().manual_seed((admission.seed * 1_000_003 + drawn) % 2**63)
+            chances = torch.softmax(scores / admission.temperature, dim=-1)
+            token_id = int(torch.multinomial(chances, 1, generator=generator))
+        if state.rules != "language":
+            state.token_ids.append(token_id)
+        return SpokenToken(admission.request_id, token_id, float(logprobs[token_id]), no_speech_prob)

@@ -1,0 +1,316 @@
+"""One rank: a model's runner, its arenas, and every verb that may be asked of it.
+
+Knows nothing of scheduling, or of when to sleep; it does what plans say and reports what it measured.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+import torch
+
+from shuteye.config import EngineConfig
+from shuteye.errors import CANARY_DISAGREES, ImageFailure, InternalError, InvalidRequest, VerificationFailed
+from shuteye.memory.arena import Arena
+from shuteye.memory.backends import open_backend
+from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.image import WeightImage
+from shuteye.memory.residency import Residency
+from shuteye.model_info import ModelFacts
+from shuteye.models.binding import TOKENIZER_DIR, Origin
+from shuteye.models.converter import Order, obtain_image
+from shuteye.models.progress import LoggedProgress
+from shuteye.models.weight_updates import open_tensors, refuse_other_model
+from shuteye.state import (
+    SleepEstimate,
+    SleepPlan,
+    TagReport,
+    TagState,
+    UpdateReport,
+    VerifyMode,
+    VerifyResult,
+    WakePlan,
+)
+from shuteye.tasks.canary import Canary
+from shuteye.tasks.table import Plan, Result, open_runner
+
+VERBS = frozenset(
+    {
+        "facts",
+        "allocate_kv_cache",
+        "estimate_sleep",
+        "save",
+        "release",
+        "restore",
+        "undo_restore",
+        "reset",
+        "verify",
+        "canary_agrees",
+        "prove_first_step",
+        "states",
+        "epoch",
+        "missing",
+        "residual_bytes",
+        "weights_source",
+        "update_weights",
+        "update_weights_from_file",
+        "reload_weights",
+    }
+)
+
+
+class Worker:
+    """One rank's share of the model, loaded at construction; `execute` runs a step, `VERBS` do the rest.
+
+    Raises:
+        ModelNotFound, UnsupportedModel, ImageFailure, MemoryExhausted: as their names say.
+    """
+
+    _canary: Canary  # from `allocate_kv_cache` on
+
+    def __init__(self, config: EngineConfig, *, backend: MemoryBackend | None = None) -> None:
+        self._config = config
+        num_threads = config.num_threads or len(os.sched_getaffinity(0))
+        torch.set_num_threads(num_threads)
+        self._backend = backend or open_backend(config.memory_backend)
+        self._num_updates = 0
+        self._proves_first_step = False
+        with ExitStack() as undo:
+            self._image = image = self._open_image(config.model)
+            undo.callback(image.close)
+            self._version = image.identity.key
+            self._weights = Arena.reserve(self._backend, tag="weights", nbytes=image.layout.nbytes)
+            self._residency = Residency(
+                backend=self._backend, weights=self._weights, image=image, spill_dir=config.cache_dir / "spill"
+            )
+            undo.callback(self._residency.close)
+            self._residency.restore(WakePlan(weights="reload"))
+            self._runner = open_runner(image, self._weights, config, num_threads=num_threads)
+            undo.pop_all()
+        self._model = self._runner.model
+
+    # --- loading --------------------------------------------------------------------------------
+
+    def facts(self) -> ModelFacts:
+        """What the engine sizes everything else from."""
+        model = self._model
+        origin = Origin.of(self._image)
+        return ModelFacts(
+            architecture=model.architecture,
+            task=model.task,
+            dtype=str(model.dtype).removeprefix("torch."),
+            vocab_size=model.vocab_size,
+            context_length=model.context_length,
+            eos_token_ids=model.eos_token_ids,
+            weights_bytes=self._weights.nbytes,
+            kv_bytes_per_token=self._runner.kv_bytes_per_token,
+            available_bytes=self._backend.available_bytes(),
+            image_dir=str(self._image.path),
+            tokenizer_dir=str(self._image.path / TOKENIZER_DIR),
+            default_sampling=model.default_sampling,
+            pooling=model.pooling,
+            speech=model.speech,
+            source=origin.source,
+            source_format=origin.source_format,
+        )
+
+    def _open_image(self, model: str) -> WeightImage:
+        config = self._config
+        revision = config.revision if model == config.model else None
+        order = Order(model, str(config.cache_dir), revision, config.dtype, config.offline)
+        return obtain_image(order, LoggedProgress())
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Reserve and commit the KV arena; its pages cost memory only once they are used. 0 blocks: it has no bytes."""
+        nbytes = num_blocks * self._config.block_size * self._runner.kv_bytes_per_token
+        arena = Arena.reserve(self._backend, tag="kv_cache", nbytes=nbytes)
+        self._residency.attach_kv_cache(arena)
+        self._residency.restore(WakePlan(kv_cache="commit"))
+        self._runner.attach_kv_cache(arena, num_blocks=num_blocks)
+        self._canary = Canary(self._runner.canary_pass, dtype=self._model.dtype)
+
+    # --- a step ---------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def execute(self, plan: Plan) -> Result:
+        """Run one step of the model; the result goes with the plan's type.
+
+        Raises:
+            InternalError: a tag is not resident, or the plan is of another epoch; nothing was computed.
+            VerificationFailed: the canary that went with it disagrees and nothing was sampled, or somebody wrote to the
+                image; nothing of the step may be used.
+        """
+        if not self._residency.all_resident:
+            raise InternalError("A step was planned while memory is not resident; the gate should have been closed.")
+        if plan.epoch != (self._residency.epoch,):
+            raise InternalError(
+                f"A step builds on epoch {plan.epoch} of this memory, which is in epoch ({self._residency.epoch},)."
+            )
+        self._require_intact()  # before, because the pages of a file cut short cannot be touched
+        result = self._runner.execute(plan, prove=self._prove if self._proves_first_step else None)
+        self._require_intact()
+        return result
+
+    def _require_intact(self) -> None:
+        try:
+            self._residency.require_intact()
+        except ImageFailure as failure:
+            raise VerificationFailed(failure.message) from failure
+
+    def _prove(self, numbers: torch.Tensor) -> None:
+        if not self._canary.knows(numbers, self._version):
+            raise VerificationFailed(CANARY_DISAGREES)
+        self._proves_first_step = False
+
+    # --- sleep and wake -------------------------------------------------------------------------
+
+    def estimate_sleep(self, plan: SleepPlan) -> SleepEstimate:
+        """What the plan would need; touches nothing."""
+        return self._residency.estimate(plan)
+
+    def save(self, plan: SleepPlan) -> None:
+        """Copy what only memory holds into the backing; on error nothing has changed."""
+        self._residency.save(plan)
+
+    def release(self, plan: SleepPlan) -> tuple[TagReport, ...]:
+        """Give the memory back; on error the rank's state is unknown until `reset`."""
+        self._runner.drop_computed()
+        self._proves_first_step = False
+        return self._residency.release(plan)
+
+    def restore(self, plan: WakePlan) -> tuple[TagReport, ...]:
+        """Map and fill memory; on error the rank is as it was before."""
+        reports = self._residency.restore(plan)
+        if plan.weights == "reload":
+            self._enter_version(self._image.identity.key)
+        return reports
+
+    def undo_restore(self) -> None:
+        """Put back what the last `restore` did; a no-op if there is nothing to undo."""
+        self._residency.undo_restore()
+
+    def reset(self) -> None:
+        """The way back from a fault: release everything again, whatever happened before."""
+        self._proves_first_step = False
+        self._residency.reset()
+
+    def verify(self, mode: VerifyMode) -> VerifyResult:
+        """Compare resident weights with their checksums."""
+        return self._residency.verify(mode)
+
+    @torch.inference_mode()
+    def canary_agrees(self) -> bool:
+        """Run the canary; see `Canary.agrees`.
+
+        Raises:
+            VerificationFailed: somebody wrote to the image.
+        """
+        self._require_intact()
+        return self._canary.agrees(self._version)
+
+    def prove_first_step(self) -> None:
+        """Let the canary go with the next step; nothing comes of the step if it disagrees."""
+        self._proves_first_step = True
+
+    def states(self) -> tuple[TagState, ...]:
+        """Where each tag is now."""
+        return self._residency.states()
+
+    def epoch(self) -> int:
+        """What memory holds now; see `plans.Epoch`."""
+        return self._residency.epoch
+
+    def missing(self) -> tuple[str, ...]:
+        """Tensors that must still be written before the weights are loaded."""
+        return self._residency.missing
+
+    def residual_bytes(self) -> int:
+        """Physical memory that this process still holds, by the kernel's account."""
+        return self._backend.process_resident_bytes()
+
+    def weights_source(self) -> str:
+        """Which weights are loaded: the image's key, and how often they were updated since."""
+        return self._version
+
+    # --- weights --------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> UpdateReport:
+        """Write tensors by their checkpoint names, cast to the model's dtype, one after the other.
+
+        Raises:
+            InvalidRequest: an unknown name or a wrong shape; tensors before it have been written.
+            VerificationFailed: somebody wrote to the image that is mapped; nothing has been written.
+        """
+        self._require_intact()
+        try:
+            return self._write(named_tensors)
+        finally:
+            self._residency.note_written()
+
+    def _write(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> UpdateReport:
+        begin = time.perf_counter()
+        updated = updated_bytes = 0
+        for name, tensor in named_tensors:
+            slot_name = self._model.slot_of(name)
+            if slot_name is None:
+                raise InvalidRequest(f"{name!r} is not a tensor of this model ({updated} were written).", param=name)
+            slot = self._image.layout.slots[slot_name]
+            if tuple(tensor.shape) != slot.shape:
+                raise InvalidRequest(
+                    f"{name!r} has shape {tuple(tensor.shape)}, expected {slot.shape} ({updated} were written).",
+                    param=name,
+                )
+            if updated == 0:
+                self._num_updates += 1
+                self._enter_version(f"{self._image.identity.key}+{self._num_updates}")
+            self._weights.slot_view(slot).copy_(tensor)
+            self._residency.mark_written(slot_name)
+            updated, updated_bytes = updated + 1, updated_bytes + slot.nbytes
+        return UpdateReport(updated, updated_bytes, self._residency.missing, time.perf_counter() - begin)
+
+    def update_weights_from_file(self, path: str) -> UpdateReport:
+        """`update_weights` with every tensor of a safetensors file, or of all of a directory."""
+        with open_tensors(path) as named_tensors:
+            return self.update_weights(named_tensors)
+
+    def reload_weights(self, path: str | None) -> UpdateReport:
+        """Replace every weight by those of the image, or of another checkpoint of the same model.
+
+        Raises:
+            InvalidRequest: the checkpoint differs in more than the values of its weights; nothing has changed.
+            ImageFailure: the image, or the checkpoint's, is damaged; nothing has changed.
+            ShuteyeError: mapping failed; the weights are discarded and `wake_up` brings them back.
+        """
+        begin = time.perf_counter()
+        if path is not None:
+            self._replace_image(path)
+        self._image.require_intact()
+        self._residency.release(SleepPlan(weights="discard"))
+        self.restore(WakePlan(weights="reload"))
+        return UpdateReport(len(self._image.layout.slots), self._image.layout.nbytes, (), time.perf_counter() - begin)
+
+    def _replace_image(self, path: str) -> None:
+        image = self._open_image(path)
+        try:
+            refuse_other_model(self._image, image)
+            self._residency.replace_image(image)
+        except BaseException:
+            image.close()
+            raise
+        self._image = image
+
+    def _enter_version(self, version: str) -> None:
+        """The weights are, or are about to be, others: the canary keeps its record only of the image they reload to."""
+        if self._version not in (version, self._image.identity.key):
+            self._canary.forget(self._version)
+        self._version = version
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give back every arena and image; views of them must not be used any more."""
+        self._residency.close()
