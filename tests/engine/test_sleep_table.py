@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from shuteye.engine.sleep import SleepState, parse_level, parse_mode, parse_tags, plan_sleep, plan_wake
+from shuteye.engine.sleep import SleepState, plan_sleep, plan_wake
+from shuteye.engine.transitions import parse_level, parse_mode, parse_tags
 from shuteye.errors import InvalidRequest, TransitionConflict
 from shuteye.state import TAGS, SleepPlan, TagState, WakePlan
 

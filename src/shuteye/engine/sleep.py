@@ -5,7 +5,6 @@ Knows nothing of requests or tensors: the engine core drains requests first, the
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from shuteye.errors import (
     CANARY_DISAGREES,
     EngineFaulted,
     ImageFailure,
-    InvalidRequest,
     ShuteyeError,
     SleepFailed,
     TransitionConflict,
@@ -27,7 +25,6 @@ from shuteye.errors import (
 from shuteye.executors.base import Executor
 from shuteye.state import (
     TAGS,
-    DrainMode,
     EngineState,
     Epoch,
     Gate,
@@ -74,42 +71,6 @@ WAKE_WEIGHTS: dict[tuple[TagResidency, bool], WakeMove | str] = {
 
 _SLEEP_MOVES = frozenset(get_args(SleepMove))
 _WAKE_MOVES = frozenset(get_args(WakeMove))
-
-
-def parse_level(level: int) -> int:
-    """A level of the table: 0, 1 or 2."""
-    if isinstance(level, bool) or level not in (0, 1, 2):
-        raise InvalidRequest(f"level must be 0, 1 or 2, got {level!r}.", param="level")
-    return level
-
-
-def parse_tags(tags: Sequence[str] | None) -> tuple[Tag, ...]:
-    """Known tags, in the order of `TAGS`; None means all of them."""
-    if tags is None:
-        return TAGS
-    unknown = [tag for tag in tags if tag not in TAGS]
-    if unknown or not tags or isinstance(tags, str):
-        raise InvalidRequest(f"tags must be a non-empty list out of {list(TAGS)}, got {tags!r}.", param="tags")
-    return tuple(tag for tag in TAGS if tag in tags)
-
-
-def parse_mode(mode: str | None, default: DrainMode) -> DrainMode:
-    """A drain mode; None means the configured default."""
-    match mode:
-        case None:
-            return default
-        case "abort" | "wait" | "keep":
-            return mode
-    raise InvalidRequest(f"mode must be 'abort', 'wait' or 'keep', got {mode!r}.", param="mode")
-
-
-def parse_timeout(timeout_s: float | None, default: float) -> float:
-    """How many seconds a drain may take; None means the configured default."""
-    if timeout_s is None:
-        return default
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or math.isnan(timeout_s) or timeout_s < 0:
-        raise InvalidRequest(f"timeout_s must be a number of seconds, 0 or more, got {timeout_s!r}.", param="timeout_s")
-    return timeout_s
 
 
 def plan_sleep(weights: TagResidency, kv_cache: TagResidency, *, level: int, tags: Sequence[Tag]) -> SleepPlan:
