@@ -242,7 +242,7 @@ class AsyncEngine:
 
     # --- generation -----------------------------------------------------------------------------
 
-    async def generate(
+    def generate(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams,
@@ -265,11 +265,9 @@ class AsyncEngine:
         frontend = self._frontend
         submit = partial(frontend.submit, prompt, params, request_id=request_id, output_kind=output_kind)
         deltas = output_processor.DELTAS if output_kind == "delta" else None
-        async with contextlib.aclosing(outputs_of(frontend, submit, deltas=deltas, backlog=backlog)) as outputs:
-            async for output in outputs:
-                yield output
+        return outputs_of(frontend, submit, deltas=deltas, backlog=backlog)
 
-    async def transcribe(
+    def transcribe(
         self,
         pcm: bytes,
         params: TranscribeParams | None = None,
@@ -298,9 +296,7 @@ class AsyncEngine:
             output_kind=output_kind,
         )
         deltas = transcript_outputs.DELTAS if output_kind == "delta" else None
-        async with contextlib.aclosing(outputs_of(frontend, submit, deltas=deltas)) as outputs:
-            async for output in outputs:
-                yield output
+        return outputs_of(frontend, submit, deltas=deltas)
 
     # --- embeddings and scores ------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ Knows nothing of processes or tensors; tests serve a fake through the same seam.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Literal, Protocol
 
 from shuteye.config import EngineConfig
@@ -61,7 +61,7 @@ class ServedEngine(Protocol):
         request_id: str | None = None,
         output_kind: OutputKind = "cumulative",
         backlog: Backlog | None = None,
-    ) -> AsyncIterator[RequestOutput]: ...
+    ) -> AsyncGenerator[RequestOutput, None]: ...
 
     def transcribe(
         self,
@@ -71,7 +71,7 @@ class ServedEngine(Protocol):
         prompt: str | None = None,
         request_id: str | None = None,
         output_kind: OutputKind = "cumulative",
-    ) -> AsyncIterator[Transcription]: ...
+    ) -> AsyncGenerator[Transcription, None]: ...
 
     async def embed(
         self,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Literal, Protocol
 
@@ -15,8 +15,8 @@ from fastapi import Request, Response
 
 from shuteye.server.context import ServerContext
 from shuteye.server.generation.chunks import ChunkWriter, Transcript, Usage, encode_json
-from shuteye.server.generation.run import Job, Step, run, started
-from shuteye.server.http.events import EventStream, until_disconnect, until_done
+from shuteye.server.generation.run import Job, Step, first_of, run
+from shuteye.server.http.events import EventStream, until_disconnect
 from shuteye.server.http.request_ids import current_request_id
 from shuteye.tasks.generate.requests import CompletionOutput, Logprob
 
@@ -119,13 +119,14 @@ async def answer_stream(
         ClientDisconnected: the client went before that.
         ShuteyeError: the engine refused the job.
     """
-    steps = await until_disconnect(request.receive, started(run(context, job)))
+    steps = run(context, job)
+    first = await until_disconnect(request.receive, first_of(steps))
     writer = ChunkWriter(
         _envelope(job, shape.chunk_object, model),
         include_usage=usage_in != "no chunk",
         continuous_usage=usage_in == "every chunk",
     )
-    return EventStream(until_done(_events(steps, job, shape=shape, writer=writer)), source=steps)
+    return EventStream(_events(first, steps, job, shape=shape, writer=writer), source=steps, with_done=True)
 
 
 def _envelope(job: Job, kind: str, model: str) -> dict[str, Any]:
@@ -133,11 +134,13 @@ def _envelope(job: Job, kind: str, model: str) -> dict[str, Any]:
 
 
 async def _events(
-    steps: AsyncIterator[Step], job: Job, *, shape: Shape, writer: ChunkWriter
+    first: Step, rest: AsyncGenerator[Step, None], job: Job, *, shape: Shape, writer: ChunkWriter
 ) -> AsyncGenerator[bytes, None]:
     usage = Usage.of(job)
     opened: set[int] = set()
-    async for prompt_index, output in steps:
+    step: Step | None = first
+    while step is not None:
+        prompt_index, output = step
         usage.add(prompt_index, output)
         if output.prompt_logprobs is not None:
             shape.prompt_scored(prompt_index, output.prompt_logprobs)
@@ -147,6 +150,7 @@ async def _events(
             for choice in _choices(shape, index, completion, opened):
                 yield writer.choice(choice, usage if writer.continuous_usage else None, extra)
                 extra = None
+        step = await anext(rest, None)
     if writer.include_usage:
         yield writer.usage(usage)
 

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Generic, Self, TypeVar, cast
+from typing import TypeVar
 
 from shuteye.errors import PromptTooLong
 from shuteye.frontend.mailbox import Backlog
@@ -72,7 +72,7 @@ def require_room(num_prompt_tokens: int, max_tokens: int | None, max_model_len: 
     )
 
 
-async def run(context: ServerContext, job: Job) -> AsyncGenerator[Step, None]:
+def run(context: ServerContext, job: Job) -> AsyncGenerator[Step, None]:
     """Delta outputs of all prompts as they come; closing it aborts whatever still runs.
 
     Raises:
@@ -80,25 +80,17 @@ async def run(context: ServerContext, job: Job) -> AsyncGenerator[Step, None]:
         ShuteyeError: the engine refused or failed.
     """
     backlog = Backlog()
-    if len(job.prompts) == 1:
-        merged = _run_one(context, job, 0, backlog)
-    else:
-        merged = _merge([_run_one(context, job, index, backlog) for index in range(len(job.prompts))])
-    async with aclosing(merged):
-        async for step in merged:
-            yield step
+    sources = [_run_one(context, job, index, backlog) for index in range(len(job.prompts))]
+    return sources[0] if len(sources) == 1 else _merge(sources)
 
 
 async def _run_one(context: ServerContext, job: Job, index: int, backlog: Backlog) -> AsyncGenerator[Step, None]:
-    outputs = cast(  # the engine promises an iterator that can be closed, which aborts
-        "AsyncGenerator[RequestOutput, None]",
-        context.engine.generate(
-            job.prompts[index].token_ids,
-            job.params,
-            request_id=f"{job.request_id}-{index}-{job.run}",
-            output_kind="delta",
-            backlog=backlog,
-        ),
+    outputs = context.engine.generate(
+        job.prompts[index].token_ids,
+        job.params,
+        request_id=f"{job.request_id}-{index}-{job.run}",
+        output_kind="delta",
+        backlog=backlog,
     )
     with context.metrics.request() as timer:
         async with aclosing(outputs):
@@ -141,29 +133,9 @@ async def _pump(index: int, source: AsyncGenerator[Step, None], queue: asyncio.Q
     await queue.put(index)
 
 
-class StartedSteps(Generic[T]):
-    """Steps whose first has come already; unlike a generator, closing it before its first use closes the source."""
-
-    def __init__(self, first: T, rest: AsyncGenerator[T, None]) -> None:
-        self._first: T | None = first
-        self._rest = rest
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> T:
-        first, self._first = self._first, None
-        return first if first is not None else await anext(self._rest)
-
-    async def aclose(self) -> None:
-        """Abort what still runs."""
-        await self._rest.aclose()
-
-
-async def started(steps: AsyncGenerator[T, None]) -> StartedSteps[T]:
-    """The same steps, once the first has come: errors of admission are raised here, before any byte is sent."""
+async def first_of(steps: AsyncGenerator[T, None]) -> T:
+    """The first step, which comes before any byte is sent, so that errors of admission can be told by a status."""
     try:
-        first = await anext(steps)
+        return await anext(steps)
     except StopAsyncIteration:
         raise AssertionError("the engine ended a request without any output") from None
-    return StartedSteps(first, steps)

@@ -65,26 +65,12 @@ TURN_S = 0.03
 Less than that leaves the loop to the engine's outputs, which then come faster than they are sent."""
 
 DONE = b"data: [DONE]\n\n"
+BUG = "Internal server error: a bug of ours; the server's log has more."
 
 
 def event(payload: bytes) -> bytes:
     """One event; `payload` must hold no newline, as compact JSON does not."""
     return b"data: " + payload + b"\n\n"
-
-
-async def until_done(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """OpenAI's end of a stream: `events`, an event that says what went wrong if anything did, and `[DONE]`."""
-    try:
-        async with aclosing(events):
-            async for each in events:
-                yield each
-    except ShuteyeError as error:
-        yield event(error_json(error))
-    except Exception:
-        yield event(error_json(InternalError("Internal server error: a bug of ours; the server's log has more.")))
-        yield DONE
-        raise
-    yield DONE
 
 
 class Closable(Protocol):
@@ -99,15 +85,19 @@ class EventStream(Response):
     """Sends what `events` makes of `source`; closes both however the response ends, so that the engine aborts at once.
 
     `source` is closed too because closing a generator that never began does not run its clean-up.
+
+    Args:
+        with_done: end as OpenAI's streams do: with an event that says what went wrong, if anything did, and `[DONE]`.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, source: Closable) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], *, source: Closable, with_done: bool = False) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._source = source
+        self._with_done = with_done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the source ends or the client goes."""
@@ -118,9 +108,22 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         turn_ends = time.monotonic() + TURN_S
-        async for chunk in self._events:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            if time.monotonic() > turn_ends:  # neither sending nor taking what waits need have suspended
-                await asyncio.sleep(0)
-                turn_ends = time.monotonic() + TURN_S
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        end, bug = DONE if self._with_done else b"", None
+        try:
+            while (chunk := await anext(self._events, None)) is not None:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                if time.monotonic() > turn_ends:  # neither sending nor taking what waits need have suspended
+                    await asyncio.sleep(0)
+                    turn_ends = time.monotonic() + TURN_S
+        except ShuteyeError as error:
+            if not self._with_done:
+                raise
+            end = event(error_json(error)) + DONE
+        except Exception as error:
+            if not self._with_done:
+                raise
+            bug = error
+            end = event(error_json(InternalError(BUG))) + DONE
+        await send({"type": "http.response.body", "body": end, "more_body": False})
+        if bug is not None:
+            raise bug

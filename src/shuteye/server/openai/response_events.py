@@ -5,8 +5,9 @@ Knows nothing of the request beyond what a response repeats of it.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any, Literal
 from uuid import uuid4
@@ -16,8 +17,8 @@ from fastapi import Request, Response
 from shuteye.errors import InternalError, ShuteyeError
 from shuteye.server.context import ServerContext
 from shuteye.server.generation.chunks import Usage, encode_json
-from shuteye.server.generation.run import Step, run, started
-from shuteye.server.http.events import EventStream, until_disconnect
+from shuteye.server.generation.run import Step, first_of, run
+from shuteye.server.http.events import BUG, EventStream, until_disconnect
 from shuteye.server.openai.conversation import ChatJob
 from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, Piece, Reasoning
 from shuteye.tasks.generate.requests import CompletionOutput, FinishReason
@@ -219,32 +220,31 @@ async def stream_response(request: Request, context: ServerContext, chat: ChatJo
         ClientDisconnected: the client went before that.
         ShuteyeError: the engine refused the job.
     """
-    steps = await until_disconnect(request.receive, started(run(context, chat.job)))
-    return EventStream(_frames(_events(steps, answer)), source=steps)
+    steps = run(context, chat.job)
+    first = await until_disconnect(request.receive, first_of(steps))
+    return EventStream(_events(first, steps, answer), source=steps)
 
 
-async def _frames(events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
-    number = 0
-    async with aclosing(events):
-        async for kind, fields in events:
-            payload = encode_json({"type": kind, "sequence_number": number, **fields})
-            yield b"event: " + kind.encode() + b"\ndata: " + payload + b"\n\n"
-            number += 1
+async def _events(first: Step, rest: AsyncGenerator[Step, None], answer: ResponseAnswer) -> AsyncGenerator[bytes, None]:
+    numbers = itertools.count()
 
+    def frame(kind: str, fields: dict[str, Any]) -> bytes:
+        payload = encode_json({"type": kind, "sequence_number": next(numbers), **fields})
+        return b"event: " + kind.encode() + b"\ndata: " + payload + b"\n\n"
 
-async def _events(steps: AsyncIterator[Step], answer: ResponseAnswer) -> AsyncGenerator[Event, None]:
-    yield "response.created", {"response": answer.body()}
-    yield "response.in_progress", {"response": answer.body()}
+    yield frame("response.created", {"response": answer.body()})
+    yield frame("response.in_progress", {"response": answer.body()})
+    step: Step | None = first
     try:
-        async for step in steps:
-            for event in answer.take(step):
-                yield event
+        while step is not None:
+            for kind, fields in answer.take(step):
+                yield frame(kind, fields)
+            step = await anext(rest, None)
     except ShuteyeError as error:
-        yield "response.failed", {"response": answer.body(error)}
+        yield frame("response.failed", {"response": answer.body(error)})
     except Exception:
-        bug = InternalError("Internal server error: a bug of ours; the server's log has more.")
-        yield "response.failed", {"response": answer.body(bug)}
+        yield frame("response.failed", {"response": answer.body(InternalError(BUG))})
         raise
     else:
         body = answer.body()
-        yield f"response.{body['status']}", {"response": body}
+        yield frame(f"response.{body['status']}", {"response": body})

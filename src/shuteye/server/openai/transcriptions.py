@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response, UploadFile
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,10 +21,10 @@ from shuteye.audio import SAMPLE_BYTES, SAMPLE_RATE, decode
 from shuteye.errors import InvalidRequest
 from shuteye.server.context import Context, ServerContext
 from shuteye.server.generation.chunks import encode_json
-from shuteye.server.generation.run import started
+from shuteye.server.generation.run import first_of
 from shuteye.server.http.admission import ModelRoute, require_task
 from shuteye.server.http.errors import ClientDisconnected, invalid_request
-from shuteye.server.http.events import EventStream, event, until_disconnect, until_done
+from shuteye.server.http.events import EventStream, event, until_disconnect
 from shuteye.tasks.base import OutputKind
 from shuteye.tasks.transcribe.requests import TranscribeParams, Transcription, TranscriptSegment
 
@@ -243,8 +243,9 @@ async def transcriptions(request: Request, context: Context) -> Response:
     finally:
         await form.file.close()
     if form.stream:
-        steps = await until_disconnect(request.receive, started(_run(context, job, "delta")))
-        return EventStream(until_done(_events(steps)), source=steps)
+        steps = _run(context, job, "delta")
+        first = await until_disconnect(request.receive, first_of(steps))
+        return EventStream(_events(first, steps), source=steps, with_done=True)
     found = await until_disconnect(request.receive, _last(_run(context, job, "final_only")))
     answer = written(found, form.response_format)
     content = answer.encode() if isinstance(answer, str) else encode_json(answer)
@@ -288,9 +289,8 @@ async def _decoded(form: TranscriptionForm, context: ServerContext) -> _Job:
 
 async def _run(context: ServerContext, job: _Job, output_kind: OutputKind) -> AsyncGenerator[Transcription, None]:
     """The engine's outputs, timed; closing it aborts the request."""
-    outputs = cast(  # the engine promises an iterator that can be closed, which aborts
-        "AsyncGenerator[Transcription, None]",
-        context.engine.transcribe(job.pcm, job.params, prompt=job.prompt, request_id=None, output_kind=output_kind),
+    outputs = context.engine.transcribe(
+        job.pcm, job.params, prompt=job.prompt, request_id=None, output_kind=output_kind
     )
     seconds = len(job.pcm) / SAMPLE_BYTES / SAMPLE_RATE
     with (
@@ -312,11 +312,13 @@ async def _last(outputs: AsyncGenerator[Transcription, None]) -> Transcription:
     raise AssertionError("the engine ended a request without its last output")
 
 
-async def _events(steps: AsyncIterator[Transcription]) -> AsyncGenerator[bytes, None]:
+async def _events(first: Transcription, rest: AsyncGenerator[Transcription, None]) -> AsyncGenerator[bytes, None]:
     texts: list[str] = []
-    async for output in steps:
+    output: Transcription | None = first
+    while output is not None:
         if output.text:
             texts.append(output.text)
             yield event(encode_json(delta_event(output.text)))
         if output.finished:
             yield event(encode_json(done_event("".join(texts), output)))
+        output = await anext(rest, None)
