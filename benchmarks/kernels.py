@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
-from shuteye.models.fused import FusedDecoder, FusedFacts, FusedWeights, Layer, Projection, decoder_spec
+from shuteye.models.fused import FusedDecoder, FusedSpec, FusedWeights, Layer, Projection, decoder_spec
 from shuteye.tasks.generate.batch import PackedBatch
 from shuteye.tasks.generate.plans import Chunk, StepPlan
 
@@ -88,7 +88,7 @@ class Whole:
             for _ in range(shape["layers"])
         )
         weights = FusedWeights(embedding, layers, take(hidden), Projection(embedding, None))
-        facts = FusedFacts(shape["layers"], heads, kv_heads, HEAD_DIM, 1e-5, HEAD_DIM**-0.5, 1.0)
+        facts = FusedSpec(shape["layers"], heads, kv_heads, HEAD_DIM, 1e-5, HEAD_DIM**-0.5, 1.0)
         blocks = (num_blocks, shape["layers"], 2, BLOCK_SIZE, kv_heads, HEAD_DIM)
         arena = _Anonymous(huge_pages(math.prod(blocks)).view(blocks))
         self.cache = KVCache(

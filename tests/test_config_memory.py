@@ -6,9 +6,9 @@ import pytest
 
 from shuteye import EngineConfig
 from shuteye.errors import MemoryExhausted
-from shuteye.model_info import ModelFacts
+from shuteye.model_info import ModelSpec
 
-FACTS = ModelFacts(
+FACTS = ModelSpec(
     architecture="Tiny",
     task="generate",
     dtype="float32",

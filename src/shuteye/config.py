@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from shuteye.errors import InvalidRequest, MemoryExhausted, PromptTooLong
-from shuteye.model_info import ModelFacts
+from shuteye.model_info import ModelSpec
 from shuteye.state import RESERVED_BLOCKS, DrainMode, VerifyMode
 from shuteye.typed_fields import settle_types
 
@@ -130,7 +130,7 @@ class EngineConfig:
                 f"kv_cache_memory must be 0 or more, got {self.kv_cache_memory}.", param="kv_cache_memory"
             )
 
-    def resolve(self, facts: ModelFacts) -> EngineConfig:
+    def resolve(self, facts: ModelSpec) -> EngineConfig:
         """A complete copy: dtype, context length and KV cache size decided from what was loaded.
 
         Raises:
@@ -171,7 +171,7 @@ class EngineConfig:
             wanted = num_usable * self.block_size
         return replace(self, dtype=dtype, max_model_len=wanted, kv_cache_memory=num_blocks * block_bytes)
 
-    def _check_available(self, facts: ModelFacts) -> None:
+    def _check_available(self, facts: ModelSpec) -> None:
         """Raise MemoryExhausted if the KV cache that was asked for could never be filled."""
         assert self.kv_cache_memory is not None
         if self.kv_cache_memory > facts.available_bytes:
@@ -181,7 +181,7 @@ class EngineConfig:
                 param="kv_cache_memory",
             )
 
-    def _no_kv_cache(self, facts: ModelFacts) -> int:
+    def _no_kv_cache(self, facts: ModelSpec) -> int:
         """0: the model computes without one.
 
         Raises:

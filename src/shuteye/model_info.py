@@ -68,7 +68,7 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class SpeechFacts:
+class WhisperSpec:
     """What must be known of a Whisper model to lead it through a recording.
 
     Attributes:
@@ -101,7 +101,7 @@ class SpeechFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class ModelSpec:
     """What a worker learnt by loading the model, from which the engine sizes everything else.
 
     Attributes:
@@ -127,12 +127,12 @@ class ModelFacts:
     tokenizer_dir: str
     default_sampling: dict[str, float]
     pooling: PoolingInfo | None = None
-    speech: SpeechFacts | None = None
+    speech: WhisperSpec | None = None
     source: str = ""
     source_format: str = ""
 
 
-def model_info(config: EngineConfig, facts: ModelFacts, num_blocks: int) -> ModelInfo:
+def model_info(config: EngineConfig, facts: ModelSpec, num_blocks: int) -> ModelInfo:
     """Everything a frontend must know; `config` is complete."""
     assert config.kv_cache_memory is not None
     assert config.max_model_len is not None

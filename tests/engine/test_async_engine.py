@@ -19,7 +19,7 @@ from shuteye.errors import (
     QueueFull,
     TransitionConflict,
 )
-from shuteye.frontend.engine_client import Frontend
+from shuteye.frontend.engine_client import EngineClient
 
 PROMPT = list(range(3, 40))
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -290,14 +290,14 @@ def test_tensors_that_share_memory_travel(config, tiny_checkpoint):
 def test_tensors_travel_in_a_file_without_a_name(config, tiny_checkpoint, monkeypatch):
     """Would catch shared memory that is never given back because the server was killed during an update."""
     links = []
-    call = Frontend.call
+    call = EngineClient.call
 
     def watched(frontend, message):
         if isinstance(message, UpdateCall):
             links.append(os.stat(message.path).st_nlink)
         return call(frontend, message)
 
-    monkeypatch.setattr(Frontend, "call", watched)
+    monkeypatch.setattr(EngineClient, "call", watched)
 
     async def scenario():
         from safetensors import safe_open

@@ -66,14 +66,14 @@ def test_wakes_by_policy_are_told_once(make_rig):
     rig = make_rig(on_sleeping_request="wake")
     rig.call(SleepCall(1))
     rig.call(WakeCall())
-    assert rig.core.take_own_wakes() == []
+    assert rig.core.take_auto_wakes() == []
     rig.call(SleepCall(1))
     rig.generate(PROMPT)
-    (report,) = rig.core.take_own_wakes()
+    (report,) = rig.core.take_auto_wakes()
     assert isinstance(report, WakeReport)
     assert report.changed
     assert report.restored_bytes > 0
-    assert rig.core.take_own_wakes() == []
+    assert rig.core.take_auto_wakes() == []
 
 
 @pytest.mark.parametrize("policy", ["wake", "hold"])
@@ -105,7 +105,7 @@ def test_a_wake_by_policy_defers_nothing_while_memory_is_distrusted(make_rig, mo
     rig.generate(PROMPT)
     rig.call(SleepCall(1))
     rig.generate(PROMPT)
-    reports = rig.core.take_own_wakes()
+    reports = rig.core.take_auto_wakes()
     assert [(report.verified, report.canary) for report in reports] == [("full", True), ("full", False)]
 
 
@@ -127,7 +127,7 @@ def test_wakes_by_policy_that_fail_are_told_with_their_error(make_rig):
     rig.backend.fail_next("map_file")
     with pytest.raises(ShuteyeError):
         rig.generate(PROMPT)
-    (error,) = rig.core.take_own_wakes()
+    (error,) = rig.core.take_auto_wakes()
     assert type(error).__name__ == "WakeFailed"
     assert not isinstance(error, ModelSleeping)
 

@@ -79,7 +79,7 @@ def state(weights="resident", kv="resident", **flags):
 
 
 @pytest.mark.parametrize(("weights", "kv"), list(itertools.product(WEIGHTS, KV)))
-@pytest.mark.parametrize("flags", [{}, {"paused": True}, {"dozing": True}, {"draining": True}, {"faulted": "x"}])
+@pytest.mark.parametrize("flags", [{}, {"paused": True}, {"paused_by_sleep": True}, {"draining": True}, {"faulted": "x"}])
 def test_the_gate_is_open_only_when_everything_allows_it(weights, kv, flags):
     """Would catch a request running on released, unloaded, paused or untrusted memory."""
     now = state(weights, kv, **flags)
@@ -93,7 +93,7 @@ def test_the_gate_is_open_only_when_everything_allows_it(weights, kv, flags):
     ("now", "level"),
     [
         (state(), None),
-        (state(dozing=True), 0),
+        (state(paused_by_sleep=True), 0),
         (state(paused=True), None),
         (state(kv="discarded"), 1),
         (state("offloaded", "discarded"), 1),

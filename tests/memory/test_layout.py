@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from shuteye.memory.layout import (
     DTYPE_NBYTES,
     Extent,
-    ExtentRota,
     Layout,
+    SampleCursor,
     Slot,
     TensorSpec,
     first_difference,
@@ -116,11 +116,11 @@ def test_the_first_difference_is_named_in_either_direction() -> None:
 
 def test_the_rota_gives_every_extent_its_turn_within_the_bound() -> None:
     extents = [Extent(i, i * PAGE, PAGE) for i in range(7)]
-    rota = ExtentRota(3 * PAGE)
+    rota = SampleCursor(3 * PAGE)
     turns = [[extent.index for extent in rota.take(extents)] for _ in range(4)]
     assert turns == [[0, 1, 2], [3, 4, 5], [6, 0, 1], [2, 3, 4]]
 
 
 def test_the_rota_takes_one_extent_even_if_it_is_larger_than_the_bound() -> None:
-    assert ExtentRota(1).take([Extent(0, 0, PAGE), Extent(1, PAGE, PAGE)]) == [Extent(0, 0, PAGE)]
-    assert ExtentRota(1).take([]) == []
+    assert SampleCursor(1).take([Extent(0, 0, PAGE), Extent(1, PAGE, PAGE)]) == [Extent(0, 0, PAGE)]
+    assert SampleCursor(1).take([]) == []

@@ -213,6 +213,6 @@ def test_another_transformers_version_has_the_model_examined_again(tiny_checkpoi
     from shuteye.models.binding import read_image_config
 
     image = open_image(source_of(tiny_checkpoint, tmp_path), dtype="auto", store=ImageStore(tmp_path))
-    made_with = msgspec.convert(dict(image.metadata), loaded.ImageFacts)
+    made_with = msgspec.convert(dict(image.metadata), loaded.ImageSpec)
     stale = replace(made_with, transformers="4.0.0", attention=replace(made_with.attention, num_kv_heads=9))
     assert loaded._current_facts(stale, read_image_config(image)) == made_with

@@ -9,7 +9,7 @@ import torch
 
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
-from shuteye.models.fused import FusedDecoder, FusedFacts, FusedWeights, Layer, Projection, decoder_spec
+from shuteye.models.fused import FusedDecoder, FusedSpec, FusedWeights, Layer, Projection, decoder_spec
 from shuteye.tasks.generate.batch import PackedBatch
 from shuteye.tasks.generate.plans import Chunk, Scoring, StepPlan
 
@@ -85,7 +85,7 @@ class Pair:
 
     def __init__(self, kind: Kind, dtype: torch.dtype) -> None:
         weights = make_weights(kind, dtype)
-        facts = FusedFacts(NUM_LAYERS, kind.heads, kind.kv_heads, kind.head_dim, 1e-5, kind.head_dim**-0.5, 1.0)
+        facts = FusedSpec(NUM_LAYERS, kind.heads, kind.kv_heads, kind.head_dim, 1e-5, kind.head_dim**-0.5, 1.0)
         self.frequencies = 10000.0 ** (-torch.arange(0, kind.head_dim, 2) / kind.head_dim)
         self.dtype = dtype
         self.torch_arena, self.native_arena = _Arena(kind, dtype), _Arena(kind, dtype)
@@ -205,6 +205,6 @@ def test_refuses_what_would_reach_outside(level, change, message):
 def test_refuses_other_dtypes():
     pair = Pair(KINDS["llama"], torch.float32)
     weights = make_weights(KINDS["llama"], torch.float16)
-    facts = FusedFacts(NUM_LAYERS, 4, 2, 16, 1e-5, 0.25, 1.0)
+    facts = FusedSpec(NUM_LAYERS, 4, 2, 16, 1e-5, 0.25, 1.0)
     with pytest.raises(ValueError, match="float16"):
         native.NativeDecoder.create(decoder_spec(facts, weights, (None,) * NUM_LAYERS, pair.native_arena.blocks.half()))

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from shuteye.errors import EngineDead
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
-from shuteye.server.telemetry.timing import ServedPrompt
+from shuteye.server.telemetry.timing import RequestTiming
 from shuteye.server.telemetry.tracing import OpenTelemetryTracer
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -145,7 +145,7 @@ def test_probes_make_no_spans(traced, exporter):
 )
 def test_phases_as_far_as_a_prompt_came(scheduled, first_token, outcome, phases):
     """A phase with the times of another, or an embedding that was in the queue all the time."""
-    served = ServedPrompt("id", 0.0, 9.0, scheduled, first_token, 1, 1, 0, (outcome,))
+    served = RequestTiming("id", 0.0, 9.0, scheduled, first_token, 1, 1, 0, (outcome,))
     assert served.phases == phases
 
 

@@ -8,7 +8,7 @@ from shuteye.audio import SAMPLE_RATE
 from shuteye.engine.core import EngineCore
 from shuteye.errors import ShuteyeError, rebuild
 from shuteye.tasks.base import RequestDelta
-from shuteye.tasks.transcribe.requests import SpokenTokens, TranscribeParams, TranscribeRequest
+from shuteye.tasks.transcribe.requests import TranscribedTokens, TranscribeParams, TranscribeRequest
 
 
 def noise(seconds: float, *, seed: int = 0) -> np.ndarray:
@@ -24,7 +24,7 @@ class Heard:
     """What a request has received so far."""
 
     token_ids: list[int] = field(default_factory=list)
-    segments: list[SpokenTokens] = field(default_factory=list)
+    segments: list[TranscribedTokens] = field(default_factory=list)
     ended: object = None  # True, a finish reason, or the error
     language: str | None = None
 

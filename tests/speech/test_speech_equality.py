@@ -107,7 +107,7 @@ def test_every_draw_is_another(rig):
     runner = rig.worker._runner
     state = _Listening(SpeechAdmission("r", b"", temperature=1.0, seed=3, pad=True), torch.empty(0))
     flat = torch.zeros(rig.core.info.vocab_size)
-    drawn = [runner._choose(state, flat, drawn=index).token_id for index in range(50)]
+    drawn = [runner._choose(state, flat, num_sampled=index).token_id for index in range(50)]
     assert len(set(drawn)) > 30
     assert max(drawn) < 256, "special tokens are suppressed"
 

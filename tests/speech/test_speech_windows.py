@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shuteye.model_info import SpeechFacts
+from shuteye.model_info import WhisperSpec
 from shuteye.tasks.transcribe.segments import num_final, split_window
 
-FACTS = SpeechFacts(
+FACTS = WhisperSpec(
     hop_samples=160, window_frames=3000, frames_per_timestamp=2, start_token_id=101, eos_token_id=100,
     no_timestamps_token_id=102, previous_token_id=None, transcribe_token_id=None, languages={}, language_names={},
     max_tokens=448, state_bytes=1,

@@ -28,7 +28,7 @@ from shuteye.errors import (
     refusal,
 )
 from shuteye.executors.base import Executor
-from shuteye.model_info import ModelFacts, model_info
+from shuteye.model_info import ModelSpec, model_info
 from shuteye.state import EngineState, SchedulerStats, WakeReport
 from shuteye.tasks.base import Delta, RequestDelta
 from shuteye.tasks.table import Request, open_scheduler, require_kind, starts_of
@@ -50,7 +50,7 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, executor: Executor) -> None:
         self._executor = executor
-        facts: ModelFacts = executor.call("facts")[0]
+        facts: ModelSpec = executor.call("facts")[0]
         self.config = config = config.resolve(facts)
         assert config.kv_cache_memory is not None
         assert config.max_model_len is not None
@@ -101,7 +101,7 @@ class EngineCore:
         deadlines = (self._held.next_deadline, self._give_up_at)
         return min((one for one in deadlines if one is not None), default=None)
 
-    def take_own_wakes(self) -> list[WakeReport | ShuteyeError]:
+    def take_auto_wakes(self) -> list[WakeReport | ShuteyeError]:
         """How the wakes ended that nobody asked for but the policy, since the last call of this."""
         taken, self._own_wakes = self._own_wakes, []
         return taken

@@ -12,7 +12,7 @@ from typing import Protocol
 from shuteye.config import EngineConfig
 from shuteye.engine.core import EngineCore
 from shuteye.engine.messages import (
-    UNASKED,
+    AUTO_WAKE_ID,
     AbortRequests,
     AddRequests,
     Control,
@@ -77,8 +77,8 @@ class _Loop:
             if not self._running:
                 return
             deltas = self._core.step()
-            for outcome in self._core.take_own_wakes():
-                self._answer(UNASKED)(outcome)
+            for outcome in self._core.take_auto_wakes():
+                self._answer(AUTO_WAKE_ID)(outcome)
             self.push_state()
             self._tell(deltas)
 

@@ -145,7 +145,7 @@ class StateChanged(msgspec.Struct, frozen=True, tag=True):
     state: EngineState
 
 
-UNASKED = 0
+AUTO_WAKE_ID = 0
 """The `call_id` of a reply to what nobody called: a wake by policy."""
 
 

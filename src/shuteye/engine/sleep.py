@@ -122,7 +122,7 @@ class GateFlags(TypedDict, total=False):
 
     paused: bool
     refusing: bool
-    dozing: bool
+    paused_by_sleep: bool
     draining: bool
 
 
@@ -143,7 +143,7 @@ class SleepState:
     missing: tuple[str, ...] = ()
     paused: bool = False
     refusing: bool = False
-    dozing: bool = False
+    paused_by_sleep: bool = False
     draining: bool = False
     faulted: str | None = None
     epoch: Epoch = ()
@@ -160,7 +160,7 @@ class SleepState:
     @property
     def gate(self) -> Gate:
         """Whether requests run."""
-        if self.faulted or self.paused or self.dozing or self.is_sleeping:
+        if self.faulted or self.paused or self.paused_by_sleep or self.is_sleeping:
             return "closed"
         return "draining" if self.draining else "open"
 
@@ -168,14 +168,14 @@ class SleepState:
     def level(self) -> int | None:
         """The deepest level in force, None when awake."""
         if not self.is_sleeping:
-            return 0 if self.dozing else None
+            return 0 if self.paused_by_sleep else None
         return 2 if self.residency("weights") in ("discarded", "blank") else 1
 
     def snapshot(self, transition: str | None) -> EngineState:
         """What is pushed to whoever admits requests."""
         return EngineState(
             gate=self.gate,
-            paused=self.paused or self.dozing,
+            paused=self.paused or self.paused_by_sleep,
             level=self.level,
             tags=self.tags,
             missing=self.missing,
@@ -268,10 +268,10 @@ class SleepController:
             seconds=time.perf_counter() - begin,
         )
 
-    def wake(self, tags: Sequence[Tag], *, prove_first_step: bool = False) -> WakeReport:
+    def wake(self, tags: Sequence[Tag], *, defer_canary: bool = False) -> WakeReport:
         """Map, fill, verify; the gate opens by itself once every tag is resident and loaded.
 
-        With `prove_first_step` the canary does not run now but goes with the first step of the model, which fails with
+        With `defer_canary` the canary does not run now but goes with the first step of the model, which fails with
         `VerificationFailed` if it disagrees; not after a fault.
 
         Raises:
@@ -286,18 +286,18 @@ class SleepController:
             tags = TAGS  # a part of what is not trusted would leave the rest behind
         state = self.state
         if not state.is_sleeping:
-            self.set_gate(dozing=False)
-            return WakeReport(changed=state.dozing, seconds=time.perf_counter() - begin)
+            self.set_gate(paused_by_sleep=False)
+            return WakeReport(changed=state.paused_by_sleep, seconds=time.perf_counter() - begin)
         plan = plan_wake(state.residency("weights"), state.residency("kv_cache"), tags=tags, missing=state.missing)
         if plan == WakePlan():
             return WakeReport(changed=False, missing=state.missing, seconds=time.perf_counter() - begin)
         try:
-            report = self._restore(plan, verify=self._mode, prove_first_step=prove_first_step and not self._distrusted)
+            report = self._restore(plan, verify=self._mode, defer_canary=defer_canary and not self._distrusted)
         except WakeFailed as error:
             if reason is not None and isinstance(error.__cause__, ImageFailure):
                 self.fault(reason)  # until the image is mended, whoever looks is to find it
             raise
-        self.set_gate(dozing=False)
+        self.set_gate(paused_by_sleep=False)
         return replace(report, seconds=time.perf_counter() - begin)
 
     def check_loaded(self) -> None:
@@ -330,14 +330,14 @@ class SleepController:
         except ShuteyeError as error:
             raise self.fault(f"the new weights cannot be trusted: {error.message}") from error
 
-    def _restore(self, plan: WakePlan, *, verify: VerifyMode, prove_first_step: bool) -> WakeReport:
+    def _restore(self, plan: WakePlan, *, verify: VerifyMode, defer_canary: bool) -> WakeReport:
         try:
             ranks = self._executor.call("restore", plan)
             self.refresh()
             verified = self._check_bytes(verify) if plan.weights in ("restore", "reload") else 0
-            canary = not prove_first_step and self._check_canary()
-            if prove_first_step and self._can_run_canary:
-                self._executor.call("prove_first_step")
+            canary = not defer_canary and self._check_canary()
+            if defer_canary and self._can_run_canary:
+                self._executor.call("defer_canary")
         except EngineFaulted as error:
             if self.state.faulted is not None:
                 raise

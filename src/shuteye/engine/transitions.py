@@ -166,8 +166,8 @@ class Transitions:
         if state.is_sleeping:
             raise TransitionConflict(f"Cannot sleep at level 0: asleep at level {state.level}, which is deeper.")
         ended, held = yield from self._closed_by_pause(mode, call.timeout_s)
-        self._sleep.set_gate(dozing=True)
-        return replace(self._at_rest(begin, ended, held), changed=not state.dozing)
+        self._sleep.set_gate(paused_by_sleep=True)
+        return replace(self._at_rest(begin, ended, held), changed=not state.paused_by_sleep)
 
     def _at_rest(self, begin: float, ended: int, held: int) -> SleepReport:
         """The report of a sleep that moved no memory, but may have aborted requests that were held."""
@@ -184,7 +184,7 @@ class Transitions:
 
     def _wake_steps(self, call: WakeCall) -> Steps:
         yield from ()
-        report = self._sleep.wake(parse_tags(call.tags), prove_first_step=call.for_requests)
+        report = self._sleep.wake(parse_tags(call.tags), defer_canary=call.for_requests)
         if not self._sleep.state.is_sleeping:
             self._held.unbound()
         return report
@@ -207,7 +207,7 @@ class Transitions:
         self._sleep.refuse_if_faulted()
         if state.is_sleeping:
             raise TransitionConflict("Cannot resume while asleep; wake up first with a POST request to /wake_up.")
-        self._sleep.set_gate(paused=False, refusing=False, dozing=False)
+        self._sleep.set_gate(paused=False, refusing=False, paused_by_sleep=False)
         return None
 
     def _update_steps(self, call: UpdateCall | ReloadCall) -> Steps:

@@ -32,7 +32,7 @@ from shuteye.engine.messages import (
     tag_names,
 )
 from shuteye.errors import EngineDead, EngineHung, InvalidRequest, ShuteyeError, TransitionConflict
-from shuteye.frontend.engine_client import Frontend, Status
+from shuteye.frontend.engine_client import EngineClient, Status
 from shuteye.frontend.handover import tensor_file
 from shuteye.frontend.mailbox import Backlog, outputs_of
 from shuteye.frontend.process_link import ProcessLink
@@ -73,7 +73,7 @@ class AsyncEngine:
         self._link: ProcessLink | ThreadLink | None = None
         self._restarting = asyncio.Lock()
         self._wake_listener: Callable[[WakeReport | ShuteyeError], None] | None = None
-        self._frontend = self._new_frontend()
+        self._client = self._new_client()
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -85,20 +85,20 @@ class AsyncEngine:
             ShuteyeError: loading failed, as the message says.
         """
         self._refuse_second_start()
-        frontend = self._frontend
-        frontend.begun = True
+        client = self._client
+        client.begun = True
         if self._in_process:
             self._start_thread()
         else:
-            self._link = link = ProcessLink(self._given_config, on_message=frontend.on_message, on_death=self._on_death)
+            self._link = link = ProcessLink(self._given_config, on_message=client.on_message, on_death=self._on_death)
             try:
                 await link.start()
             except ShuteyeError as error:
-                frontend.fail(error, status="failed")
-        await asyncio.wrap_future(frontend.ready)
+                client.fail(error, status="failed")
+        await asyncio.wrap_future(client.ready)
 
     def _refuse_second_start(self) -> None:
-        if self._link is not None or self._frontend.failure is not None:
+        if self._link is not None or self._client.failure is not None:
             raise InvalidRequest("The engine was started before; restart() starts one that has ended anew.")
 
     def _start_thread(self) -> None:
@@ -107,7 +107,7 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
 
         def on_message(message: FromEngine) -> None:
-            loop.call_soon_threadsafe(self._frontend.on_message, message)
+            loop.call_soon_threadsafe(self._client.on_message, message)
 
         def on_death(error: ShuteyeError) -> None:
             loop.call_soon_threadsafe(self._on_death, error)
@@ -121,7 +121,7 @@ class AsyncEngine:
         if link is None or link.inherited:
             return
         closed = EngineDead("The engine was closed: restart() starts it anew, or make another one.")
-        self._frontend.fail(reason or closed, status="closed")
+        self._client.fail(reason or closed, status="closed")
         if isinstance(link, ProcessLink):
             await link.close()
         else:
@@ -135,14 +135,14 @@ class AsyncEngine:
             ShuteyeError: loading failed.
         """
         async with self._restarting:
-            if self._frontend.failure is None:
+            if self._client.failure is None:
                 hang = self.hang
                 if hang is None:
                     raise TransitionConflict("The engine is alive; only one that is dead or hangs can be restarted.")
                 lost = EngineDead(f"The engine hung ({hang}) and was ended; its requests are lost. Send them again.")
-                self._frontend.fail(lost, status="dead")
+                self._client.fail(lost, status="dead")
             await self.close()
-            self._frontend = self._new_frontend()
+            self._client = self._new_client()
             await self.start()
 
     async def __aenter__(self) -> Self:
@@ -159,10 +159,10 @@ class AsyncEngine:
     ) -> None:
         await self.close()
 
-    def _new_frontend(self) -> Frontend:
-        frontend = Frontend(self._given_config, self._post, on_own_wake=self._on_own_wake)
-        frontend.begun = False
-        return frontend
+    def _new_client(self) -> EngineClient:
+        client = EngineClient(self._given_config, self._post, on_own_wake=self._on_own_wake)
+        client.begun = False
+        return client
 
     def _on_own_wake(self, outcome: WakeReport | ShuteyeError) -> None:
         if self._wake_listener is not None:
@@ -180,39 +180,39 @@ class AsyncEngine:
         self._link.post(message)
 
     def _on_death(self, error: ShuteyeError) -> None:
-        self._frontend.fail(error, status="dead")
+        self._client.fail(error, status="dead")
 
     # --- what is known without asking -----------------------------------------------------------
 
     @property
     def config(self) -> EngineConfig:
         """The config; complete once started."""
-        return self._frontend.config
+        return self._client.config
 
     @property
     def info(self) -> ModelInfo:
         """The loaded model's facts; raises EngineNotReady while loading."""
-        return self._frontend.info
+        return self._client.info
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The loaded model's tokenizer; raises EngineNotReady while loading."""
-        return self._frontend.tokenizer
+        return self._client.tokenizer
 
     @property
     def state(self) -> EngineState:
         """The sleep state that the engine pushed last."""
-        return self._frontend.state
+        return self._client.state
 
     @property
     def stats(self) -> SchedulerStats:
         """The scheduler's counters as of the last step."""
-        return self._frontend.stats
+        return self._client.stats
 
     @property
     def status(self) -> Status:
         """Whether the engine is starting, ready, hung, failed, dead or closed."""
-        status = self._frontend.status
+        status = self._client.status
         return "hung" if status == "ready" and self.hang is not None else status
 
     @property
@@ -223,7 +223,7 @@ class AsyncEngine:
     @property
     def failure(self) -> ShuteyeError | None:
         """Why the engine can serve nothing, if so."""
-        return self._frontend.failure
+        return self._client.failure
 
     @property
     def is_sleeping(self) -> bool:
@@ -262,10 +262,10 @@ class AsyncEngine:
             RequestAborted: more deltas waited to be taken than may.
             ShuteyeError: refused or failed; before the first output if it never ran.
         """
-        frontend = self._frontend
-        submit = partial(frontend.submit, prompt, params, request_id=request_id, output_kind=output_kind)
+        client = self._client
+        submit = partial(client.submit, prompt, params, request_id=request_id, output_kind=output_kind)
         deltas = output_processor.DELTAS if output_kind == "delta" else None
-        return outputs_of(frontend, submit, deltas=deltas, backlog=backlog)
+        return outputs_of(client, submit, deltas=deltas, backlog=backlog)
 
     def transcribe(
         self,
@@ -286,9 +286,9 @@ class AsyncEngine:
             ModelSleeping: asleep, or put to sleep before it was finished.
             ShuteyeError: refused or failed otherwise.
         """
-        frontend = self._frontend
+        client = self._client
         submit = partial(
-            frontend.submit_transcription,
+            client.submit_transcription,
             pcm,
             TranscribeParams() if params is None else params,
             prompt=prompt,
@@ -296,7 +296,7 @@ class AsyncEngine:
             output_kind=output_kind,
         )
         deltas = transcript_outputs.DELTAS if output_kind == "delta" else None
-        return outputs_of(frontend, submit, deltas=deltas)
+        return outputs_of(client, submit, deltas=deltas)
 
     # --- embeddings and scores ------------------------------------------------------------------
 
@@ -336,15 +336,15 @@ class AsyncEngine:
         return job.scores(await self._pool(job.inputs, job.params, request_id))
 
     async def _pool(self, inputs: Sequence[PoolInput], params: PoolingParams, request_id: str | None) -> PooledOutput:
-        frontend = self._frontend
-        submit = partial(frontend.submit_pooling, inputs, params, request_id=request_id)
-        async with contextlib.aclosing(outputs_of(frontend, submit)) as outputs:
+        client = self._client
+        submit = partial(client.submit_pooling, inputs, params, request_id=request_id)
+        async with contextlib.aclosing(outputs_of(client, submit)) as outputs:
             output: PooledOutput = await anext(outputs)  # one, or an error
         return output
 
     async def abort(self, request_id: str) -> None:
         """End a request; its iterator ends with finish reason "abort". Unknown ids are ignored: they have finished."""
-        self._frontend.end(request_id)
+        self._client.end(request_id)
 
     # --- control --------------------------------------------------------------------------------
 
@@ -405,7 +405,7 @@ class AsyncEngine:
             return report
         file = tensor_file(named_tensors)
         try:
-            answer = self._frontend.call(UpdateCall(path=file.path))
+            answer = self._client.call(UpdateCall(path=file.path))
         except BaseException:
             file.close()
             raise
@@ -442,4 +442,4 @@ class AsyncEngine:
         return results
 
     async def _call(self, call: ControlCall) -> Any:
-        return await asyncio.wrap_future(self._frontend.call(call))
+        return await asyncio.wrap_future(self._client.call(call))

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from shuteye.config import EngineConfig
 from shuteye.engine.messages import (
-    UNASKED,
+    AUTO_WAKE_ID,
     AbortRequests,
     AddRequests,
     Control,
@@ -47,7 +47,7 @@ from shuteye.frontend.forks import tell_forks
 from shuteye.model_info import ModelInfo
 from shuteye.state import EngineState, SchedulerStats, WakeReport
 from shuteye.tasks.base import OutputKind, Processed
-from shuteye.tasks.generate.outputs import OutputProcessor, settled
+from shuteye.tasks.generate.outputs import OutputProcessor, resolve_token_params
 from shuteye.tasks.generate.requests import SamplingParams
 from shuteye.tasks.pool.outputs import PoolOutputs
 from shuteye.tasks.pool.requests import PoolingParams, PoolInput
@@ -109,7 +109,7 @@ class _Loaded:
     outputs: Outputs
 
 
-class Frontend:
+class EngineClient:
     """Sends requests and calls, and hands every answer to the one who waits for it; thread-safe.
 
     Args:
@@ -186,7 +186,7 @@ class Frontend:
         text, token_ids = self._tokens_of(prompt)
         outputs = self._outputs_for("generate")
         assert isinstance(outputs, OutputProcessor)
-        params = settled(params, self.tokenizer, vocab_size=self.info.vocab_size)
+        params = resolve_token_params(params, self.tokenizer, vocab_size=self.info.vocab_size)
 
         def follow(request_id: str, engine_id: str) -> Sequence[Request]:
             return outputs.add(
@@ -348,9 +348,9 @@ class Frontend:
                 self._on_ready(info, config)
             case Failed(error):
                 self.fail(_rebuilt(error), status="failed")
-            case WakeReply(call_id, report) if call_id == UNASKED:
+            case WakeReply(call_id, report) if call_id == AUTO_WAKE_ID:
                 self.on_own_wake(report)
-            case ErrorReply(call_id, error) if call_id == UNASKED:
+            case ErrorReply(call_id, error) if call_id == AUTO_WAKE_ID:
                 self.on_own_wake(_rebuilt(error))
             case ErrorReply(call_id, error):
                 if (refused := self._calls.pop(call_id, None)) is not None:

@@ -29,7 +29,7 @@ from shuteye.engine.messages import (
     tag_names,
 )
 from shuteye.errors import EngineDead, InvalidRequest, ShuteyeError
-from shuteye.frontend.engine_client import Frontend
+from shuteye.frontend.engine_client import EngineClient
 from shuteye.frontend.thread_link import ThreadLink
 from shuteye.model_info import ModelInfo
 from shuteye.state import EngineState, SchedulerStats, SleepReport, UpdateReport, WakeReport
@@ -67,12 +67,12 @@ class LLM:
         if unknown:
             raise InvalidRequest(f"LLM has no option {unknown[0]!r}; see EngineConfig.", param=unknown[0])
         config = EngineConfig(model=model, **{"max_waiting_requests": sys.maxsize, **options})
-        self._frontend = Frontend(config, self._post)
-        self._link = ThreadLink(config, on_message=self._frontend.on_message, on_death=self._on_death)
+        self._client = EngineClient(config, self._post)
+        self._link = ThreadLink(config, on_message=self._client.on_message, on_death=self._on_death)
         self._link.start()
         self._closed = False
         try:
-            self._frontend.ready.result()
+            self._client.ready.result()
         except BaseException:
             self.close()
             raise
@@ -81,13 +81,13 @@ class LLM:
         self._link.post(message)
 
     def _on_death(self, error: ShuteyeError) -> None:
-        self._frontend.fail(error, status="dead")
+        self._client.fail(error, status="dead")
 
     def close(self) -> None:
         """End the engine and give back its memory. Idempotent."""
         if not self._closed:
             self._closed = True
-            self._frontend.fail(EngineDead("This LLM was closed; make another one."), status="closed")
+            self._client.fail(EngineDead("This LLM was closed; make another one."), status="closed")
             self._link.close()
 
     def __enter__(self) -> Self:
@@ -103,22 +103,22 @@ class LLM:
     @property
     def config(self) -> EngineConfig:
         """The completed config."""
-        return self._frontend.config
+        return self._client.config
 
     @property
     def info(self) -> ModelInfo:
         """The loaded model's facts."""
-        return self._frontend.info
+        return self._client.info
 
     @property
     def state(self) -> EngineState:
         """The sleep state."""
-        return self._frontend.state
+        return self._client.state
 
     @property
     def stats(self) -> SchedulerStats:
         """The scheduler's counters as of the last step."""
-        return self._frontend.stats
+        return self._client.stats
 
     @property
     def is_sleeping(self) -> bool:
@@ -127,7 +127,7 @@ class LLM:
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
-        return self._frontend.tokenizer
+        return self._client.tokenizer
 
     # --- generation -----------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class LLM:
         _require_prompts(prompts)
         prompt_list: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
         params = _one_each(SamplingParams() if sampling_params is None else sampling_params, len(prompt_list))
-        submit = partial(self._frontend.submit, request_id=None, output_kind="final_only")
+        submit = partial(self._client.submit, request_id=None, output_kind="final_only")
         return self._collect([partial(submit, prompt, one) for prompt, one in zip(prompt_list, params, strict=True)])
 
     def transcribe(
@@ -166,7 +166,7 @@ class LLM:
         """
         recordings = audio if isinstance(audio, list | tuple) else [audio]
         submit = partial(
-            self._frontend.submit_transcription,
+            self._client.submit_transcription,
             params=TranscribeParams() if params is None else params,
             prompt=prompt,
             request_id=None,
@@ -189,7 +189,7 @@ class LLM:
                 outputs[waiting.pop(item.request_id)] = item
         finally:
             for request_id in waiting:
-                self._frontend.abort(request_id, deliver=arrived.put)
+                self._client.abort(request_id, deliver=arrived.put)
         return [outputs[index] for index in range(len(submits))]
 
     def chat(
@@ -239,7 +239,7 @@ class LLM:
 
     def _pool(self, inputs: Sequence[PoolInput], params: PoolingParams) -> PooledOutput:
         output: PooledOutput
-        [output] = self._collect([partial(self._frontend.submit_pooling, inputs, params, request_id=None)])
+        [output] = self._collect([partial(self._client.submit_pooling, inputs, params, request_id=None)])
         return output
 
     # --- control: see AsyncEngine for what each raises ------------------------------------------
@@ -289,7 +289,7 @@ class LLM:
         return results
 
     def _call(self, call: ControlCall) -> Future[Any]:
-        return self._frontend.call(call)
+        return self._client.call(call)
 
 
 def _require_prompts(given: object) -> None:

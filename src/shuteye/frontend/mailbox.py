@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from shuteye.errors import RequestAborted, ShuteyeError
-from shuteye.frontend.engine_client import Frontend
+from shuteye.frontend.engine_client import EngineClient
 from shuteye.tasks.base import Deltas
 
 MAX_BACKLOG = 256 * 1024
@@ -114,19 +114,19 @@ class Mailbox:
 
 
 async def outputs_of(
-    frontend: Frontend, submit: Callable[..., str], *, deltas: Deltas | None = None, backlog: Backlog | None = None
+    client: EngineClient, submit: Callable[..., str], *, deltas: Deltas | None = None, backlog: Backlog | None = None
 ) -> AsyncGenerator[Any, None]:
     """What is delivered for one request, until it is finished; the request is aborted if nobody waits for that.
 
     Args:
-        frontend: the one of now; after a restart there is another.
+        client: the one of now; after a restart there is another.
         submit: sends the request, given `deliver`; returns its id.
         deltas: how outputs that say only what is new become one, if they come faster than they are taken.
         backlog: counts what was not taken, together with that of other requests; None for a count of its own.
     """
 
     def abort() -> None:
-        frontend.abort(request_id, deliver=mailbox.deliver)
+        client.abort(request_id, deliver=mailbox.deliver)
 
     backlog = backlog or Backlog()
     mailbox = Mailbox(deltas, backlog, abort=abort)

@@ -212,7 +212,7 @@ def _describe(slot: Slot | None) -> str:
     return f"{slot.dtype} {slot.shape} at byte {slot.offset:,}" if slot else "absent"
 
 
-class ExtentRota:
+class SampleCursor:
     """Takes a bounded number of bytes of extents at a time, other ones each time, so that every one has its turn."""
 
     def __init__(self, max_bytes: int) -> None:

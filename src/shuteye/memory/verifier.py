@@ -9,7 +9,7 @@ from shuteye.errors import ImageFailure
 from shuteye.memory.arena import Arena
 from shuteye.memory.backings.base import Backing, ImageSource, Source
 from shuteye.memory.image_files import checksum_hex
-from shuteye.memory.layout import MIB, Extent, ExtentRota
+from shuteye.memory.layout import MIB, Extent, SampleCursor
 from shuteye.memory.weights_state import SourceKind, WeightsState
 from shuteye.state import VerifyMode, VerifyResult
 
@@ -23,7 +23,7 @@ class Verifier:
     def __init__(self, arena: Arena, backing: Backing) -> None:
         self._arena = arena
         self._backing = backing
-        self._rota = ExtentRota(SAMPLE_BYTES)
+        self._rota = SampleCursor(SAMPLE_BYTES)
 
     def source(self, state: WeightsState, kind: SourceKind) -> Source:
         """What brings back extents of a kind."""

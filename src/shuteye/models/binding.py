@@ -16,14 +16,14 @@ from torch import nn
 from shuteye.errors import ImageFailure
 from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image import WeightImage
-from shuteye.model_info import PoolingInfo, SpeechFacts
+from shuteye.model_info import PoolingInfo, WhisperSpec
 
 TOKENIZER_DIR = "tokenizer"
 CONFIG_DIR = "config"
 """Where an image keeps the tokenizer, and the model's config."""
 
 
-class CommonFacts(Protocol):
+class CommonSpec(Protocol):
     """What an image's metadata says of a model of any task."""
 
     @property
@@ -74,7 +74,7 @@ class Origin:
         return msgspec.convert(image.metadata["origin"], cls)
 
 
-FactsT = TypeVar("FactsT", bound=CommonFacts)
+FactsT = TypeVar("FactsT", bound=CommonSpec)
 
 
 class BoundModel(Generic[FactsT]):
@@ -125,7 +125,7 @@ class BoundModel(Generic[FactsT]):
         return None
 
     @property
-    def speech(self) -> SpeechFacts | None:
+    def speech(self) -> WhisperSpec | None:
         """How the model is led through a recording, if it transcribes."""
         return None
 

@@ -18,12 +18,12 @@ from shuteye.models import attention
 from shuteye.models.attention import AttentionContext, ModelBatch, PagedCache, attending
 from shuteye.models.binding import BoundModel, bind_module, read_image_config, slot_names_of
 from shuteye.models.blueprint import build_module, quiet
-from shuteye.models.fused import INVERSE_FREQUENCIES, FusedDecoder, FusedFacts, wide_weights
-from shuteye.models.support import AttentionFacts, check
+from shuteye.models.fused import INVERSE_FREQUENCIES, FusedDecoder, FusedSpec, wide_weights
+from shuteye.models.support import AttentionSpec, check
 
 
 @dataclass(frozen=True, slots=True)
-class ImageFacts:
+class ImageSpec:
     """What an image's metadata says of its model.
 
     Attributes:
@@ -39,8 +39,8 @@ class ImageFacts:
     context_length: int
     eos_token_ids: tuple[int, ...]
     default_sampling: dict[str, float]
-    attention: AttentionFacts
-    fused: FusedFacts | None
+    attention: AttentionSpec
+    fused: FusedSpec | None
     dtype: str
     transformers: str
 
@@ -80,14 +80,14 @@ class ModuleDecoder:
         return logits
 
 
-class LoadedModel(BoundModel[ImageFacts]):
+class LoadedModel(BoundModel[ImageSpec]):
     """A model that generates.
 
     Attributes:
         decoder: what computes its steps.
     """
 
-    def __init__(self, facts: ImageFacts, decoder: Decoder, slot_names: dict[str, str]) -> None:
+    def __init__(self, facts: ImageSpec, decoder: Decoder, slot_names: dict[str, str]) -> None:
         super().__init__(facts, slot_names)
         self.decoder = decoder
 
@@ -143,7 +143,7 @@ def bind(image: WeightImage, arena: Arena, *, modules: bool = False, native: boo
         ImageFailure: image and module disagree; the message names the tensors.
         UnsupportedModel: transformers is another version than the image was made with, and serves this model no more.
     """
-    facts = msgspec.convert(dict(image.metadata), ImageFacts)
+    facts = msgspec.convert(dict(image.metadata), ImageSpec)
     slot_names = slot_names_of(image)
     decoder = None if modules else _bind_flat(image, arena, facts, slot_names, native=native)
     if decoder is not None:
@@ -155,7 +155,7 @@ def bind(image: WeightImage, arena: Arena, *, modules: bool = False, native: boo
 
 
 def _bind_flat(
-    image: WeightImage, arena: Arena, facts: ImageFacts, slot_names: dict[str, str], *, native: bool
+    image: WeightImage, arena: Arena, facts: ImageSpec, slot_names: dict[str, str], *, native: bool
 ) -> FusedDecoder | None:
     """The flat loop, which needs neither transformers nor the checkpoint's config; None if it is not for this model."""
     if facts.fused is None:
@@ -168,7 +168,7 @@ def _bind_flat(
     return FusedDecoder(facts.fused, weights, frequencies, facts.attention.windows, native=native)
 
 
-def _bind_module(image: WeightImage, arena: Arena, facts: ImageFacts, config: Any) -> Any:
+def _bind_module(image: WeightImage, arena: Arena, facts: ImageSpec, config: Any) -> Any:
     attention.register()
     with quiet():
         module = build_module(config, dtype=torch_dtype(facts.dtype), attention=attention.IMPLEMENTATION)
@@ -176,7 +176,7 @@ def _bind_module(image: WeightImage, arena: Arena, facts: ImageFacts, config: An
     return module
 
 
-def _current_facts(facts: ImageFacts, config: Any) -> ImageFacts:
+def _current_facts(facts: ImageSpec, config: Any) -> ImageSpec:
     """The image's facts; the model is examined anew if transformers has changed since the image was made."""
     from transformers import __version__
 

@@ -41,7 +41,7 @@ _UNKNOWN_CONTEXT = 512
 
 
 @dataclass(frozen=True, slots=True)
-class EncoderFacts:
+class EncoderSpec:
     """What an image's metadata says of a model that embeds or scores.
 
     Attributes:
@@ -73,7 +73,7 @@ class EncoderFacts:
 # --- examination ----------------------------------------------------------------------------------
 
 
-def examine_encoder(config: Any, source: ModelSource, *, task: str, dtype: torch.dtype) -> EncoderFacts:
+def examine_encoder(config: Any, source: ModelSource, *, task: str, dtype: torch.dtype) -> EncoderSpec:
     """What serving the checkpoint takes, from its config and sentence-transformers files.
 
     Raises:
@@ -96,7 +96,7 @@ def examine_encoder(config: Any, source: ModelSource, *, task: str, dtype: torch
         raise UnsupportedModel(
             f"{source.name} has a chat template that pairs of texts must be put through, which is not done here."
         )
-    return EncoderFacts(
+    return EncoderSpec(
         architecture=(config.architectures or [config.model_type])[0],
         task=task,
         vocab_size=config.vocab_size,
@@ -175,10 +175,10 @@ def _dimensions(config: Any) -> tuple[int, ...] | None:
 # --- the bound model ------------------------------------------------------------------------------
 
 
-class LoadedEncoder(BoundModel[EncoderFacts]):
+class LoadedEncoder(BoundModel[EncoderSpec]):
     """A model that embeds or scores."""
 
-    def __init__(self, facts: EncoderFacts, module: Any, slot_names: dict[str, str]) -> None:
+    def __init__(self, facts: EncoderSpec, module: Any, slot_names: dict[str, str]) -> None:
         super().__init__(facts, slot_names)
         self.module = module
 
@@ -258,7 +258,7 @@ def bind_encoder(image: WeightImage, arena: Arena) -> LoadedEncoder:
     Raises:
         ImageFailure: image and module disagree; the message names the tensors.
     """
-    facts = msgspec.convert(dict(image.metadata), EncoderFacts)
+    facts = msgspec.convert(dict(image.metadata), EncoderSpec)
     config = read_image_config(image)
     found = model_class(config, facts.task)
     with quiet():

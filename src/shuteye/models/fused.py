@@ -29,7 +29,7 @@ INVERSE_FREQUENCIES = "model.rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True, slots=True)
-class FusedFacts:
+class FusedSpec:
     """What the loop must know beside tensors; an image keeps it, so that later loads need no module.
 
     Attributes:
@@ -46,13 +46,13 @@ class FusedFacts:
     rotary_scale: float
 
 
-def recognise(module: Any) -> FusedFacts | None:
+def recognise(module: Any) -> FusedSpec | None:
     """The facts of a transformers module that the loop can stand in for; None for any other."""
     config = module.config
     if config.model_type not in MODEL_TYPES or config.hidden_act != "silu":
         return None
     attention = module.model.layers[0].self_attn
-    return FusedFacts(
+    return FusedSpec(
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
@@ -179,7 +179,7 @@ class FusedDecoder:
 
     def __init__(
         self,
-        facts: FusedFacts,
+        facts: FusedSpec,
         weights: FusedWeights,
         inverse_frequencies: Tensor,
         windows: Sequence[int | None],
@@ -282,9 +282,7 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 # --- the native twin ------------------------------------------------------------------------------
 
 
-def decoder_spec(
-    facts: FusedFacts, weights: FusedWeights, windows: Sequence[int | None], blocks: Tensor
-) -> DecoderSpec:
+def decoder_spec(facts: FusedSpec, weights: FusedWeights, windows: Sequence[int | None], blocks: Tensor) -> DecoderSpec:
     """The same model as the native kernels take it, over the KV cache `blocks` (see `KVCache.blocks`)."""
     return DecoderSpec(
         layers=tuple(map(_layer_spec, weights.layers, windows)),

@@ -23,8 +23,8 @@ from shuteye.memory.image_writer import ImageWriter
 from shuteye.memory.layout import TensorSpec
 from shuteye.models.binding import CONFIG_DIR, TOKENIZER_DIR, Origin
 from shuteye.models.blueprint import build_module, quiet
-from shuteye.models.decoder import ImageFacts, LoadedModel, bind
-from shuteye.models.encoder import EncoderFacts, examine_encoder, has_pooling
+from shuteye.models.decoder import ImageSpec, LoadedModel, bind
+from shuteye.models.encoder import EncoderSpec, examine_encoder, has_pooling
 from shuteye.models.formats.checkpoint import (
     CheckpointTensors,
     open_checkpoint,
@@ -35,12 +35,12 @@ from shuteye.models.formats.checkpoint import (
     stored_as,
 )
 from shuteye.models.formats.files import refusing
-from shuteye.models.fused import INVERSE_FREQUENCIES, FusedFacts, group_of, layout_order, recognise
+from shuteye.models.fused import INVERSE_FREQUENCIES, FusedSpec, group_of, layout_order, recognise
 from shuteye.models.progress import NoProgress, Progress
 from shuteye.models.sources import ModelSource
-from shuteye.models.support import AttentionFacts, check
+from shuteye.models.support import AttentionSpec, check
 from shuteye.models.tasks import task_of
-from shuteye.models.whisper_facts import SpeechImageFacts, examine_speech, save_extractor
+from shuteye.models.whisper_facts import WhisperImageSpec, examine_speech, save_extractor
 
 __all__ = ["LoadedModel", "bind", "identity_of", "open_image"]
 
@@ -96,7 +96,7 @@ class _Conversion:
 
     def _examine(
         self, config: Any, task: str
-    ) -> tuple[ImageFacts | EncoderFacts | SpeechImageFacts, dict[str, torch.Tensor]]:
+    ) -> tuple[ImageSpec | EncoderSpec | WhisperImageSpec, dict[str, torch.Tensor]]:
         """What the image's metadata says of the model, and the buffers that are in no checkpoint but are needed."""
         if task == "transcribe":
             return examine_speech(config, self.source, dtype=self.dtype), {}
@@ -149,11 +149,11 @@ def _specs(order: Iterable[str], tensors: CheckpointTensors) -> list[TensorSpec]
 
 
 def _facts(
-    config: Any, generation: Mapping[str, Any], dtype: torch.dtype, attention: AttentionFacts, fused: FusedFacts | None
-) -> ImageFacts:
+    config: Any, generation: Mapping[str, Any], dtype: torch.dtype, attention: AttentionSpec, fused: FusedSpec | None
+) -> ImageSpec:
     from transformers import __version__
 
-    return ImageFacts(
+    return ImageSpec(
         architecture=(config.architectures or [config.model_type])[0],
         task="generate",
         vocab_size=config.vocab_size,

@@ -26,7 +26,7 @@ _GRID = 24
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionFacts:
+class AttentionSpec:
     """What a KV cache and paged attention must be made for.
 
     Attributes:
@@ -58,7 +58,7 @@ class _Recorder:
 _recorder: ContextVar[_Recorder | None] = ContextVar("shuteye_probe", default=None)
 
 
-def probe_attention(config: Any) -> AttentionFacts:
+def probe_attention(config: Any) -> AttentionSpec:
     """Run the model of `config` on meta and record every call of attention, mask and cache.
 
     Raises:
@@ -90,7 +90,7 @@ def _run(module: Any, recorder: _Recorder) -> None:
     )
 
 
-def _facts(recorder: _Recorder, num_layers: int) -> AttentionFacts:
+def _facts(recorder: _Recorder, num_layers: int) -> AttentionSpec:
     if sorted(recorder.shapes) != list(range(num_layers)):
         raise UnsupportedModel(
             f"Only layers {sorted(recorder.shapes)} of {num_layers} use attention with a KV cache: hybrid models "
@@ -100,7 +100,7 @@ def _facts(recorder: _Recorder, num_layers: int) -> AttentionFacts:
         raise UnsupportedModel(f"Its layers differ in KV heads and head size: {sorted(set(recorder.shapes.values()))}.")
     num_kv_heads, head_dim = recorder.shapes[0]
     windows = tuple(recorder.windows[index] for index in range(num_layers))
-    return AttentionFacts(num_layers, num_kv_heads, head_dim, windows)
+    return AttentionSpec(num_layers, num_kv_heads, head_dim, windows)
 
 
 def _refuse_unusual_positions(module: Any) -> None:
@@ -227,7 +227,7 @@ def _register() -> None:
     AttentionMaskInterface.register(_IMPLEMENTATION, _probing_mask)
 
 
-def check(config: Any) -> AttentionFacts:
+def check(config: Any) -> AttentionSpec:
     """What attention and KV cache must be made for, if the model of `config` can generate correctly.
 
     Raises:

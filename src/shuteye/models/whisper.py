@@ -13,11 +13,11 @@ import torch
 
 from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image import WeightImage
-from shuteye.model_info import SpeechFacts
+from shuteye.model_info import WhisperSpec
 from shuteye.models import whisper_attention as speech_attention
 from shuteye.models.binding import CONFIG_DIR, BoundModel, bind_module, read_image_config, slot_names_of
 from shuteye.models.blueprint import build_module, quiet
-from shuteye.models.whisper_facts import TASK, SpeechImageFacts
+from shuteye.models.whisper_facts import TASK, WhisperImageSpec
 
 if TYPE_CHECKING:
     from shuteye.tasks.transcribe.plans import WindowRules
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 CANARY_FRAMES = 16
 
 
-class SpeechModel(BoundModel[SpeechImageFacts]):
+class SpeechModel(BoundModel[WhisperImageSpec]):
     """A Whisper model; what its checkpoint says of sampling, `allowed` heeds."""
 
-    def __init__(self, facts: SpeechImageFacts, module: Any, slot_names: Mapping[str, str], config_dir: str) -> None:
+    def __init__(self, facts: WhisperImageSpec, module: Any, slot_names: Mapping[str, str], config_dir: str) -> None:
         from transformers import GenerationConfig, WhisperFeatureExtractor
 
         super().__init__(facts, slot_names)
@@ -39,7 +39,7 @@ class SpeechModel(BoundModel[SpeechImageFacts]):
         )
 
     @property
-    def speech(self) -> SpeechFacts:
+    def speech(self) -> WhisperSpec:
         """How to lead it through a recording."""
         return self.facts.speech
 
@@ -68,7 +68,7 @@ class SpeechModel(BoundModel[SpeechImageFacts]):
         return features
 
     @torch.inference_mode()
-    def hear(self, features: torch.Tensor) -> torch.Tensor:
+    def encode(self, features: torch.Tensor) -> torch.Tensor:
         """What the decoder attends to, [1, positions, d_model].
 
         Args:
@@ -76,20 +76,20 @@ class SpeechModel(BoundModel[SpeechImageFacts]):
         """
         missing = self.speech.window_frames - features.shape[-1]
         window = torch.nn.functional.pad(features, (0, missing))
-        heard: torch.Tensor = self._module.model.encoder(window[None]).last_hidden_state
-        return heard
+        encoder_output: torch.Tensor = self._module.model.encoder(window[None]).last_hidden_state
+        return encoder_output
 
     # --- writing --------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def begin(self, heard: torch.Tensor, token_ids: Sequence[int]) -> tuple[Any, torch.Tensor]:
+    def begin(self, encoder_output: torch.Tensor, token_ids: Sequence[int]) -> tuple[Any, torch.Tensor]:
         """Read all tokens of a window at once.
 
         Returns:
             The window's memory, for `step`, and hidden states [num_tokens, d_model].
         """
         cache = speech_attention.new_cache()
-        found = self._decode([list(token_ids)], [range(len(token_ids))], heard, cache)
+        found = self._decode([list(token_ids)], [range(len(token_ids))], encoder_output, cache)
         return cache, found[0]
 
     @torch.inference_mode()
@@ -99,18 +99,18 @@ class SpeechModel(BoundModel[SpeechImageFacts]):
         Returns:
             Hidden states [num_windows, d_model].
         """
-        heard = torch.empty(0)  # all of it is in the caches
+        encoder_output = torch.empty(0)  # all of it is in the caches
         cache = speech_attention.RowsCache(caches)
-        found = self._decode([[token] for token in token_ids], [[each] for each in positions], heard, cache)
+        found = self._decode([[token] for token in token_ids], [[each] for each in positions], encoder_output, cache)
         return found[:, 0]
 
     def _decode(
-        self, token_ids: list[list[int]], positions: Sequence[Sequence[int]], heard: torch.Tensor, cache: Any
+        self, token_ids: list[list[int]], positions: Sequence[Sequence[int]], encoder_output: torch.Tensor, cache: Any
     ) -> torch.Tensor:
         output = self._module.model.decoder(
             input_ids=torch.tensor(token_ids),
             position_ids=torch.tensor([list(each) for each in positions]),
-            encoder_hidden_states=heard,
+            encoder_hidden_states=encoder_output,
             cache=cache,
             use_cache=True,
         )
@@ -138,12 +138,12 @@ class SpeechModel(BoundModel[SpeechImageFacts]):
         encoder = self._module.model.encoder
         num_bins = encoder.num_mel_bins
         frames = torch.linspace(-1.0, 1.0, num_bins * CANARY_FRAMES, dtype=self.dtype).view(1, num_bins, -1)
-        heard = torch.nn.functional.gelu(encoder.conv1(frames))
-        heard = torch.nn.functional.gelu(encoder.conv2(heard)).permute(0, 2, 1)
-        heard = heard + encoder.embed_positions.weight[: heard.shape[1]]
+        hidden_states = torch.nn.functional.gelu(encoder.conv1(frames))
+        hidden_states = torch.nn.functional.gelu(encoder.conv2(hidden_states)).permute(0, 2, 1)
+        hidden_states = hidden_states + encoder.embed_positions.weight[: hidden_states.shape[1]]
         for layer in encoder.layers:
-            heard = layer(heard, None)
-        _, hidden = self.begin(encoder.layer_norm(heard), token_ids)
+            hidden_states = layer(hidden_states, None)
+        _, hidden = self.begin(encoder.layer_norm(hidden_states), token_ids)
         return self.logits(hidden)
 
 
@@ -153,7 +153,7 @@ def bind_speech(image: WeightImage, arena: Arena) -> SpeechModel:
     Raises:
         ImageFailure: image and module disagree; the message names the tensors.
     """
-    facts = msgspec.convert(dict(image.metadata), SpeechImageFacts)
+    facts = msgspec.convert(dict(image.metadata), WhisperImageSpec)
     speech_attention.register()
     config = read_image_config(image)
     with quiet():
@@ -171,7 +171,7 @@ class _TokenRules:
     a stretch, and hears the rest of the window again, possibly for ever.
     """
 
-    def __init__(self, generation: Any, facts: SpeechFacts, *, vocab_size: int) -> None:
+    def __init__(self, generation: Any, facts: WhisperSpec, *, vocab_size: int) -> None:
         from transformers.generation.logits_process import (
             SuppressTokensAtBeginLogitsProcessor,
             SuppressTokensLogitsProcessor,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from shuteye.errors import UnsupportedModel
-from shuteye.model_info import SpeechFacts
+from shuteye.model_info import WhisperSpec
 from shuteye.models.formats.checkpoint import read_generation_config
 from shuteye.models.sources import ModelSource
 
@@ -26,20 +26,20 @@ _EXTRACTOR_FILE = "preprocessor_config.json"
 
 
 @dataclass(frozen=True, slots=True)
-class SpeechImageFacts:
-    """What an image's metadata says of a model that transcribes; fields as in `loaded.ImageFacts`."""
+class WhisperImageSpec:
+    """What an image's metadata says of a model that transcribes; fields as in `loaded.ImageSpec`."""
 
     architecture: str
     task: str
     vocab_size: int
     context_length: int
     eos_token_ids: tuple[int, ...]
-    speech: SpeechFacts
+    speech: WhisperSpec
     dtype: str
     transformers: str
 
 
-def examine_speech(config: Any, source: ModelSource, *, dtype: torch.dtype) -> SpeechImageFacts:
+def examine_speech(config: Any, source: ModelSource, *, dtype: torch.dtype) -> WhisperImageSpec:
     """What the image of a Whisper checkpoint is to say.
 
     Raises:
@@ -57,7 +57,7 @@ def examine_speech(config: Any, source: ModelSource, *, dtype: torch.dtype) -> S
             f"{source.name}: generation_config.json lacks {', '.join(missing)}, without which nobody can say what the "
             "model writes. Take that file from the original model on the hub."
         )
-    return SpeechImageFacts(
+    return WhisperImageSpec(
         architecture=config.architectures[0],
         task=TASK,
         vocab_size=config.vocab_size,
@@ -69,13 +69,13 @@ def examine_speech(config: Any, source: ModelSource, *, dtype: torch.dtype) -> S
     )
 
 
-def _facts(config: Any, generation: Mapping[str, Any], source: ModelSource, dtype: torch.dtype) -> SpeechFacts:
+def _facts(config: Any, generation: Mapping[str, Any], source: ModelSource, dtype: torch.dtype) -> WhisperSpec:
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
     by_spelling = (generation.get("lang_to_id") or {}) if generation.get("is_multilingual", True) else {}
     languages = {spelling.strip("<|>"): token_id for spelling, token_id in by_spelling.items()}
     cached = config.decoder_layers * 2 * config.d_model * (config.max_source_positions + config.max_target_positions)
-    return SpeechFacts(
+    return WhisperSpec(
         hop_samples=_extractor(config, source).hop_length,
         window_frames=CONVOLUTION_STRIDE * config.max_source_positions,
         frames_per_timestamp=CONVOLUTION_STRIDE,

@@ -11,7 +11,7 @@ from shuteye.config import EngineConfig
 from shuteye.errors import InternalError, InvalidRequest
 from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
-from shuteye.model_info import ModelFacts
+from shuteye.model_info import ModelSpec
 from shuteye.tasks.base import ModelRunner, RequestDelta, TaskScheduler
 from shuteye.tasks.generate.constraints import ConstrainedScheduler
 from shuteye.tasks.generate.grammar import Grammars
@@ -52,7 +52,7 @@ def starts_of(plan: Plan) -> tuple[str, ...]:
 
 
 def open_scheduler(
-    config: EngineConfig, facts: ModelFacts, *, num_blocks: int, report: Callable[[RequestDelta], None]
+    config: EngineConfig, facts: ModelSpec, *, num_blocks: int, report: Callable[[RequestDelta], None]
 ) -> TaskScheduler:
     """The scheduler for the task of the loaded model; `config` is complete.
 

@@ -19,7 +19,7 @@ from shuteye.memory.backends import open_backend
 from shuteye.memory.backends.base import MemoryBackend
 from shuteye.memory.image import WeightImage
 from shuteye.memory.residency import Residency
-from shuteye.model_info import ModelFacts
+from shuteye.model_info import ModelSpec
 from shuteye.models.binding import TOKENIZER_DIR, Origin
 from shuteye.models.converter import Order, obtain_image
 from shuteye.models.progress import LoggedProgress
@@ -49,7 +49,7 @@ VERBS = frozenset(
         "reset",
         "verify",
         "canary_agrees",
-        "prove_first_step",
+        "defer_canary",
         "states",
         "epoch",
         "missing",
@@ -77,7 +77,7 @@ class Worker:
         torch.set_num_threads(num_threads)
         self._backend = backend or open_backend(config.memory_backend)
         self._num_updates = 0
-        self._proves_first_step = False
+        self._canary_deferred = False
         with ExitStack() as undo:
             self._image = image = self._open_image(config.model)
             undo.callback(image.close)
@@ -94,11 +94,11 @@ class Worker:
 
     # --- loading --------------------------------------------------------------------------------
 
-    def facts(self) -> ModelFacts:
+    def facts(self) -> ModelSpec:
         """What the engine sizes everything else from."""
         model = self._model
         origin = Origin.of(self._image)
-        return ModelFacts(
+        return ModelSpec(
             architecture=model.architecture,
             task=model.task,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -150,7 +150,7 @@ class Worker:
                 f"A step builds on epoch {plan.epoch} of this memory, which is in epoch ({self._residency.epoch},)."
             )
         self._require_intact()  # before, because the pages of a file cut short cannot be touched
-        result = self._runner.execute(plan, prove=self._prove if self._proves_first_step else None)
+        result = self._runner.execute(plan, prove=self._prove if self._canary_deferred else None)
         self._require_intact()
         return result
 
@@ -163,7 +163,7 @@ class Worker:
     def _prove(self, numbers: torch.Tensor) -> None:
         if not self._canary.knows(numbers, self._version):
             raise VerificationFailed(CANARY_DISAGREES)
-        self._proves_first_step = False
+        self._canary_deferred = False
 
     # --- sleep and wake -------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class Worker:
     def release(self, plan: SleepPlan) -> tuple[TagReport, ...]:
         """Give the memory back; on error the rank's state is unknown until `reset`."""
         self._runner.drop_computed()
-        self._proves_first_step = False
+        self._canary_deferred = False
         return self._residency.release(plan)
 
     def restore(self, plan: WakePlan) -> tuple[TagReport, ...]:
@@ -194,7 +194,7 @@ class Worker:
 
     def reset(self) -> None:
         """The way back from a fault: release everything again, whatever happened before."""
-        self._proves_first_step = False
+        self._canary_deferred = False
         self._residency.reset()
 
     def verify(self, mode: VerifyMode) -> VerifyResult:
@@ -211,9 +211,9 @@ class Worker:
         self._require_intact()
         return self._canary.agrees(self._version)
 
-    def prove_first_step(self) -> None:
+    def defer_canary(self) -> None:
         """Let the canary go with the next step; nothing comes of the step if it disagrees."""
-        self._proves_first_step = True
+        self._canary_deferred = True
 
     def states(self) -> tuple[TagState, ...]:
         """Where each tag is now."""

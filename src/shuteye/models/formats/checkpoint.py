@@ -129,7 +129,7 @@ def save_tokenizer(source: ModelSource, directory: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizerFacts:
+class TokenizerSpec:
     """What a checkpoint's tokenizer does beside tokenizing.
 
     Attributes:
@@ -142,14 +142,14 @@ class TokenizerFacts:
     has_chat_template: bool
 
 
-def read_tokenizer_facts(source: ModelSource) -> TokenizerFacts:
+def read_tokenizer_facts(source: ModelSource) -> TokenizerSpec:
     """Load the checkpoint's tokenizer and ask it.
 
     Raises:
         UnsupportedModel: as `save_tokenizer`.
     """
     tokenizer = _read_tokenizer(source)
-    return TokenizerFacts(
+    return TokenizerSpec(
         tuple(tokenizer.model_input_names), int(tokenizer.model_max_length), bool(tokenizer.chat_template)
     )
 

@@ -1,6 +1,6 @@
 """Carries one generation from steps to bytes: all at once, or as a stream of events.
 
-Knows nothing of OpenAI's shapes; a `Shape` writes them.
+Knows nothing of OpenAI's shapes; a `ResponseWriter` writes them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol
 from fastapi import Request, Response
 
 from shuteye.server.context import ServerContext
-from shuteye.server.generation.chunks import ChunkWriter, Transcript, Usage, encode_json
-from shuteye.server.generation.run import Job, Step, first_of, run
+from shuteye.server.generation.chunks import ChoiceAccumulator, ChunkWriter, Usage, encode_json
+from shuteye.server.generation.run import Job, PromptOutput, first_of, run
 from shuteye.server.http.events import EventStream, until_disconnect
 from shuteye.server.http.request_ids import current_request_id
 from shuteye.tasks.generate.requests import CompletionOutput, Logprob
@@ -24,7 +24,7 @@ UsageIn = Literal["no chunk", "last chunk", "every chunk"]
 """Where a stream tells how many tokens it took."""
 
 
-class Shape(Protocol):
+class ResponseWriter(Protocol):
     """How one route writes its answers; `index` numbers choices over all prompts."""
 
     @property
@@ -53,7 +53,7 @@ class Shape(Protocol):
         """What an answer carries beside its choices; a stream carries it in its first chunk."""
         ...
 
-    def whole(self, index: int, transcript: Transcript) -> dict[str, Any]:
+    def whole(self, index: int, transcript: ChoiceAccumulator) -> dict[str, Any]:
         """A finished choice."""
         ...
 
@@ -71,7 +71,9 @@ def new_request_id(prefix: str) -> str:
     return f"{prefix}-{current_request_id()}"
 
 
-async def answer_whole(request: Request, context: ServerContext, job: Job, *, shape: Shape, model: str) -> Response:
+async def answer_whole(
+    request: Request, context: ServerContext, job: Job, *, shape: ResponseWriter, model: str
+) -> Response:
     """One JSON object, once everything is generated.
 
     Raises:
@@ -85,7 +87,7 @@ async def answer_whole(request: Request, context: ServerContext, job: Job, *, sh
     return Response(encode_json(body), media_type="application/json")
 
 
-def _best_of(job: Job, transcripts: Mapping[int, Transcript]) -> list[Transcript]:
+def _best_of(job: Job, transcripts: Mapping[int, ChoiceAccumulator]) -> list[ChoiceAccumulator]:
     """The wanted choices in order of prompts; where only the best are, the likeliest per token come first."""
     ordered = [transcripts[index] for index in sorted(transcripts)]
     if job.best is None:
@@ -98,8 +100,10 @@ def _best_of(job: Job, transcripts: Mapping[int, Transcript]) -> list[Transcript
     ]
 
 
-async def _collect(context: ServerContext, job: Job, usage: Usage, shape: Shape) -> dict[int, Transcript]:
-    transcripts: dict[int, Transcript] = defaultdict(Transcript)
+async def _collect(
+    context: ServerContext, job: Job, usage: Usage, shape: ResponseWriter
+) -> dict[int, ChoiceAccumulator]:
+    transcripts: dict[int, ChoiceAccumulator] = defaultdict(ChoiceAccumulator)
     async with aclosing(run(context, job)) as steps:
         async for prompt_index, output in steps:
             usage.add(prompt_index, output)
@@ -111,7 +115,7 @@ async def _collect(context: ServerContext, job: Job, usage: Usage, shape: Shape)
 
 
 async def answer_stream(
-    request: Request, context: ServerContext, job: Job, *, shape: Shape, model: str, usage_in: UsageIn
+    request: Request, context: ServerContext, job: Job, *, shape: ResponseWriter, model: str, usage_in: UsageIn
 ) -> Response:
     """A stream of events, begun only once the engine has admitted the job and given its first output.
 
@@ -134,11 +138,16 @@ def _envelope(job: Job, kind: str, model: str) -> dict[str, Any]:
 
 
 async def _events(
-    first: Step, rest: AsyncGenerator[Step, None], job: Job, *, shape: Shape, writer: ChunkWriter
+    first: PromptOutput,
+    rest: AsyncGenerator[PromptOutput, None],
+    job: Job,
+    *,
+    shape: ResponseWriter,
+    writer: ChunkWriter,
 ) -> AsyncGenerator[bytes, None]:
     usage = Usage.of(job)
     opened: set[int] = set()
-    step: Step | None = first
+    step: PromptOutput | None = first
     while step is not None:
         prompt_index, output = step
         usage.add(prompt_index, output)
@@ -155,7 +164,9 @@ async def _events(
         yield writer.usage(usage)
 
 
-def _choices(shape: Shape, index: int, completion: CompletionOutput, opened: set[int]) -> Iterator[dict[str, Any]]:
+def _choices(
+    shape: ResponseWriter, index: int, completion: CompletionOutput, opened: set[int]
+) -> Iterator[dict[str, Any]]:
     if index not in opened:
         opened.add(index)
         opening = shape.opening(index)

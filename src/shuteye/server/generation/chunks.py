@@ -47,7 +47,7 @@ class Usage:
 
 
 @dataclass(slots=True)
-class Transcript:
+class ChoiceAccumulator:
     """All of one choice so far."""
 
     texts: list[str] = field(default_factory=list)

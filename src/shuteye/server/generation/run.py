@@ -24,7 +24,7 @@ STARTED_AT_ONCE = 16
 
 T = TypeVar("T")
 
-Step = tuple[int, RequestOutput]
+PromptOutput = tuple[int, RequestOutput]
 """Which prompt, and what is new for it."""
 
 
@@ -72,7 +72,7 @@ def require_room(num_prompt_tokens: int, max_tokens: int | None, max_model_len: 
     )
 
 
-def run(context: ServerContext, job: Job) -> AsyncGenerator[Step, None]:
+def run(context: ServerContext, job: Job) -> AsyncGenerator[PromptOutput, None]:
     """Delta outputs of all prompts as they come; closing it aborts whatever still runs.
 
     Raises:
@@ -84,7 +84,9 @@ def run(context: ServerContext, job: Job) -> AsyncGenerator[Step, None]:
     return sources[0] if len(sources) == 1 else _merge(sources)
 
 
-async def _run_one(context: ServerContext, job: Job, index: int, backlog: Backlog) -> AsyncGenerator[Step, None]:
+async def _run_one(
+    context: ServerContext, job: Job, index: int, backlog: Backlog
+) -> AsyncGenerator[PromptOutput, None]:
     outputs = context.engine.generate(
         job.prompts[index].token_ids,
         job.params,
@@ -99,9 +101,9 @@ async def _run_one(context: ServerContext, job: Job, index: int, backlog: Backlo
                 yield index, output
 
 
-async def _merge(sources: Sequence[AsyncGenerator[Step, None]]) -> AsyncGenerator[Step, None]:
+async def _merge(sources: Sequence[AsyncGenerator[PromptOutput, None]]) -> AsyncGenerator[PromptOutput, None]:
     """Steps of all sources, each in its order; while nobody takes them, the sources wait."""
-    queue: asyncio.Queue[Step | int] = asyncio.Queue(maxsize=len(sources))  # an int says which source ended
+    queue: asyncio.Queue[PromptOutput | int] = asyncio.Queue(maxsize=len(sources))  # an int says which source ended
     tasks: list[asyncio.Task[None]] = []
     running = len(sources)
     try:
@@ -122,7 +124,9 @@ async def _merge(sources: Sequence[AsyncGenerator[Step, None]]) -> AsyncGenerato
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(index: int, source: AsyncGenerator[Step, None], queue: asyncio.Queue[Step | int]) -> None:
+async def _pump(
+    index: int, source: AsyncGenerator[PromptOutput, None], queue: asyncio.Queue[PromptOutput | int]
+) -> None:
     try:
         async with aclosing(source):
             async for step in source:

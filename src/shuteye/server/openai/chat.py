@@ -14,14 +14,14 @@ from fastapi import APIRouter, Request, Response
 
 from shuteye.server.context import Context
 from shuteye.server.generation.answer import answer_stream, answer_whole, new_request_id
-from shuteye.server.generation.chunks import Transcript
+from shuteye.server.generation.chunks import ChoiceAccumulator
 from shuteye.server.generation.run import Prompt
 from shuteye.server.http.admission import ModelRoute, require_task
 from shuteye.server.openai.conversation import ChatBody, ChatJob, chat_job
 from shuteye.server.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs_json
 from shuteye.server.openai.messages import NamedToolChoice, call_delta, whole_call
 from shuteye.server.parsing.parser import ReadingPlan
-from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, Piece, PieceReader, Reasoning
+from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, OutputParser, Piece, Reasoning
 from shuteye.tasks.generate.requests import CompletionOutput, FinishReason, Logprob
 
 
@@ -29,12 +29,12 @@ from shuteye.tasks.generate.requests import CompletionOutput, FinishReason, Logp
 class _Choice:
     """One streamed choice that is read for more than its text."""
 
-    reader: PieceReader
+    reader: OutputParser
     has_calls: bool = False
 
 
 @dataclass(slots=True)
-class ChatShape:
+class ChatWriter:
     """Writes choices of a chat.
 
     Attributes:
@@ -80,7 +80,7 @@ class ChatShape:
             extra["prompt_logprobs"] = prompt_logprobs_json(self._prompt_logprobs)
         return extra
 
-    def whole(self, index: int, transcript: Transcript) -> dict[str, Any]:
+    def whole(self, index: int, transcript: ChoiceAccumulator) -> dict[str, Any]:
         """A finished choice."""
         reader = self.reading.reader()
         said = self._said([*reader.feed(transcript.text), *reader.finish()])
@@ -174,8 +174,8 @@ async def chat_completions(request: Request, body: ChatBody, context: Context) -
     return await answer_whole(request, context, chat.job, shape=shape, model=model)
 
 
-def _shape(body: ChatBody, chat: ChatJob, *, names: TokenNames) -> ChatShape:
-    return ChatShape(
+def _shape(body: ChatBody, chat: ChatJob, *, names: TokenNames) -> ChatWriter:
+    return ChatWriter(
         names=names,
         num_top=body.num_logprobs,
         reading=chat.reading,

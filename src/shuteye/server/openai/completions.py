@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from shuteye.errors import InvalidRequest
 from shuteye.server.context import Context, ServerContext
 from shuteye.server.generation.answer import answer_stream, answer_whole, new_request_id
-from shuteye.server.generation.chunks import Transcript
+from shuteye.server.generation.chunks import ChoiceAccumulator
 from shuteye.server.generation.run import Job, Prompt, require_room
 from shuteye.server.http.admission import ModelRoute, require_task
 from shuteye.server.http.budget import require_prompt_tokens, require_sequences
@@ -80,7 +80,7 @@ def _listed(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str |
 
 
 @dataclass(slots=True)
-class CompletionShape:
+class CompletionWriter:
     """Writes choices of a completion.
 
     Attributes:
@@ -114,9 +114,9 @@ class CompletionShape:
         """Nothing: all there is to say is said of single choices."""
         return {}
 
-    def whole(self, index: int, transcript: Transcript) -> dict[str, Any]:
+    def whole(self, index: int, transcript: ChoiceAccumulator) -> dict[str, Any]:
         """A finished choice."""
-        made = Transcript(finish_reason=_echo_ends(transcript)) if self.echoes_only else transcript
+        made = ChoiceAccumulator(finish_reason=_echo_ends(transcript)) if self.echoes_only else transcript
         choice = {
             "index": index,
             "text": self._echo(index) + made.text,
@@ -136,7 +136,7 @@ class CompletionShape:
         choice = {
             "index": index,
             "text": self._echo(index),
-            "logprobs": self._take_logprobs(index, Transcript()) if self.echoes else None,
+            "logprobs": self._take_logprobs(index, ChoiceAccumulator()) if self.echoes else None,
             "finish_reason": None,
         }
         return choice | self._token_ids([]) | self._prompt_token_ids(index)
@@ -167,7 +167,7 @@ class CompletionShape:
             return {}
         return {"prompt_token_ids": list(self.prompts[index // self.num_choices].token_ids)}
 
-    def _take_logprobs(self, index: int, source: Transcript | CompletionOutput) -> dict[str, Any] | None:
+    def _take_logprobs(self, index: int, source: ChoiceAccumulator | CompletionOutput) -> dict[str, Any] | None:
         if not self.wants_logprobs:
             return None
         if index not in self._logprobs:
@@ -183,7 +183,7 @@ class CompletionShape:
         return token_ids, self._prompt_logprobs.get(prompt_index, [None] * len(token_ids))
 
 
-def _echo_ends(source: Transcript | CompletionOutput) -> FinishReason:
+def _echo_ends(source: ChoiceAccumulator | CompletionOutput) -> FinishReason:
     return "abort" if source.finish_reason == "abort" else "length"
 
 
@@ -196,7 +196,7 @@ async def completions(request: Request, body: CompletionBody, context: Context) 
     require_task(context, "generate", request.url.path)
     model = context.served_name(body.model)
     job = await _job(body, context)
-    shape = CompletionShape(
+    shape = CompletionWriter(
         names=TokenNames(context.engine.tokenizer, as_ids=body.return_tokens_as_token_ids is True),
         prompts=job.prompts,
         num_choices=job.best or job.params.n,

@@ -17,7 +17,7 @@ from shuteye.server.context import ServerContext
 from shuteye.server.generation.run import Job, Prompt, require_room
 from shuteye.server.http.budget import require_prompt_tokens, require_sequences
 from shuteye.server.openai.fields import GenerationBody, Many, one_message
-from shuteye.server.openai.messages import Message, NamedToolChoice, Tool, forced, offered
+from shuteye.server.openai.messages import Message, NamedToolChoice, Tool, available_tools, required_tools
 from shuteye.server.openai.prompts import encode, render_chat, require_tokens, truncation_of
 from shuteye.server.openai.tool_calls import forced_call
 from shuteye.server.parsing.parser import ReadingPlan
@@ -103,7 +103,7 @@ async def chat_job(context: ServerContext, request_id: str, body: ChatBody) -> C
         InvalidRequest: a field is wrong, or asks for what this model cannot do; `param` names it.
     """
     info, tokenizer = context.engine.info, context.engine.tokenizer
-    tools = offered(body.tools, body.tool_choice)
+    tools = available_tools(body.tools, body.tool_choice)
     text = await render_chat(
         tokenizer,
         body.messages,
@@ -121,7 +121,7 @@ async def chat_job(context: ServerContext, request_id: str, body: ChatBody) -> C
     require_prompt_tokens(len(kept) * (body.n or 1), param="n")
     reading = _reading(context.config, tokenizer, text, has_tools=bool(tools))
     params = body.sampling_params(info.default_sampling, max_tokens=limit, logprobs=body.num_logprobs)
-    params = _obliged(params, body, forced(tools, body.tool_choice), reading, tokenizer)
+    params = _with_forced_tool_call(params, body, required_tools(tools, body.tool_choice), reading, tokenizer)
     if reading.needs_special_tokens(tokenizer):
         params = replace(params, skip_special_tokens=False)
     params = _after_reasoning(params, reading, text, tokenizer)
@@ -161,7 +161,7 @@ def _tool_format(config: ServerConfig, tokenizer: Tokenizer) -> ToolFormat:
     return format_of(tokenizer.template_source(with_tools=True))
 
 
-def _obliged(
+def _with_forced_tool_call(
     params: SamplingParams, body: ChatBody, tools: Sequence[Tool], reading: ReadingPlan, tokenizer: Tokenizer
 ) -> SamplingParams:
     """With a grammar that makes the model call one of `tools`, if there are any."""

@@ -86,7 +86,7 @@ class ToolCall(BaseModel):
     function: CalledFunction
 
 
-def offered(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
+def available_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
     """The tools that the model is told of: none if it may call none.
 
     Raises:
@@ -109,7 +109,7 @@ def offered(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list[Too
     return tools
 
 
-def forced(tools: Sequence[Tool], choice: ToolChoice | None) -> list[Tool]:
+def required_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> list[Tool]:
     """The tools of which one must be called; empty if the model is free to call none."""
     if isinstance(choice, NamedToolChoice):
         return [tool for tool in tools if tool.function.name == choice.function.name]

@@ -14,7 +14,7 @@ from shuteye.errors import InvalidRequest
 from shuteye.server.generation.run import Prompt
 from shuteye.server.openai.fields import GenerationBody
 from shuteye.server.openai.messages import Message, Tool
-from shuteye.server.openai.tool_calls import in_plain_words
+from shuteye.server.openai.tool_calls import fallback_tool_prompt
 from shuteye.tokenizer import LONG_TEXT, Tokenizer
 
 
@@ -131,7 +131,7 @@ async def render_chat(
     if described and tokenizer.template_reads("tools", with_tools=True):
         template_kwargs = {**template_kwargs, "tools": described}
     elif described or _speaks_of_tools(messages, tokenizer):
-        conversation = in_plain_words(conversation, described)
+        conversation = fallback_tool_prompt(conversation, described)
     text = await _rendered(
         tokenizer, conversation, messages, add_generation_prompt=add_generation_prompt, **template_kwargs
     )

@@ -17,7 +17,7 @@ from fastapi import Request, Response
 from shuteye.errors import InternalError, ShuteyeError
 from shuteye.server.context import ServerContext
 from shuteye.server.generation.chunks import Usage, encode_json
-from shuteye.server.generation.run import Step, first_of, run
+from shuteye.server.generation.run import PromptOutput, first_of, run
 from shuteye.server.http.events import BUG, EventStream, until_disconnect
 from shuteye.server.openai.conversation import ChatJob
 from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, Piece, Reasoning
@@ -144,7 +144,7 @@ class ResponseAnswer:
         self._created_at = int(time.time())
         self._finish_reason: FinishReason | None = None
 
-    def take(self, step: Step) -> Iterator[Event]:
+    def take(self, step: PromptOutput) -> Iterator[Event]:
         """What a step adds."""
         prompt_index, output = step
         self._usage.add(prompt_index, output)
@@ -225,7 +225,9 @@ async def stream_response(request: Request, context: ServerContext, chat: ChatJo
     return EventStream(_events(first, steps, answer), source=steps)
 
 
-async def _events(first: Step, rest: AsyncGenerator[Step, None], answer: ResponseAnswer) -> AsyncGenerator[bytes, None]:
+async def _events(
+    first: PromptOutput, rest: AsyncGenerator[PromptOutput, None], answer: ResponseAnswer
+) -> AsyncGenerator[bytes, None]:
     numbers = itertools.count()
 
     def frame(kind: str, fields: dict[str, Any]) -> bytes:
@@ -234,7 +236,7 @@ async def _events(first: Step, rest: AsyncGenerator[Step, None], answer: Respons
 
     yield frame("response.created", {"response": answer.body()})
     yield frame("response.in_progress", {"response": answer.body()})
-    step: Step | None = first
+    step: PromptOutput | None = first
     try:
         while step is not None:
             for kind, fields in answer.take(step):

@@ -76,7 +76,9 @@ _INTRODUCTION = (
 )
 
 
-def in_plain_words(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def fallback_tool_prompt(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """The conversation with tools described in its system message, and calls and their results written out as text."""
     plain = [_plain(message) for message in messages]
     if not tools:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shuteye.server.parsing.pieces import PieceReader, PlainReader
+from shuteye.server.parsing.pieces import OutputParser, PlainReader
 from shuteye.server.parsing.reasoning import BEGIN, END, ReasoningReader
 from shuteye.server.parsing.tool_formats import MARKERS, ToolFormat, tool_reader
 from shuteye.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ class ReadingPlan:
         """Whether everything is content."""
         return self.tools is None and not self.reasons
 
-    def reader(self) -> PieceReader:
+    def reader(self) -> OutputParser:
         """A reader of one answer."""
         rest = PlainReader() if self.tools is None else tool_reader(self.tools)
         return ReasoningReader(rest, inside=self.begins_inside) if self.reasons else rest

@@ -42,7 +42,7 @@ class CallArguments:
 Piece = Content | Reasoning | CallBegin | CallArguments
 
 
-class PieceReader(Protocol):
+class OutputParser(Protocol):
     """Text in, pieces out; together they are the same however the text was cut."""
 
     def feed(self, text: str) -> list[Piece]:
@@ -58,11 +58,11 @@ class PlainReader:
     """Everything is content."""
 
     def feed(self, text: str) -> list[Piece]:
-        """See `PieceReader`."""
+        """See `OutputParser`."""
         return [Content(text)] if text else []
 
     def finish(self) -> list[Piece]:
-        """See `PieceReader`."""
+        """See `OutputParser`."""
         return []
 
 

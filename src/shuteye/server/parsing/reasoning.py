@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from shuteye.server.parsing.pieces import Piece, PieceReader, Reasoning, held_length
+from shuteye.server.parsing.pieces import OutputParser, Piece, Reasoning, held_length
 
 BEGIN, END = "<think>", "</think>"
 
@@ -28,21 +28,21 @@ def begins_inside(parser: ReasoningParserName, prompt: str | None) -> bool:
 
 
 class ReasoningReader:
-    """See `PieceReader`.
+    """See `OutputParser`.
 
     Args:
         inside: the first text is reasoning, whether or not `<think>` opens it.
         rest: reads what comes after the reasoning, or all if there is none.
     """
 
-    def __init__(self, rest: PieceReader, *, inside: bool) -> None:
+    def __init__(self, rest: OutputParser, *, inside: bool) -> None:
         self._rest = rest
         self._state: Literal["before", "inside", "after"] = "before"
         self._must_open = not inside
         self._held = ""
 
     def feed(self, text: str) -> list[Piece]:
-        """See `PieceReader`."""
+        """See `OutputParser`."""
         if self._state == "after":
             return self._rest.feed(text)
         text = self._held + text
@@ -70,7 +70,7 @@ class ReasoningReader:
         return _reasoning(text[:shown])
 
     def finish(self) -> list[Piece]:
-        """See `PieceReader`."""
+        """See `OutputParser`."""
         held, self._held = self._held, ""
         if not held:
             return self._rest.finish()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from shuteye.server.parsing.call_scanner import CallScanner, JsonValue
-from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, Piece, PieceReader, held_length
+from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, OutputParser, Piece, held_length
 
 ToolFormat = Literal["hermes", "llama3_json", "mistral"]
 
@@ -32,9 +32,9 @@ def format_of(template: str) -> ToolFormat:
     return "llama3_json" if LLAMA_BEGIN in template else "hermes"
 
 
-def tool_reader(name: ToolFormat) -> PieceReader:
+def tool_reader(name: ToolFormat) -> OutputParser:
     """A reader of one answer."""
-    readers: Mapping[ToolFormat, Callable[[], PieceReader]] = {
+    readers: Mapping[ToolFormat, Callable[[], OutputParser]] = {
         "hermes": HermesReader,
         "llama3_json": LlamaReader,
         "mistral": MistralReader,
@@ -58,7 +58,7 @@ class _MarkedReader:
         self._in_calls = False
 
     def feed(self, text: str) -> list[Piece]:
-        """See `PieceReader`."""
+        """See `OutputParser`."""
         pieces: list[Piece] = []
         text, self._held = self._held + text, ""
         while text:
@@ -118,7 +118,7 @@ class _MarkedReader:
         self._call, self._raw, self._in_calls = None, "", False
 
     def finish(self) -> list[Piece]:
-        """See `PieceReader`."""
+        """See `OutputParser`."""
         pieces: list[Piece] = []
         if self._call is not None:
             self._give_up(self._call, pieces)

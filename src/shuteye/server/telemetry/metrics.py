@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from shuteye.errors import ClientError, ShuteyeError
 from shuteye.server.telemetry.snapshots import SnapshotCollector, Snapshots
-from shuteye.server.telemetry.timing import RequestTimer, ServedPrompt, Tracer
+from shuteye.server.telemetry.timing import RequestTimer, RequestTiming, Tracer
 from shuteye.state import SleepReport, UpdateReport, WakeReport
 
 if TYPE_CHECKING:
@@ -150,12 +150,12 @@ class Metrics:
             raise
 
     def observe_inter_token(self, seconds: float, count: int) -> None:
-        """See `TimedPrompts`."""
+        """See `RequestObserver`."""
         for _ in range(count):
             self._inter_token.observe(seconds)
 
-    def observe_prompt(self, served: ServedPrompt, *, failure: str | None) -> None:
-        """See `TimedPrompts`."""
+    def observe_prompt(self, served: RequestTiming, *, failure: str | None) -> None:
+        """See `RequestObserver`."""
         if failure is None:
             self._count_served(served)
         else:
@@ -165,7 +165,7 @@ class Metrics:
         if self._log_requests:
             _log(served)
 
-    def _count_served(self, served: ServedPrompt) -> None:
+    def _count_served(self, served: RequestTiming) -> None:
         for reason in served.outcome:
             self._success.labels(self._model, reason).inc()
         self._whole.observe(served.ended - served.arrived)
@@ -240,7 +240,7 @@ def _figures_of(report: object) -> dict[str, Any]:
     return {name: getattr(report, name) for name in names if hasattr(report, name)}
 
 
-def _log(served: ServedPrompt) -> None:
+def _log(served: RequestTiming) -> None:
     """One line for one prompt, without its text."""
     seconds = served.ended - served.arrived
     phases = {f"{name}_s": round(end - begin, 6) for name, (begin, end) in served.phases.items()}

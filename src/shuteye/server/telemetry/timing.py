@@ -22,7 +22,7 @@ PHASES = ("queue", "prefill", "decode")
 
 
 @dataclass(frozen=True, slots=True)
-class ServedPrompt:
+class RequestTiming:
     """When one prompt passed through its phases, in seconds of the monotonic clock, and what came of it.
 
     Attributes:
@@ -62,7 +62,7 @@ class Tracer(Protocol):
         """`app` with a span around each of its HTTP requests; spans made inside belong to it."""
         ...
 
-    def prompt(self, served: ServedPrompt) -> None:
+    def prompt(self, served: RequestTiming) -> None:
         """A prompt has ended."""
         ...
 
@@ -75,14 +75,14 @@ class Tracer(Protocol):
         ...
 
 
-class TimedPrompts(Protocol):
+class RequestObserver(Protocol):
     """Who is told what was timed."""
 
     def observe_inter_token(self, seconds: float, count: int) -> None:
         """A choice's next `count` tokens came, each after `seconds`."""
         ...
 
-    def observe_prompt(self, served: ServedPrompt, *, failure: str | None) -> None:
+    def observe_prompt(self, served: RequestTiming, *, failure: str | None) -> None:
         """A prompt has ended, in order or because of `failure`."""
         ...
 
@@ -90,7 +90,7 @@ class TimedPrompts(Protocol):
 class RequestTimer:
     """Turns the outputs of one prompt into times; tokens that come together share their interval."""
 
-    def __init__(self, told: TimedPrompts) -> None:
+    def __init__(self, told: RequestObserver) -> None:
         self._told = told
         self._arrived = time.monotonic()
         self._first_token: float | None = None
@@ -141,7 +141,7 @@ class RequestTimer:
     def _end(self, now: float, *, failure: str | None = None) -> None:
         self._over = True
         seen = self._seen
-        served = ServedPrompt(
+        served = RequestTiming(
             request_id=REQUEST_ID.get() or "",
             arrived=self._arrived,
             ended=now,

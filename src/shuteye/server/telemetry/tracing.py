@@ -19,7 +19,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from shuteye import __version__
-from shuteye.server.telemetry.timing import ServedPrompt
+from shuteye.server.telemetry.timing import RequestTiming
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -80,7 +80,7 @@ class OpenTelemetryTracer:
             detach(token)
             span.end()
 
-    def prompt(self, served: ServedPrompt) -> None:
+    def prompt(self, served: RequestTiming) -> None:
         """A span of the prompt, and one for each phase it came to; made when it has ended, at the times it had."""
         offset = _monotonic_to_epoch_ns()
         span = self._start("generate", served.arrived, offset)
@@ -91,7 +91,7 @@ class OpenTelemetryTracer:
             phase.end(_ns(end, offset))
         span.end(_ns(served.ended, offset))
 
-    def _attributes(self, served: ServedPrompt) -> dict[str, Any]:
+    def _attributes(self, served: RequestTiming) -> dict[str, Any]:
         """Names from OpenTelemetry's conventions for generative AI, as far as there are any."""
         found = {
             "gen_ai.operation.name": "text_completion",

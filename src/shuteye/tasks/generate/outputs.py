@@ -327,7 +327,7 @@ def _num_entries(output: RequestOutput) -> int:
 DELTAS = Deltas(join=_joined, weigh=_num_entries)
 
 
-def settled(params: SamplingParams, tokenizer: Tokenizer, *, vocab_size: int) -> SamplingParams:
+def resolve_token_params(params: SamplingParams, tokenizer: Tokenizer, *, vocab_size: int) -> SamplingParams:
     """The parameters as the engine takes them.
 
     Raises:

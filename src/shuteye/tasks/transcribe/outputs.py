@@ -13,7 +13,7 @@ from shuteye.audio import SAMPLE_BYTES, SAMPLE_RATE
 from shuteye.errors import ErrorInfo
 from shuteye.tasks.base import Delta, Deltas, OutputKind, Processed, RequestDelta
 from shuteye.tasks.transcribe.requests import (
-    SpokenTokens,
+    TranscribedTokens,
     TranscribeParams,
     TranscribeRequest,
     TranscriptDelta,
@@ -128,7 +128,7 @@ class TranscriptOutputs:
             if segment.text.strip():
                 transcript.segments.append(segment)
 
-    def _segment(self, transcript: _Transcript, spoken: SpokenTokens) -> TranscriptSegment:
+    def _segment(self, transcript: _Transcript, spoken: TranscribedTokens) -> TranscriptSegment:
         text = self._tokenizer.decode(spoken.token_ids)
         encoded = text.encode()
         return TranscriptSegment(

@@ -26,7 +26,7 @@ class SpeechAdmission:
 class SpeechWindow:
     """Hear frames [start_frame, start_frame + num_frames); sample the token after `prompt_token_ids` and `token_ids`.
 
-    `token_ids` were sampled in this window before, by a worker that has forgotten. `drawn`: how many tokens were
+    `token_ids` were sampled in this window before, by a worker that has forgotten. `num_sampled`: how many tokens were
     sampled for the request so far.
     """
 
@@ -36,7 +36,7 @@ class SpeechWindow:
     prompt_token_ids: tuple[int, ...]
     rules: WindowRules
     token_ids: tuple[int, ...] = ()
-    drawn: int = 0
+    num_sampled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class SpeechStep:
 
     request_id: str
     token_id: int
-    drawn: int
+    num_sampled: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class SpeechPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class SpokenToken:
+class TranscribedToken:
     """The token chosen; `no_speech_prob` comes with the first of a window."""
 
     request_id: str
@@ -78,4 +78,4 @@ class SpokenToken:
 class SpeechResult:
     """One token per window, then one per step, in the order of the plan."""
 
-    tokens: tuple[SpokenToken, ...]
+    tokens: tuple[TranscribedToken, ...]

@@ -10,7 +10,7 @@ from shuteye.typed_fields import require, settle_types
 
 
 @dataclass(frozen=True, slots=True)
-class SpokenTokens:
+class TranscribedTokens:
     """A stretch of speech, as its tokens (text alone, no timestamps). Times are in seconds.
 
     Attributes:
@@ -38,7 +38,7 @@ class TranscriptDelta(msgspec.Struct, frozen=True, tag=True):
 
     request_id: str
     token_ids: tuple[int, ...] = ()
-    segments: tuple[SpokenTokens, ...] = ()
+    segments: tuple[TranscribedTokens, ...] = ()
     language: str | None = None
     num_tokens: int = 0
     finished: bool = False

@@ -24,7 +24,7 @@ from shuteye.tasks.transcribe.plans import (
     SpeechResult,
     SpeechStep,
     SpeechWindow,
-    SpokenToken,
+    TranscribedToken,
     WindowRules,
 )
 
@@ -41,7 +41,7 @@ class _Listening:
 
     admission: SpeechAdmission
     features: torch.Tensor
-    heard: torch.Tensor | None = None
+    encoder_output: torch.Tensor | None = None
     cache: Any = None
     num_read: int = 0
     rules: WindowRules = "text"
@@ -86,13 +86,13 @@ class SpeechRunner:
         opened = tuple(self._open(window) for window in plan.windows)
         return SpeechResult(tokens=opened + self._step(plan.steps))
 
-    def _open(self, window: SpeechWindow) -> SpokenToken:
+    def _open(self, window: SpeechWindow) -> TranscribedToken:
         state = self._listening[window.request_id]
-        if state.heard is None:
+        if state.encoder_output is None:
             end = window.start_frame + window.num_frames
-            state.heard = self.model.hear(state.features[:, window.start_frame : end])
+            state.encoder_output = self.model.encode(state.features[:, window.start_frame : end])
         read = [*window.prompt_token_ids, *window.token_ids]
-        state.cache, hidden = self.model.begin(state.heard, read)
+        state.cache, hidden = self.model.begin(state.encoder_output, read)
         state.num_read, state.rules, state.token_ids = len(read), window.rules, list(window.token_ids)
         facts = self.model.speech
         # Asked where OpenAI's implementation asks it: after the start token, before language and task are given.
@@ -100,10 +100,10 @@ class SpeechRunner:
         at_begin, at_end = self.model.logits(hidden[[begin, -1]])
         no_speech = torch.softmax(at_begin, dim=-1)[facts.no_timestamps_token_id - 1]
         if window.rules != "language":
-            state.heard = None  # what the decoder needs of it is in its cache
-        return self._choose(state, at_end, drawn=window.drawn, no_speech_prob=float(no_speech))
+            state.encoder_output = None  # what the decoder needs of it is in its cache
+        return self._choose(state, at_end, num_sampled=window.num_sampled, no_speech_prob=float(no_speech))
 
-    def _step(self, steps: Sequence[SpeechStep]) -> tuple[SpokenToken, ...]:
+    def _step(self, steps: Sequence[SpeechStep]) -> tuple[TranscribedToken, ...]:
         if not steps:
             return ()
         states = [self._listening[step.request_id] for step in steps]
@@ -115,22 +115,23 @@ class SpeechRunner:
             state.num_read += 1
             assert state.token_ids[-1] == step.token_id, "a step after another token than the last"
         return tuple(
-            self._choose(state, row, drawn=step.drawn) for state, row, step in zip(states, logits, steps, strict=True)
+            self._choose(state, row, num_sampled=step.num_sampled)
+            for state, row, step in zip(states, logits, steps, strict=True)
         )
 
     def _choose(
-        self, state: _Listening, logits: torch.Tensor, *, drawn: int, no_speech_prob: float = 0.0
-    ) -> SpokenToken:
-        """Greedy at temperature 0, else drawn: by seed and `drawn` alone, so that a sleep does not change it."""
+        self, state: _Listening, logits: torch.Tensor, *, num_sampled: int, no_speech_prob: float = 0.0
+    ) -> TranscribedToken:
+        """Greedy at temperature 0, else drawn: by seed and `num_sampled` alone, so that a sleep does not change it."""
         scores = self.model.allowed(logits, state.rules, state.token_ids)
         logprobs = torch.log_softmax(scores, dim=-1)
         admission = state.admission
         if admission.temperature == 0.0 or state.rules == "language":
             token_id = int(scores.argmax())
         else:
-            generator = torch.Generator().manual_seed((admission.seed * 1_000_003 + drawn) % 2**63)
+            generator = torch.Generator().manual_seed((admission.seed * 1_000_003 + num_sampled) % 2**63)
             chances = torch.softmax(scores / admission.temperature, dim=-1)
             token_id = int(torch.multinomial(chances, 1, generator=generator))
         if state.rules != "language":
             state.token_ids.append(token_id)
-        return SpokenToken(admission.request_id, token_id, float(logprobs[token_id]), no_speech_prob)
+        return TranscribedToken(admission.request_id, token_id, float(logprobs[token_id]), no_speech_prob)

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from shuteye.errors import ErrorInfo, InvalidRequest
-from shuteye.model_info import SpeechFacts
+from shuteye.model_info import WhisperSpec
 from shuteye.state import Epoch, SchedulerStats
 from shuteye.tasks.base import RequestDelta
 from shuteye.tasks.transcribe.plans import (
@@ -25,10 +25,10 @@ from shuteye.tasks.transcribe.plans import (
     SpeechResult,
     SpeechStep,
     SpeechWindow,
-    SpokenToken,
+    TranscribedToken,
     WindowRules,
 )
-from shuteye.tasks.transcribe.requests import SpokenTokens, TranscribeRequest, TranscriptDelta
+from shuteye.tasks.transcribe.requests import TranscribedTokens, TranscribeRequest, TranscriptDelta
 from shuteye.tasks.transcribe.segments import num_final, split_window
 
 SAMPLE_BYTES = 4
@@ -42,7 +42,7 @@ ENGLISH = "en"
 
 
 @dataclass(slots=True, eq=False)
-class _Recording:
+class _AudioRequest:
     """A request on its way.
 
     Attributes:
@@ -66,7 +66,7 @@ class _Recording:
     num_shown: int = 0
     logprobs: list[float] = field(default_factory=list)
     no_speech_prob: float = 0.0
-    drawn: int = 0
+    num_sampled: int = 0
     admitted: bool = False
     known: bool = False
     open: bool = False
@@ -86,17 +86,17 @@ class SpeechScheduler:
         available_bytes: memory left after loading, which bounds them too.
     """
 
-    def __init__(self, *, facts: SpeechFacts | None, max_num_seqs: int, available_bytes: int) -> None:
+    def __init__(self, *, facts: WhisperSpec | None, max_num_seqs: int, available_bytes: int) -> None:
         assert facts is not None, "a model that transcribes says how"
         self._facts = facts
         names = reversed(facts.language_names.items())  # the first name of a language is the usual one
         self._names: dict[str | None, str] = {code: name for name, code in names}
         self._limit = max(1, min(max_num_seqs, int(available_bytes * MEMORY_SHARE) // facts.state_bytes))
-        self._recordings: dict[str, _Recording] = {}
-        self._waiting: deque[_Recording] = deque()
-        self._running: list[_Recording] = []
+        self._recordings: dict[str, _AudioRequest] = {}
+        self._waiting: deque[_AudioRequest] = deque()
+        self._running: list[_AudioRequest] = []
         self._forget: list[str] = []
-        self._in_flight: tuple[SpeechPlan, tuple[tuple[_Recording, int], ...]] | None = None
+        self._in_flight: tuple[SpeechPlan, tuple[tuple[_AudioRequest, int], ...]] | None = None
         self._epoch: Epoch = ()
         self._num_prompt_tokens = 0
         self._num_tokens = 0
@@ -115,7 +115,7 @@ class SpeechScheduler:
         fits = num_samples <= facts.window_frames * facts.hop_samples
         pad = fits and not request.params.timestamps
         language = self._language(request.params.language)
-        recording = _Recording(
+        recording = _AudioRequest(
             request=request,
             num_frames=facts.window_frames if pad else num_samples // facts.hop_samples,
             pad=pad,
@@ -162,7 +162,7 @@ class SpeechScheduler:
             raise InvalidRequest(f"The model does not transcribe {wanted!r}; it {what}.", param="language")
         return code
 
-    def _prompt(self, recording: _Recording, language: str) -> tuple[int, ...]:
+    def _prompt(self, recording: _AudioRequest, language: str) -> tuple[int, ...]:
         """What Whisper was trained to continue: [previous text] start [language, task] [no timestamps]."""
         facts = self._facts
         tokens: list[int] = []
@@ -208,7 +208,7 @@ class SpeechScheduler:
             self._epoch = epoch
             self.preempt_all()
 
-    def _remove(self, recording: _Recording) -> None:
+    def _remove(self, recording: _AudioRequest) -> None:
         del self._recordings[recording.request_id]
         if recording in self._running:
             self._running.remove(recording)
@@ -229,7 +229,7 @@ class SpeechScheduler:
         admitted = [each for each in opening if not each.admitted]
         plan = SpeechPlan(
             windows=tuple(self._window(each) for each in opening),
-            steps=tuple(SpeechStep(each.request_id, each.token_ids[-1], each.drawn) for each in stepping),
+            steps=tuple(SpeechStep(each.request_id, each.token_ids[-1], each.num_sampled) for each in stepping),
             admissions=tuple(_admission(each) for each in admitted),
             forget=tuple(self._forget),
             epoch=self._epoch,
@@ -240,7 +240,7 @@ class SpeechScheduler:
         self._in_flight = (plan, tuple((each, each.attempt) for each in [*opening, *stepping]))
         return plan
 
-    def _next_to_open(self) -> list[_Recording]:
+    def _next_to_open(self) -> list[_AudioRequest]:
         """The longest-running request without an open window, else the oldest waiting one: one at most."""
         for each in self._running:
             if not each.open:
@@ -250,7 +250,7 @@ class SpeechScheduler:
             return self._running[-1:]
         return []
 
-    def _window(self, recording: _Recording) -> SpeechWindow:
+    def _window(self, recording: _AudioRequest) -> SpeechWindow:
         facts = self._facts
         num_frames = min(facts.window_frames, recording.num_frames - recording.seek)
         finds_language = recording.prompt is None
@@ -263,7 +263,7 @@ class SpeechScheduler:
             prompt_token_ids=prompt,
             rules="language" if finds_language else recording.rules,
             token_ids=tuple(recording.token_ids),
-            drawn=recording.drawn,
+            num_sampled=recording.num_sampled,
         )
 
     # --- its outcome -----------------------------------------------------------------------------
@@ -287,14 +287,14 @@ class SpeechScheduler:
             self._remove(recording)
         return [RequestDelta(each.request_id, error=error) for each in found]
 
-    def _land(self, plan: SpeechPlan) -> tuple[tuple[_Recording, int], ...]:
+    def _land(self, plan: SpeechPlan) -> tuple[tuple[_AudioRequest, int], ...]:
         assert self._in_flight is not None, "the outcome of a plan that is not in flight"
         assert self._in_flight[0] is plan, "the outcome of a plan that is not in flight"
         (_, taking_part), self._in_flight = self._in_flight, None
         return taking_part
 
-    def _advance(self, recording: _Recording, token: SpokenToken) -> TranscriptDelta | None:
-        recording.drawn += 1
+    def _advance(self, recording: _AudioRequest, token: TranscribedToken) -> TranscriptDelta | None:
+        recording.num_sampled += 1
         self._num_tokens += 1
         if recording.prompt is None:
             return self._take_language(recording, token)
@@ -310,34 +310,34 @@ class SpeechScheduler:
             return self._end_window(recording)
         return self._show(recording, self._num_final(recording))
 
-    def _take_language(self, recording: _Recording, token: SpokenToken) -> TranscriptDelta:
+    def _take_language(self, recording: _AudioRequest, token: TranscribedToken) -> TranscriptDelta:
         by_token = {token_id: code for code, token_id in self._facts.languages.items()}
         recording.language = by_token[token.token_id]
         recording.prompt = self._prompt(recording, recording.language)
         return TranscriptDelta(
-            recording.request_id, language=self._names.get(recording.language), num_tokens=recording.drawn
+            recording.request_id, language=self._names.get(recording.language), num_tokens=recording.num_sampled
         )
 
-    def _num_final(self, recording: _Recording) -> int:
+    def _num_final(self, recording: _AudioRequest) -> int:
         """How many tokens of the window are sure to be kept."""
         if recording.rules == "text":
             return len(recording.token_ids)
         return num_final(recording.token_ids, self._facts.first_timestamp_id)
 
-    def _show(self, recording: _Recording, num_final: int) -> TranscriptDelta | None:
+    def _show(self, recording: _AudioRequest, num_final: int) -> TranscriptDelta | None:
         """Give out what is new of the window's first `num_final` tokens."""
         fresh = recording.token_ids[recording.num_shown : max(num_final, recording.num_shown)]
         recording.num_shown += len(fresh)
-        if not fresh and recording.drawn > 1:  # the first delta tells that the request runs
+        if not fresh and recording.num_sampled > 1:  # the first delta tells that the request runs
             return None
         return TranscriptDelta(
             recording.request_id,
             self._text(fresh),
             language=self._names.get(recording.language),
-            num_tokens=recording.drawn,
+            num_tokens=recording.num_sampled,
         )
 
-    def _end_window(self, recording: _Recording) -> TranscriptDelta:
+    def _end_window(self, recording: _AudioRequest) -> TranscriptDelta:
         stretches, num_frames = split_window(
             recording.token_ids,
             facts=self._facts,
@@ -346,7 +346,7 @@ class SpeechScheduler:
         )
         kept = sum(len(each.token_ids) for each in stretches)
         segments = tuple(
-            SpokenTokens(
+            TranscribedTokens(
                 start=each.start,
                 end=each.end,
                 token_ids=self._text(each.token_ids),
@@ -368,7 +368,7 @@ class SpeechScheduler:
             shown,
             segments,
             language=self._names.get(recording.language),
-            num_tokens=recording.drawn,
+            num_tokens=recording.num_sampled,
             finished=finished,
         )
 
@@ -404,7 +404,7 @@ class SpeechScheduler:
         )
 
 
-def _admission(recording: _Recording) -> SpeechAdmission:
+def _admission(recording: _AudioRequest) -> SpeechAdmission:
     request = recording.request
     params = request.params
     return SpeechAdmission(request.request_id, request.pcm, params.temperature, params.seed, recording.pad)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shuteye.model_info import SpeechFacts
+from shuteye.model_info import WhisperSpec
 
 FRAMES_PER_SECOND = 100
 SECONDS_PER_TIMESTAMP = 0.02
@@ -36,7 +36,7 @@ def num_final(token_ids: Sequence[int], first_timestamp_id: int) -> int:
 
 
 def split_window(
-    token_ids: Sequence[int], *, facts: SpeechFacts, start_frame: int, num_frames: int
+    token_ids: Sequence[int], *, facts: WhisperSpec, start_frame: int, num_frames: int
 ) -> tuple[tuple[Stretch, ...], int]:
     """The stretches that are kept of a finished window, and how many frames on the next window begins.
 
@@ -69,7 +69,7 @@ def split_window(
     return tuple(stretches), last * facts.frames_per_timestamp
 
 
-def _whole(token_ids: Sequence[int], facts: SpeechFacts, start_frame: int, num_frames: int) -> Stretch:
+def _whole(token_ids: Sequence[int], facts: WhisperSpec, start_frame: int, num_frames: int) -> Stretch:
     """All that was sampled, up to its last timestamp if it has one that says something."""
     timestamps = [token for token in token_ids if token >= facts.first_timestamp_id]
     length = num_frames // facts.frames_per_timestamp * SECONDS_PER_TIMESTAMP
@@ -79,5 +79,5 @@ def _whole(token_ids: Sequence[int], facts: SpeechFacts, start_frame: int, num_f
     return Stretch(start, start + length, tuple(token_ids))
 
 
-def _seconds(timestamp: int, facts: SpeechFacts, start_frame: int) -> float:
+def _seconds(timestamp: int, facts: WhisperSpec, start_frame: int) -> float:
     return start_frame / FRAMES_PER_SECOND + (timestamp - facts.first_timestamp_id) * SECONDS_PER_TIMESTAMP

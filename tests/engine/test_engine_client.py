@@ -8,7 +8,7 @@ import pytest
 from shuteye.config import EngineConfig
 from shuteye.engine.messages import AbortRequests, PlainReply, Ready, ResumeCall, Stepped
 from shuteye.errors import EngineDead, InternalError, InvalidRequest, UnsupportedModel
-from shuteye.frontend.engine_client import Frontend
+from shuteye.frontend.engine_client import EngineClient
 from shuteye.model_info import ModelInfo
 from shuteye.state import SchedulerStats
 from shuteye.tasks.base import RequestDelta
@@ -52,7 +52,7 @@ class Rig:
     def __init__(self, ready):
         self.sent = []
         self.delivered = []
-        self.frontend = Frontend(EngineConfig(), self.send)
+        self.frontend = EngineClient(EngineConfig(), self.send)
         self.frontend.on_message(ready)
 
     def send(self, message):
@@ -107,7 +107,7 @@ def test_an_answer_that_comes_after_the_end_is_ignored(rig):
 
 
 def test_an_engine_closed_while_loading_does_not_become_ready(ready):
-    frontend = Frontend(EngineConfig(), lambda _message: None)
+    frontend = EngineClient(EngineConfig(), lambda _message: None)
     frontend.fail(GONE, status="closed")
     frontend.on_message(ready)
     assert frontend.status == "closed"
@@ -115,7 +115,7 @@ def test_an_engine_closed_while_loading_does_not_become_ready(ready):
 
 def test_a_tokenizer_that_cannot_be_read_is_a_failure_to_load(tmp_path):
     """Would catch a start() that waits for ever."""
-    frontend = Frontend(EngineConfig(), lambda _message: None)
+    frontend = EngineClient(EngineConfig(), lambda _message: None)
     frontend.on_message(ready_with(tmp_path))
     assert frontend.status == "failed"
     assert isinstance(frontend.ready.exception(timeout=0), UnsupportedModel)
