@@ -79,7 +79,9 @@ def state(weights="resident", kv="resident", **flags):
 
 
 @pytest.mark.parametrize(("weights", "kv"), list(itertools.product(WEIGHTS, KV)))
-@pytest.mark.parametrize("flags", [{}, {"paused": True}, {"paused_by_sleep": True}, {"draining": True}, {"faulted": "x"}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"paused": True}, {"paused_by_sleep": True}, {"draining": True}, {"faulted": "x"}]
+)
 def test_the_gate_is_open_only_when_everything_allows_it(weights, kv, flags):
     """Would catch a request running on released, unloaded, paused or untrusted memory."""
     now = state(weights, kv, **flags)
