@@ -158,7 +158,7 @@ def test_template_options_reach_the_template(client, engine):
 
 def test_a_model_without_a_template_says_so(make_engine, client_of):
     """A crash, or an invented prompt format."""
-    from fake_engine import byte_tokenizer
+    from fake_model import byte_tokenizer
 
     client = client_of(make_engine(tokenizer_=byte_tokenizer(chat_template=None)))
     found = error(client.post("/v1/chat/completions", json=ASK))
@@ -194,7 +194,7 @@ def test_default_length_is_what_is_left_of_the_context(client, engine):
     """A chat cut at 16 tokens."""
     ask = {"messages": ASK["messages"]}
     body = client.post("/v1/chat/completions", json=ask).json()
-    assert body["usage"]["total_tokens"] == engine.max_model_len
+    assert body["usage"]["total_tokens"] == engine.info.max_model_len
     client.post("/v1/chat/completions", json=ask | {"max_completion_tokens": 5, "max_tokens": None})
     assert engine.seen[-1][1].max_tokens == 5
 
@@ -327,9 +327,9 @@ def test_unknown_model_names_those_served(make_engine, client_of):
 
 def test_a_conversation_that_cannot_fit_is_refused(client, engine):
     """An engine error after the stream began, or a silent cut."""
-    long = [{"role": "user", "content": "x" * engine.max_model_len}]
+    long = [{"role": "user", "content": "x" * engine.info.max_model_len}]
     found = error(client.post("/v1/chat/completions", json={"messages": long, "stream": True}))
     assert (found["code"], found["type"]) == (400, "BadRequestError")
-    found = error(client.post("/v1/chat/completions", json=ASK | {"max_tokens": engine.max_model_len}))
+    found = error(client.post("/v1/chat/completions", json=ASK | {"max_tokens": engine.info.max_model_len}))
     assert (found["code"], found["param"]) == (400, "max_tokens")
     assert engine.seen == []

@@ -6,7 +6,7 @@ import pytest
 from openai.types import Completion
 from test_chat_route import error, events
 
-from shuteye.tasks.generate.requests import Logprob, StructuredOutputsParams
+from shuteye.tasks.generate.requests import StructuredOutputsParams, TokenLogprobs
 
 
 def post(client, **fields):
@@ -28,7 +28,7 @@ def test_answer_has_openais_shape(client):
 def test_default_length_is_16_or_what_fits(client, engine):
     """OpenAI's default, but not a refusal when the context has less room."""
     assert post(client, prompt="abc")["usage"]["completion_tokens"] == 16
-    long = "x" * (engine.max_model_len - 3)
+    long = "x" * (engine.info.max_model_len - 3)
     assert post(client, prompt=long)["usage"]["completion_tokens"] == 3
 
 
@@ -159,7 +159,7 @@ def test_neutral_values_of_unsupported_fields_are_accepted(client):
 
 def test_one_prompt_of_many_that_cannot_fit_refuses_all(client, engine):
     """An error only after the first prompts were streamed."""
-    prompts = ["ok", "x" * (engine.max_model_len + 1)]
+    prompts = ["ok", "x" * (engine.info.max_model_len + 1)]
     found = error(client.post("/v1/completions", json={"prompt": prompts, "stream": True}))
     assert (found["code"], found["type"]) == (400, "BadRequestError")
     assert engine.seen == []
@@ -229,9 +229,8 @@ def test_echo_alone_generates_nothing_that_is_seen(client, stream):
 
 def test_the_best_of_several_are_the_likeliest(client, engine, monkeypatch):
     """Any completions returned instead of the best, or log-probabilities that were not asked for."""
-    from fake_engine import _Choice
-
-    monkeypatch.setattr(_Choice, "_logprobs", lambda self, token, _num: {token: Logprob(-abs(2 - self._index), 1)})
+    scored = {0: -2.0, 1: -1.0, 2: 0.0, 3: -1.0}
+    monkeypatch.setattr("fake_model.logprobs_of", lambda i, token, _num: TokenLogprobs((token,), (scored[i],), (1,)))
     body = post(client, prompt="abcd", n=2, best_of=4, max_tokens=1)
     assert [choice["text"] for choice in body["choices"]] == ["c", "b"]
     assert [choice["index"] for choice in body["choices"]] == [0, 1]
@@ -256,7 +255,7 @@ def test_prompt_logprobs_have_vllms_shape(client):
     choice = post(client, prompt="ab", prompt_logprobs=1, max_tokens=1)["choices"][0]
     first, second = choice["prompt_logprobs"]
     assert first is None
-    assert {"logprob": -1.0, "rank": 2, "decoded_token": None} in second.values()
+    assert {"logprob": -1.0, "rank": 2, "decoded_token": "b"} in second.values()
     assert len(second) == 2
 
 
@@ -284,7 +283,7 @@ def test_prompts_are_cut_where_asked(client, fields, kept):
 
 def test_a_prompt_that_is_too_long_can_be_cut_to_fit(client, engine):
     body = post(client, prompt="x" * 2000, truncate_prompt_tokens=-1, max_tokens=5)
-    assert body["usage"]["prompt_tokens"] == engine.max_model_len - 5
+    assert body["usage"]["prompt_tokens"] == engine.info.max_model_len - 5
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class Target:
     def left_over(self):
         """Whatever is still known of any request."""
         frontend, stats = self.engine._client, self.engine.stats
-        outputs = frontend._model.outputs
+        outputs = frontend._outputs
         kept = {name: value for name, value in vars(outputs).items() if isinstance(value, dict) and value}
         if frontend._deliver or frontend._calls:
             kept["frontend"] = (*frontend._deliver, *frontend._calls)

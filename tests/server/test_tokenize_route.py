@@ -6,7 +6,7 @@ from __future__ import annotations
 def test_there_and_back(client, engine):
     """Ids that do not give the text again, or a wrong count."""
     body = client.post("/tokenize", json={"prompt": "<|im_start|>é x"}).json()
-    assert (body["count"], body["max_model_len"]) == (len(body["tokens"]), engine.max_model_len)
+    assert (body["count"], body["max_model_len"]) == (len(body["tokens"]), engine.info.max_model_len)
     assert body["tokens"] == engine.tokenizer_.encode("<|im_start|>é x")
     assert client.post("/detokenize", json={"tokens": body["tokens"]}).json() == {"prompt": "<|im_start|>é x"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from fake_engine import byte_tokenizer
+from fake_model import byte_tokenizer
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 TOOLS = [

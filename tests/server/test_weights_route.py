@@ -36,13 +36,13 @@ def test_from_a_path(client, engine, file):
 def test_uploaded_in_pieces(client, engine, monkeypatch):
     """Bytes lost or reordered between two pieces; a file that stays when the server is killed, or afterwards."""
     links = []
-    read = engine.update_weights_from_file
+    read = engine.control
 
-    async def update(path):
-        links.append(Path(path).stat().st_nlink)
-        return await read(path)
+    async def update(call):
+        links.append(Path(call.path).stat().st_nlink)
+        return await read(call)
 
-    monkeypatch.setattr(engine, "update_weights_from_file", update)
+    monkeypatch.setattr(engine, "control", update)
     response = client.post("/update_weights", content=iter([b"ten", b"", b"sors"]), headers=UPLOAD)
     assert response.status_code == 200
     path, content = engine.updated[0]
@@ -92,7 +92,7 @@ def test_an_upload_outlives_whoever_waited_for_its_update():
 
 def test_an_upload_may_be_larger_than_other_bodies_but_not_than_the_model(make_engine, client_of, monkeypatch):
     """Weights refused by the limit for prompts; a disk filled by whoever has the key."""
-    monkeypatch.setattr("shuteye.server.control.weights.SLACK_BYTES", 0)
+    monkeypatch.setattr("shuteye.server.control.routes.SLACK_BYTES", 0)
     engine = make_engine()  # its weights are 1000 bytes
     client = client_of(engine, max_body_bytes=100)
     assert client.post("/update_weights", content=b"x" * 3999, headers=UPLOAD).status_code == 200

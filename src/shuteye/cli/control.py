@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Literal
 
-from cyclopts import Parameter
-
-from shuteye.cli.remote import AsJson, Remote, tags_parameter
+from shuteye.calls import PauseCall, SleepCall, WakeCall
+from shuteye.cli.remote import AsJson, Remote, takes
 from shuteye.cli.terminal import format_seconds, format_size, show, show_json, table
-from shuteye.cli.values import INTEGER
 from shuteye.state import EngineState, SleepReport, WakeReport
 
 
-def sleep(
-    *,
-    level: Annotated[
-        Literal[0, 1, 2],
-        INTEGER,
-        Parameter(help="0 only pauses; 1 gives memory back and keeps the weights restorable; 2 forgets them too."),
-    ] = 1,
-    mode: Annotated[
-        Literal["abort", "wait", "keep"] | None,
-        Parameter(help="Requests in flight: end them, let them finish, or resume them after the wake."),
-    ] = None,
-    tags: Annotated[tuple[str, ...] | None, tags_parameter("Release only these")] = None,
-    as_json: AsJson = False,
-    remote: Remote | None = None,
-) -> None:
+@takes(SleepCall, "level", "mode", "tags")
+def sleep(call: SleepCall, *, as_json: AsJson = False, remote: Remote | None = None) -> None:
     """Put a served model to sleep; prints the memory that was measured to come back."""
     with (remote or Remote()).connect() as client:
-        report = client.sleep(level, mode=mode, tags=tags)
+        report = client.control(call)
     if as_json:
         show_json(asdict(report))
     else:
@@ -65,15 +49,11 @@ def _show_sleep(report: SleepReport) -> None:
         show(table(("TAG", "NOW", "BACKING", "FREED ", "SAVED ", "TIME "), rows))
 
 
-def wake(
-    *,
-    tags: Annotated[tuple[str, ...] | None, tags_parameter("Wake only these")] = None,
-    as_json: AsJson = False,
-    remote: Remote | None = None,
-) -> None:
+@takes(WakeCall, "tags")
+def wake(call: WakeCall, *, as_json: AsJson = False, remote: Remote | None = None) -> None:
     """Wake a served model; prints what was brought back, and how it was verified."""
     with (remote or Remote()).connect() as client:
-        report = client.wake_up(tags)
+        report = client.control(call)
         state = None if as_json else client.state().state
     if state is None:
         show_json(asdict(report))
@@ -121,20 +101,14 @@ def _verification(report: WakeReport) -> str:
     return f"Checksums of {format_size(report.verified_bytes)} agree ({report.verified}); {canary}."
 
 
-def pause(
-    *,
-    mode: Annotated[
-        Literal["abort", "wait", "keep"] | None,
-        Parameter(help="Requests in flight: end them, let them finish, or resume them after the pause."),
-    ] = None,
-    remote: Remote | None = None,
-) -> None:
+@takes(PauseCall, "mode")
+def pause(call: PauseCall, *, remote: Remote | None = None) -> None:
     """Stop a served model's requests, giving no memory back.
 
     Until `shuteye resume`, requests that come are answered with 503; after `--mode keep` they wait.
     """
     with (remote or Remote()).connect() as client:
-        client.pause(mode)
+        client.control(call)
     show("Paused; `shuteye resume` lets requests run again.")
 
 

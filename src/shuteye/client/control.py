@@ -1,11 +1,8 @@
-"""The control routes of one server, as methods.
-
-Knows nothing of engines, nor of requests to the model.
-"""
+"""The control routes of one server, as methods; what each control call takes is said in `shuteye.calls`."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -14,6 +11,19 @@ from typing import Any, Generic, Self, TypeVar
 import httpx2
 import msgspec
 
+from shuteye.calls import (
+    Call,
+    PauseCall,
+    ReloadCall,
+    ResetPrefixCacheCall,
+    ResumeCall,
+    RpcCall,
+    SleepCall,
+    UpdateFromFileCall,
+    WakeCall,
+    awaitable,
+    blocking,
+)
 from shuteye.client.answers import error_from_response
 from shuteye.errors import InternalError, InvalidRequest, ModelNotFound, ServerUnreachable, SleepModeDisabled
 from shuteye.keys import require_sendable
@@ -81,12 +91,13 @@ def translated(base_url: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Call(Generic[T]):
-    """One control route: what to send, and how to read the answer. Statuses in `accept` are answers, not errors."""
+class Route(Generic[T]):
+    """One request, and how to read its answer. Statuses in `accept` are answers, not errors."""
 
     method: str
     path: str
     parse: Callable[[int, bytes], T]
+    doc: str = ""
     params: tuple[tuple[str, str], ...] = ()
     body: Mapping[str, object] | None = None
     content: Any = None  # bytes, or what yields them; instead of a body
@@ -100,6 +111,11 @@ class _Call(Generic[T]):
         return {"params": self.params, "content": self.content, "headers": {"Content-Type": UPLOAD}}
 
     def result(self, base_url: str, response: httpx2.Response) -> T:
+        """What the answer says.
+
+        Raises:
+            ShuteyeError: that the server answered with, or because what answered is no server of ours.
+        """
         status, body = response.status_code, response.content
         if response.is_redirect:
             raise ServerUnreachable(
@@ -121,13 +137,7 @@ class _Call(Generic[T]):
         raise failure
 
 
-def _params(**values: object) -> tuple[tuple[str, str], ...]:
-    """Query parameters: None is left out, a sequence is repeated."""
-    pairs: list[tuple[str, str]] = []
-    for name, value in values.items():
-        items = value if isinstance(value, list | tuple) else [value]
-        pairs.extend((name, str(item)) for item in items if item is not None)
-    return tuple(pairs)
+# --- reading answers ----------------------------------------------------------------------------
 
 
 def _as(kind: type[T]) -> Callable[[int, bytes], T]:
@@ -157,52 +167,76 @@ def _is_ok(status: int, _body: bytes) -> bool:
     return status == 200
 
 
-def _sleep(
-    level: int, mode: str | None, tags: Sequence[str] | None, drain_timeout_s: float | None
-) -> _Call[SleepReport]:
-    params = _params(level=level, mode=mode, tags=_listed(tags), timeout=drain_timeout_s)
-    return _Call("POST", "/sleep", _report(SleepReport), params)
+# --- the routes ---------------------------------------------------------------------------------
+
+_ANSWERS: Mapping[type[Call[Any]], Callable[[int, bytes], Any]] = {
+    SleepCall: _report(SleepReport),
+    WakeCall: _report(WakeReport),
+    UpdateFromFileCall: _as(UpdateReport),
+    ReloadCall: _as(UpdateReport),
+    RpcCall: _field("results", list[Any]),
+}
+
+_IS_SLEEPING = Route("GET", "/is_sleeping", _field("is_sleeping", bool), "True until every tag is resident and loaded.")
+_IS_PAUSED = Route("GET", "/is_paused", _field("is_paused", bool), "True while a pause is in force.")
+_STATE = Route("GET", "/state", _as(ServerState), "All that the server knows of its engine, and what waking it takes.")
+_HEALTH = Route(
+    "GET",
+    "/health",
+    _is_ok,
+    "True if the model is loaded and its engine is well, asleep or not.",
+    accept=frozenset({500, 503}),
+)
+_READY = Route("GET", "/ready", _is_ok, "True if a request would be served now.", accept=frozenset({503}))
+_VERSION = Route("GET", "/version", _field("version", str), "The server's version.")
+_RESTART_ENGINE = Route(
+    "POST",
+    "/restart_engine",
+    _field("seconds", float),
+    "Start an engine again that is dead or hangs, and wait until it is loaded; how many seconds that took.",
+)
 
 
-def _wake_up(tags: Sequence[str] | None) -> _Call[WakeReport]:
-    return _Call("POST", "/wake_up", _report(WakeReport), _params(tags=_listed(tags)))
+def route_of(call: Call[T]) -> Route[T]:
+    """How a control call is asked for over HTTP: what may be in a query goes there, as in vLLM's calls."""
+    given = {name.removesuffix("_s"): getattr(call, name) for name in call.__struct_fields__}
+    path, parse = f"/{call.verb}", _ANSWERS.get(type(call), _nothing)
+    if isinstance(call, SleepCall | WakeCall | PauseCall):
+        return Route("POST", path, parse, params=_params(given))
+    return Route("POST", path, parse, body=given or None)
 
 
-def _pause(mode: str | None, drain_timeout_s: float | None) -> _Call[None]:
-    return _Call("POST", "/pause", _nothing, _params(mode=mode, timeout=drain_timeout_s))
+def _params(given: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+    """Query parameters: None is left out, a sequence is repeated; an empty one is sent, for the server to refuse."""
+    pairs: list[tuple[str, str]] = []
+    for name, value in given.items():
+        items = (value or [""]) if isinstance(value, tuple) else [value]
+        pairs.extend((name, str(item)) for item in items if item is not None)
+    return tuple(pairs)
 
 
-def _reload_weights(path: str | None) -> _Call[UpdateReport]:
-    return _Call("POST", "/reload_weights", _as(UpdateReport), body={"path": path})
+def _upload(content: object) -> Route[UpdateReport]:
+    return Route("POST", "/update_weights", _as(UpdateReport), content=content)
 
 
-def _update_weights(path: str) -> _Call[UpdateReport]:
-    return _Call("POST", "/update_weights", _as(UpdateReport), body={"path": path})
+def _blocking(route: Route[T]) -> Callable[[Client], T]:
+    """A method of `Client` that asks for a route."""
+
+    def method(self: Client, /) -> T:
+        return self.ask(route)
+
+    method.__doc__ = route.doc
+    return method
 
 
-def _upload_weights(content: object) -> _Call[UpdateReport]:
-    return _Call("POST", "/update_weights", _as(UpdateReport), content=content)
+def _awaitable(route: Route[T]) -> Callable[[AsyncClient], Coroutine[Any, Any, T]]:
+    """A method of `AsyncClient` that asks for a route."""
 
+    async def method(self: AsyncClient, /) -> T:
+        return await self.ask(route)
 
-def _collective_rpc(method: str, args: Sequence[object]) -> _Call[list[Any]]:
-    body = {"method": method, "args": list(args)}
-    return _Call("POST", "/collective_rpc", _field("results", list[Any]), body=body)
-
-
-def _listed(tags: Sequence[str] | None) -> list[str] | None:
-    """`tags` as a list; an empty one becomes an empty value, which the server refuses as it refuses `tags=[]`."""
-    return None if tags is None else [*tags] or [""]
-
-
-_RESUME = _Call("POST", "/resume", _nothing)
-_RESTART_ENGINE = _Call("POST", "/restart_engine", _field("seconds", float))
-_RESET_PREFIX_CACHE = _Call("POST", "/reset_prefix_cache", _nothing)
-_IS_SLEEPING = _Call("GET", "/is_sleeping", _field("is_sleeping", bool))
-_IS_PAUSED = _Call("GET", "/is_paused", _field("is_paused", bool))
-_STATE = _Call("GET", "/state", _as(ServerState))
-_HEALTH = _Call("GET", "/health", _is_ok, accept=frozenset({500, 503}))
-_READY = _Call("GET", "/ready", _is_ok, accept=frozenset({503}))
-_VERSION = _Call("GET", "/version", _field("version", str))
+    method.__doc__ = route.doc
+    return method
 
 
 def bearer(key: str | None, *, name: str = "admin_api_key") -> dict[bytes, bytes]:
@@ -250,88 +284,36 @@ class Client:
             headers=bearer(admin_api_key), timeout=timeout_s, transport=transport, follow_redirects=False
         )
 
-    def _run(self, call: _Call[T]) -> T:
+    def ask(self, route: Route[T]) -> T:
+        """What the server answers."""
         with translated(self._base_url):
-            response = self._http.request(call.method, self._base_url + call.path, **call.payload)
-        return call.result(self._base_url, response)
+            response = self._http.request(route.method, self._base_url + route.path, **route.payload)
+        return route.result(self._base_url, response)
 
-    def sleep(
-        self,
-        level: int = 1,
-        *,
-        mode: str | None = None,
-        tags: Sequence[str] | None = None,
-        drain_timeout_s: float | None = None,
-    ) -> SleepReport:
-        """Put the model to sleep.
+    def control(self, call: Call[T]) -> T:
+        """Have the server carry out a control call."""
+        return self.ask(route_of(call))
 
-        Args:
-            level: 0 only pauses, 1 keeps the weights restorable, 2 forgets them too.
-            mode: what becomes of requests in flight: abort, wait or keep; None takes the server's default.
-            tags: release only these.
-            drain_timeout_s: how long `wait` waits; None takes the server's default.
-        """
-        return self._run(_sleep(level, mode, tags, drain_timeout_s))
+    sleep = blocking(SleepCall, drain_timeout_s="timeout_s")
+    wake_up = blocking(WakeCall)
+    pause = blocking(PauseCall, drain_timeout_s="timeout_s")
+    resume = blocking(ResumeCall)
+    update_weights = blocking(UpdateFromFileCall)
+    reload_weights = blocking(ReloadCall)
+    reset_prefix_cache = blocking(ResetPrefixCacheCall)
+    collective_rpc = blocking(RpcCall)
 
-    def wake_up(self, tags: Sequence[str] | None = None) -> WakeReport:
-        """Wake the model, or only `tags` of it."""
-        return self._run(_wake_up(tags))
-
-    def is_sleeping(self) -> bool:
-        """True until every tag is resident and loaded."""
-        return self._run(_IS_SLEEPING)
-
-    def pause(self, mode: str | None = None, *, drain_timeout_s: float | None = None) -> None:
-        """Stop running requests, and release nothing."""
-        self._run(_pause(mode, drain_timeout_s))
-
-    def resume(self) -> None:
-        """Undo `pause`."""
-        self._run(_RESUME)
-
-    def is_paused(self) -> bool:
-        """True while a pause is in force."""
-        return self._run(_IS_PAUSED)
-
-    def update_weights(self, path: str) -> UpdateReport:
-        """Write the tensors of a `.safetensors` file, or of a directory of them, at `path` on the server."""
-        return self._run(_update_weights(path))
+    is_sleeping = _blocking(_IS_SLEEPING)
+    is_paused = _blocking(_IS_PAUSED)
+    state = _blocking(_STATE)
+    health = _blocking(_HEALTH)
+    ready = _blocking(_READY)
+    version = _blocking(_VERSION)
+    restart_engine = _blocking(_RESTART_ENGINE)
 
     def upload_weights(self, content: bytes | Iterable[bytes]) -> UpdateReport:
         """Write the tensors of a safetensors file that is sent: its bytes, an open file, or what yields them."""
-        return self._run(_upload_weights(content))
-
-    def reload_weights(self, path: str | None = None) -> UpdateReport:
-        """Write every weight again, from the image or from a checkpoint at `path` on the server."""
-        return self._run(_reload_weights(path))
-
-    def reset_prefix_cache(self) -> None:
-        """Forget cached prefixes."""
-        self._run(_RESET_PREFIX_CACHE)
-
-    def collective_rpc(self, method: str, args: Sequence[object] = ()) -> list[Any]:
-        """Call a verb that changes nothing on every rank; one result a rank, as plain data."""
-        return self._run(_collective_rpc(method, args))
-
-    def restart_engine(self) -> float:
-        """Start an engine anew that is dead or hangs, and wait until it is loaded; how many seconds that took."""
-        return self._run(_RESTART_ENGINE)
-
-    def state(self) -> ServerState:
-        """All that the server knows of its engine, and what waking it would take."""
-        return self._run(_STATE)
-
-    def health(self) -> bool:
-        """True if the model is loaded and its engine is well, asleep or not."""
-        return self._run(_HEALTH)
-
-    def ready(self) -> bool:
-        """True if a request would be served now."""
-        return self._run(_READY)
-
-    def version(self) -> str:
-        """The server's version."""
-        return self._run(_VERSION)
+        return self.ask(_upload(content))
 
     def close(self) -> None:
         """Close connections."""
@@ -362,81 +344,36 @@ class AsyncClient:
             headers=bearer(admin_api_key), timeout=timeout_s, transport=transport, follow_redirects=False
         )
 
-    async def _run(self, call: _Call[T]) -> T:
+    async def ask(self, route: Route[T]) -> T:
+        """What the server answers."""
         with translated(self._base_url):
-            response = await self._http.request(call.method, self._base_url + call.path, **call.payload)
-        return call.result(self._base_url, response)
+            response = await self._http.request(route.method, self._base_url + route.path, **route.payload)
+        return route.result(self._base_url, response)
 
-    async def sleep(
-        self,
-        level: int = 1,
-        *,
-        mode: str | None = None,
-        tags: Sequence[str] | None = None,
-        drain_timeout_s: float | None = None,
-    ) -> SleepReport:
-        """As `Client.sleep`."""
-        return await self._run(_sleep(level, mode, tags, drain_timeout_s))
+    async def control(self, call: Call[T]) -> T:
+        """Have the server carry out a control call."""
+        return await self.ask(route_of(call))
 
-    async def wake_up(self, tags: Sequence[str] | None = None) -> WakeReport:
-        """As `Client.wake_up`."""
-        return await self._run(_wake_up(tags))
+    sleep = awaitable(SleepCall, drain_timeout_s="timeout_s")
+    wake_up = awaitable(WakeCall)
+    pause = awaitable(PauseCall, drain_timeout_s="timeout_s")
+    resume = awaitable(ResumeCall)
+    update_weights = awaitable(UpdateFromFileCall)
+    reload_weights = awaitable(ReloadCall)
+    reset_prefix_cache = awaitable(ResetPrefixCacheCall)
+    collective_rpc = awaitable(RpcCall)
 
-    async def is_sleeping(self) -> bool:
-        """As `Client.is_sleeping`."""
-        return await self._run(_IS_SLEEPING)
-
-    async def pause(self, mode: str | None = None, *, drain_timeout_s: float | None = None) -> None:
-        """As `Client.pause`."""
-        await self._run(_pause(mode, drain_timeout_s))
-
-    async def resume(self) -> None:
-        """As `Client.resume`."""
-        await self._run(_RESUME)
-
-    async def is_paused(self) -> bool:
-        """As `Client.is_paused`."""
-        return await self._run(_IS_PAUSED)
-
-    async def update_weights(self, path: str) -> UpdateReport:
-        """As `Client.update_weights`."""
-        return await self._run(_update_weights(path))
+    is_sleeping = _awaitable(_IS_SLEEPING)
+    is_paused = _awaitable(_IS_PAUSED)
+    state = _awaitable(_STATE)
+    health = _awaitable(_HEALTH)
+    ready = _awaitable(_READY)
+    version = _awaitable(_VERSION)
+    restart_engine = _awaitable(_RESTART_ENGINE)
 
     async def upload_weights(self, content: bytes | AsyncIterable[bytes]) -> UpdateReport:
         """As `Client.upload_weights`."""
-        return await self._run(_upload_weights(content))
-
-    async def reload_weights(self, path: str | None = None) -> UpdateReport:
-        """As `Client.reload_weights`."""
-        return await self._run(_reload_weights(path))
-
-    async def reset_prefix_cache(self) -> None:
-        """As `Client.reset_prefix_cache`."""
-        await self._run(_RESET_PREFIX_CACHE)
-
-    async def collective_rpc(self, method: str, args: Sequence[object] = ()) -> list[Any]:
-        """As `Client.collective_rpc`."""
-        return await self._run(_collective_rpc(method, args))
-
-    async def restart_engine(self) -> float:
-        """As `Client.restart_engine`."""
-        return await self._run(_RESTART_ENGINE)
-
-    async def state(self) -> ServerState:
-        """As `Client.state`."""
-        return await self._run(_STATE)
-
-    async def health(self) -> bool:
-        """As `Client.health`."""
-        return await self._run(_HEALTH)
-
-    async def ready(self) -> bool:
-        """As `Client.ready`."""
-        return await self._run(_READY)
-
-    async def version(self) -> str:
-        """As `Client.version`."""
-        return await self._run(_VERSION)
+        return await self.ask(_upload(content))
 
     async def aclose(self) -> None:
         """Close connections."""

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from shuteye.calls import ControlCall
 from shuteye.config import EngineConfig
 from shuteye.engine.held import HeldRequests
-from shuteye.engine.messages import ControlCall, WakeCall
 from shuteye.engine.sleep import SleepController
-from shuteye.engine.transitions import Report, Transitions
+from shuteye.engine.transitions import Report, Transitions, WakeForRequests
 from shuteye.errors import (
     EngineFaulted,
     ModelPaused,
@@ -31,7 +31,7 @@ from shuteye.executors.base import Executor
 from shuteye.model_info import ModelSpec, model_info
 from shuteye.state import EngineState, SchedulerStats, WakeReport
 from shuteye.tasks.base import Delta, RequestDelta
-from shuteye.tasks.table import Request, open_scheduler, require_kind, starts_of
+from shuteye.tasks.table import TASKS, Request, SchedulerSetup, require_kind, starts_of
 
 REFRESH_EVERY_S = 1.0
 """How old the state's account of resident memory may be while requests run."""
@@ -59,8 +59,8 @@ class EngineCore:
         executor.call("allocate_kv_cache", num_blocks)
         self.info = model_info(config, facts, num_blocks)
         self._deltas: list[Delta] = []
-        self._scheduler = open_scheduler(
-            config, facts, num_blocks=num_blocks, report=lambda refusal: self._tell([refusal])
+        self._scheduler = TASKS[facts.task].open_scheduler(
+            SchedulerSetup(config, facts, num_blocks, report=lambda refusal: self._tell([refusal]))
         )
         self._sleep = SleepController(
             executor, verify=config.verify_wake, canary=config.canary and config.enable_sleep_mode
@@ -217,7 +217,7 @@ class EngineCore:
             if isinstance(outcome, ShuteyeError):
                 self._deltas += self._held.fail(info_of(outcome))
 
-        self.submit(WakeCall(for_requests=True), answer)
+        self._transitions.submit(WakeForRequests(), answer)
 
     def _give_up_after_fault(self) -> None:
         """Requests in flight outlive a fault in hope of a recovery, but only for `hold_timeout_s`; then they fail."""

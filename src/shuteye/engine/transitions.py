@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, get_args
 
-from shuteye.config import EngineConfig
-from shuteye.engine.held import HeldRequests
-from shuteye.engine.messages import (
+from shuteye.calls import (
+    Call,
     ControlCall,
     PauseCall,
     ReloadCall,
@@ -24,9 +23,11 @@ from shuteye.engine.messages import (
     RpcCall,
     SleepCall,
     UpdateCall,
+    UpdateFromFileCall,
     WakeCall,
-    check_rpc,
 )
+from shuteye.config import EngineConfig
+from shuteye.engine.held import HeldRequests
 from shuteye.engine.sleep import SleepController
 from shuteye.errors import (
     DrainTimeout,
@@ -37,7 +38,7 @@ from shuteye.errors import (
     TransitionConflict,
 )
 from shuteye.executors.base import Executor
-from shuteye.state import TAGS, DrainMode, SleepPlan, SleepReport, Tag, UpdateReport, WakeReport
+from shuteye.state import TAGS, DrainMode, SleepPlan, SleepReport, Tag, UpdateReport, VerifyMode, WakeReport
 from shuteye.tasks.base import Delta, TaskScheduler
 
 Report = SleepReport | WakeReport | UpdateReport | list[Any] | None
@@ -45,11 +46,17 @@ Steps = Generator[None, None, Report]
 """A transition under way: each `next` is one look whether it can go on; the return value is its report."""
 
 
+class WakeForRequests(Call[WakeReport], frozen=True):
+    """A wake of all tags that nobody asked for but the policy: the canary goes with the first step of the requests."""
+
+    verb: ClassVar[str] = "wake_up"
+
+
 @dataclass(slots=True)
 class Transition:
     """A control call on its way: waiting, under way (`steps`), or answered through `answer`."""
 
-    call: ControlCall
+    call: ControlCall | WakeForRequests
     answer: Callable[[Report | ShuteyeError], None]
     steps: Steps | None = None
 
@@ -90,9 +97,9 @@ class Transitions:
     @property
     def under_way(self) -> str | None:
         """The verb of the oldest call."""
-        return type(self._queue[0].call).__name__.removesuffix("Call").lower() if self._queue else None
+        return self._queue[0].call.verb if self._queue else None
 
-    def submit(self, call: ControlCall, answer: Callable[[Report | ShuteyeError], None]) -> None:
+    def submit(self, call: ControlCall | WakeForRequests, answer: Callable[[Report | ShuteyeError], None]) -> None:
         """Queue a call; `answer` is called exactly once, during some later `advance`."""
         self._queue.append(Transition(call, answer))
 
@@ -119,16 +126,19 @@ class Transitions:
             self._queue.popleft()
             transition.answer(outcome)
 
-    def _start(self, call: ControlCall) -> Steps:
+    def _start(self, call: ControlCall | WakeForRequests) -> Steps:
         state = self._sleep.state
-        recovers = isinstance(call, WakeCall) and (state.is_sleeping or state.faulted)  # from a reload that failed
-        if isinstance(call, SleepCall | WakeCall) and not self._config.enable_sleep_mode and not recovers:
+        wakes = isinstance(call, WakeCall | WakeForRequests)
+        recovers = wakes and (state.is_sleeping or state.faulted)  # from a reload that failed
+        if (wakes or isinstance(call, SleepCall)) and not self._config.enable_sleep_mode and not recovers:
             raise SleepModeDisabled("Sleep mode is off; start the engine with enable_sleep_mode (--enable-sleep-mode).")
         starts: dict[type, Callable[[Any], Steps]] = {
             SleepCall: self._sleep_steps,
             WakeCall: self._wake_steps,
+            WakeForRequests: self._wake_for_requests_steps,
             PauseCall: self._pause_steps,
             ResumeCall: self._resume_steps,
+            UpdateFromFileCall: self._update_steps,
             UpdateCall: self._update_steps,
             ReloadCall: self._update_steps,
             ResetPrefixCacheCall: self._reset_prefix_cache_steps,
@@ -184,7 +194,14 @@ class Transitions:
 
     def _wake_steps(self, call: WakeCall) -> Steps:
         yield from ()
-        report = self._sleep.wake(parse_tags(call.tags), defer_canary=call.for_requests)
+        return self._wake(parse_tags(call.tags), defer_canary=False)
+
+    def _wake_for_requests_steps(self, _call: WakeForRequests) -> Steps:
+        yield from ()
+        return self._wake(TAGS, defer_canary=True)
+
+    def _wake(self, tags: tuple[Tag, ...], *, defer_canary: bool) -> WakeReport:
+        report = self._sleep.wake(tags, defer_canary=defer_canary)
         if not self._sleep.state.is_sleeping:
             self._held.unbound()
         return report
@@ -210,7 +227,7 @@ class Transitions:
         self._sleep.set_gate(paused=False, refusing=False, paused_by_sleep=False)
         return None
 
-    def _update_steps(self, call: UpdateCall | ReloadCall) -> Steps:
+    def _update_steps(self, call: UpdateFromFileCall | UpdateCall | ReloadCall) -> Steps:
         """Between two steps of the model. What was written is another epoch, so requests in flight are recomputed."""
         yield from ()
         state = self._sleep.state
@@ -224,9 +241,9 @@ class Transitions:
             match call:
                 case ReloadCall(path):
                     reports: list[UpdateReport] = self._executor.call("reload_weights", path)
-                case UpdateCall(path=str(path)):
+                case UpdateFromFileCall(path):
                     reports = self._executor.call("update_weights_from_file", path)
-                case UpdateCall(named_tensors=named_tensors):
+                case UpdateCall(named_tensors):
                     reports = self._executor.call("update_weights", named_tensors)
         except EngineFaulted as error:
             raise self._sleep.fault(error.message) from error
@@ -243,8 +260,8 @@ class Transitions:
 
     def _rpc_steps(self, call: RpcCall) -> Steps:
         yield from ()
-        check_rpc(call.verb, call.args)
-        return self._executor.call(call.verb, *call.args)
+        check_rpc(call.method, call.args)
+        return self._executor.call(call.method, *call.args)
 
     # --- draining -------------------------------------------------------------------------------
 
@@ -269,7 +286,7 @@ class Transitions:
             if time.monotonic() > deadline:
                 unfinished = self._scheduler.num_running + self._scheduler.num_waiting
                 raise DrainTimeout(
-                    f"{unfinished} requests outlasted the deadline; nothing was put to sleep and they go on. "
+                    f"Drain timed out with {unfinished} requests still running; they go on, and the model stays awake. "
                     "Use mode=abort or mode=keep, or a longer timeout."
                 )
             yield
@@ -321,3 +338,31 @@ def parse_timeout(timeout_s: float | None, default: float) -> float:
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or math.isnan(timeout_s) or timeout_s < 0:
         raise InvalidRequest(f"timeout_s must be a number of seconds, 0 or more, got {timeout_s!r}.", param="timeout_s")
     return timeout_s
+
+
+_NO_ARGUMENTS: tuple[tuple[Any, ...], ...] = ((),)
+
+RPC_VERBS: Mapping[str, tuple[tuple[Any, ...], ...]] = {
+    "facts": _NO_ARGUMENTS,
+    "missing": _NO_ARGUMENTS,
+    "residual_bytes": _NO_ARGUMENTS,
+    "states": _NO_ARGUMENTS,
+    "verify": tuple((mode,) for mode in get_args(VerifyMode)),
+    "weights_source": _NO_ARGUMENTS,
+}
+
+
+def check_rpc(method: str, args: Sequence[Any]) -> None:
+    """Refuse what may not be called.
+
+    Raises:
+        InvalidRequest: names the verbs, or the arguments, that may be used.
+    """
+    allowed = RPC_VERBS.get(method)
+    if allowed is None:
+        raise InvalidRequest(
+            f"collective_rpc cannot call {method!r}; it can call {', '.join(RPC_VERBS)}.", param="method"
+        )
+    if tuple(args) not in allowed:
+        listed = " or ".join(str(list(one)) for one in allowed)
+        raise InvalidRequest(f"args of {method!r} must be {listed}, got {list(args)}.", param="args")

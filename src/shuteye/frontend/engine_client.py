@@ -1,25 +1,24 @@
 """The callers' side of an engine: requests and control calls on their way, and where their answers go.
 
-Knows nothing of asyncio, threads of its own, or processes; `LLM` and `AsyncEngine` give it a way to send.
+Knows nothing of asyncio, threads of its own, or processes; `AsyncEngine` gives it a way to send.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, TypeVar, cast
 from uuid import uuid4
 
+from shuteye.calls import Call, ControlCall
 from shuteye.config import EngineConfig
 from shuteye.engine.messages import (
     AUTO_WAKE_ID,
     AbortRequests,
     AddRequests,
     Control,
-    ControlCall,
     ErrorReply,
     Failed,
     FromEngine,
@@ -43,54 +42,21 @@ from shuteye.errors import (
     rebuild,
     refusal,
 )
+from shuteye.frontend.engine import ServedModel, Status
 from shuteye.frontend.forks import tell_forks
 from shuteye.model_info import ModelInfo
 from shuteye.state import EngineState, SchedulerStats, WakeReport
-from shuteye.tasks.base import OutputKind, Processed
-from shuteye.tasks.generate.outputs import OutputProcessor, resolve_token_params
-from shuteye.tasks.generate.requests import SamplingParams
-from shuteye.tasks.pool.outputs import PoolOutputs
-from shuteye.tasks.pool.requests import PoolingParams, PoolInput
-from shuteye.tasks.table import Request
-from shuteye.tasks.transcribe.outputs import TranscriptOutputs
-from shuteye.tasks.transcribe.requests import TranscribeParams
+from shuteye.tasks.base import Job, TaskOutputs
+from shuteye.tasks.table import TASKS, require_job
 from shuteye.tokenizer import Tokenizer
-from shuteye.typed_fields import require_instance
 
-Status = Literal["starting", "ready", "hung", "failed", "dead", "closed"]
+R = TypeVar("R")
 Deliver = Callable[[Any], None]
 """Takes the outputs of one request, of whatever its kind yields, and at last a finished one or a ShuteyeError."""
 
 
-class Outputs(Protocol):
-    """Turns what the engine did into the outputs of requests of one kind."""
-
-    def process(self, deltas: Iterable[Any]) -> Processed:
-        """Take what the engine did; deltas of requests that are not followed (any more) are ignored."""
-        ...
-
-    def abort(self, request_id: str) -> list[str]:
-        """Stop following a request, if it is known; the engine-side ids to abort."""
-        ...
-
-    def engine_ids(self, request_id: str) -> tuple[str, ...]:
-        """The engine-side ids of a request that are unfinished; none if it is not known."""
-        ...
-
-    def note_started(self, started: Iterable[tuple[str, float]]) -> None:
-        """When requests, by their engine-side ids, began to be computed (monotonic seconds)."""
-        ...
-
-
 def _rebuilt(info: ErrorInfo) -> ShuteyeError:
     return rebuild(info.kind, info.message, info.param)
-
-
-def _require_token_ids(given: object) -> None:
-    if not isinstance(given, Sequence) or not all(isinstance(token, int) for token in given):
-        raise InvalidRequest(
-            f"A prompt must be a text or a list of token ids, got {type(given).__name__}.", param="prompt"
-        )
 
 
 def _promise() -> Future[Any]:
@@ -100,21 +66,12 @@ def _promise() -> Future[Any]:
     return future
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """What there is once the engine is ready."""
-
-    info: ModelInfo
-    tokenizer: Tokenizer
-    outputs: Outputs
-
-
 class EngineClient:
     """Sends requests and calls, and hands every answer to the one who waits for it; thread-safe.
 
     Args:
         send: delivers a message to the engine, in order, without blocking.
-        on_own_wake: told how each wake ended that the policy began.
+        on_auto_wake: told how each wake ended that the policy began.
 
     Attributes:
         begun: whether somebody loads the model; until then there is nothing to wait for.
@@ -125,7 +82,7 @@ class EngineClient:
         config: EngineConfig,
         send: Callable[[ToEngine], None],
         *,
-        on_own_wake: Callable[[WakeReport | ShuteyeError], None] = lambda _outcome: None,
+        on_auto_wake: Callable[[WakeReport | ShuteyeError], None] = lambda _outcome: None,
     ) -> None:
         self.config = config
         self.status: Status = "starting"
@@ -134,10 +91,11 @@ class EngineClient:
         self.stats = SchedulerStats()
         self.begun = True
         self.ready: Future[None] = _promise()
-        self.on_own_wake = on_own_wake
+        self.on_auto_wake = on_auto_wake
         self._send = send
         self._lock = threading.RLock()
-        self._model: _Loaded | None = None
+        self._model: ServedModel | None = None
+        self._outputs: TaskOutputs[Any]  # there is one as soon as there is a model
         self._deliver: dict[str, Deliver] = {}
         self._calls: dict[int, Future[Any]] = {}
         self._numbers = itertools.count(1)
@@ -146,21 +104,13 @@ class EngineClient:
     # --- what is known --------------------------------------------------------------------------
 
     @property
-    def info(self) -> ModelInfo:
-        """The loaded model's facts.
+    def model(self) -> ServedModel:
+        """The loaded model.
 
         Raises:
             EngineNotReady: still loading.
+            ShuteyeError: the engine is gone.
         """
-        return self._loaded.info
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The loaded model's tokenizer."""
-        return self._loaded.tokenizer
-
-    @property
-    def _loaded(self) -> _Loaded:
         if self._model is not None:
             return self._model
         if self.failure is not None:
@@ -171,80 +121,16 @@ class EngineClient:
 
     # --- sending --------------------------------------------------------------------------------
 
-    def submit(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams,
-        *,
-        request_id: str | None,
-        output_kind: OutputKind,
-        deliver: Deliver,
-    ) -> str:
-        """Send a request; `deliver` gets its outputs, and last a finished one or an error. Returns its id."""
+    def submit(self, job: Job[Any], *, request_id: str | None, deliver: Deliver) -> str:
+        """Send a job; `deliver` gets its outputs, and last a finished one or an error. Returns the request's id.
+
+        Raises:
+            InvalidRequest: the model is for another task, the job cannot be served, or the id is in use.
+            ShuteyeError: the engine is gone.
+        """
         self._refuse_if_gone()
-        require_instance(params, SamplingParams, param="sampling_params")
-        text, token_ids = self._tokens_of(prompt)
-        outputs = self._outputs_for("generate")
-        assert isinstance(outputs, OutputProcessor)
-        params = resolve_token_params(params, self.tokenizer, vocab_size=self.info.vocab_size)
-
-        def follow(request_id: str, engine_id: str) -> Sequence[Request]:
-            return outputs.add(
-                request_id,
-                prompt=text,
-                prompt_token_ids=token_ids,
-                params=params,
-                output_kind=output_kind,
-                engine_id=engine_id,
-            )
-
-        return self._begin(request_id, deliver, follow)
-
-    def submit_pooling(
-        self, inputs: Sequence[PoolInput], params: PoolingParams, *, request_id: str | None, deliver: Deliver
-    ) -> str:
-        """Send inputs to embed or score; `deliver` gets one `PooledOutput`, or an error. Returns the request's id."""
-        self._refuse_if_gone()
-        outputs = self._outputs_for("embed", "score")
-        assert isinstance(outputs, PoolOutputs)
-
-        def follow(request_id: str, engine_id: str) -> Sequence[Request]:
-            return [outputs.add(request_id, inputs=inputs, params=params, engine_id=engine_id)]
-
-        return self._begin(request_id, deliver, follow)
-
-    def submit_transcription(
-        self,
-        pcm: bytes,
-        params: TranscribeParams,
-        *,
-        prompt: str | None,
-        request_id: str | None,
-        output_kind: OutputKind,
-        deliver: Deliver,
-    ) -> str:
-        """Send a recording; `deliver` gets `Transcription`s, the last one finished, or an error. Returns its id."""
-        self._refuse_if_gone()
-        require_instance(params, TranscribeParams, param="params")
-        outputs = self._outputs_for("transcribe")
-        assert isinstance(outputs, TranscriptOutputs)
-        before = self.tokenizer.encode(f" {prompt.strip()}", add_special_tokens=False) if prompt else ()
-
-        def follow(request_id: str, engine_id: str) -> Sequence[Request]:
-            request = outputs.add(
-                request_id,
-                pcm=pcm,
-                prompt_token_ids=tuple(before),
-                params=params,
-                output_kind=output_kind,
-                engine_id=engine_id,
-            )
-            return [request]
-
-        return self._begin(request_id, deliver, follow)
-
-    def _begin(self, request_id: str | None, deliver: Deliver, follow: Callable[[str, str], Sequence[Request]]) -> str:
-        """Register a request and send what `follow(request_id, engine_id)` makes of it."""
+        require_job(self.model.info, job)
+        job = self._outputs.prepare(job)
         request_id = request_id or uuid4().hex
         with self._lock:
             self._refuse_if_gone()  # once registered, `fail` tells the caller; before, only this does
@@ -252,26 +138,12 @@ class EngineClient:
                 raise InvalidRequest(f"A request with id {request_id!r} is running already.", param="request_id")
             self._deliver[request_id] = deliver
             try:
-                requests = follow(request_id, f"{request_id}#{next(self._numbers)}")
+                requests = self._outputs.add(request_id, job, engine_id=f"{request_id}#{next(self._numbers)}")
                 self._send(AddRequests(tuple(requests)))
             except Exception as error:
                 self._forget(request_id, deliver)
                 raise refusal(error, "The request") from error
         return request_id
-
-    def _outputs_for(self, *tasks: str) -> Outputs:
-        """What follows requests, if the model is for one of `tasks`.
-
-        Raises:
-            InvalidRequest: it is for another.
-        """
-        loaded = self._loaded
-        if loaded.info.task not in tasks:
-            wanted = " or ".join(f"'{task}'" for task in tasks)
-            raise InvalidRequest(
-                f"This needs a model for the task {wanted}; {loaded.info.model!r} is one for '{loaded.info.task}'."
-            )
-        return loaded.outputs
 
     def abort(self, request_id: str, *, deliver: Deliver) -> None:
         """Forget the request that `deliver` waits for and free what it holds; nothing more is delivered for it."""
@@ -282,19 +154,19 @@ class EngineClient:
     def end(self, request_id: str) -> None:
         """End a request early: its last output, with finish reason "abort", is delivered. Unknown ids are ignored."""
         with self._lock:
-            engine_ids = self._model.outputs.engine_ids(request_id) if self._model else ()
+            engine_ids = self._outputs.engine_ids(request_id) if self._model else ()
         if engine_ids and self.status == "ready":
             self._send(AbortRequests(engine_ids))
 
-    def call(self, call: ControlCall) -> Future[Any]:
+    def call(self, call: Call[R]) -> Future[R]:
         """Send a control call; the future gets its report, or a ShuteyeError."""
-        future = _promise()
+        future: Future[R] = _promise()
         with self._lock:
             self._refuse_if_gone()
             call_id = next(self._numbers)
             self._calls[call_id] = future
         try:
-            self._send(Control(call_id, call))
+            self._send(Control(call_id, cast(ControlCall, call)))
         except Exception as error:
             self._calls.pop(call_id, None)
             raise refusal(error, "The call") from error
@@ -306,23 +178,13 @@ class EngineClient:
             if self._deliver.get(request_id) != deliver:
                 return ()
             del self._deliver[request_id]
-            return tuple(self._loaded.outputs.abort(request_id))
-
-    def _tokens_of(self, prompt: str | Sequence[int]) -> tuple[str | None, tuple[int, ...]]:
-        if isinstance(prompt, str):
-            return prompt, tuple(self.tokenizer.encode(prompt))
-        _require_token_ids(prompt)
-        vocab_size = self.info.vocab_size
-        outside = next((token for token in prompt if not 0 <= token < vocab_size), None)
-        if outside is not None:
-            raise InvalidRequest(f"Token id {outside} is outside of the vocabulary of {vocab_size}.", param="prompt")
-        return None, tuple(prompt)
+            return tuple(self._outputs.abort(request_id))
 
     def _refuse_if_gone(self) -> None:
         if self.failure is not None:
             raise self.failure
         if self.status == "starting":
-            _ = self._loaded  # raises
+            _ = self.model  # raises
 
     # --- receiving ------------------------------------------------------------------------------
 
@@ -340,7 +202,7 @@ class EngineClient:
                 self.stats = stats
                 if started and self._model is not None:
                     with self._lock:
-                        self._model.outputs.note_started(started)
+                        self._outputs.note_started(started)
                 self._on_deltas(deltas)
             case StateChanged(state):
                 self.state = state
@@ -349,9 +211,9 @@ class EngineClient:
             case Failed(error):
                 self.fail(_rebuilt(error), status="failed")
             case WakeReply(call_id, report) if call_id == AUTO_WAKE_ID:
-                self.on_own_wake(report)
+                self.on_auto_wake(report)
             case ErrorReply(call_id, error) if call_id == AUTO_WAKE_ID:
-                self.on_own_wake(_rebuilt(error))
+                self.on_auto_wake(_rebuilt(error))
             case ErrorReply(call_id, error):
                 if (refused := self._calls.pop(call_id, None)) is not None:
                     refused.set_exception(_rebuilt(error))
@@ -373,16 +235,10 @@ class EngineClient:
         with self._lock:
             if self.failure is not None:  # closed while loading
                 return
-            self._model = _Loaded(info, tokenizer, self._new_outputs(info, tokenizer))
+            self._outputs = TASKS[info.task].open_outputs(info, tokenizer, self._why_aborted)
+            self._model = ServedModel(info, tokenizer)
             self.config, self.status = config, "ready"
         self.ready.set_result(None)
-
-    def _new_outputs(self, info: ModelInfo, tokenizer: Tokenizer) -> Outputs:
-        if info.task in ("embed", "score"):
-            return PoolOutputs(why_aborted=self._why_aborted)
-        if info.task == "transcribe":
-            return TranscriptOutputs(tokenizer, why_aborted=self._why_aborted)
-        return OutputProcessor(tokenizer)
 
     def _why_aborted(self) -> ErrorInfo:
         """What to tell who waits for a result that no longer comes; the state was pushed before the abort."""
@@ -394,7 +250,7 @@ class EngineClient:
         with self._lock:
             if self.failure is not None:
                 return
-            processed = self._loaded.outputs.process(deltas)
+            processed = self._outputs.process(deltas)
             deliveries: list[tuple[Deliver, object]] = []
             for output in processed.outputs:
                 deliver = self._deliver.pop if output.finished else self._deliver.get

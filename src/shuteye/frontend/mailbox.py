@@ -1,18 +1,19 @@
-"""What an engine delivers for one request until its caller takes it, bounded; and following it to its last output.
-
-Knows nothing of what the request is.
-"""
+"""What an engine delivers for one request until its caller takes it, bounded; and following it to its last output."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shuteye.errors import RequestAborted, ShuteyeError
-from shuteye.frontend.engine_client import EngineClient
-from shuteye.tasks.base import Deltas
+from shuteye.tasks.base import Deltas, Job
+
+if TYPE_CHECKING:
+    from shuteye.frontend.engine_client import EngineClient
+
+OutputT = TypeVar("OutputT")
 
 MAX_BACKLOG = 256 * 1024
 """Tokens and log-probabilities that may wait to be taken, over all sequences that share a `Backlog`: some 50 MiB."""
@@ -114,23 +115,21 @@ class Mailbox:
 
 
 async def outputs_of(
-    client: EngineClient, submit: Callable[..., str], *, deltas: Deltas | None = None, backlog: Backlog | None = None
-) -> AsyncGenerator[Any, None]:
+    client: EngineClient, job: Job[OutputT], *, request_id: str | None = None, backlog: Backlog | None = None
+) -> AsyncGenerator[OutputT, None]:
     """What is delivered for one request, until it is finished; the request is aborted if nobody waits for that.
 
     Args:
         client: the one of now; after a restart there is another.
-        submit: sends the request, given `deliver`; returns its id.
-        deltas: how outputs that say only what is new become one, if they come faster than they are taken.
         backlog: counts what was not taken, together with that of other requests; None for a count of its own.
     """
 
     def abort() -> None:
-        client.abort(request_id, deliver=mailbox.deliver)
+        client.abort(submitted_id, deliver=mailbox.deliver)
 
     backlog = backlog or Backlog()
-    mailbox = Mailbox(deltas, backlog, abort=abort)
-    request_id = submit(deliver=mailbox.deliver)
+    mailbox = Mailbox(job.deltas, backlog, abort=abort)
+    submitted_id = client.submit(job, request_id=request_id, deliver=mailbox.deliver)
     try:
         backlog.include(mailbox)
         while True:

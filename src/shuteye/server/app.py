@@ -16,11 +16,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from shuteye import __version__
 from shuteye.errors import InvalidRequest, ShuteyeError
+from shuteye.frontend.engine import Engine
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
-from shuteye.server.control import engine as engine_routes
-from shuteye.server.control import health, sleep, weights
-from shuteye.server.engine_protocol import ServedEngine
+from shuteye.server.control import health, routes
 from shuteye.server.http import docs_page
 from shuteye.server.http.auth import control_routes_exist
 from shuteye.server.http.deadlines import BodyDeadline
@@ -37,7 +36,7 @@ from shuteye.server.telemetry.timing import Tracer
 logger = logging.getLogger(__name__)
 
 
-def create_app(engine: ServedEngine, config: ServerConfig, *, tracer: Tracer | None = None) -> FastAPI:
+def create_app(engine: Engine, config: ServerConfig, *, tracer: Tracer | None = None) -> FastAPI:
     """An application that starts `engine` in the background when it starts, and closes it when it ends.
 
     Control routes exist only if there is an admin key or development mode; all of them but `/restart_engine` only if
@@ -60,7 +59,7 @@ def create_app(engine: ServedEngine, config: ServerConfig, *, tracer: Tracer | N
     model_name = (config.served_model_name or (engine.config.model,))[0]
     tracer = tracer or _configured_tracer(config, model_name)
     measured = Metrics(engine, model_name, tracer=tracer, log_requests=config.log_requests)
-    engine.listen_to_own_wakes(measured.on_own_wake)
+    engine.on_auto_wake = measured.on_auto_wake
     app.state.context = ServerContext(engine, config, measured, tracer)
     _add_middleware(app, app.state.context)
     install_error_handlers(app)
@@ -71,10 +70,9 @@ def create_app(engine: ServedEngine, config: ServerConfig, *, tracer: Tracer | N
         app.include_router(module.router)
     app.include_router(health.keyed)
     if control_routes_exist(config):
-        app.include_router(engine_routes.restarting)
+        app.include_router(routes.restarting)
         if engine.config.enable_sleep_mode:
-            for module in (sleep, weights, engine_routes):
-                app.include_router(module.router)
+            app.include_router(routes.router)
     log_notices(engine.config, config)
     return app
 
@@ -96,7 +94,7 @@ def _configured_tracer(config: ServerConfig, model_name: str) -> Tracer | None:
 def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     """The last one added is the first that a request meets."""
     config = context.config
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, except_paths=frozenset({weights.PATH}))
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, except_paths=frozenset({routes.UPDATE_PATH}))
     app.add_middleware(BodyDeadline, timeout_s=config.body_timeout_s, pending=context.bodies)
     if context.tracer is not None:
         app.add_middleware(context.tracer.around)

@@ -15,8 +15,8 @@ from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from shuteye.errors import ModelNotFound, QueueFull
+from shuteye.frontend.engine import Engine
 from shuteye.server.config import ServerConfig
-from shuteye.server.engine_protocol import ServedEngine
 from shuteye.server.http.deadlines import PendingBodies
 from shuteye.server.telemetry.metrics import Metrics
 from shuteye.server.telemetry.timing import Tracer
@@ -63,7 +63,7 @@ class AudioInFlight:
 class ServerContext:
     """One app's share of the world; made by `create_app`, kept in `app.state.context`."""
 
-    engine: ServedEngine
+    engine: Engine
     config: ServerConfig
     metrics: Metrics
     tracer: Tracer | None = None

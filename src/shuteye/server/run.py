@@ -25,11 +25,11 @@ from shuteye import logs
 from shuteye import processes as descriptors
 from shuteye.config import EngineConfig
 from shuteye.errors import InvalidRequest, ServerStopping
+from shuteye.frontend.engine import Engine
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
 from shuteye.server.control.supervisor import Supervisor
-from shuteye.server.engine_protocol import ServedEngine
 from shuteye.server.http.deadlines import Connection
 from shuteye.server.notices import with_flag
 from shuteye.server.sockets import Acceptor, open_listener
@@ -51,7 +51,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     return serve_engine(AsyncEngine(engine_config), server_config)
 
 
-def serve_engine(engine: ServedEngine, config: ServerConfig) -> int:
+def serve_engine(engine: Engine, config: ServerConfig) -> int:
     """Serve `engine`, which is started and closed here; returns the process's exit code."""
     logs.configure(logs.LogSettings(config.log_format, config.log_level))
     logging.getLogger("uvicorn.access").addFilter(_worth_logging)
@@ -76,7 +76,7 @@ def _worth_logging(record: logging.LogRecord) -> bool:
     return not any(f'"{method} {path} ' in message for method in ("GET", "HEAD") for path in POLLED_PATHS)
 
 
-def _log_cause(engine: ServedEngine, *, failed: bool, was_loaded: bool) -> None:
+def _log_cause(engine: Engine, *, failed: bool, was_loaded: bool) -> None:
     """Say last what ended the server, for whoever sees only the end of the log."""
     if failed and engine.failure is not None:
         what = "could not be kept alive" if was_loaded else "failed to load"
@@ -97,7 +97,7 @@ class _Server(uvicorn.Server):
     nobody; it ends once nothing is being answered any more, or when the grace is over.
     """
 
-    def __init__(self, engine: ServedEngine, config: ServerConfig) -> None:
+    def __init__(self, engine: Engine, config: ServerConfig) -> None:
         app = create_app(engine, config)
         super().__init__(
             uvicorn.Config(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -33,6 +34,20 @@ class Deltas:
     weigh: Callable[[Any], int]
 
 
+OutputT_co = TypeVar("OutputT_co", covariant=True)
+
+
+class Job(Generic[OutputT_co]):
+    """What a caller asks of a model: one prompt, some texts, one piece of audio. It comes to outputs of one type."""
+
+    __slots__ = ()
+
+    @property
+    def deltas(self) -> Deltas | None:
+        """How outputs are joined that each say only what is new; None if each says all that those before it said."""
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class Processed:
     """What came of some deltas.
@@ -53,7 +68,45 @@ if TYPE_CHECKING:
 
     from shuteye.memory.arena import Arena
     from shuteye.tasks.canary import Prove
-    from shuteye.tasks.table import Result
+    from shuteye.tasks.table import Request, Result
+
+JobT = TypeVar("JobT", bound=Job[Any])
+
+
+class TaskOutputs(ABC, Generic[JobT]):
+    """Follows the jobs of one kind: makes engine-side requests of them, and outputs of what the engine did."""
+
+    def prepare(self, job: JobT) -> JobT:
+        """The job, validated against the model and tokenized.
+
+        Raises:
+            InvalidRequest: it cannot be served.
+        """
+        return job
+
+    @abstractmethod
+    def add(self, request_id: str, job: JobT, *, engine_id: str) -> Sequence[Request]:
+        """Follow a prepared job; what to submit to the engine.
+
+        Args:
+            engine_id: its name in the engine, never used before: so nothing that is still on its way for an earlier
+                request of the same id is taken for this one's.
+        """
+
+    @abstractmethod
+    def process(self, deltas: Iterable[Any]) -> Processed:
+        """Take what the engine did; deltas of requests that are not followed (any more) are ignored."""
+
+    @abstractmethod
+    def abort(self, request_id: str) -> list[str]:
+        """Stop following a request, if it is known; the engine-side ids to abort."""
+
+    @abstractmethod
+    def engine_ids(self, request_id: str) -> tuple[str, ...]:
+        """The engine-side ids of a request that are unfinished; none if it is not known."""
+
+    def note_started(self, started: Iterable[tuple[str, float]]) -> None:
+        """When requests, by their engine-side ids, began to be computed (monotonic seconds)."""
 
 
 class TaskScheduler(Protocol):

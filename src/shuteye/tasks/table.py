@@ -1,37 +1,191 @@
-"""Which requests, scheduler and runner serve a model's task: the one place that chooses by task.
+"""The tasks, each a row: what callers ask, what the engine takes, and who schedules, computes and tells it.
 
-No torch until a runner is opened.
+The one place that chooses by task. No torch until a runner is opened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from shuteye.config import EngineConfig
-from shuteye.errors import InternalError, InvalidRequest
+from shuteye.errors import ErrorInfo, InternalError, InvalidRequest
 from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
-from shuteye.model_info import ModelSpec
-from shuteye.tasks.base import ModelRunner, RequestDelta, TaskScheduler
+from shuteye.model_info import ModelInfo, ModelSpec
+from shuteye.tasks.base import Job, ModelRunner, RequestDelta, TaskOutputs, TaskScheduler
 from shuteye.tasks.generate.constraints import ConstrainedScheduler
 from shuteye.tasks.generate.grammar import Grammars
+from shuteye.tasks.generate.outputs import GenerationJob, OutputProcessor
 from shuteye.tasks.generate.plans import StepPlan, StepResult
 from shuteye.tasks.generate.requests import GenerateRequest
 from shuteye.tasks.generate.scheduler import Scheduler
+from shuteye.tasks.pool.outputs import PoolingJob, PoolOutputs
 from shuteye.tasks.pool.plans import PoolPlan, PoolResult
 from shuteye.tasks.pool.requests import PoolRequest
 from shuteye.tasks.pool.scheduler import PoolScheduler
+from shuteye.tasks.transcribe.outputs import TranscriptionJob, TranscriptOutputs
 from shuteye.tasks.transcribe.plans import SpeechPlan, SpeechResult
 from shuteye.tasks.transcribe.requests import TranscribeRequest
 from shuteye.tasks.transcribe.scheduler import SpeechScheduler
+from shuteye.tokenizer import Tokenizer
 
-REQUEST_KINDS: dict[str, type[Request]] = {
-    "generate": GenerateRequest,
-    "embed": PoolRequest,
-    "score": PoolRequest,
-    "transcribe": TranscribeRequest,
-}
-"""Task → what its scheduler takes."""
+Plan = StepPlan | PoolPlan | SpeechPlan
+Result = StepResult | PoolResult | SpeechResult
+"""What a step computes, and what came of it, by the model's task."""
+
+Request = GenerateRequest | PoolRequest | TranscribeRequest
+"""What an engine may be asked for; which kind a model serves is decided by its task."""
+
+WhyAborted = Callable[[], ErrorInfo]
+"""The error that an aborted request ends with, asked for at that moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSetup:
+    """What a scheduler is made of; `config` is complete.
+
+    Attributes:
+        report: takes the refusal of a request that had been let in, whenever that is found.
+    """
+
+    config: EngineConfig
+    spec: ModelSpec
+    num_blocks: int
+    report: Callable[[RequestDelta], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerSetup:
+    """What a runner is made of."""
+
+    image: WeightImage
+    weights: Arena
+    config: EngineConfig
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a kind of model is for."""
+
+    job: type[Job[Any]]
+    request: type[Request]
+    open_outputs: Callable[[ModelInfo, Tokenizer, WhyAborted], TaskOutputs[Any]]
+    open_scheduler: Callable[[SchedulerSetup], TaskScheduler]
+    open_runner: Callable[[RunnerSetup], ModelRunner]
+
+
+# --- generate -----------------------------------------------------------------------------------
+
+
+def _generate_outputs(info: ModelInfo, tokenizer: Tokenizer, _why_aborted: WhyAborted) -> OutputProcessor:
+    return OutputProcessor(tokenizer, vocab_size=info.vocab_size)
+
+
+def _generate_scheduler(setup: SchedulerSetup) -> ConstrainedScheduler:
+    config, spec = setup.config, setup.spec
+    assert config.max_model_len is not None
+    scheduler = Scheduler(
+        num_blocks=setup.num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        eos_token_ids=spec.eos_token_ids,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    grammars = Grammars(
+        tokenizer_dir=spec.tokenizer_dir,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=spec.eos_token_ids,
+        max_bytes=config.max_grammar_bytes,
+        timeout_s=config.grammar_timeout_s,
+    )
+    return ConstrainedScheduler(scheduler, grammars, report=setup.report)
+
+
+def _generate_runner(setup: RunnerSetup) -> ModelRunner:
+    from shuteye.tasks.generate.runner import GenerationRunner
+
+    return GenerationRunner(setup.image, setup.weights, setup.config, num_threads=setup.num_threads)
+
+
+# --- embed, score -------------------------------------------------------------------------------
+
+
+def _pool_outputs(_info: ModelInfo, _tokenizer: Tokenizer, why_aborted: WhyAborted) -> PoolOutputs:
+    return PoolOutputs(why_aborted=why_aborted)
+
+
+def _pool_scheduler(setup: SchedulerSetup) -> PoolScheduler:
+    config = setup.config
+    assert config.max_model_len is not None
+    return PoolScheduler(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        pooling=setup.spec.pooling,
+    )
+
+
+def _pool_runner(setup: RunnerSetup) -> ModelRunner:
+    from shuteye.tasks.pool.runner import PoolingRunner
+
+    return PoolingRunner(setup.image, setup.weights)
+
+
+# --- transcribe ---------------------------------------------------------------------------------
+
+
+def _transcribe_outputs(_info: ModelInfo, tokenizer: Tokenizer, why_aborted: WhyAborted) -> TranscriptOutputs:
+    return TranscriptOutputs(tokenizer, why_aborted=why_aborted)
+
+
+def _transcribe_scheduler(setup: SchedulerSetup) -> SpeechScheduler:
+    spec = setup.spec
+    return SpeechScheduler(
+        facts=spec.speech, max_num_seqs=setup.config.max_num_seqs, available_bytes=spec.available_bytes
+    )
+
+
+def _transcribe_runner(setup: RunnerSetup) -> ModelRunner:
+    from shuteye.tasks.transcribe.runner import SpeechRunner
+
+    return SpeechRunner(setup.image, setup.weights)
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+_GENERATE = Task(GenerationJob, GenerateRequest, _generate_outputs, _generate_scheduler, _generate_runner)
+_POOL = Task(PoolingJob, PoolRequest, _pool_outputs, _pool_scheduler, _pool_runner)
+_TRANSCRIBE = Task(TranscriptionJob, TranscribeRequest, _transcribe_outputs, _transcribe_scheduler, _transcribe_runner)
+
+TASKS: Mapping[str, Task] = {"generate": _GENERATE, "embed": _POOL, "score": _POOL, "transcribe": _TRANSCRIBE}
+
+
+def task_of(image: WeightImage) -> Task:
+    """The task that the image's metadata names.
+
+    Raises:
+        InternalError: there is none of that name.
+    """
+    name = image.metadata["task"]
+    if name not in TASKS:
+        raise InternalError(f"{image.path} is the image of a model for the task {name!r}, which no runner serves.")
+    return TASKS[name]
+
+
+def require_job(info: ModelInfo, job: Job[Any]) -> None:
+    """Refuse a job that is not for the model's task.
+
+    Raises:
+        InvalidRequest: names the model, its task, and those that the job is for.
+    """
+    if not isinstance(job, TASKS[info.task].job):
+        wanted = " or ".join(f"'{name}'" for name, task in TASKS.items() if isinstance(job, task.job))
+        raise InvalidRequest(f"This needs a model for the task {wanted}; {info.model!r} is one for '{info.task}'.")
 
 
 def require_kind(task: str, request: Request) -> None:
@@ -40,7 +194,7 @@ def require_kind(task: str, request: Request) -> None:
     Raises:
         InvalidRequest: names task and kind.
     """
-    if not isinstance(request, REQUEST_KINDS[task]):
+    if not isinstance(request, TASKS[task].request):
         raise InvalidRequest(f"The model is one for the task '{task}'; it cannot serve a {type(request).__name__}.")
 
 
@@ -49,73 +203,3 @@ def starts_of(plan: Plan) -> tuple[str, ...]:
     if isinstance(plan, StepPlan):
         return tuple(admission.request_id for admission in plan.admissions)
     return plan.starts if isinstance(plan, PoolPlan) else ()
-
-
-def open_scheduler(
-    config: EngineConfig, facts: ModelSpec, *, num_blocks: int, report: Callable[[RequestDelta], None]
-) -> TaskScheduler:
-    """The scheduler for the task of the loaded model; `config` is complete.
-
-    Args:
-        report: takes the refusal of a request that had been let in, whenever that is found.
-    """
-    assert config.max_model_len is not None
-    if REQUEST_KINDS[facts.task] is PoolRequest:
-        return PoolScheduler(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=config.max_model_len,
-            pooling=facts.pooling,
-        )
-    if REQUEST_KINDS[facts.task] is TranscribeRequest:
-        return SpeechScheduler(
-            facts=facts.speech, max_num_seqs=config.max_num_seqs, available_bytes=facts.available_bytes
-        )
-    scheduler = Scheduler(
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=config.max_model_len,
-        eos_token_ids=facts.eos_token_ids,
-        enable_prefix_caching=config.enable_prefix_caching,
-    )
-    grammars = Grammars(
-        tokenizer_dir=facts.tokenizer_dir,
-        vocab_size=facts.vocab_size,
-        eos_token_ids=facts.eos_token_ids,
-        max_bytes=config.max_grammar_bytes,
-        timeout_s=config.grammar_timeout_s,
-    )
-    return ConstrainedScheduler(scheduler, grammars, report=report)
-
-
-Plan = StepPlan | PoolPlan | SpeechPlan
-Result = StepResult | PoolResult | SpeechResult
-"""What a step computes, and what came of it, by the model's task."""
-
-
-Request = GenerateRequest | PoolRequest | TranscribeRequest
-"""What an engine may be asked for; which kind a model serves is decided by its task."""
-
-
-def open_runner(image: WeightImage, weights: Arena, config: EngineConfig, *, num_threads: int) -> ModelRunner:
-    """The runner for the task that the image's metadata names.
-
-    Raises:
-        ImageFailure, UnsupportedModel: binding failed, see `models.loaded.bind` and `models.encoder.bind_encoder`.
-    """
-    task = image.metadata["task"]
-    if task == "generate":
-        from shuteye.tasks.generate.runner import GenerationRunner
-
-        return GenerationRunner(image, weights, config, num_threads=num_threads)
-    if task in ("embed", "score"):
-        from shuteye.tasks.pool.runner import PoolingRunner
-
-        return PoolingRunner(image, weights)
-    if task == "transcribe":
-        from shuteye.tasks.transcribe.runner import SpeechRunner
-
-        return SpeechRunner(image, weights)
-    raise InternalError(f"{image.path} is the image of a model for the task {task!r}, which no runner serves.")

@@ -35,7 +35,7 @@ from shuteye.state import (
     WakePlan,
 )
 from shuteye.tasks.canary import Canary
-from shuteye.tasks.table import Plan, Result, open_runner
+from shuteye.tasks.table import Plan, Result, RunnerSetup, task_of
 
 VERBS = frozenset(
     {
@@ -88,7 +88,7 @@ class Worker:
             )
             undo.callback(self._residency.close)
             self._residency.restore(WakePlan(weights="reload"))
-            self._runner = open_runner(image, self._weights, config, num_threads=num_threads)
+            self._runner = task_of(image).open_runner(RunnerSetup(image, self._weights, config, num_threads))
             undo.pop_all()
         self._model = self._runner.model
 

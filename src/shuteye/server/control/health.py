@@ -11,8 +11,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from shuteye import __version__
 from shuteye.errors import EngineNotReady, ServerError
+from shuteye.frontend.engine import Engine
 from shuteye.server.context import Context
-from shuteye.server.engine_protocol import ServedEngine
 from shuteye.server.generation.chunks import encode_json
 from shuteye.server.http.admission import refuse_unless_alive
 from shuteye.server.http.auth import InferenceRoute
@@ -82,7 +82,7 @@ async def state(context: Context) -> dict[str, Any]:
     }
 
 
-def why_not_ready(engine: ServedEngine) -> str | None:
+def why_not_ready(engine: Engine) -> str | None:
     """One word for what keeps requests from running now; None if nothing does."""
     if engine.status != "ready":
         return "loading" if engine.status == "starting" else engine.status

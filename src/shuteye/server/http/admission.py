@@ -20,8 +20,8 @@ from shuteye.errors import (
     ModelSleeping,
     ServerStopping,
 )
+from shuteye.frontend.engine import Engine
 from shuteye.server.context import ServerContext, context_of
-from shuteye.server.engine_protocol import ServedEngine
 from shuteye.server.http.auth import Handler, behind_inference_key
 
 
@@ -51,7 +51,7 @@ def refuse_if_stopping(context: ServerContext) -> None:
         raise ServerStopping("This server is stopping; it finishes what runs and takes no new requests.")
 
 
-def refuse_unless_alive(engine: ServedEngine) -> None:
+def refuse_unless_alive(engine: Engine) -> None:
     """Raise what keeps `engine` from ever working again without help; loading and sleeping are no such thing.
 
     Raises:
@@ -70,11 +70,11 @@ def refuse_unless_alive(engine: ServedEngine) -> None:
         raise EngineFaulted(f"The engine is faulted ({engine.state.faulted}); POST /wake_up tries to recover it.")
 
 
-def _reason(engine: ServedEngine) -> str:
+def _reason(engine: Engine) -> str:
     return engine.failure.message if engine.failure is not None else "it gave no reason."
 
 
-def refuse_unless_serving(engine: ServedEngine) -> None:
+def refuse_unless_serving(engine: Engine) -> None:
     """Raise what keeps a request from being served now.
 
     Raises:

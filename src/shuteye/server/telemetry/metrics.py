@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from shuteye.errors import ClientError, ShuteyeError
-from shuteye.server.telemetry.snapshots import SnapshotCollector, Snapshots
+from shuteye.frontend.engine import KnownEngine
+from shuteye.server.telemetry.snapshots import SnapshotCollector
 from shuteye.server.telemetry.timing import RequestTimer, RequestTiming, Tracer
 from shuteye.state import SleepReport, UpdateReport, WakeReport
 
@@ -46,7 +47,7 @@ class Metrics:
     """
 
     def __init__(
-        self, engine: Snapshots, model_name: str, *, tracer: Tracer | None = None, log_requests: bool = False
+        self, engine: KnownEngine, model_name: str, *, tracer: Tracer | None = None, log_requests: bool = False
     ) -> None:
         self.registry = CollectorRegistry()
         self._model = model_name
@@ -201,7 +202,7 @@ class Metrics:
         self._count_transition(kind, report, time.perf_counter() - started, cause=CALL)
         return report
 
-    def on_own_wake(self, outcome: WakeReport | ShuteyeError) -> None:
+    def on_auto_wake(self, outcome: WakeReport | ShuteyeError) -> None:
         """A wake has ended that a request caused (policy `wake`)."""
         self._count_transition("wake_up", outcome, getattr(outcome, "seconds", 0.0), cause=REQUEST)
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, get_args
+from typing import TYPE_CHECKING, get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from shuteye.frontend.engine import KnownEngine
 from shuteye.state import EngineState, SchedulerStats, TagResidency
 
 if TYPE_CHECKING:
@@ -21,25 +22,11 @@ SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
 """vLLM's names of the levels: awake, level 1, level 2."""
 
 
-class Snapshots(Protocol):
-    """The part of an engine that metrics read: what it pushed last."""
-
-    @property
-    def state(self) -> EngineState:
-        """Where every tag is."""
-        ...
-
-    @property
-    def stats(self) -> SchedulerStats:
-        """Counters and gauges of the scheduler."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, eq=False)  # registries hash collectors by identity
 class SnapshotCollector(Collector):
     """Gauges and counters of one engine."""
 
-    engine: Snapshots
+    engine: KnownEngine
     model_name: str
 
     def collect(self) -> Iterable[Metric]:

@@ -1,7 +1,7 @@
-"""Turns what the engine did for each sequence into the outputs of the requests that callers made.
+"""Turns what the engine did for each sequence into the outputs of the jobs that callers gave.
 
-Knows nothing of processes, scheduling or HTTP: deltas in, `RequestOutput`s out, and which sequences to abort.
-Parameters that name tokens are checked against the vocabulary here, where the tokenizer is.
+Deltas in, `RequestOutput`s out, and which sequences to abort. Parameters that name tokens are checked against the
+vocabulary here, where the tokenizer is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from shuteye.errors import ErrorInfo, InvalidRequest, info_of, refusal
-from shuteye.tasks.base import Deltas, OutputKind, Processed, RequestDelta
+from shuteye.tasks.base import Deltas, Job, OutputKind, Processed, RequestDelta, TaskOutputs
 from shuteye.tasks.generate.detokenizer import Detokenizer
 from shuteye.tasks.generate.requests import (
     CompletionOutput,
@@ -22,6 +22,27 @@ from shuteye.tasks.generate.requests import (
     TokenLogprobs,
 )
 from shuteye.tokenizer import Tokenizer
+from shuteye.typed_fields import require_instance
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationJob(Job[RequestOutput]):
+    """One prompt to complete, `params.n` times.
+
+    Attributes:
+        prompt: a text or token ids; ids once it is prepared.
+        text: of the prompt, where that was given as text.
+    """
+
+    prompt: str | Sequence[int]
+    params: SamplingParams
+    output_kind: OutputKind = "cumulative"
+    text: str | None = None
+
+    @property
+    def deltas(self) -> Deltas | None:
+        """See `Job.deltas`."""
+        return DELTAS if self.output_kind == "delta" else None
 
 
 @dataclass(slots=True)
@@ -74,11 +95,12 @@ class _Request:
         return tuple(completion.engine_id for completion in self.completions if not completion.finished)
 
 
-class OutputProcessor:
-    """Fans requests out into engine-side sequences, and their deltas in again. One per frontend."""
+class OutputProcessor(TaskOutputs[GenerationJob]):
+    """Fans jobs out into engine-side sequences, and their deltas in again. One per engine client."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int) -> None:
         self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
         self._requests: dict[str, _Request] = {}
         self._completions: dict[str, tuple[_Request, _Completion]] = {}  # unfinished ones, by engine-side id
 
@@ -87,26 +109,28 @@ class OutputProcessor:
         """True while some request awaits output."""
         return bool(self._requests)
 
-    def add(
-        self,
-        request_id: str,
-        *,
-        prompt: str | None,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        output_kind: OutputKind,
-        engine_id: str | None = None,
-    ) -> list[GenerateRequest]:
-        """Follow a request; the sequences to submit to the engine: itself, or "<id>/<index>" for n > 1.
+    def prepare(self, job: GenerationJob) -> GenerationJob:
+        """The job with token ids for its prompt, and with its parameters as the engine takes them.
 
-        Args:
-            engine_id: its name in the engine, if another than `request_id`: one never used before makes sure that
-                nothing still on its way for an earlier request of the same id is taken for this one's.
+        Raises:
+            InvalidRequest: the prompt is no text and no ids of this model's tokens, or parameters are something else.
+        """
+        require_instance(job.params, SamplingParams, param="sampling_params")
+        params = resolve_token_params(job.params, self._tokenizer, vocab_size=self._vocab_size)
+        if isinstance(job.prompt, str):
+            return replace(job, prompt=self._tokenizer.encode(job.prompt), params=params, text=job.prompt)
+        _require_token_ids(job.prompt, self._vocab_size)
+        return replace(job, params=params)
+
+    def add(self, request_id: str, job: GenerationJob, *, engine_id: str) -> list[GenerateRequest]:
+        """Follow a prepared job; the sequences to submit to the engine: itself, or "<id>/<index>" for n > 1.
 
         Raises:
             InvalidRequest: the id, or one derived from it, is in use.
         """
-        request = _Request(request_id, engine_id or request_id, prompt, tuple(prompt_token_ids), params, output_kind)
+        assert not isinstance(job.prompt, str), "the job was not prepared"
+        params = job.params
+        request = _Request(request_id, engine_id, job.text, tuple(job.prompt), params, job.output_kind)
         children = _fan_out(request)
         taken = [child.request_id for child in children if child.request_id in self._completions]
         if taken or request_id in self._requests:
@@ -167,13 +191,6 @@ class OutputProcessor:
         """The engine-side ids of a request that are unfinished; none if it is not known."""
         request = self._requests.get(request_id)
         return request.unfinished_ids if request else ()
-
-    def fail_all(self, error: ErrorInfo) -> Processed:
-        """Fail every request with the same error: there is no engine left to abort anything in."""
-        failed = tuple((request_id, error) for request_id in self._requests)
-        self._requests.clear()
-        self._completions.clear()
-        return Processed(errors=failed)
 
     def _new_detokenizer(self, params: SamplingParams) -> Detokenizer:
         return Detokenizer(
@@ -325,6 +342,16 @@ def _num_entries(output: RequestOutput) -> int:
 
 
 DELTAS = Deltas(join=_joined, weigh=_num_entries)
+
+
+def _require_token_ids(given: object, vocab_size: int) -> None:
+    if not isinstance(given, Sequence) or not all(isinstance(token, int) for token in given):
+        raise InvalidRequest(
+            f"A prompt must be a text or a list of token ids, got {type(given).__name__}.", param="prompt"
+        )
+    outside = next((token for token in given if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise InvalidRequest(f"Token id {outside} is outside of the vocabulary of {vocab_size}.", param="prompt")
 
 
 def resolve_token_params(params: SamplingParams, tokenizer: Tokenizer, *, vocab_size: int) -> SamplingParams:

@@ -1,19 +1,25 @@
-"""Turns what the engine did for requests to embed or score into their outputs.
-
-Knows nothing of what the numbers mean.
-"""
+"""Turns what the engine did for jobs to embed or score into their outputs: rows of numbers, whatever they mean."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from shuteye.errors import ErrorInfo
-from shuteye.tasks.base import Delta, Processed, RequestDelta
+from shuteye.tasks.base import Delta, Job, Processed, RequestDelta, TaskOutputs
 from shuteye.tasks.pool.requests import PooledDelta, PooledOutput, PoolingParams, PoolInput, PoolRequest
 
 
-class PoolOutputs:
-    """Follows requests by their names in the engine. One per frontend.
+@dataclass(frozen=True, slots=True)
+class PoolingJob(Job[PooledOutput]):
+    """Inputs to embed or score, all at once."""
+
+    inputs: tuple[PoolInput, ...]
+    params: PoolingParams
+
+
+class PoolOutputs(TaskOutputs[PoolingJob]):
+    """Follows jobs by their names in the engine. One per engine client.
 
     Args:
         why_aborted: the error that an aborted request ends with, asked for at that moment.
@@ -25,13 +31,11 @@ class PoolOutputs:
         self._request_ids: dict[str, str] = {}  # by the engine's
         self._scheduled_at: dict[str, float] = {}  # by the engine's
 
-    def add(
-        self, request_id: str, *, inputs: Sequence[PoolInput], params: PoolingParams, engine_id: str
-    ) -> PoolRequest:
-        """Follow a request; what to submit to the engine."""
+    def add(self, request_id: str, job: PoolingJob, *, engine_id: str) -> list[PoolRequest]:
+        """Follow a job; what to submit to the engine."""
         self._engine_ids[request_id] = engine_id
         self._request_ids[engine_id] = request_id
-        return PoolRequest(engine_id, tuple(inputs), params)
+        return [PoolRequest(engine_id, job.inputs, job.params)]
 
     def process(self, deltas: Iterable[Delta]) -> Processed:
         """Take what the engine did; deltas of requests that are not followed (any more) are ignored."""

@@ -1,7 +1,4 @@
-"""Turns what the engine did for recordings into their transcripts: tokens become text, windows become segments.
-
-Knows nothing of windows or of audio; times come with the tokens.
-"""
+"""Turns what the engine did for audio into its transcripts: tokens become text, windows become segments."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from shuteye.audio import SAMPLE_BYTES, SAMPLE_RATE
 from shuteye.errors import ErrorInfo
-from shuteye.tasks.base import Delta, Deltas, OutputKind, Processed, RequestDelta
+from shuteye.tasks.base import Delta, Deltas, Job, OutputKind, Processed, RequestDelta, TaskOutputs
 from shuteye.tasks.transcribe.requests import (
     TranscribedTokens,
     TranscribeParams,
@@ -21,6 +18,29 @@ from shuteye.tasks.transcribe.requests import (
     TranscriptSegment,
 )
 from shuteye.tokenizer import DecodeStream, Tokenizer
+from shuteye.typed_fields import require_instance
+
+
+@dataclass(frozen=True, slots=True)
+class TranscriptionJob(Job[Transcription]):
+    """Audio to transcribe.
+
+    Attributes:
+        pcm: samples as `shuteye.audio.decode` gives them.
+        prompt: what is to be taken for the text before it.
+        prompt_token_ids: the same, once it is prepared.
+    """
+
+    pcm: bytes
+    params: TranscribeParams
+    prompt: str | None = None
+    output_kind: OutputKind = "cumulative"
+    prompt_token_ids: tuple[int, ...] = ()
+
+    @property
+    def deltas(self) -> Deltas | None:
+        """See `Job.deltas`."""
+        return DELTAS if self.output_kind == "delta" else None
 
 
 @dataclass(slots=True)
@@ -40,8 +60,8 @@ class _Transcript:
     num_segments_sent: int = 0
 
 
-class TranscriptOutputs:
-    """Follows requests by their names in the engine. One per frontend.
+class TranscriptOutputs(TaskOutputs[TranscriptionJob]):
+    """Follows jobs by their names in the engine. One per engine client.
 
     Args:
         why_aborted: the error that an aborted request ends with, asked for at that moment: half a transcript must not
@@ -54,26 +74,29 @@ class TranscriptOutputs:
         self._transcripts: dict[str, _Transcript] = {}
         self._by_engine_id: dict[str, _Transcript] = {}
 
-    def add(
-        self,
-        request_id: str,
-        *,
-        pcm: bytes,
-        prompt_token_ids: tuple[int, ...],
-        params: TranscribeParams,
-        output_kind: OutputKind,
-        engine_id: str,
-    ) -> TranscribeRequest:
-        """Follow a request; what to submit to the engine."""
+    def prepare(self, job: TranscriptionJob) -> TranscriptionJob:
+        """The job with its prompt as tokens.
+
+        Raises:
+            InvalidRequest: `params` are something else.
+        """
+        require_instance(job.params, TranscribeParams, param="params")
+        if not job.prompt:
+            return job
+        before = self._tokenizer.encode(f" {job.prompt.strip()}", add_special_tokens=False)
+        return replace(job, prompt_token_ids=tuple(before))
+
+    def add(self, request_id: str, job: TranscriptionJob, *, engine_id: str) -> list[TranscribeRequest]:
+        """Follow a prepared job; what to submit to the engine."""
         transcript = _Transcript(
             request_id=request_id,
             engine_id=engine_id,
-            duration=len(pcm) / SAMPLE_BYTES / SAMPLE_RATE,
-            output_kind=output_kind,
+            duration=len(job.pcm) / SAMPLE_BYTES / SAMPLE_RATE,
+            output_kind=job.output_kind,
             decoder=self._tokenizer.decode_stream(),
         )
         self._transcripts[request_id] = self._by_engine_id[engine_id] = transcript
-        return TranscribeRequest(engine_id, pcm, prompt_token_ids, params)
+        return [TranscribeRequest(engine_id, job.pcm, job.prompt_token_ids, job.params)]
 
     def process(self, deltas: Iterable[Delta]) -> Processed:
         """Take what the engine did; deltas of requests that are not followed (any more) are ignored."""
@@ -94,9 +117,6 @@ class TranscriptOutputs:
                 assert isinstance(delta, RequestDelta), "the delta of another kind of request"
                 errors.append((transcript.request_id, delta.error or self._why_aborted()))
         return Processed(outputs=tuple(outputs), errors=tuple(errors))
-
-    def note_started(self, started: Iterable[tuple[str, float]]) -> None:
-        """Nothing is made of it: a request's first output tells that it began."""
 
     def abort(self, request_id: str) -> list[str]:
         """Stop following a request, if it is known; the engine-side ids to abort."""

@@ -1,0 +1,204 @@
+"""The control routes: sleeping, pausing, weights, questions to every rank, and starting a dead engine again.
+
+Knows nothing of the transition table: the engine decides, the errors say why not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import msgspec
+from fastapi import APIRouter, Request
+
+from shuteye.calls import (
+    Call,
+    PauseCall,
+    ReloadCall,
+    ResetPrefixCacheCall,
+    ResumeCall,
+    RpcCall,
+    SleepCall,
+    UpdateFromFileCall,
+    WakeCall,
+)
+from shuteye.errors import InvalidRequest, TransitionConflict
+from shuteye.server.context import Context, ServerContext
+from shuteye.server.control.calls import (
+    NO_QUERY,
+    call_of,
+    documented_body,
+    media_type,
+    model_of,
+    read_json,
+    requested,
+)
+from shuteye.server.http.admission import refuse_if_stopping
+from shuteye.server.http.auth import ControlRoute
+from shuteye.server.http.bodies import received_file
+from shuteye.server.http.events import unabandoned
+from shuteye.server.http.limits import limited
+from shuteye.state import SleepReport, UpdateReport, WakeReport
+
+R = TypeVar("R")
+
+router = APIRouter(route_class=ControlRoute)
+restarting = APIRouter(route_class=ControlRoute)
+"""Served without sleep mode, too."""
+
+UPDATE_PATH = "/update_weights"
+UPLOAD = "application/octet-stream"
+SLACK_BYTES = 16 * 1024 * 1024
+"""For names and shapes at the head of an upload."""
+
+
+class PauseRequest(PauseCall, frozen=True):
+    """vLLM's parameters; `wait_for_inflight_requests` is its older way to say `mode=wait`."""
+
+    clear_cache: bool = False
+    wait_for_inflight_requests: bool = False
+
+
+class RpcRequest(RpcCall, frozen=True):
+    """vLLM's shape. `kwargs` and `timeout` are known and refused: no verb takes the one, and calls wait their turn."""
+
+    kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
+    timeout: float | None = None
+
+
+class RestartRequest(Call[None], frozen=True):
+    """Of the server, not of the engine."""
+
+    verb: ClassVar[str] = "restart"
+
+
+async def _carried_out(context: ServerContext, call: Call[R]) -> R:
+    return await context.metrics.transition(call.verb, context.engine.control(call))
+
+
+def _answer(report: SleepReport | WakeReport, *, status: str, tags: Sequence[str] | None) -> dict[str, Any]:
+    """The report with vLLM's keys: `tags` are the names that were asked for, so what was measured is `tag_reports`."""
+    measured = asdict(report)
+    return {"status": status, "tags": tags, "tag_reports": measured.pop("tags"), **measured}
+
+
+# --- sleep and pause ----------------------------------------------------------------------------
+
+
+@router.post("/sleep", openapi_extra=documented_body(SleepCall))
+async def sleep(call: Annotated[SleepCall, requested(SleepCall)], context: Context) -> dict[str, Any]:
+    """Gives memory back; answers once the system says that it came back. Parameters may also be a JSON body."""
+    return _answer(await _carried_out(context, call), status="sleeping", tags=call.tags)
+
+
+@router.post("/wake_up", openapi_extra=documented_body(WakeCall))
+async def wake_up(call: Annotated[WakeCall, requested(WakeCall)], context: Context) -> dict[str, Any]:
+    """Brings memory back; answers once the model is verified. Parameters may also be a JSON body."""
+    report = await _carried_out(context, call)
+    return _answer(report, status="sleeping" if context.engine.is_sleeping else "awake", tags=call.tags)
+
+
+@router.get("/is_sleeping", dependencies=[NO_QUERY])
+async def is_sleeping(context: Context) -> dict[str, bool]:
+    """True until every tag is resident and loaded."""
+    return {"is_sleeping": context.engine.is_sleeping}
+
+
+@router.post("/pause", openapi_extra=documented_body(PauseRequest))
+async def pause(asked: Annotated[PauseRequest, requested(PauseRequest)], context: Context) -> dict[str, str]:
+    """Stops running requests, keeping all memory; new ones get 503, or wait after mode `keep`. Or as a JSON body."""
+    mode = "wait" if asked.mode is None and asked.wait_for_inflight_requests else asked.mode
+    await _carried_out(context, PauseCall(mode, asked.timeout_s))
+    if asked.clear_cache and mode != "keep":
+        await context.engine.reset_prefix_cache()
+    return {"status": "paused"}
+
+
+@router.post("/resume")
+async def resume(call: Annotated[ResumeCall, requested(ResumeCall)], context: Context) -> dict[str, str]:
+    """Undoes `/pause`."""
+    await _carried_out(context, call)
+    return {"status": "resumed"}
+
+
+@router.get("/is_paused", dependencies=[NO_QUERY])
+async def is_paused(context: Context) -> dict[str, bool]:
+    """True between `/pause` and `/resume`."""
+    return {"is_paused": context.engine.is_paused}
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+_UPLOADED = {UPLOAD: {"schema": {"type": "string", "format": "binary", "description": "A safetensors file's bytes."}}}
+
+
+@router.post(UPDATE_PATH, dependencies=[NO_QUERY], openapi_extra=documented_body(UpdateFromFileCall, **_UPLOADED))
+async def update_weights(request: Request, context: Context) -> dict[str, Any]:
+    """Writes tensors by their checkpoint names; requests in flight are computed again with the new weights."""
+    kind = media_type(request)
+    if kind == UPLOAD:
+        return asdict(await _uploaded(request, context))
+    if kind != "application/json":
+        raise InvalidRequest(
+            f'Content-Type must be application/json with {{"path": …}}, or {UPLOAD} with the bytes of a safetensors '
+            f"file, got {kind or 'none'}."
+        )
+    receive = limited(request.scope, request.receive, max_bytes=context.config.max_body_bytes)
+    content = await Request(request.scope, receive).body()
+    body = read_json(model_of(UpdateFromFileCall), content, max_bytes=context.config.max_json_bytes)
+    return asdict(await _carried_out(context, call_of(UpdateFromFileCall, body)))
+
+
+async def _uploaded(request: Request, context: ServerContext) -> UpdateReport:
+    """No update can be larger than the model in its widest form: eight bytes for every two of bfloat16."""
+    limit = 4 * context.engine.info.weights_bytes + SLACK_BYTES
+    async with received_file(request, max_bytes=limit) as path:
+        return await unabandoned(_carried_out(context, UpdateFromFileCall(path)))  # its end is when nobody opens `path`
+
+
+@router.post("/reload_weights", openapi_extra=documented_body(ReloadCall))
+async def reload_weights(
+    call: Annotated[ReloadCall, requested(ReloadCall, in_query=False)], context: Context
+) -> dict[str, Any]:
+    """Writes every weight again."""
+    return asdict(await _carried_out(context, call))
+
+
+@router.post("/reset_prefix_cache")
+async def reset_prefix_cache(
+    call: Annotated[ResetPrefixCacheCall, requested(ResetPrefixCacheCall)], context: Context
+) -> dict[str, str]:
+    """Forgets which prompts the KV cache holds."""
+    await context.engine.control(call)
+    return {"status": "reset"}
+
+
+# --- the engine ---------------------------------------------------------------------------------
+
+
+@router.post("/collective_rpc", openapi_extra=documented_body(RpcRequest))
+async def collective_rpc(
+    asked: Annotated[RpcRequest, requested(RpcRequest, in_query=False)], context: Context
+) -> dict[str, list[Any]]:
+    """Calls a verb that changes nothing on every rank; one result a rank."""
+    if asked.kwargs:
+        raise InvalidRequest("kwargs must be empty: no verb takes any; use args.", param="kwargs")
+    if asked.timeout is not None:
+        raise InvalidRequest("timeout is not supported: control calls are carried out in order.", param="timeout")
+    return {"results": await context.engine.control(RpcCall(asked.method, asked.args))}
+
+
+@restarting.post("/restart_engine")
+async def restart_engine(
+    call: Annotated[RestartRequest, requested(RestartRequest)], context: Context
+) -> dict[str, Any]:
+    """Starts an engine again that is dead or hangs, in the same server; answers once the model is loaded."""
+    refuse_if_stopping(context)
+    engine = context.engine
+    if engine.failure is None and engine.hang is None:
+        raise TransitionConflict(f"The engine is {engine.status}; only one that is dead or hangs can be restarted.")
+    began = time.perf_counter()
+    await context.metrics.transition(call.verb, engine.restart())
+    return {"status": engine.status, "seconds": time.perf_counter() - began}
