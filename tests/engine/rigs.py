@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from shuteye.calls import ControlCall, WakeCall
 from shuteye.engine.core import EngineCore
-from shuteye.engine.messages import ControlCall, WakeCall
 from shuteye.errors import ShuteyeError, VerificationFailed, rebuild
 from shuteye.memory.backends.base import MemoryBackend
 from shuteye.state import VerifyResult

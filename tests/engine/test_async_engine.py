@@ -9,7 +9,7 @@ import time
 import pytest
 
 from shuteye import AsyncEngine, EngineConfig, SamplingParams
-from shuteye.engine.messages import UpdateCall
+from shuteye.calls import UpdateFromFileCall
 from shuteye.errors import (
     EngineDead,
     EngineNotReady,
@@ -293,7 +293,7 @@ def test_tensors_travel_in_a_file_without_a_name(config, tiny_checkpoint, monkey
     call = EngineClient.call
 
     def watched(frontend, message):
-        if isinstance(message, UpdateCall):
+        if isinstance(message, UpdateFromFileCall):
             links.append(os.stat(message.path).st_nlink)
         return call(frontend, message)
 
@@ -398,7 +398,7 @@ def test_every_verb_says_that_the_engine_was_closed(config):
         async with AsyncEngine(config, in_process=True) as engine:
             pass
         for verb in VERBS.values():
-            with pytest.raises(EngineDead, match=r"was closed: restart\(\) starts it anew"):
+            with pytest.raises(EngineDead, match=r"was closed: restart\(\) starts it again"):
                 await verb(engine)
 
     asyncio.run(scenario())

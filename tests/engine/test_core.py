@@ -8,7 +8,7 @@ import pytest
 import torch
 from rigs import wake_to_wrong_bytes
 
-from shuteye.engine.messages import (
+from shuteye.calls import (
     PauseCall,
     ReloadCall,
     ResetPrefixCacheCall,
@@ -50,14 +50,18 @@ def reach(rig, weights, kv):
     """Bring a fresh rig to a cell of the table."""
     match weights:
         case "offloaded":
-            rig.call(SleepCall(1, ("weights",)))
+            rig.call(SleepCall(1, tags=("weights",)))
         case "discarded":
-            rig.call(SleepCall(2, ("weights",)))
+            rig.call(SleepCall(2, tags=("weights",)))
         case "blank":
             rig.call(SleepCall(2))
             rig.call(WakeCall(("weights",)))
     if kv == "discarded" and residencies(rig)["kv_cache"] == "resident":
-        rig.call(SleepCall(1, ("kv_cache",)) if weights in ("resident", "offloaded") else SleepCall(2, ("kv_cache",)))
+        rig.call(
+            SleepCall(1, tags=("kv_cache",))
+            if weights in ("resident", "offloaded")
+            else SleepCall(2, tags=("kv_cache",))
+        )
     assert residencies(rig) == {"weights": weights, "kv_cache": kv}
 
 
@@ -85,7 +89,7 @@ def test_stale_prefixes_are_forgotten(rig):
     rig.generate(PROMPT)
     hits = rig.core.stats.num_prefix_hits_total
     assert hits > 0
-    rig.call(SleepCall(1, ("kv_cache",)))
+    rig.call(SleepCall(1, tags=("kv_cache",)))
     rig.call(WakeCall())
     assert rig.generate(PROMPT) == before
     assert rig.core.stats.num_prefix_hits_total == hits
@@ -249,7 +253,7 @@ def test_weights_that_make_nonsense_are_noticed(rig):
 def test_mode_abort_ends_requests_at_once(rig):
     rig.add("a", PROMPT, LONG)
     rig.step()
-    report = rig.call(SleepCall(1, None, "abort"))
+    report = rig.call(SleepCall(1, mode="abort"))
     assert rig.ended == {"a": "abort"}
     assert report.aborted_requests == 1
 
@@ -258,7 +262,7 @@ def test_mode_wait_finishes_requests_first(rig):
     expected = rig.generate(PROMPT, LONG)
     rig.add("a", PROMPT, LONG)
     rig.step()
-    answers = rig.submit(SleepCall(1, None, "wait"))
+    answers = rig.submit(SleepCall(1, mode="wait"))
     rig.step()
     assert rig.core.state.gate == "draining"
     assert answers == []
@@ -274,7 +278,7 @@ def test_mode_wait_gives_up_at_its_deadline(rig):
     rig.add("a", PROMPT, LONG)
     rig.step()
     with pytest.raises(DrainTimeout):
-        rig.call(SleepCall(1, None, "wait", 0.0))
+        rig.call(SleepCall(1, mode="wait", timeout_s=0.0))
     assert rig.core.state.gate == "open"
     rig.run()
     assert rig.ended["a"] == "length"
@@ -288,7 +292,7 @@ def test_mode_keep_goes_on_where_it_was(rig):
     rig.add("b", PROMPT, seeded)
     for _ in range(7):
         rig.step()
-    report = rig.call(SleepCall(1, None, "keep"))
+    report = rig.call(SleepCall(1, mode="keep"))
     assert report.held_requests == 2
     rig.run()
     assert not {"a", "b"} & rig.ended.keys()
@@ -445,7 +449,7 @@ def test_calls_are_served_in_order(rig):
     """Would catch a wake overtaking the sleep that it was meant to end."""
     rig.add("a", PROMPT, LONG)
     rig.step()
-    sleep, wake = rig.submit(SleepCall(1, None, "wait")), rig.submit(WakeCall())
+    sleep, wake = rig.submit(SleepCall(1, mode="wait")), rig.submit(WakeCall())
     rig.run()
     assert (sleep[0].changed, wake[0].changed) == (True, True)
     assert rig.core.state.gate == "open"
@@ -468,7 +472,9 @@ def test_sleep_mode_must_be_asked_for(make_rig, call):
     rig.call(ResetPrefixCacheCall())
 
 
-@pytest.mark.parametrize("call", [SleepCall(3), SleepCall(1, ()), SleepCall(1, ("x",)), SleepCall(1, None, "x")])
+@pytest.mark.parametrize(
+    "call", [SleepCall(3), SleepCall(1, tags=()), SleepCall(1, tags=("x",)), SleepCall(1, mode="x")]
+)
 def test_bad_arguments_touch_nothing(rig, call):
     rig.add("a", PROMPT, LONG)
     rig.step()
@@ -525,7 +531,7 @@ def test_what_a_wake_lets_in_is_drained_by_the_sleep_behind_it(make_rig):
     expected = rig.generate(PROMPT)
     rig.call(SleepCall(1))
     rig.add("a", PROMPT)
-    rig.submit(SleepCall(1, None, "wait"))
+    rig.submit(SleepCall(1, mode="wait"))
     rig.run()
     assert rig.tokens["a"] == expected
     assert rig.core.state.is_sleeping
@@ -741,7 +747,7 @@ def test_a_sleep_that_cannot_save_costs_no_request(rig, mode):
     rig.step()
     rig.backend.fail_next("write_file")
     with pytest.raises(SleepFailed):
-        rig.call(SleepCall(1, None, mode))
+        rig.call(SleepCall(1, mode=mode))
     rig.run()
     assert rig.tokens["a"] == expected
 
@@ -765,19 +771,19 @@ def test_a_sleep_without_room_is_refused_before_anybody_is_waited_for(rig, monke
     rig.add("a", PROMPT, LONG)
     rig.step()
     with pytest.raises(SleepFailed, match="nothing was touched"):
-        rig.call(SleepCall(1, None, "wait"))
+        rig.call(SleepCall(1, mode="wait"))
     assert "a" not in rig.ended
     rig.run()
     assert rig.tokens["a"] == expected
 
 
 def test_the_report_and_the_state_agree_on_the_level(rig):
-    assert rig.call(SleepCall(2, ("kv_cache",))).level == rig.core.state.level == 1
+    assert rig.call(SleepCall(2, tags=("kv_cache",))).level == rig.core.state.level == 1
 
 
 def test_the_state_counts_kv_memory_as_requests_touch_it(make_rig):
     rig = make_rig(backend=LinuxBackend())  # the fake one touches everything to poison it
-    rig.call(SleepCall(1, ("kv_cache",)))
+    rig.call(SleepCall(1, tags=("kv_cache",)))
     rig.call(WakeCall())
     touched = [next(tag.resident_bytes for tag in rig.core.state.tags if tag.tag == "kv_cache")]
     rig.generate(PROMPT)

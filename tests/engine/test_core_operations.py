@@ -5,7 +5,7 @@ import time
 import pytest
 from rigs import wake_to_wrong_bytes
 
-from shuteye.engine.messages import PauseCall, ResumeCall, RpcCall, SleepCall, WakeCall
+from shuteye.calls import PauseCall, ResumeCall, RpcCall, SleepCall, WakeCall
 from shuteye.errors import EngineFaulted, InvalidRequest, ModelSleeping, ShuteyeError
 from shuteye.state import WakeReport
 

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from shuteye.engine.messages import ReloadCall, SleepCall, WakeCall
+from shuteye.calls import ReloadCall, SleepCall, WakeCall
 from shuteye.memory.backends.linux import LinuxBackend
 from shuteye.tasks.generate.requests import SamplingParams
 
@@ -67,17 +67,17 @@ def one_cycle(rig, number, chooser):
     """A sleep and a wake, each kind in turn."""
     match number % 5:
         case 0 | 1:
-            rig.call(SleepCall(1, None, chooser.choice(["wait", "keep"])))
+            rig.call(SleepCall(1, mode=chooser.choice(["wait", "keep"])))
             rig.call(WakeCall())
         case 2:
-            rig.call(SleepCall(2, None, "keep"))
+            rig.call(SleepCall(2, mode="keep"))
             rig.call(WakeCall())
         case 3:
-            rig.call(SleepCall(1, None, "keep"))
+            rig.call(SleepCall(1, mode="keep"))
             for tag in chooser.sample(["weights", "kv_cache"], 2):
                 rig.call(WakeCall((tag,)))
         case 4:
-            rig.call(SleepCall(2, None, "keep"))
+            rig.call(SleepCall(2, mode="keep"))
             rig.call(WakeCall(("weights",)))
             rig.call(ReloadCall())
             rig.call(WakeCall(("kv_cache",)))

@@ -5,13 +5,15 @@ import time
 
 import pytest
 
+from shuteye.calls import ResumeCall
 from shuteye.config import EngineConfig
-from shuteye.engine.messages import AbortRequests, PlainReply, Ready, ResumeCall, Stepped
+from shuteye.engine.messages import AbortRequests, PlainReply, Ready, Stepped
 from shuteye.errors import EngineDead, InternalError, InvalidRequest, UnsupportedModel
 from shuteye.frontend.engine_client import EngineClient
 from shuteye.model_info import ModelInfo
 from shuteye.state import SchedulerStats
 from shuteye.tasks.base import RequestDelta
+from shuteye.tasks.generate.outputs import GenerationJob
 from shuteye.tasks.generate.requests import SamplingParams
 from shuteye.testing import write_tiny_tokenizer
 
@@ -60,13 +62,8 @@ class Rig:
 
     def submit(self, request_id="r", deliver=None):
         """The engine-side id of a new request."""
-        self.frontend.submit(
-            [5, 6],
-            SamplingParams(),
-            request_id=request_id,
-            output_kind="cumulative",
-            deliver=deliver or self.delivered.append,
-        )
+        job = GenerationJob([5, 6], SamplingParams())
+        self.frontend.submit(job, request_id=request_id, deliver=deliver or self.delivered.append)
         return self.sent[-1].requests[0].request_id
 
     def step(self, *deltas):
@@ -177,7 +174,7 @@ def test_a_bug_in_taking_a_message_leaves_nobody_waiting(rig, monkeypatch):
         raise ZeroDivisionError("a bug")
 
     engine_id = rig.submit()
-    monkeypatch.setattr(rig.frontend._model.outputs, "process", broken)
+    monkeypatch.setattr(rig.frontend._outputs, "process", broken)
     with pytest.raises(ZeroDivisionError):
         rig.step(RequestDelta(engine_id, (7,)))
     assert isinstance(rig.delivered[-1], EngineDead)
@@ -188,7 +185,7 @@ def test_a_bug_in_taking_a_message_leaves_nobody_waiting(rig, monkeypatch):
 def test_a_surprise_while_submitting_leaves_nothing_registered(ready, monkeypatch, where):
     """Requests that nobody waits for, kept for as long as the server runs."""
     rig = Rig(ready)
-    outputs = rig.frontend._model.outputs
+    outputs = rig.frontend._outputs
 
     def surprising(*_args, **_options):
         raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
@@ -224,7 +221,7 @@ def test_a_surprise_in_one_requests_text_ends_that_request_alone(ready, monkeypa
     rig = Rig(ready)
     strange, plain = [], []
     bad, good = rig.submit("strange", strange.append), rig.submit("plain", plain.append)
-    request, completion = rig.frontend._model.outputs._completions[bad]
+    request, completion = rig.frontend._outputs._completions[bad]
     assert request.request_id == "strange"
 
     def surprising(_token_id):
@@ -236,4 +233,4 @@ def test_a_surprise_in_one_requests_text_ends_that_request_alone(ready, monkeypa
     assert plain[0].finished
     assert AbortRequests((bad,)) in rig.sent
     assert not rig.frontend._deliver
-    assert not rig.frontend._model.outputs._completions
+    assert not rig.frontend._outputs._completions

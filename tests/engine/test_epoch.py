@@ -10,7 +10,7 @@ from rigs import GREEDY
 from test_faults import bring_awake
 
 from shuteye.cache.block_pool import BlockPool
-from shuteye.engine.messages import ReloadCall, ResetPrefixCacheCall, SleepCall, UpdateCall, WakeCall
+from shuteye.calls import ReloadCall, ResetPrefixCacheCall, SleepCall, UpdateCall, WakeCall
 from shuteye.errors import InternalError, ShuteyeError
 from shuteye.memory.residency import Residency
 from shuteye.state import SleepPlan, WakePlan
@@ -36,7 +36,7 @@ def fault_and_recover(rig):
 
 def sleep_and_wake(level, tags=None):
     def change(rig):
-        rig.call(SleepCall(level, tags, "keep"))
+        rig.call(SleepCall(level, tags=tags, mode="keep"))
         rig.call(WakeCall())
 
     return change
@@ -44,7 +44,7 @@ def sleep_and_wake(level, tags=None):
 
 def rewrite_after_level_2(rig):
     tensors = [(name, tensor.clone()) for name, tensor in rig.tensors().items()]
-    rig.call(SleepCall(2, None, "keep"))
+    rig.call(SleepCall(2, mode="keep"))
     rig.call(WakeCall(("weights",)))
     rig.call(UpdateCall(named_tensors=tensors))
     rig.call(WakeCall())
@@ -174,15 +174,15 @@ def test_resetting_the_prefix_cache_is_no_other_epoch(rig):
 @pytest.mark.parametrize(
     ("setup", "call", "verb"),
     [
-        ((), SleepCall(1, None, "keep"), "release"),
-        ((), SleepCall(2, None, "keep"), "release"),
-        ((), SleepCall(1, ("kv_cache",), "keep"), "release"),
+        ((), SleepCall(1, mode="keep"), "release"),
+        ((), SleepCall(2, mode="keep"), "release"),
+        ((), SleepCall(1, tags=("kv_cache",), mode="keep"), "release"),
         ((), ReloadCall(), "reload_weights"),
         ((), ReloadCall(), "verify"),
         ((), ReloadCall(), "canary_agrees"),
-        ((SleepCall(1, None, "keep"),), WakeCall(), "restore"),
-        ((SleepCall(2, None, "keep"),), WakeCall(), "canary_agrees"),
-        ((SleepCall(1, ("kv_cache",), "keep"),), WakeCall(), "canary_agrees"),
+        ((SleepCall(1, mode="keep"),), WakeCall(), "restore"),
+        ((SleepCall(2, mode="keep"),), WakeCall(), "canary_agrees"),
+        ((SleepCall(1, tags=("kv_cache",), mode="keep"),), WakeCall(), "canary_agrees"),
     ],
 )
 def test_requests_in_flight_outlive_a_rank_that_fails_after_it_did_everything(make_rig, monkeypatch, setup, call, verb):

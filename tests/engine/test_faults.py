@@ -5,14 +5,14 @@ The steps are enumerated by running the transition until the injected fault is n
 
 import pytest
 
-from shuteye.engine.messages import ReloadCall, SleepCall, UpdateCall, WakeCall
+from shuteye.calls import ReloadCall, SleepCall, UpdateCall, WakeCall
 from shuteye.errors import EngineFaulted, ShuteyeError
 from shuteye.state import VerifyResult
 from shuteye.tasks.generate.requests import SamplingParams
 
 PROMPT = tuple(range(5, 45))
 PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-SLEEP_KEEP = SleepCall(1, None, "keep")
+SLEEP_KEEP = SleepCall(1, mode="keep")
 MAX_STEPS = 200
 
 
@@ -28,21 +28,21 @@ def make_dirty(rig):
 TRANSITIONS = {
     # name: (calls that lead there from awake, the call under test)
     "sleep 1": ((), SLEEP_KEEP),
-    "sleep 2": ((), SleepCall(2, None, "keep")),
-    "sleep 1 kv_cache": ((), SleepCall(1, ("kv_cache",), "keep")),
-    "sleep 1 weights": ((), SleepCall(1, ("weights",), "keep")),
-    "sleep 2 weights": ((), SleepCall(2, ("weights",), "keep")),
-    "deepen 1 to 2": ((SLEEP_KEEP,), SleepCall(2, None, "keep")),
-    "rest of the tags": ((SleepCall(1, ("kv_cache",), "keep"),), SLEEP_KEEP),
-    "sleep 2 from blank": ((SleepCall(2, None, "keep"), WakeCall(("weights",))), SleepCall(2, None, "keep")),
+    "sleep 2": ((), SleepCall(2, mode="keep")),
+    "sleep 1 kv_cache": ((), SleepCall(1, tags=("kv_cache",), mode="keep")),
+    "sleep 1 weights": ((), SleepCall(1, tags=("weights",), mode="keep")),
+    "sleep 2 weights": ((), SleepCall(2, tags=("weights",), mode="keep")),
+    "deepen 1 to 2": ((SLEEP_KEEP,), SleepCall(2, mode="keep")),
+    "rest of the tags": ((SleepCall(1, tags=("kv_cache",), mode="keep"),), SLEEP_KEEP),
+    "sleep 2 from blank": ((SleepCall(2, mode="keep"), WakeCall(("weights",))), SleepCall(2, mode="keep")),
     "wake from 1": ((SLEEP_KEEP,), WakeCall()),
     "wake weights from 1": ((SLEEP_KEEP,), WakeCall(("weights",))),
     "wake kv_cache from 1": ((SLEEP_KEEP,), WakeCall(("kv_cache",))),
     "wake the rest from 1": ((SLEEP_KEEP, WakeCall(("weights",))), WakeCall(("kv_cache",))),
-    "wake from 2": ((SleepCall(2, None, "keep"),), WakeCall()),
-    "wake blank from 2": ((SleepCall(2, None, "keep"),), WakeCall(("weights",))),
+    "wake from 2": ((SleepCall(2, mode="keep"),), WakeCall()),
+    "wake blank from 2": ((SleepCall(2, mode="keep"),), WakeCall(("weights",))),
     "reload awake": ((), ReloadCall()),
-    "reload into blank": ((SleepCall(2, None, "keep"), WakeCall(("weights",))), ReloadCall()),
+    "reload into blank": ((SleepCall(2, mode="keep"), WakeCall(("weights",))), ReloadCall()),
 }
 
 

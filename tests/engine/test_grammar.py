@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from shuteye.engine.messages import SleepCall, WakeCall
+from shuteye.calls import SleepCall, WakeCall
 from shuteye.errors import InternalError, InvalidRequest, ModelSleeping, QueueFull
 from shuteye.tasks.generate.requests import SamplingParams, StructuredOutputsParams
 from shuteye.tokenizer import Tokenizer

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from shuteye import LLM
+from shuteye.calls import ReloadCall, SleepCall, UpdateCall, WakeCall
 from shuteye.cli import main as cli
-from shuteye.engine.messages import ReloadCall, SleepCall, UpdateCall, WakeCall
 from shuteye.errors import EngineFaulted, SleepFailed, VerificationFailed, WakeFailed
 
 PROMPT = tuple(range(5, 45))
@@ -190,7 +190,7 @@ TRUNCATED = """
     from rigs import Rig
     from shuteye.config import EngineConfig
     from shuteye.engine.core import EngineCore
-    from shuteye.engine.messages import RpcCall, SleepCall, UpdateCall, WakeCall
+    from shuteye.calls import RpcCall, SleepCall, UpdateCall, WakeCall
     from shuteye.errors import ShuteyeError
     from shuteye.executors.inproc import InprocExecutor
     from shuteye.memory.backends.linux import LinuxBackend

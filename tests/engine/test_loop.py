@@ -2,9 +2,10 @@
 
 import pytest
 
+from shuteye.calls import SleepCall
 from shuteye.config import EngineConfig
 from shuteye.engine.loop import run_engine
-from shuteye.engine.messages import AddRequests, Control, Ready, Shutdown, SleepCall, SleepReply, StateChanged, Stepped
+from shuteye.engine.messages import AddRequests, Control, Ready, Shutdown, SleepReply, StateChanged, Stepped
 from shuteye.tasks.generate.requests import GenerateRequest
 
 

@@ -7,10 +7,10 @@ import pytest
 
 from shuteye.errors import EngineDead, RequestAborted
 from shuteye.frontend.mailbox import JOINED, Backlog, outputs_of
-from shuteye.tasks.generate import outputs as output_processor
-from shuteye.tasks.generate.requests import CompletionOutput, Logprob, RequestOutput
-from shuteye.tasks.transcribe import outputs as transcript_outputs
-from shuteye.tasks.transcribe.requests import Transcription
+from shuteye.tasks.generate.outputs import GenerationJob
+from shuteye.tasks.generate.requests import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from shuteye.tasks.transcribe.outputs import TranscriptionJob
+from shuteye.tasks.transcribe.requests import TranscribeParams, Transcription
 
 
 class Deliverer:
@@ -20,7 +20,7 @@ class Deliverer:
         self.deliver = {}
         self.aborted = []
 
-    def submit(self, request_id, deliver):
+    def submit(self, job, *, request_id, deliver):
         self.deliver[request_id] = deliver
         return request_id
 
@@ -37,10 +37,11 @@ def token(number, *, index=0, last=False, logprobs=False):
     return RequestOutput("one", None, (1, 2), (made,), last)
 
 
-def follow(frontend, request_id="one", *, deltas=output_processor.DELTAS, backlog=None):
-    return outputs_of(
-        frontend, lambda deliver: frontend.submit(request_id, deliver), deltas=deltas, backlog=backlog or Backlog()
-    )
+DELTAS = GenerationJob("text", SamplingParams(), "delta")
+
+
+def follow(frontend, request_id="one", *, job=DELTAS, backlog=None):
+    return outputs_of(frontend, job, request_id=request_id, backlog=backlog or Backlog())
 
 
 async def begun(outputs, frontend, first, request_id="one"):
@@ -84,7 +85,7 @@ def test_of_outputs_that_say_all_only_the_newest_is_kept():
 
     async def scenario():
         frontend = Deliverer()
-        outputs = follow(frontend, deltas=None)
+        outputs = follow(frontend, job=GenerationJob("text", SamplingParams()))
         await begun(outputs, frontend, token(0))
         for number in range(1, 500):
             frontend.deliver["one"](token(number))
@@ -99,7 +100,7 @@ def test_transcripts_are_joined():
 
     async def scenario():
         frontend = Deliverer()
-        outputs = follow(frontend, deltas=transcript_outputs.DELTAS)
+        outputs = follow(frontend, job=TranscriptionJob(b"", TranscribeParams(), output_kind="delta"))
         first = Transcription("one", "It ", None, 1.0, (), 1, finished=False)
         await begun(outputs, frontend, first)
         frontend.deliver["one"](Transcription("one", "is ", "english", 1.0, (), 2, finished=False))

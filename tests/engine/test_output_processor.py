@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from shuteye.errors import ErrorInfo, InvalidRequest
 from shuteye.tasks.base import RequestDelta
-from shuteye.tasks.generate.outputs import OutputProcessor
+from shuteye.tasks.generate.outputs import GenerationJob, OutputProcessor
 from shuteye.tasks.generate.requests import SamplingParams, TokenLogprobs
 from shuteye.testing import write_tiny_tokenizer
 from shuteye.tokenizer import Tokenizer
@@ -25,13 +25,12 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def processor(tokenizer):
-    return OutputProcessor(tokenizer)
+    return OutputProcessor(tokenizer, vocab_size=tokenizer.vocab_size)
 
 
 def add(processor, request_id="r", output_kind="cumulative", **params):
-    return processor.add(
-        request_id, prompt="p", prompt_token_ids=[1, 2], params=SamplingParams(**params), output_kind=output_kind
-    )
+    job = GenerationJob([1, 2], SamplingParams(**params), output_kind, text="p")
+    return processor.add(request_id, job, engine_id=request_id)
 
 
 def feed(processor, text, request_id="r", **fields):
@@ -130,7 +129,7 @@ class TestKinds:
         cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=5)))
         stop = data.draw(st.sampled_from([(), "a", ["bc", "\n"]]))
         kinds = ("cumulative", "delta", "final_only")
-        processors = {kind: OutputProcessor(tokenizer) for kind in kinds}
+        processors = {kind: OutputProcessor(tokenizer, vocab_size=tokenizer.vocab_size) for kind in kinds}
         seen = {kind: [] for kind in kinds}
         for kind, processor in processors.items():
             add(processor, output_kind=kind, stop=stop, max_tokens=None)
@@ -248,13 +247,6 @@ class TestErrorsAndAborts:
         assert processor.abort("r") == []
         assert feed(processor, "b", "r/1").outputs == ()
         add(processor, n=2)  # the id is free again
-
-    def test_fail_all_fails_each_request_once(self, processor):
-        add(processor, "r", n=2)
-        add(processor, "s")
-        assert processor.fail_all(BOOM).errors == (("r", BOOM), ("s", BOOM))
-        assert processor.fail_all(BOOM).errors == ()
-        assert feed(processor, "a", "s").outputs == ()
 
     def test_cached_tokens_are_those_of_the_first_completion(self, processor):
         """With n > 1 the siblings always hit what the first computes; reporting that would claim a cached prompt."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shuteye.engine.messages import PauseCall, ResumeCall, SleepCall, WakeCall
+from shuteye.calls import PauseCall, ResumeCall, SleepCall, WakeCall
 from shuteye.errors import DrainTimeout, ModelPaused, ModelSleeping
 from shuteye.tasks.generate.requests import SamplingParams
 

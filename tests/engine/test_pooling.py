@@ -11,9 +11,9 @@ from rigs import Rig
 from test_faults import TRANSITIONS, inject
 
 from shuteye import LLM, AsyncEngine
+from shuteye.calls import ReloadCall, SleepCall, UpdateCall, WakeCall
 from shuteye.config import EngineConfig, default_cache_dir
 from shuteye.engine.core import EngineCore
-from shuteye.engine.messages import ReloadCall, SleepCall, UpdateCall, WakeCall
 from shuteye.errors import InvalidRequest, ModelSleeping, PromptTooLong, RequestAborted, ShuteyeError, rebuild
 from shuteye.executors.inproc import InprocExecutor
 from shuteye.memory.backends.fake import FakeBackend
@@ -105,8 +105,8 @@ CYCLES = {
     "deeper": [SleepCall(1), SleepCall(2), WakeCall()],
     "weights first": [SleepCall(1), WakeCall(("weights",)), WakeCall(("kv_cache",))],
     "cache first": [SleepCall(1), WakeCall(("kv_cache",)), WakeCall(("weights",))],
-    "only weights": [SleepCall(1, ("weights",)), WakeCall()],
-    "only the cache that there is not": [SleepCall(1, ("kv_cache",)), WakeCall()],
+    "only weights": [SleepCall(1, tags=("weights",)), WakeCall()],
+    "only the cache that there is not": [SleepCall(1, tags=("kv_cache",)), WakeCall()],
     "blank, reloaded": [SleepCall(2), WakeCall(("weights",)), ReloadCall(), WakeCall()],
 }
 
@@ -180,7 +180,7 @@ def test_a_kept_request_is_computed_after_the_wake(make_pool_rig):
     rig.add("kept")
     rig.step()
     assert "kept" not in rig.ended
-    report = rig.call(SleepCall(1, None, "keep"))
+    report = rig.call(SleepCall(1, mode="keep"))
     assert (report.held_requests, report.aborted_requests) == (1, 0)
     rig.call(WakeCall())
     rig.run()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shuteye.engine.messages import SleepCall, WakeCall
+from shuteye.calls import SleepCall, WakeCall
 from shuteye.tasks.generate.requests import SamplingParams
 
 PROMPT = tuple(range(3, 103))

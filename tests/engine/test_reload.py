@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from shuteye.engine.messages import ReloadCall, SleepCall, WakeCall
+from shuteye.calls import ReloadCall, SleepCall, WakeCall
 from shuteye.errors import InvalidRequest
 from shuteye.testing import tiny_encoder, tiny_model
 

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from shuteye.engine.messages import PauseCall, ReloadCall, ResumeCall, SleepCall, UpdateCall, WakeCall
+from shuteye.calls import PauseCall, ReloadCall, ResumeCall, SleepCall, UpdateCall, WakeCall
 from shuteye.errors import ModelPaused, ModelSleeping, ShuteyeError, TransitionConflict
 from shuteye.state import TAGS
 from shuteye.tasks.generate.requests import SamplingParams
@@ -115,7 +115,7 @@ class Machine(RuleBasedStateMachine):
             changes = legal and (
                 ("weights" in chosen and self.weights != target) or ("kv_cache" in chosen and self.kv == "resident")
             )
-        assert self.outcome(SleepCall(level, tags, mode)) == legal
+        assert self.outcome(SleepCall(level, tags=tags, mode=mode)) == legal
         if legal:
             self.settle(mode)
         if not changes:

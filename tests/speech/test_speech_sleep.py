@@ -7,7 +7,7 @@ import pytest
 import torch
 from hearing import noise
 
-from shuteye.engine.messages import PauseCall, ReloadCall, ResumeCall, SleepCall, UpdateCall, WakeCall
+from shuteye.calls import PauseCall, ReloadCall, ResumeCall, SleepCall, UpdateCall, WakeCall
 from shuteye.errors import InvalidRequest, ModelSleeping
 from shuteye.testing import poison
 

@@ -12,9 +12,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from shuteye.calls import ControlCall, ReloadCall, SleepCall, WakeCall
 from shuteye.config import EngineConfig
 from shuteye.engine.core import EngineCore
-from shuteye.engine.messages import ControlCall, ReloadCall, SleepCall, WakeCall
 from shuteye.errors import ShuteyeError
 from shuteye.executors.inproc import InprocExecutor
 from shuteye.memory.backends.base import failure_of
@@ -24,9 +24,9 @@ from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
 NUM_PROMPTS = 6
 PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 CALLS = (
-    SleepCall(1, None, "keep"),
-    SleepCall(2, None, "keep"),
-    SleepCall(1, ("kv_cache",), "abort"),
+    SleepCall(1, mode="keep"),
+    SleepCall(2, mode="keep"),
+    SleepCall(1, tags=("kv_cache",), mode="abort"),
     WakeCall(),
     WakeCall(),
 )
