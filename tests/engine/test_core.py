@@ -571,7 +571,7 @@ def test_a_corrupted_saved_extent_is_found_and_nothing_opens(rig):
 
 def corrupt_saved(rig):
     """Flip bits in what the disk backing holds, behind the engine's back."""
-    fd = rig.core._executor._worker._residency._backing._fd
+    fd = rig.core._executor._worker.residency._backing._fd
     size = os.fstat(fd).st_size
     data = os.pread(fd, size, 0)
     os.pwrite(fd, bytes(byte ^ 0xFF for byte in data), 0)
@@ -623,8 +623,8 @@ def test_distrust_outlasts_a_failed_wake(make_rig, monkeypatch, verify):
 
 def verified_modes(rig, monkeypatch):
     """How much each verification from now on compares."""
-    modes, verify = [], rig.worker.verify
-    monkeypatch.setattr(rig.worker, "verify", lambda mode: modes.append(mode) or verify(mode))
+    modes, verify = [], rig.worker.residency.verify
+    monkeypatch.setattr(rig.worker.residency, "verify", lambda mode: modes.append(mode) or verify(mode))
     return modes
 
 
@@ -761,7 +761,7 @@ def test_a_sleep_without_room_is_refused_before_anybody_is_waited_for(rig, monke
     """Would catch requests that are drained, or new ones refused, for a sleep that could never succeed."""
     expected = rig.generate(PROMPT, LONG)
     rig.call(UpdateCall(named_tensors=list(tensors_of(rig).items())))
-    monkeypatch.setattr(rig.worker._residency._backing, "free_bytes", lambda: 0)
+    monkeypatch.setattr(rig.worker.residency._backing, "free_bytes", lambda: 0)
     rig.add("a", PROMPT, LONG)
     rig.step()
     with pytest.raises(SleepFailed, match="nothing was touched"):

@@ -22,7 +22,7 @@ class Executor(Protocol):
         ...
 
     def call(self, verb: str, *args: Any) -> list[Any]:
-        """Call one of `runner.worker.VERBS` on every rank; the answers in rank order.
+        """Call one of `worker.VERBS` on every rank; the answers in rank order.
 
         Raises:
             ShuteyeError: a rank refused; every rank has answered before this is raised.

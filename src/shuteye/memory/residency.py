@@ -96,12 +96,10 @@ class Residency:
         """The layout of the weights arena."""
         return self._weights.image.layout
 
-    @property
     def missing(self) -> tuple[str, ...]:
         """After `blank`: the slots not yet written, in layout order."""
         return tuple(name for name in self.layout.slots if name in self._missing)
 
-    @property
     def epoch(self) -> int:
         """Raised before memory or its content changes; what was computed in an earlier epoch is not to be used."""
         return self._epoch
