@@ -35,7 +35,7 @@ from shuteye.errors import (
 )
 from shuteye.memory import verifier
 from shuteye.memory.backends.linux import LinuxBackend
-from shuteye.memory.backings.spill import DiskBacking
+from shuteye.memory.backings import DiskBacking
 from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
 
 PROMPT = tuple(range(3, 40))

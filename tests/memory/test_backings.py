@@ -13,7 +13,7 @@ from shuteye.errors import BackendFailure, MemoryExhausted
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends.fake import FakeBackend
 from shuteye.memory.backings.base import ImageSource
-from shuteye.memory.backings.spill import DiskBacking, HostBacking
+from shuteye.memory.backings import DiskBacking, HostBacking
 from shuteye.memory.image import WeightImage
 from shuteye.memory.image_files import checksum_hex
 from shuteye.memory.layout import Extent

@@ -23,7 +23,7 @@ from shuteye.errors import ImageFailure
 from shuteye.memory.image import INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage, read_index
 from shuteye.memory.image_writer import ImageWriter, reporting_write_errors
 from shuteye.memory.locks import holders, lock_file, try_lock
-from shuteye.memory.orphans import remove_tree, tree_bytes
+from shuteye.memory.cache_dir import remove_tree, tree_bytes
 from shuteye.state import VerifyResult
 
 

@@ -27,12 +27,12 @@ from shuteye.errors import (
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends.base import MemoryBackend
 from shuteye.memory.backings.base import Backing, BackingName
-from shuteye.memory.backings.spill import DiskBacking, HostBacking
+from shuteye.memory.backings import DiskBacking, HostBacking
 from shuteye.memory.image import WeightImage
 from shuteye.memory.layout import Layout, first_difference
 from shuteye.memory.process_memory import freed_by_release, timed
 from shuteye.memory.verifier import ImageWatch, Verifier
-from shuteye.memory.weights_state import WeightsState
+from shuteye.memory.weights import WeightsState
 from shuteye.state import (
     SleepEstimate,
     SleepPlan,

@@ -10,7 +10,7 @@ from shuteye.memory.arena import Arena
 from shuteye.memory.backings.base import Backing, ImageSource, Source
 from shuteye.memory.image_files import checksum_hex
 from shuteye.memory.layout import MIB, Extent, SampleCursor
-from shuteye.memory.weights_state import SourceKind, WeightsState
+from shuteye.memory.weights import SourceKind, WeightsState
 from shuteye.state import VerifyMode, VerifyResult
 
 SAMPLE_BYTES = 8 * MIB
