@@ -17,8 +17,7 @@ import torch
 from shuteye.config import EngineConfig
 from shuteye.errors import CANARY_DISAGREES, ImageFailure, InternalError, InvalidRequest, VerificationFailed
 from shuteye.memory.arena import Arena
-from shuteye.memory.backends import open_backend
-from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.backends import MemoryBackend, open_backend
 from shuteye.memory.image import WeightImage
 from shuteye.memory.residency import Residency
 from shuteye.model_info import ModelSpec
@@ -222,7 +221,7 @@ class Worker:
         try:
             return self._write(named_tensors)
         finally:
-            self.residency.note_written()
+            self.residency.watch.note_written()
 
     def _write(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> UpdateReport:
         begin = time.perf_counter()

@@ -7,7 +7,7 @@ import pytest
 from shuteye.engine.core import EngineCore
 from shuteye.engine.messages import ControlCall, WakeCall
 from shuteye.errors import ShuteyeError, VerificationFailed, rebuild
-from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.backends import MemoryBackend
 from shuteye.state import VerifyResult
 from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
 

@@ -33,7 +33,6 @@ from shuteye.errors import (
     VerificationFailed,
     WakeFailed,
 )
-from shuteye.memory import verifier
 from shuteye.memory.backends.linux import LinuxBackend
 from shuteye.memory.backings import DiskBacking
 from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
@@ -605,7 +604,7 @@ def test_collective_rpc_reaches_the_worker(rig):
 @pytest.mark.parametrize("verify", ["off", "sample"])
 def test_distrust_outlasts_a_failed_wake(make_rig, monkeypatch, verify):
     """Would catch a retry that looks elsewhere, or nowhere, and opens the gate over memory known to be wrong."""
-    monkeypatch.setattr(verifier, "SAMPLE_BYTES", 1)
+    monkeypatch.setattr("shuteye.memory.weights.SAMPLE_BYTES", 1)
     rig = make_rig(verify_wake=verify, canary=False)
     rig.call(UpdateCall(named_tensors=list(tensors_of(rig).items())))
     rig.backend.fail_next("release", when="after")

@@ -104,7 +104,7 @@ def test_a_saved_extent_written_again_is_saved_again(world: World) -> None:
 
 
 def test_views_keep_their_addresses_and_values_over_sleep(world: World) -> None:
-    tensor = world.weights.slot_view(world.residency.layout.slots["layer.q"])
+    tensor = world.weights.slot_view(world.residency.image.layout.slots["layer.q"])
     address, value = tensor.data_ptr(), tensor.clone()
     for _ in range(3):
         world.sleep(LEVEL_1)

@@ -17,8 +17,8 @@ from shuteye.config import default_cache_dir
 from shuteye.errors import ImageFailure, InvalidRequest
 
 if TYPE_CHECKING:
-    from shuteye.memory.image_store import ImageStore, ImageSummary
     from shuteye.memory.cache_dir import Orphan
+    from shuteye.memory.image_store import ImageStore, ImageSummary
 
 app = App(name="images", help="List, remove and verify weight images.", help_epilogue="Example: shuteye images ls")
 

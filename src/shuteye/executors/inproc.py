@@ -11,7 +11,7 @@ from typing import Any
 
 from shuteye.config import EngineConfig
 from shuteye.errors import InternalError, ShuteyeError
-from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.backends import MemoryBackend
 from shuteye.tasks.table import Plan, Result
 from shuteye.worker import VERBS, Worker
 

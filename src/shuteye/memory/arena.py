@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.backends import MemoryBackend
 from shuteye.memory.layout import DTYPE_NBYTES, Slot, round_up, tensor_nbytes
 from shuteye.state import Tag
 

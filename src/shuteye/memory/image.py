@@ -26,9 +26,9 @@ import msgspec
 import torch
 
 from shuteye.errors import ImageFailure
-from shuteye.memory.arena import torch_dtype
+from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image_files import FileRecord, checksum_hex, checksum_of_file, require_present, require_unchanged
-from shuteye.memory.layout import Layout, Slot
+from shuteye.memory.layout import Extent, Layout, Slot
 
 FORMAT_VERSION = 2
 """1 had no checksums of the files beside the weights; such images are made anew."""
@@ -223,6 +223,18 @@ class WeightImage:
                 for extent, expected in zip(self.layout.extents, self.checksums, strict=True)
                 if checksum_of_file(self.fd, extent.offset, extent.nbytes) != expected
             )
+
+    def load(self, arena: Arena, offset: int, nbytes: int) -> None:
+        """Map bytes [offset, offset + nbytes) under the arena; populated later, privately writable.
+
+        Raises:
+            BackendFailure: the kernel refused.
+        """
+        arena.map_file(offset, nbytes, fd=self.fd)
+
+    def checksum(self, extent: Extent) -> str:
+        """What the extent's bytes hashed to when the image was sealed."""
+        return self.checksums[extent.index]
 
     def require_intact(self) -> bool:
         """Refuse an image that somebody has written to since it was opened: what is mapped of it has changed, too.

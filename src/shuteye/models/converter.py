@@ -22,9 +22,9 @@ import msgspec
 
 from shuteye.config import DType
 from shuteye.errors import ImageFailure, InternalError, MemoryExhausted, ModelNotFound, ShuteyeError, rebuild
+from shuteye.memory.cache_dir import sweep_orphans
 from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
-from shuteye.memory.cache_dir import sweep_orphans
 from shuteye.models.progress import Progress
 from shuteye.processes import die_with_parent
 

@@ -21,10 +21,10 @@ from importlib import metadata
 from pathlib import Path
 
 from shuteye.errors import ModelNotFound
-from shuteye.memory.locks import lock_file
+from shuteye.memory.cache_dir import lock_file
 from shuteye.models.progress import NoProgress, Progress
 
-_SCRATCH = ".fetch-"  # `memory/orphans.py` knows it, and sweeps what a killed process left
+_SCRATCH = ".fetch-"  # `memory/cache_dir.py` knows it, and sweeps what a killed process left
 _PROGRESS_LINE = re.compile(r"Progress (\d+) of (\d+)")
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from shuteye.memory.arena import Arena
+from shuteye.memory.backends.linux import return_free_heap
 from shuteye.memory.image import WeightImage
-from shuteye.memory.process_memory import return_free_heap
 from shuteye.models.whisper import SpeechModel, bind_speech
 from shuteye.state import Epoch
 from shuteye.tasks.canary import Prove, fixed_tokens
