@@ -101,13 +101,14 @@ class Worker:
     def facts(self) -> ModelSpec:
         """What the engine sizes everything else from."""
         model = self._model
+        facts = model.facts
         origin = Origin.of(self._image)
         return ModelSpec(
-            architecture=model.architecture,
-            task=model.task,
-            dtype=str(model.dtype).removeprefix("torch."),
-            vocab_size=model.vocab_size,
-            context_length=model.context_length,
+            architecture=facts.architecture,
+            task=facts.task,
+            dtype=facts.dtype,
+            vocab_size=facts.vocab_size,
+            context_length=facts.context_length,
             eos_token_ids=model.eos_token_ids,
             weights_bytes=self._weights.nbytes,
             kv_bytes_per_token=self._runner.kv_bytes_per_token,
@@ -227,7 +228,7 @@ class Worker:
         begin = time.perf_counter()
         updated = updated_bytes = 0
         for name, tensor in named_tensors:
-            slot_name = self._model.slot_of(name)
+            slot_name = self._model.slot_names.get(name)
             if slot_name is None:
                 raise InvalidRequest(f"{name!r} is not a tensor of this model ({updated} were written).", param=name)
             slot = self._image.layout.slots[slot_name]

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -22,7 +22,6 @@ from shuteye.memory.image_store import ImageStore
 from shuteye.memory.image_writer import ImageWriter
 from shuteye.memory.layout import TensorSpec
 from shuteye.models.binding import CONFIG_DIR, TOKENIZER_DIR, Origin
-from shuteye.models.blueprint import build_module, quiet
 from shuteye.models.decoder import ImageSpec, LoadedModel, bind
 from shuteye.models.encoder import EncoderSpec, examine_encoder, has_pooling
 from shuteye.models.formats.checkpoint import (
@@ -36,11 +35,13 @@ from shuteye.models.formats.checkpoint import (
 )
 from shuteye.models.formats.files import refusing
 from shuteye.models.fused import INVERSE_FREQUENCIES, FusedSpec, group_of, layout_order, recognise
+from shuteye.models.modules import build_module, quiet, task_of
 from shuteye.models.progress import NoProgress, Progress
 from shuteye.models.sources import ModelSource
 from shuteye.models.support import AttentionSpec, check
-from shuteye.models.tasks import task_of
-from shuteye.models.whisper_facts import WhisperImageSpec, examine_speech, save_extractor
+
+if TYPE_CHECKING:
+    from shuteye.models.whisper import WhisperImageSpec
 
 __all__ = ["LoadedModel", "bind", "identity_of", "open_image"]
 
@@ -80,6 +81,8 @@ class _Conversion:
         save_tokenizer(self.source, writer.directory / TOKENIZER_DIR)
         _save_config(config, self.source, writer.directory / CONFIG_DIR)
         if task == "transcribe":
+            from shuteye.models.whisper import save_extractor
+
             save_extractor(self.source, writer.directory / CONFIG_DIR)
         self.progress.finish()
         self.progress.start(f"Reading the weights of {self.source.name}", None)
@@ -99,6 +102,10 @@ class _Conversion:
     ) -> tuple[ImageSpec | EncoderSpec | WhisperImageSpec, dict[str, torch.Tensor]]:
         """What the image's metadata says of the model, and the buffers that are in no checkpoint but are needed."""
         if task == "transcribe":
+            from shuteye.models.whisper import (
+                examine_speech,  # whose import takes transformers along
+            )
+
             return examine_speech(config, self.source, dtype=self.dtype), {}
         if task in {"embed", "score"}:
             return examine_encoder(config, self.source, task=task, dtype=self.dtype), {}
