@@ -13,7 +13,7 @@ from shuteye.memory.image_store import ImageStore
 from shuteye.models import image_builder as loader
 from shuteye.models.formats.checkpoint import open_checkpoint, read_config, resolve_dtype
 from shuteye.models.image_builder import open_image
-from shuteye.models.progress import NoProgress
+from shuteye.models.progress import Advanced, Finished, Started, no_progress
 from shuteye.models.sources import resolve_source
 from shuteye.testing import tiny_model
 from shuteye.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ def test_streaming_and_transformers_give_the_same_bytes(tmp_path, dtype, stored,
     assert streams(source)
     images = []
     for streaming in (True, False):
-        conversion = loader._Conversion(source, getattr(torch, dtype), NoProgress(), streaming)
+        conversion = loader._Conversion(source, getattr(torch, dtype), no_progress, streaming)
         store = ImageStore(tmp_path / str(streaming))
         images.append(store.open_or_build(loader.identity_of(source, conversion.dtype), conversion.write))
     first, second = images
@@ -190,23 +190,14 @@ def test_remote_code_is_refused_without_running_it(tmp_path):
 
 
 def test_progress_covers_every_byte_and_nothing_is_printed(tiny_checkpoint, tmp_path, capfd):
-    steps = []
-
-    class Recorder:
-        def start(self, label, total):
-            steps.append([label, total, 0])
-
-        def advance(self, amount):
-            steps[-1][2] += amount
-
-        def finish(self):
-            pass
-
+    told = []
     image = open_image(
-        source_of(tiny_checkpoint, tmp_path), dtype="auto", store=ImageStore(tmp_path), progress=Recorder()
+        source_of(tiny_checkpoint, tmp_path), dtype="auto", store=ImageStore(tmp_path), progress=told.append
     )
     written = sum(slot.nbytes for slot in image.layout.slots.values())
-    assert [step[1:] for step in steps] == [[None, 0], [None, 0], [written, written]]
+    assert [event.total for event in told if isinstance(event, Started)] == [None, None, written]
+    assert [type(event) for event in told[:5]] == [Started, Finished, Started, Finished, Started]
+    assert sum(event.nbytes for event in told if isinstance(event, Advanced)) == written
     assert capfd.readouterr() == ("", "")
 
 
