@@ -9,7 +9,7 @@ import pytest
 from rigs import GREEDY
 from test_faults import bring_awake
 
-from shuteye.cache.block_pool import BlockPool
+from shuteye.cache.blocks import BlockPool
 from shuteye.engine.messages import ReloadCall, ResetPrefixCacheCall, SleepCall, UpdateCall, WakeCall
 from shuteye.errors import InternalError, ShuteyeError
 from shuteye.memory.residency import Residency

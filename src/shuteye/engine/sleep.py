@@ -22,7 +22,7 @@ from shuteye.errors import (
     VerificationFailed,
     WakeFailed,
 )
-from shuteye.executors.base import Executor
+from shuteye.executors import Executor
 from shuteye.state import (
     TAGS,
     EngineState,
