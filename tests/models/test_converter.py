@@ -82,7 +82,7 @@ def older_format(path: Path) -> None:
         ("index.json", older_format, "another version of shuteye made it"),
     ],
 )
-def test_an_image_that_lacks_something_is_made_anew_and_the_log_says_why(
+def test_an_image_that_lacks_something_is_rebuilt_and_the_log_says_why(
     tiny_checkpoint, tmp_path, caplog, name, damage, says
 ) -> None:
     """Would catch a model served with another tokenizer than its own, and images of older versions served unchecked."""

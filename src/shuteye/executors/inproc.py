@@ -1,6 +1,6 @@
 """One rank in this very process: the executor of a single CPU or GPU.
 
-Knows nothing of requests or sleep states; torch is imported with the worker, not before.
+Torch is imported with the worker, not before.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""An arena: one address-stable range of memory, and tensors that look into it.
-
-Knows nothing of where its bytes come from, nor of which tensors lie in it.
-"""
+"""An arena: one address-stable range of memory, and tensors that look into it."""
 
 from __future__ import annotations
 

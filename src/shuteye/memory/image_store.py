@@ -1,12 +1,10 @@
 """The directory of weight images: opened if there, built once if not, listed, checked and removed.
 
-Knows nothing of what is in an image, nor of checkpoints.
-
 Two locks, both flock(2), so both die with their process:
     `<key>.lock`, exclusive: held by whoever builds, replaces or removes `<key>`.
     `<key>/weights.rank0.bin`, shared: held by whoever uses the image.
 An image appears by one rename of a finished, synced directory; a crash leaves only `.<key>.*`, which the next to hold
-the key's lock sweeps away (`orphans.py` does so for every key).
+the key's lock sweeps away (`cache_dir.py` does so for every key).
 """
 
 from __future__ import annotations

@@ -368,7 +368,7 @@ class Residency:
         return self._verifier.verify(self._weights, mode)
 
     def require_intact(self) -> None:
-        """Refuse to go on with weights under which the image's file was changed, until they are mapped anew.
+        """Refuse to go on with weights under which the image's file was changed, until they are mapped again.
 
         Raises:
             ImageFailure: see `ImageWatch.require_intact`.

@@ -205,7 +205,7 @@ class ImageWatch:
         self._written_bytes = self._count_written()
 
     def require_intact(self, state: WeightsState) -> None:
-        """Refuse to go on with weights under which the image's file was changed, until they are mapped anew.
+        """Refuse to go on with weights under which the image's file was changed, until they are mapped again.
 
         Raises:
             ImageFailure: see `WeightImage.require_intact`; or updates are lost.

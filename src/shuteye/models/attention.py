@@ -1,6 +1,6 @@
 """Paged attention for transformers' AttentionInterface: new keys and values go to the cache, then all attend.
 
-Knows nothing of schedulers or of any one model; what it is not told how to honour it refuses.
+What a model asks of attention and this cannot do is refused.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def paged_attention(
     """Attention as transformers calls it.
 
     `query` is [1, num_heads, num_tokens, head_dim], the result [1, num_tokens, num_heads, head_dim].
-    `sliding_window` is honoured through the context: probe.py found each layer's window by asking the model's masks.
+    `sliding_window` is honoured through the context: support.py found each layer's window by asking the model's masks.
 
     Raises:
         UnsupportedModel: an argument is set that is not honoured.

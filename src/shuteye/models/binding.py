@@ -1,7 +1,4 @@
-"""A model bound to an image and its arena: every parameter a view, every buffer real.
-
-Knows nothing of what the model computes.
-"""
+"""A model bound to an image and its arena: every parameter a view, every buffer real."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Weight images for whoever serves them: opened if there, else fetched and converted in a process of its own.
 
-Knows nothing of arenas. Converting takes transformers, and several times the memory that serving does; all of it is
+Converting takes transformers, and several times the memory that serving does; all of it is
 given back when the process ends. `python -m shuteye.models.converter PARENT ORDER` is that process: ORDER is JSON, and
 what it has to tell goes to stdout, one JSON object a line.
 """

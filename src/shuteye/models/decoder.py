@@ -1,7 +1,4 @@
-"""A model bound to an arena: its tensors are views, its attention is paged, its forward takes packed batches.
-
-Knows nothing of checkpoints, nor of when the memory under the views comes and goes.
-"""
+"""A model bound to an arena: its tensors are views, its attention is paged, its forward takes packed batches."""
 
 from __future__ import annotations
 
@@ -137,7 +134,7 @@ def _bind_module(image: WeightImage, arena: Arena, facts: ImageSpec, config: Any
 
 
 def _current_facts(facts: ImageSpec, config: Any) -> ImageSpec:
-    """The image's facts; the model is examined anew if transformers has changed since the image was made."""
+    """The image's facts; the model is examined again if transformers has changed since the image was made."""
     from transformers import __version__
 
     if facts.transformers == __version__:

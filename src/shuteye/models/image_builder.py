@@ -1,6 +1,6 @@
 """Checkpoint → weight image: converted once, in layer order, with the tokenizer and the facts beside it.
 
-Knows nothing of arenas or of running the model; after this the checkpoint is not read again.
+After this the checkpoint is not read again.
 """
 
 from __future__ import annotations

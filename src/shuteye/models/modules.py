@@ -1,7 +1,4 @@
-"""Transformers modules: which class computes a checkpoint, and one of it without weights, our attention chosen.
-
-Knows nothing of weights, images or arenas, nor of whether a model can be served.
-"""
+"""Transformers modules: which class computes a checkpoint, and one of it without weights, our attention chosen."""
 
 from __future__ import annotations
 
@@ -141,7 +138,7 @@ def quiet() -> Iterator[None]:
     verbosity, bars, gguf_bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf_reader.tqdm
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
-    gguf_reader.tqdm = logging.tqdm  # it alone does not heed transformers' switch
+    gguf_reader.tqdm = logging.tqdm  # it alone ignores transformers' switch
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """What long-running steps tell of how far they are, and how a log shows it.
 
-Knows nothing of terminals: the command line draws it, another process passes it on, tests record it.
+The command line draws it, another process passes it on, tests record it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From what a user calls a model to files on this machine: a directory, a `.gguf` file, a hub id or an alias.
 
-Knows nothing of what is in the files beyond their names; reads no environment (huggingface_hub reads its own).
+Of the files it knows the names alone; it reads no environment (huggingface_hub reads its own).
 """
 
 from __future__ import annotations

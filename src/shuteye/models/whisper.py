@@ -76,13 +76,13 @@ def examine_speech(config: Any, source: ModelSource, *, dtype: torch.dtype) -> W
         vocab_size=config.vocab_size,
         context_length=config.max_target_positions,
         eos_token_ids=(generation["eos_token_id"],),
-        speech=_facts(config, generation, source, dtype),
+        speech=_whisper_spec(config, generation, source, dtype),
         dtype=str(dtype).removeprefix("torch."),
         transformers=__version__,
     )
 
 
-def _facts(config: Any, generation: Mapping[str, Any], source: ModelSource, dtype: torch.dtype) -> WhisperSpec:
+def _whisper_spec(config: Any, generation: Mapping[str, Any], source: ModelSource, dtype: torch.dtype) -> WhisperSpec:
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
     by_spelling = (generation.get("lang_to_id") or {}) if generation.get("is_multilingual", True) else {}
@@ -211,7 +211,7 @@ class _RowsLayer:
 
 
 class SpeechModel(BoundModel[WhisperImageSpec]):
-    """A Whisper model; what its checkpoint says of sampling, `token_rules` heed."""
+    """A Whisper model; `token_rules` are what its checkpoint says of sampling."""
 
     speech: WhisperSpec
 

@@ -1,6 +1,6 @@
 """A memory backend for tests: real memory, poisoned when fresh, failing exactly where it is told to.
 
-Knows nothing of what is under test; shipped, so that plug-in authors can test with it.
+Shipped, so that plug-in authors can test with it.
 """
 
 from __future__ import annotations

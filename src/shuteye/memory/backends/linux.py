@@ -1,7 +1,4 @@
-"""Memory of a Linux host: mmap, madvise and the kernel's page accounting.
-
-Knows nothing of tensors, extents or tags.
-"""
+"""Memory of a Linux host: mmap, madvise and the kernel's page accounting."""
 
 from __future__ import annotations
 

