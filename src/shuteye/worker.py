@@ -25,12 +25,7 @@ from shuteye.models.binding import TOKENIZER_DIR, Origin
 from shuteye.models.converter import Order, obtain_image
 from shuteye.models.progress import LoggedProgress
 from shuteye.models.weight_updates import open_tensors, refuse_other_model
-from shuteye.state import (
-    SleepPlan,
-    TagReport,
-    UpdateReport,
-    WakePlan,
-)
+from shuteye.state import SleepPlan, TagReport, UpdateReport, WakePlan
 from shuteye.tasks.canary import Canary
 from shuteye.tasks.table import Plan, Result, open_runner
 
