@@ -91,7 +91,7 @@ def write_smollm2(directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from shuteye.models.blueprint import quiet
+    from shuteye.models.modules import quiet
     from shuteye.models.sources import resolve_source
 
     source = resolve_source("smollm2-135m", cache_dir=default_cache_dir())

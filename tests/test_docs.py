@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from shuteye import LLM, AsyncEngine, EngineConfig, errors
 from shuteye.errors import ModelSleeping, TransitionConflict
-from shuteye.models.blueprint import quiet
+from shuteye.models.modules import quiet
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
 from shuteye.server.http.errors import error_body

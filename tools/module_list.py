@@ -22,7 +22,7 @@ LAYERS = {
     "cache/: the KV cache": ("cache",),
     "models/: the only package that imports transformers": ("models",),
     "tasks/: what a model can be for, one folder each": ("tasks",),
-    "worker/: one rank": ("worker",),
+    "worker.py: one rank": ("worker",),
     "executors/: the seam between engine and ranks": ("executors",),
     "engine/: what runs next, and when the gate is open": ("engine",),
     "frontend/: the callers' side; no torch": ("frontend",),

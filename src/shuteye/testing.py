@@ -49,7 +49,7 @@ def tiny_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from shuteye.models.blueprint import quiet
+    from shuteye.models.modules import quiet
 
     path = Path(path)
     settings: dict[str, Any] = {
@@ -101,8 +101,7 @@ def tiny_encoder(
     """
     from transformers import AutoConfig
 
-    from shuteye.models.blueprint import quiet
-    from shuteye.models.tasks import model_class, model_options
+    from shuteye.models.modules import model_class, model_options, quiet
 
     path = Path(path)
     settings: dict[str, Any] = {
@@ -178,7 +177,7 @@ def tiny_speech_model(path: str | Path, *, seed: int = 0, multilingual: bool = F
     """
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-    from shuteye.models.blueprint import quiet
+    from shuteye.models.modules import quiet
 
     path = Path(path)
     special = _speech_tokens(multilingual=multilingual)

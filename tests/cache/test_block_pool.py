@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shuteye.cache.block_pool import BlockPool
+from shuteye.cache.blocks import BlockPool
 
 
 def test_reserved_block_is_never_handed_out():

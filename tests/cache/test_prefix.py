@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shuteye.cache.block_pool import BlockPool
-from shuteye.cache.prefix import DIGEST_SIZE, HashChain, PrefixCache, block_digest
+from shuteye.cache.blocks import DIGEST_SIZE, BlockPool, HashChain, PrefixCache, block_digest
 
 BLOCK = 4
 
@@ -93,7 +92,7 @@ def test_switched_off_it_finds_nothing():
 def test_chain_hashes_each_block_once(monkeypatch):
     """A request waiting for room would hash its whole prompt again at every step."""
     calls = []
-    monkeypatch.setattr("shuteye.cache.prefix.block_digest", lambda *args: calls.append(args) or block_digest(*args))
+    monkeypatch.setattr("shuteye.cache.blocks.block_digest", lambda *args: calls.append(args) or block_digest(*args))
     chain, tokens = HashChain(BLOCK), list(range(40))
     first = [chain.digest(tokens, index) for index in range(10)]
     assert [chain.digest(tokens, index) for index in reversed(range(10))] == first[::-1]

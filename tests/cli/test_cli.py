@@ -16,6 +16,7 @@ from shuteye.config import EngineConfig
 from shuteye.memory.image import ImageIdentity
 from shuteye.memory.image_store import ImageStore
 from shuteye.memory.layout import TensorSpec
+from shuteye.models.progress import Advanced, Failed, Finished, Started
 from shuteye.server.config import ServerConfig
 
 MIB = 1024**2
@@ -327,11 +328,11 @@ def test_a_step_that_failed_is_not_shown_as_done(tmp_path):
     """Catches a full bar for a download that came to nothing."""
     file = (tmp_path / "out").open("w+")
     with file, ProgressBars(Console(file=file, force_terminal=True, width=200)) as bars:
-        bars.start("Fetching", None)
-        bars.fail("nobody there")
-        bars.start("Fetching", 3 * MIB)
-        bars.advance(MIB)
-        bars.fail("broke off")
+        bars(Started("Fetching"))
+        bars(Failed("nobody there"))
+        bars(Started("Fetching", 3 * MIB))
+        bars(Advanced(MIB))
+        bars(Failed("broke off"))
         assert [task.description for task in bars._bars.tasks] == [
             "Fetching: failed, nobody there",
             "Fetching: failed, broke off",
@@ -343,14 +344,14 @@ def test_progress_of_known_and_unknown_length(tmp_path):
     """Catches a bar that ends short, or divides by an unknown total."""
     file = (tmp_path / "out").open("w+")
     with file, ProgressBars(Console(file=file, force_terminal=True, width=120)) as bars:
-        bars.start("Fetching", 3 * MIB)
-        bars.advance(MIB)
-        bars.advance(2 * MIB)
-        bars.finish()
-        bars.start("Reading", None)
-        bars.advance(5)
-        bars.finish()
-        bars.start("Nothing", None)
-        bars.finish()
+        bars(Started("Fetching", 3 * MIB))
+        bars(Advanced(MIB))
+        bars(Advanced(2 * MIB))
+        bars(Finished())
+        bars(Started("Reading"))
+        bars(Advanced(5))
+        bars(Finished())
+        bars(Started("Nothing"))
+        bars(Finished())
         assert bars._bars.finished
         assert [task.completed for task in bars._bars.tasks] == [3 * MIB, 5, 1]

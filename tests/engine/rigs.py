@@ -7,7 +7,7 @@ import pytest
 from shuteye.calls import ControlCall, WakeCall
 from shuteye.engine.core import EngineCore
 from shuteye.errors import ShuteyeError, VerificationFailed, rebuild
-from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.backends import MemoryBackend
 from shuteye.state import VerifyResult
 from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
 
@@ -85,6 +85,6 @@ class Rig:
 def wake_to_wrong_bytes(rig, monkeypatch):
     """A wake whose verification finds an extent that is wrong, and which is refused over it."""
     with monkeypatch.context() as patched:
-        patched.setattr(rig.worker, "verify", lambda _mode: VerifyResult(1, (0,)))
+        patched.setattr(rig.worker.residency, "verify", lambda _mode: VerifyResult(1, (0,)))
         with pytest.raises(VerificationFailed):
             rig.call(WakeCall())

@@ -33,9 +33,8 @@ from shuteye.errors import (
     VerificationFailed,
     WakeFailed,
 )
-from shuteye.memory import verifier
 from shuteye.memory.backends.linux import LinuxBackend
-from shuteye.memory.backings.spill import DiskBacking
+from shuteye.memory.backings import DiskBacking
 from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
 
 PROMPT = tuple(range(3, 40))
@@ -577,7 +576,7 @@ def test_a_corrupted_saved_extent_is_found_and_nothing_opens(rig):
 
 def corrupt_saved(rig):
     """Flip bits in what the disk backing holds, behind the engine's back."""
-    fd = rig.core._executor._worker._residency._backing._fd
+    fd = rig.core._executor._worker.residency._backing._fd
     size = os.fstat(fd).st_size
     data = os.pread(fd, size, 0)
     os.pwrite(fd, bytes(byte ^ 0xFF for byte in data), 0)
@@ -611,7 +610,7 @@ def test_collective_rpc_reaches_the_worker(rig):
 @pytest.mark.parametrize("verify", ["off", "sample"])
 def test_distrust_outlasts_a_failed_wake(make_rig, monkeypatch, verify):
     """Would catch a retry that looks elsewhere, or nowhere, and opens the gate over memory known to be wrong."""
-    monkeypatch.setattr(verifier, "SAMPLE_BYTES", 1)
+    monkeypatch.setattr("shuteye.memory.weights.SAMPLE_BYTES", 1)
     rig = make_rig(verify_wake=verify, canary=False)
     rig.call(UpdateCall(named_tensors=list(tensors_of(rig).items())))
     rig.backend.fail_next("release", when="after")
@@ -629,8 +628,8 @@ def test_distrust_outlasts_a_failed_wake(make_rig, monkeypatch, verify):
 
 def verified_modes(rig, monkeypatch):
     """How much each verification from now on compares."""
-    modes, verify = [], rig.worker.verify
-    monkeypatch.setattr(rig.worker, "verify", lambda mode: modes.append(mode) or verify(mode))
+    modes, verify = [], rig.worker.residency.verify
+    monkeypatch.setattr(rig.worker.residency, "verify", lambda mode: modes.append(mode) or verify(mode))
     return modes
 
 
@@ -767,7 +766,7 @@ def test_a_sleep_without_room_is_refused_before_anybody_is_waited_for(rig, monke
     """Would catch requests that are drained, or new ones refused, for a sleep that could never succeed."""
     expected = rig.generate(PROMPT, LONG)
     rig.call(UpdateCall(named_tensors=list(tensors_of(rig).items())))
-    monkeypatch.setattr(rig.worker._residency._backing, "free_bytes", lambda: 0)
+    monkeypatch.setattr(rig.worker.residency._backing, "free_bytes", lambda: 0)
     rig.add("a", PROMPT, LONG)
     rig.step()
     with pytest.raises(SleepFailed, match="nothing was touched"):

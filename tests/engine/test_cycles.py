@@ -51,7 +51,7 @@ def test_asleep_the_kernel_agrees_that_the_memory_is_gone(real):
     for token in (7, 9, 11):
         rig.add(f"fill-{token}", [token] * 900, SHORT)
     rig.run()
-    residency = rig.core._executor._worker._residency
+    residency = rig.core._executor._worker.residency
     arenas = residency._weights_arena, residency._kv_arena
     before = smaps_rss(*arenas)
     assert before > arenas[0].nbytes + 0.9 * arenas[1].nbytes, "the test must fill the KV cache"

@@ -216,7 +216,7 @@ def test_a_wake_that_fails_and_cannot_be_undone_is_a_fault(rig, monkeypatch):
     """Would catch memory that is known to be wrong and stays mapped, while the engine says that it is asleep."""
     expected = rig.generate(PROMPT)
     rig.call(SleepCall(1))
-    monkeypatch.setattr(rig.worker, "verify", lambda _mode: VerifyResult(1, (0,)))
+    monkeypatch.setattr(rig.worker.residency, "verify", lambda _mode: VerifyResult(1, (0,)))
     rig.backend.fail_next("release")
     with pytest.raises(EngineFaulted, match="rolling back a wake failed"):
         rig.call(WakeCall())

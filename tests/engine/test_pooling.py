@@ -145,7 +145,7 @@ def test_the_canary_sees_what_no_checksum_does(make_pool_rig):
     """Would catch a wake that is called good with memory that is not: here checksums are off."""
     rig = make_pool_rig(verify_wake="off")
     rig.call(SleepCall(1))
-    genuine = rig.worker._residency.restore
+    genuine = rig.worker.residency.restore
 
     def spoiled(plan):
         reports = genuine(plan)
@@ -153,10 +153,10 @@ def test_the_canary_sees_what_no_checksum_does(make_pool_rig):
             poison(tensor)
         return reports
 
-    rig.worker._residency.restore = spoiled
+    rig.worker.residency.restore = spoiled
     with pytest.raises(ShuteyeError, match="canary"):
         rig.call(WakeCall())
-    rig.worker._residency.restore = genuine
+    rig.worker.residency.restore = genuine
     assert rig.core.state.is_sleeping
 
 

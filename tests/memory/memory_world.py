@@ -89,7 +89,7 @@ class World:
 
     def write_everything(self, seed: int) -> None:
         """What update_weights does after a blank wake."""
-        for slot in self.residency.layout.slots.values():
+        for slot in self.residency.image.layout.slots.values():
             self.weights.bytes_view(slot.offset, slot.nbytes)[:] = random.Random(f"{seed} {slot.name}").randbytes(
                 slot.nbytes
             )

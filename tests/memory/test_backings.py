@@ -12,8 +12,7 @@ from memory_world import PAGE, open_fds
 from shuteye.errors import BackendFailure, MemoryExhausted
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends.fake import FakeBackend
-from shuteye.memory.backings.base import ImageSource
-from shuteye.memory.backings.spill import DiskBacking, HostBacking
+from shuteye.memory.backings import DiskBacking, HostBacking
 from shuteye.memory.image import WeightImage
 from shuteye.memory.image_files import checksum_hex
 from shuteye.memory.layout import Extent
@@ -183,12 +182,11 @@ def test_host_memory_is_measured_where_it_is_limited(backend: FakeBackend, arena
         backing.save(arena, EXTENTS)
 
 
-def test_the_image_is_a_source_like_any_other(backend: FakeBackend, image_paths: tuple[Path, Path]) -> None:
+def test_an_image_is_loaded_and_known_as_a_backing_is(backend: FakeBackend, image_paths: tuple[Path, Path]) -> None:
     image = WeightImage.open(image_paths[0])
     arena = Arena.reserve(backend, tag="weights", nbytes=image.layout.nbytes)
-    source = ImageSource(image)
-    source.load(arena, 0, arena.nbytes)
+    image.load(arena, 0, arena.nbytes)
     for extent in image.layout.extents:
-        assert source.checksum(extent) == checksum_hex(arena.bytes_view(extent.offset, extent.nbytes))
+        assert image.checksum(extent) == checksum_hex(arena.bytes_view(extent.offset, extent.nbytes))
     arena.close()
     image.close()

@@ -177,7 +177,7 @@ def test_of_many_bad_files_some_are_named_and_all_are_counted(path: Path) -> Non
 
 
 def test_hidden_files_are_nobodys_damage(path: Path) -> None:
-    """Would catch an image that is made anew because a backup or a file system left a mark in it."""
+    """Would catch an image that is rebuilt because a backup or a file system left a mark in it."""
     (path / ".nfs0001").touch()
     WeightImage.open(path).close()
 

@@ -18,10 +18,10 @@ import pytest
 from memory_world import PAGE, TEMPLATE, build_image, unseal
 
 from shuteye.errors import ImageFailure
+from shuteye.memory.cache_dir import find_orphans
 from shuteye.memory.image import BUFFERS_FILE, INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.memory.image_writer import ImageWriter
-from shuteye.memory.orphans import find_orphans
 
 IDENTITY = ImageIdentity("test/model", "1", "bfloat16")
 

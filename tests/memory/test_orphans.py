@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from shuteye.memory.locks import lock_file
-from shuteye.memory.orphans import find_orphans, remove_orphan, sweep_orphans
+from shuteye.memory.cache_dir import find_orphans, lock_file, remove_orphan, sweep_orphans
 
 KEY = "model-1.5-bfloat16-0123456789ab"
 

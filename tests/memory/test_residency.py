@@ -104,7 +104,7 @@ def test_a_saved_extent_written_again_is_saved_again(world: World) -> None:
 
 
 def test_views_keep_their_addresses_and_values_over_sleep(world: World) -> None:
-    tensor = world.weights.slot_view(world.residency.layout.slots["layer.q"])
+    tensor = world.weights.slot_view(world.residency.image.layout.slots["layer.q"])
     address, value = tensor.data_ptr(), tensor.clone()
     for _ in range(3):
         world.sleep(LEVEL_1)
@@ -182,12 +182,12 @@ def test_blank_weights_are_poison_until_every_tensor_is_written(world: World) ->
     world.sleep(LEVEL_2)
     world.wake(WakePlan("blank", "keep"))
     assert set(world.weight_bytes) == {POISON}
-    assert world.residency.missing == ("embed", "layer.q", "layer.k", "mlp", "norm")
+    assert world.residency.missing() == ("embed", "layer.q", "layer.k", "mlp", "norm")
     for name in ("head", "layer.k", "mlp", "norm"):  # head is tied to embed
         world.residency.mark_written(name)
-    assert (world.residency.missing, world.where["weights"]) == (("layer.q",), "blank")
+    assert (world.residency.missing(), world.where["weights"]) == (("layer.q",), "blank")
     world.residency.mark_written("layer.q")
-    assert (world.residency.missing, world.where["weights"]) == ((), "resident")
+    assert (world.residency.missing(), world.where["weights"]) == ((), "resident")
 
 
 def test_weights_written_into_blank_memory_are_saved_whole_and_come_back(world: World) -> None:
@@ -419,9 +419,9 @@ def test_nothing_is_missing_of_weights_that_are_not_blank_any_more(world: World,
     """Would catch a state that lists tensors to be written where none can be."""
     world.sleep(LEVEL_2)
     world.wake(WakePlan("blank", "keep"))
-    assert world.residency.missing
+    assert world.residency.missing()
     getattr(world.residency, back)()
-    assert (world.where["weights"], world.residency.missing) == ("discarded", ())
+    assert (world.where["weights"], world.residency.missing()) == ("discarded", ())
 
 
 def test_undoing_leaves_the_tag_that_was_awake_alone(world: World) -> None:

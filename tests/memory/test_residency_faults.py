@@ -87,7 +87,7 @@ def snapshot(world: World) -> Snapshot:
     mapped = where["weights"] in ("resident", "blank")
     return Snapshot(
         where,
-        world.residency.missing,
+        world.residency.missing(),
         world.weight_bytes if mapped else None,
         world.bytes_of(world.kv) if where["kv_cache"] == "resident" else None,
     )

@@ -48,9 +48,9 @@ class Driver:
         self.weights.map_file(0, image.layout.nbytes, fd=image.fd)
         self.model: LoadedModel = bind(image, self.weights, **binding)
         shape: dict[str, Any] = {
-            "num_layers": self.model.num_layers,
-            "num_kv_heads": self.model.num_kv_heads,
-            "head_dim": self.model.head_dim,
+            "num_layers": self.model.facts.attention.num_layers,
+            "num_kv_heads": self.model.facts.attention.num_kv_heads,
+            "head_dim": self.model.facts.attention.head_dim,
             "dtype": self.model.dtype,
         }
         nbytes = kv_bytes_per_token(**shape) * BLOCK_SIZE * num_blocks
@@ -121,7 +121,7 @@ def reference_model(checkpoint: Path | ModelSource, dtype: torch.dtype) -> Any:
     """The same checkpoint as transformers alone loads it."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    from shuteye.models.blueprint import quiet
+    from shuteye.models.modules import quiet
 
     extra: dict[str, Any] = {}
     path = checkpoint if isinstance(checkpoint, Path) else checkpoint.path

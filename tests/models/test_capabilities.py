@@ -4,8 +4,8 @@ import pytest
 from transformers import AutoConfig
 
 from shuteye.errors import UnsupportedModel
+from shuteye.models.modules import task_of
 from shuteye.models.support import check
-from shuteye.models.tasks import task_of
 
 SMALL = {
     "vocab_size": 64,

@@ -16,43 +16,18 @@ from shuteye.errors import ImageFailure, InternalError, MemoryExhausted, ModelNo
 from shuteye.memory.image_store import ImageStore
 from shuteye.models import converter
 from shuteye.models.binding import Origin
-from shuteye.models.converter import Advanced, Done, Failed, Finished, Order, Refused, Started, obtain_image
-from shuteye.models.progress import NoProgress
+from shuteye.models.converter import Done, Order, Refused, obtain_image
+from shuteye.models.progress import Advanced, Failed, Finished, ProgressEvent, Started, no_progress
 
 really_apart = converter.make_apart
 """What the suite replaces by a conversion in its own process."""
-
-
-class Told:
-    def __init__(self) -> None:
-        self.steps: list[tuple[object, ...]] = []
-
-    def start(self, label: str, total: int | None) -> None:
-        self.steps.append(("start", label, total))
-
-    def advance(self, amount: int) -> None:
-        self.steps.append(("advance", amount))
-
-    def finish(self) -> None:
-        self.steps.append(("finish",))
-
-    def fail(self, reason: str) -> None:
-        self.steps.append(("fail", reason))
 
 
 ENGINE = """
     import sys
     from shuteye.models.converter import Order, obtain_image
 
-    class Progress:
-        def start(self, label, total):
-            print("start", label)
-        def advance(self, amount):
-            print("advance")
-        def finish(self):
-            print("finish")
-
-    image = obtain_image(Order(sys.argv[1], sys.argv[2]), Progress())
+    image = obtain_image(Order(sys.argv[1], sys.argv[2]), print)
     print(image.identity.key, "transformers" in sys.modules)
 """
 
@@ -63,24 +38,24 @@ def test_nothing_of_a_conversion_stays_in_the_process_that_wanted_it(tiny_checkp
     lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout.splitlines()
     (image,) = ImageStore(tmp_path).list()
     assert lines[-1] == f"{image.key} False"
-    assert lines[0] == f"start Reading the configuration and tokenizer of {tiny_checkpoint}"
-    assert lines.count("advance") > 10, "every tensor"
-    assert lines[-2] == "finish"
+    assert lines[0] == str(Started(f"Reading the configuration and tokenizer of {tiny_checkpoint}"))
+    assert sum(line.startswith("Advanced(") for line in lines) > 10, "every tensor"
+    assert lines[-2] == str(Finished())
 
 
 def test_an_error_of_the_other_process_arrives_as_it_was(tmp_path: Path) -> None:
     """Would catch a wrong name that ends in a traceback or as a bug of ours."""
     with pytest.raises(ModelNotFound, match="No model 'no-such-model'") as caught:
-        really_apart(Order("no-such-model", str(tmp_path)), NoProgress())
+        really_apart(Order("no-such-model", str(tmp_path)), no_progress)
     assert caught.value.param == "model"
 
 
 def test_an_image_that_is_there_is_opened_without_another_process(tiny_checkpoint, tmp_path, monkeypatch) -> None:
     order = Order(str(tiny_checkpoint), str(tmp_path))
-    first = obtain_image(order, NoProgress())
+    first = obtain_image(order, no_progress)
     assert Origin.of(first) == Origin(f"path: {tiny_checkpoint}", "safetensors float32")
     monkeypatch.setattr(converter, "make_apart", None)
-    second = obtain_image(order, NoProgress())
+    second = obtain_image(order, no_progress)
     assert second.path == first.path
     first.close()
     second.close()
@@ -107,17 +82,17 @@ def older_format(path: Path) -> None:
         ("index.json", older_format, "another version of shuteye made it"),
     ],
 )
-def test_an_image_that_lacks_something_is_made_anew_and_the_log_says_why(
+def test_an_image_that_lacks_something_is_rebuilt_and_the_log_says_why(
     tiny_checkpoint, tmp_path, caplog, name, damage, says
 ) -> None:
     """Would catch a model served with another tokenizer than its own, and images of older versions served unchecked."""
     order = Order(str(tiny_checkpoint), str(tmp_path))
-    path = obtain_image(order, NoProgress()).path
+    path = obtain_image(order, no_progress).path
     sealed = (path / name).read_bytes()
     (path / name).parent.chmod(0o755)
     (path / name).chmod(0o644)
     damage(path / name)
-    image = obtain_image(order, NoProgress())
+    image = obtain_image(order, no_progress)
     image.close()
     assert name == "index.json" or (image.path / name).read_bytes() == sealed
     assert ImageStore(tmp_path).verify(image.path.name).bad_extents == ()
@@ -128,14 +103,14 @@ def test_an_image_that_lacks_something_is_made_anew_and_the_log_says_why(
 def test_an_image_with_another_file_in_it_is_refused(tiny_checkpoint, tmp_path, name) -> None:
     """Would catch a damaged tokenizer that is served silently."""
     order = Order(str(tiny_checkpoint), str(tmp_path))
-    first = obtain_image(order, NoProgress())
+    first = obtain_image(order, no_progress)
     first.close()
     (first.path / name).chmod(0o644)
     other_text(first.path / name)
     with pytest.raises(ImageFailure, match=f"{name} does not match its checksum.*images rm {first.path.name}"):
-        obtain_image(order, NoProgress())
+        obtain_image(order, no_progress)
     ImageStore(tmp_path).remove(first.path.name)
-    obtain_image(order, NoProgress()).close()
+    obtain_image(order, no_progress).close()
 
 
 def test_orphans_are_swept_by_whoever_wants_an_image(tiny_checkpoint, tmp_path) -> None:
@@ -143,29 +118,23 @@ def test_orphans_are_swept_by_whoever_wants_an_image(tiny_checkpoint, tmp_path) 
     left = [tmp_path / "images" / ".other-bfloat16-0123.abcd", tmp_path / "wheels" / ".fetch-killed"]
     for directory in left:
         directory.mkdir(parents=True)
-    obtain_image(Order(str(tiny_checkpoint), str(tmp_path)), NoProgress()).close()
+    obtain_image(Order(str(tiny_checkpoint), str(tmp_path)), no_progress).close()
     assert [directory for directory in left if directory.exists()] == []
 
 
 def test_offline_a_model_that_is_not_here_is_refused_at_once(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(converter, "make_apart", None)
     with pytest.raises(ModelNotFound, match="offline"):
-        obtain_image(Order("no-one/nothing", str(tmp_path), offline=True), NoProgress())
+        obtain_image(Order("no-one/nothing", str(tmp_path), offline=True), no_progress)
 
 
 def test_what_is_told_is_passed_on_up_to_the_end() -> None:
     lines = [Started("Reading", None), Finished(), Started("Writing", 7), Advanced(7), Failed("full"), Done("key")]
-    told = Told()
+    told: list[ProgressEvent] = []
     file = io.BytesIO(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
-    assert converter._follow(file, told) == Done("key")
-    assert told.steps == [
-        ("start", "Reading", None),
-        ("finish",),
-        ("start", "Writing", 7),
-        ("advance", 7),
-        ("fail", "full"),
-    ]
-    assert converter._follow(io.BytesIO(), told) is None
+    assert converter._follow(file, told.append) == Done("key")
+    assert told == lines[:-1]
+    assert converter._follow(io.BytesIO(), told.append) is None
 
 
 @pytest.mark.parametrize(
@@ -185,7 +154,7 @@ def test_however_the_process_ends_the_error_is_ours(monkeypatch, tmp_path, progr
     """Would catch a conversion that was killed for memory and is told as "engine died"."""
     monkeypatch.setattr(converter, "_command", lambda _order: (sys.executable, "-S", "-c", program))
     with pytest.raises(expected, match=says) as caught:
-        really_apart(Order("m", str(tmp_path)), NoProgress())
+        really_apart(Order("m", str(tmp_path)), no_progress)
     assert type(caught.value) is expected
 
 
@@ -205,13 +174,12 @@ def test_an_interrupt_ends_the_process_and_what_it_had_begun(monkeypatch, tmp_pa
     """
     monkeypatch.setattr(converter, "_command", lambda _order: (sys.executable, "-S", "-c", textwrap.dedent(program)))
 
-    class Interrupting(Told):
-        def start(self, label: str, total: int | None) -> None:
-            assert begun.exists()
-            raise KeyboardInterrupt
+    def interrupt(_event: ProgressEvent) -> None:
+        assert begun.exists()
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        really_apart(Order("m", str(tmp_path)), Interrupting())
+        really_apart(Order("m", str(tmp_path)), interrupt)
     assert not begun.exists()
 
 
@@ -226,5 +194,4 @@ def test_a_refusal_is_told_by_name(tmp_path, monkeypatch) -> None:
         raise UnsupportedModel("no", param="model")
 
     monkeypatch.setattr(converter, "make", refuse)
-    teller = converter._Teller(io.BytesIO())
-    assert converter._outcome(Order("m", str(tmp_path)), teller) == Refused("UnsupportedModel", "no", "model")
+    assert converter._outcome(Order("m", str(tmp_path)), no_progress) == Refused("UnsupportedModel", "no", "model")

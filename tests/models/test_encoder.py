@@ -47,7 +47,7 @@ def reference(path, texts, how):
     """One text at a time through transformers' auto classes and its own tokenizer."""
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-    from shuteye.models.blueprint import quiet
+    from shuteye.models.modules import quiet
 
     kind = AutoModel if how else AutoModelForSequenceClassification
     with quiet(), torch.inference_mode():
@@ -146,10 +146,10 @@ def test_the_context_is_the_shortest_of_what_the_files_say(tmp_path, bound):
         path = tiny_encoder(
             tmp_path / architecture, architecture=architecture, pooling=None, max_position_embeddings=positions
         )
-        assert bound(path).context_length == expected
+        assert bound(path).facts.context_length == expected
     path = tiny_encoder(tmp_path / "short")
     edit(path / "sentence_bert_config.json", max_seq_length=40)
-    assert bound(path).context_length == 40
+    assert bound(path).facts.context_length == 40
 
 
 def edit(path, **changes):

@@ -13,7 +13,7 @@ from shuteye.memory.image_store import ImageStore
 from shuteye.models import image_builder as loader
 from shuteye.models.formats.checkpoint import open_checkpoint, read_config, resolve_dtype
 from shuteye.models.image_builder import open_image
-from shuteye.models.progress import NoProgress
+from shuteye.models.progress import Advanced, Finished, Started, no_progress
 from shuteye.models.sources import resolve_source
 from shuteye.testing import tiny_model
 from shuteye.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ def test_streaming_and_transformers_give_the_same_bytes(tmp_path, dtype, stored,
     assert streams(source)
     images = []
     for streaming in (True, False):
-        conversion = loader._Conversion(source, getattr(torch, dtype), NoProgress(), streaming)
+        conversion = loader._Conversion(source, getattr(torch, dtype), no_progress, streaming)
         store = ImageStore(tmp_path / str(streaming))
         images.append(store.open_or_build(loader.identity_of(source, conversion.dtype), conversion.write))
     first, second = images
@@ -50,7 +50,7 @@ def test_streaming_and_transformers_give_the_same_bytes(tmp_path, dtype, stored,
 def test_sharded_checkpoints_stream(tmp_path, reference, load):
     from transformers import AutoModelForCausalLM
 
-    from shuteye.models.blueprint import quiet
+    from shuteye.models.modules import quiet
 
     path = tiny_model(tmp_path / "model")
     with quiet():
@@ -92,11 +92,12 @@ def test_binding_reads_neither_the_checkpoint_nor_the_weights(tmp_path, load):
     assert load(source, dtype="float32").generate([[5, 6, 7]], 8) == expected
 
 
-def test_slot_of_knows_checkpoint_names_tied_ones_too(tiny_checkpoint, load):
+def test_slots_are_known_by_checkpoint_names_tied_ones_too(tiny_checkpoint, load):
     model = load(tiny_checkpoint).model
-    assert model.slot_of("lm_head.weight") == model.slot_of("model.embed_tokens.weight") == "model.embed_tokens.weight"
-    assert model.slot_of("model.layers.1.mlp.up_proj.weight") == "model.layers.1.mlp.up_proj.weight"
-    assert model.slot_of("model.layers.9.mlp.up_proj.weight") is None
+    names = model.slot_names
+    assert names["lm_head.weight"] == names["model.embed_tokens.weight"] == "model.embed_tokens.weight"
+    assert names["model.layers.1.mlp.up_proj.weight"] == "model.layers.1.mlp.up_proj.weight"
+    assert "model.layers.9.mlp.up_proj.weight" not in names
 
 
 def test_a_changed_checkpoint_makes_a_new_image(tmp_path):
@@ -138,9 +139,10 @@ def test_facts_come_from_config_and_generation_config(tmp_path, load):
     model = load(path).model
     assert model.eos_token_ids == (2, 7)
     assert model.default_sampling == {"temperature": 0.6, "top_p": 0.9}
-    assert (model.architecture, model.task) == ("LlamaForCausalLM", "generate")
-    assert (model.vocab_size, model.context_length) == (320, 512)
-    assert (model.num_layers, model.num_kv_heads, model.head_dim, model.dtype) == (2, 2, 16, torch.float32)
+    assert (model.facts.architecture, model.facts.task) == ("LlamaForCausalLM", "generate")
+    assert (model.facts.vocab_size, model.facts.context_length) == (320, 512)
+    cached = model.facts.attention
+    assert (cached.num_layers, cached.num_kv_heads, cached.head_dim, model.dtype) == (2, 2, 16, torch.float32)
 
 
 def test_the_images_tokenizer_needs_nothing_else(tiny_checkpoint, tmp_path):
@@ -188,23 +190,14 @@ def test_remote_code_is_refused_without_running_it(tmp_path):
 
 
 def test_progress_covers_every_byte_and_nothing_is_printed(tiny_checkpoint, tmp_path, capfd):
-    steps = []
-
-    class Recorder:
-        def start(self, label, total):
-            steps.append([label, total, 0])
-
-        def advance(self, amount):
-            steps[-1][2] += amount
-
-        def finish(self):
-            pass
-
+    told = []
     image = open_image(
-        source_of(tiny_checkpoint, tmp_path), dtype="auto", store=ImageStore(tmp_path), progress=Recorder()
+        source_of(tiny_checkpoint, tmp_path), dtype="auto", store=ImageStore(tmp_path), progress=told.append
     )
     written = sum(slot.nbytes for slot in image.layout.slots.values())
-    assert [step[1:] for step in steps] == [[None, 0], [None, 0], [written, written]]
+    assert [event.total for event in told if isinstance(event, Started)] == [None, None, written]
+    assert [type(event) for event in told[:5]] == [Started, Finished, Started, Finished, Started]
+    assert sum(event.nbytes for event in told if isinstance(event, Advanced)) == written
     assert capfd.readouterr() == ("", "")
 
 

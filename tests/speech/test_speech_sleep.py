@@ -45,7 +45,7 @@ def test_written_weights_survive_level_1_and_not_level_2(rig):
     before = rig.transcribe(SAMPLES).stretches
     name = "model.decoder.layer_norm.weight"
     state = {"proj_out.weight", "model.decoder.embed_tokens.weight", name}
-    assert all(rig.worker._model.slot_of(each) for each in state), "names of the checkpoint, tied ones included"
+    assert state <= rig.worker._model.slot_names.keys(), "names of the checkpoint, tied ones included"
     tensor = rig.worker._weights.slot_view(rig.worker._image.layout.slots[name]) * -1
     rig.call(UpdateCall(named_tensors=[(name, tensor)]))
     changed = rig.transcribe(SAMPLES).stretches

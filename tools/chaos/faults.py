@@ -17,7 +17,7 @@ from shuteye.config import EngineConfig
 from shuteye.engine.core import EngineCore
 from shuteye.errors import ShuteyeError
 from shuteye.executors.inproc import InprocExecutor
-from shuteye.memory.backends.base import failure_of
+from shuteye.memory.backends import failure_of
 from shuteye.memory.backends.fake import FakeBackend
 from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
 

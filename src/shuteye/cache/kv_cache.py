@@ -1,7 +1,4 @@
-"""The KV cache as paged tensors over an arena: block-major, so that memory is touched only as blocks are used.
-
-Knows nothing of which request owns a block, nor of attention.
-"""
+"""The KV cache as paged tensors over an arena: block-major, so that memory is touched only as blocks are used."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from shuteye.config import default_cache_dir
 from shuteye.errors import ImageFailure, InvalidRequest
 
 if TYPE_CHECKING:
+    from shuteye.memory.cache_dir import Orphan
     from shuteye.memory.image_store import ImageStore, ImageSummary
-    from shuteye.memory.orphans import Orphan
 
 app = App(name="images", help="List, remove and verify weight images.", help_epilogue="Example: shuteye images ls")
 
@@ -45,7 +45,7 @@ def _store(cache_dir: Path | None) -> ImageStore:
 
 
 def _orphans(cache_dir: Path | None) -> tuple[Orphan, ...]:
-    from shuteye.memory.orphans import find_orphans
+    from shuteye.memory.cache_dir import find_orphans
 
     return find_orphans(_cache(cache_dir))
 
@@ -152,7 +152,7 @@ def _remove(store: ImageStore, key: str) -> int:
 
 
 def _remove_orphans(orphans: tuple[Orphan, ...]) -> None:
-    from shuteye.memory.orphans import remove_orphan
+    from shuteye.memory.cache_dir import remove_orphan
 
     for orphan in orphans:
         try:

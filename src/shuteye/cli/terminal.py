@@ -7,11 +7,14 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from shuteye.models.progress import ProgressEvent
 
 
 def show(renderable: object) -> None:
@@ -132,25 +135,23 @@ class ProgressBars:
     ) -> None:
         self._bars.stop()
 
-    def start(self, label: str, total: int | None) -> None:
-        """A step begins; `total` is in bytes, or None if unknown."""
-        self._current = self._bars.add_task(label, total=total, counts=total is not None)
+    def __call__(self, event: ProgressEvent) -> None:
+        """Draw what a step tells; why one failed stays beside what it was to be."""
+        from shuteye.models.progress import Advanced, Failed, Finished, Started  # other commands start without msgspec
 
-    def advance(self, amount: int) -> None:
-        """`amount` more bytes of the current step are done."""
-        assert self._current is not None, "advance() before start()"
-        self._bars.advance(self._current, amount)
-
-    def finish(self) -> None:
-        """The current step is done, whatever its total was said to be."""
-        self._end("")
-
-    def fail(self, reason: str) -> None:
-        """The current step came to nothing; the reason stays beside what it was to be."""
-        self._end(f": failed, {reason}")
+        match event:
+            case Started(label, total):
+                self._current = self._bars.add_task(label, total=total, counts=total is not None)
+            case Advanced(nbytes):
+                assert self._current is not None, "a step advances before it starts"
+                self._bars.advance(self._current, nbytes)
+            case Finished():
+                self._end("")
+            case Failed(reason):
+                self._end(f": failed, {reason}")
 
     def _end(self, remark: str) -> None:
-        assert self._current is not None, "the end of a step before start()"
+        assert self._current is not None, "a step ends before it starts"
         task = next(task for task in self._bars.tasks if task.id == self._current)
         done = max(task.completed if task.total is None or remark else task.total, 1)
         self._bars.update(self._current, total=done, completed=done, description=f"{task.description}{remark}")

@@ -27,7 +27,7 @@ from shuteye.errors import (
     info_of,
     refusal,
 )
-from shuteye.executors.base import Executor
+from shuteye.executors import Executor
 from shuteye.model_info import ModelSpec, model_info
 from shuteye.state import EngineState, SchedulerStats, WakeReport
 from shuteye.tasks.base import Delta, RequestDelta

@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from shuteye.memory.locks import try_lock
+from shuteye.memory.cache_dir import try_lock
 
 PREFIX = "shuteye-engine-"
 

@@ -37,7 +37,7 @@ from shuteye.errors import (
     SleepModeDisabled,
     TransitionConflict,
 )
-from shuteye.executors.base import Executor
+from shuteye.executors import Executor
 from shuteye.state import TAGS, DrainMode, SleepPlan, SleepReport, Tag, UpdateReport, VerifyMode, WakeReport
 from shuteye.tasks.base import Delta, TaskScheduler
 

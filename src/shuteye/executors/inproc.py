@@ -1,6 +1,6 @@
 """One rank in this very process: the executor of a single CPU or GPU.
 
-Knows nothing of requests or sleep states; torch is imported with the worker, not before.
+Torch is imported with the worker, not before.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 from shuteye.config import EngineConfig
 from shuteye.errors import InternalError, ShuteyeError
-from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.backends import MemoryBackend
 from shuteye.tasks.table import Plan, Result
-from shuteye.worker.worker import VERBS, Worker
+from shuteye.worker import VERBS, Worker
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def _translated(verb: str) -> Iterator[None]:
 
 
 class InprocExecutor:
-    """Calls a worker's methods directly."""
+    """Calls a worker directly."""
 
     def __init__(self, config: EngineConfig, *, backend: MemoryBackend | None = None) -> None:
         self._worker = Worker(config, backend=backend)
@@ -42,7 +42,7 @@ class InprocExecutor:
         """Call a verb on the one rank; see `Executor.call`."""
         assert verb in VERBS, f"{verb!r} is not a verb of the worker"
         with _translated(verb):
-            return [getattr(self._worker, verb)(*args)]
+            return [self._worker.call(verb, *args)]
 
     def close(self) -> None:
         """Give back the rank's memory."""

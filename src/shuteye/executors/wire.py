@@ -1,7 +1,4 @@
-"""Typed frames between processes: msgpack by msgspec over a ZeroMQ pair. No pickle.
-
-Knows nothing of what the frames mean.
-"""
+"""Typed frames between processes: msgpack by msgspec over a ZeroMQ pair. No pickle."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""An arena: one address-stable range of memory, and tensors that look into it.
-
-Knows nothing of where its bytes come from, nor of which tensors lie in it.
-"""
+"""An arena: one address-stable range of memory, and tensors that look into it."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.backends import MemoryBackend
 from shuteye.memory.layout import DTYPE_NBYTES, Slot, round_up, tensor_nbytes
 from shuteye.state import Tag
 

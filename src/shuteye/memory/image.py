@@ -26,12 +26,12 @@ import msgspec
 import torch
 
 from shuteye.errors import ImageFailure
-from shuteye.memory.arena import torch_dtype
+from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image_files import FileRecord, checksum_hex, checksum_of_file, require_present, require_unchanged
-from shuteye.memory.layout import Layout, Slot
+from shuteye.memory.layout import Extent, Layout, Slot
 
 FORMAT_VERSION = 2
-"""1 had no checksums of the files beside the weights; such images are made anew."""
+"""1 had no checksums of the files beside the weights; such images are rebuilt."""
 
 WEIGHTS_FILE = "weights.rank0.bin"
 BUFFERS_FILE = "buffers.bin"
@@ -120,7 +120,7 @@ def _reporting_damage(directory: Path, *, rebuilt: bool = False) -> Iterator[Non
     """Turn whatever reading an image raises into an `ImageFailure` that says what to do.
 
     Args:
-        rebuilt: what is found here makes the image one that is not there, which the next load makes anew by itself.
+        rebuilt: what is found here makes the image one that is not there, which the next load rebuilds by itself.
     """
     try:
         yield
@@ -131,9 +131,9 @@ def _reporting_damage(directory: Path, *, rebuilt: bool = False) -> Iterator[Non
 def _damage(directory: Path, error: Exception, *, rebuilt: bool = False) -> ImageFailure:
     remove = f"`shuteye images rm {directory.name}`"
     advice = (
-        f"Loading its model makes it anew; {remove} removes it."
+        f"Loading its model rebuilds it; {remove} removes it."
         if rebuilt
-        else f"Run {remove}; the next load makes it anew."
+        else f"Run {remove}; the next load rebuilds it."
     )
     return ImageFailure(f"The weight image {directory} cannot be used: {error}. {advice}")
 
@@ -224,6 +224,18 @@ class WeightImage:
                 if checksum_of_file(self.fd, extent.offset, extent.nbytes) != expected
             )
 
+    def load(self, arena: Arena, offset: int, nbytes: int) -> None:
+        """Map bytes [offset, offset + nbytes) under the arena; populated later, privately writable.
+
+        Raises:
+            BackendFailure: the kernel refused.
+        """
+        arena.map_file(offset, nbytes, fd=self.fd)
+
+    def checksum(self, extent: Extent) -> str:
+        """What the extent's bytes hashed to when the image was sealed."""
+        return self.checksums[extent.index]
+
     def require_intact(self) -> bool:
         """Refuse an image that somebody has written to since it was opened: what is mapped of it has changed, too.
 
@@ -253,7 +265,7 @@ class WeightImage:
         command = f"shuteye images rm {self.path.name} --cache-dir {shlex.quote(str(self.path.parent.parent))}"
         return ImageFailure(
             f"The weight image {self.path} was changed while in use: {what}. End the server or program that serves it, "
-            f"run `{command}`, and start it again: the image is then made anew. Or put back the "
+            f"run `{command}`, and start it again: the image is then rebuilt. Or put back the "
             "file's bytes, and wake up."
         )
 

@@ -1,7 +1,4 @@
-"""The files of an image, each with its size and checksum: what is missing, what is short, what has changed.
-
-Knows nothing of what is in them.
-"""
+"""The files of an image, each with its size and checksum: what is missing, what is short, what has changed."""
 
 from __future__ import annotations
 

@@ -1,12 +1,10 @@
 """The directory of weight images: opened if there, built once if not, listed, checked and removed.
 
-Knows nothing of what is in an image, nor of checkpoints.
-
 Two locks, both flock(2), so both die with their process:
     `<key>.lock`, exclusive: held by whoever builds, replaces or removes `<key>`.
     `<key>/weights.rank0.bin`, shared: held by whoever uses the image.
 An image appears by one rename of a finished, synced directory; a crash leaves only `.<key>.*`, which the next to hold
-the key's lock sweeps away (`orphans.py` does so for every key).
+the key's lock sweeps away (`cache_dir.py` does so for every key).
 """
 
 from __future__ import annotations
@@ -20,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shuteye.errors import ImageFailure
+from shuteye.memory.cache_dir import holders, lock_file, remove_tree, tree_bytes, try_lock
 from shuteye.memory.image import INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage, read_index
 from shuteye.memory.image_writer import ImageWriter, reporting_write_errors
-from shuteye.memory.locks import holders, lock_file, try_lock
-from shuteye.memory.orphans import remove_tree, tree_bytes
 from shuteye.state import VerifyResult
 
 

@@ -1,7 +1,4 @@
-"""Writes a weight image: streams tensors to their places, then seals the directory with checksums and an index.
-
-Knows nothing of where the directory ends up, nor of checkpoints.
-"""
+"""Writes a weight image: streams tensors to their places, then seals the directory with checksums and an index."""
 
 from __future__ import annotations
 

@@ -25,14 +25,11 @@ from shuteye.errors import (
     TransitionConflict,
 )
 from shuteye.memory.arena import Arena
-from shuteye.memory.backends.base import MemoryBackend
-from shuteye.memory.backings.base import Backing, BackingName
-from shuteye.memory.backings.spill import DiskBacking, HostBacking
+from shuteye.memory.backends import MemoryBackend
+from shuteye.memory.backings import Backing, BackingName, DiskBacking, HostBacking
 from shuteye.memory.image import WeightImage
-from shuteye.memory.layout import Layout, first_difference
-from shuteye.memory.process_memory import freed_by_release, timed
-from shuteye.memory.verifier import ImageWatch, Verifier
-from shuteye.memory.weights_state import WeightsState
+from shuteye.memory.layout import first_difference
+from shuteye.memory.weights import ImageWatch, Verifier, WeightsState
 from shuteye.state import (
     SleepEstimate,
     SleepPlan,
@@ -58,6 +55,10 @@ class Residency:
 
     The weights begin `offloaded` to the image and the KV cache `discarded`: loading is the first wake.
     Owns the arenas and images given to it, and closes them.
+
+    Attributes:
+        image: what `reload` will map.
+        watch: over the image that is mapped; to be told when an update has ended, however it did.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Residency:
         self._backend = backend
         self._weights_arena = weights
         self._weights = WeightsState.initial(image)
-        self._next_image = image
+        self.image = image
         self._backing: Backing = DiskBacking(backend, spill_dir) if backing == "disk" else HostBacking(backend)
         self._kv_arena: Arena | None = None
         self._kv: TagResidency = "discarded"
@@ -81,27 +82,15 @@ class Residency:
         self._saved: frozenset[int] | None = None
         self._last_restore: _Restored | None = None
         self._epoch = 0
-        self._watch = ImageWatch(weights)
+        self.watch = ImageWatch(weights)
         self._verifier = Verifier(weights, self._backing)
 
     # --- what there is ---------------------------------------------------------------------------
 
-    @property
-    def image(self) -> WeightImage:
-        """The image that `reload` will map."""
-        return self._next_image
-
-    @property
-    def layout(self) -> Layout:
-        """The layout of the weights arena."""
-        return self._weights.image.layout
-
-    @property
     def missing(self) -> tuple[str, ...]:
         """After `blank`: the slots not yet written, in layout order."""
-        return tuple(name for name in self.layout.slots if name in self._missing)
+        return tuple(name for name in self._weights.image.layout.slots if name in self._missing)
 
-    @property
     def epoch(self) -> int:
         """Raised before memory or its content changes; what was computed in an earlier epoch is not to be used."""
         return self._epoch
@@ -141,7 +130,7 @@ class Residency:
             MemoryExhausted: there is no room.
             TransitionConflict: the weights are not where the plan starts.
         """
-        self._require_sleep(plan)
+        self._weights.require(plan.weights)
         dirty = self._verifier.dirty(self._weights) if plan.weights == "offload" else ()
         self._backing.require_room(dirty)
         return SleepEstimate(sum(extent.nbytes for extent in dirty), self._backing.growth_bytes(dirty))
@@ -155,7 +144,7 @@ class Residency:
             BackendFailure: writing failed.
             ImageFailure: see `require_intact`.
         """
-        self._require_sleep(plan)
+        self._weights.require(plan.weights)
         self._settle()
         if plan.weights != "offload":
             return
@@ -173,17 +162,13 @@ class Residency:
         Raises:
             BackendFailure: the kernel refused; some memory may be gone, and only `reset` is safe now.
         """
-        self._require_sleep(plan)
+        self._weights.require(plan.weights)
         reports = []
         if plan.weights != "keep":
             reports.append(self._release_weights(discard=plan.weights == "discard"))
         if plan.kv_cache == "discard":
             reports.append(self._release_kv_cache())
         return tuple(reports)
-
-    def _require_sleep(self, plan: SleepPlan) -> None:
-        if plan.weights != "keep":
-            self._weights.require(plan.weights)
 
     def _release_weights(self, *, discard: bool) -> TagReport:
         before = self._weights
@@ -193,7 +178,7 @@ class Residency:
         self._settle()
         self._missing.clear()
         started = time.perf_counter()
-        freed = freed_by_release(self._weights_arena) if before.is_mapped else 0
+        freed = _release(self._weights_arena) if before.is_mapped else 0
         if discard:
             self._backing.drop()
         return TagReport(
@@ -201,7 +186,7 @@ class Residency:
             self._weights.residency,
             backing=None if discard else self._backing_name(self._weights),
             freed_bytes=freed,
-            saved_bytes=sum(extent.nbytes for extent in self.layout.extents if extent.index in saved),
+            saved_bytes=sum(extent.nbytes for extent in self._weights.image.layout.extents if extent.index in saved),
             seconds=time.perf_counter() - started,
         )
 
@@ -214,7 +199,7 @@ class Residency:
         arena, before, self._kv = self._require_kv_cache(), self._kv, "discarded"
         self._epoch += 1
         started = time.perf_counter()
-        freed = freed_by_release(arena) if before == "resident" else 0
+        freed = _release(arena) if before == "resident" else 0
         return TagReport("kv_cache", "discarded", freed_bytes=freed, seconds=time.perf_counter() - started)
 
     def _require_kv_cache(self) -> Arena:
@@ -237,7 +222,7 @@ class Residency:
             EngineFaulted: it could not be undone; also when weights that were mapped were being replaced.
         """
         self._settle()
-        target = self._weights_after(plan)
+        target = self._weights.after_wake(plan.weights, self.image)
         kv = self._require_kv_cache() if plan.kv_cache == "commit" and self._kv == "discarded" else None
         self._require_memory(target, kv)
         if target and "image" in target.sources:
@@ -251,23 +236,12 @@ class Residency:
             raise
         if target:
             self._weights = target
-            self._watch.mapped_anew()
-            self._missing = set(self.layout.slots) if target.residency == "blank" else set()
+            self.watch.remapped()
+            self._missing = set(self._weights.image.layout.slots) if target.residency == "blank" else set()
         if kv:
             self._kv = "resident"
         self._last_restore = change
         return reports
-
-    def _weights_after(self, plan: WakePlan) -> WeightsState | None:
-        """The state that the plan leads to, or None if the weights are left alone."""
-        if plan.weights == "keep":
-            return None
-        self._weights.require(plan.weights)
-        if plan.weights == "reload":
-            return self._weights.reloaded(self._next_image)
-        if self._weights.is_mapped:
-            return None
-        return self._weights.restored() if plan.weights == "restore" else self._weights.blank()
 
     def _require_memory(self, target: WeightsState | None, kv: Arena | None) -> None:
         """Refuse what cannot fit, all tags together: each alone might, as nothing is touched before all is mapped."""
@@ -281,21 +255,29 @@ class Residency:
 
     def _bring_back(self, target: WeightsState | None, kv: Arena | None) -> tuple[TagReport, ...]:
         reports = []
-        map_s = timed(lambda: self._map_weights(target)) if target else 0.0
-        commit_s = timed(kv.commit) if kv else 0.0
+        started = time.perf_counter()
+        if target:
+            self._map_weights(target)
+        mapped = time.perf_counter()
+        if kv:
+            kv.commit()
+        committed = time.perf_counter()
         if target:
             resident = target.residency == "resident"
-            populate_s = timed(self._weights_arena.populate) if resident else 0.0
+            if resident:
+                self._weights_arena.populate()
+            populated = time.perf_counter()
             reports.append(
                 TagReport(
                     "weights",
                     target.residency,
                     backing=self._backing_name(target) if resident else None,
                     restored_bytes=self._weights_arena.resident_bytes(),
-                    seconds=map_s + populate_s,
+                    seconds=(mapped - started) + (populated - committed),
                 )
             )
         if kv:
+            commit_s = committed - mapped
             reports.append(TagReport("kv_cache", "resident", restored_bytes=kv.resident_bytes(), seconds=commit_s))
         return tuple(reports)
 
@@ -361,13 +343,13 @@ class Residency:
         Raises:
             InvalidRequest: its tensors are not this model's; the first that differs is named.
         """
-        difference = first_difference(self.layout, image.layout)
+        difference = first_difference(self._weights.image.layout, image.layout)
         if difference:
             raise InvalidRequest(
                 f"The new weights do not fit the model in memory: {difference}. Serve them from a new engine.",
                 param="path",
             )
-        replaced, self._next_image = self._next_image, image
+        replaced, self.image = self.image, image
         self._close_unless_used(replaced)
 
     # --- trust -----------------------------------------------------------------------------------
@@ -385,21 +367,13 @@ class Residency:
         self.require_intact()
         return self._verifier.verify(self._weights, mode)
 
-    def note_written(self) -> None:
-        """See `ImageWatch`: to be called once an update has ended, however it did.
-
-        Raises:
-            BackendFailure: the kernel would not say.
-        """
-        self._watch.note_written()
-
     def require_intact(self) -> None:
-        """Refuse to go on with weights under which the image's file was changed, until they are mapped anew.
+        """Refuse to go on with weights under which the image's file was changed, until they are mapped again.
 
         Raises:
             ImageFailure: see `ImageWatch.require_intact`.
         """
-        self._watch.require_intact(self._weights)
+        self.watch.require_intact(self._weights)
 
     # --- ending ----------------------------------------------------------------------------------
 
@@ -425,7 +399,7 @@ class Residency:
     def _weights_after_reset(self) -> WeightsState:
         if not self._weights.is_mapped:
             return self._weights
-        if not self._watch.is_intact(self._weights):
+        if not self.watch.is_intact(self._weights):
             return self._weights.discarded()
         dirty = self._verifier.dirty(self._weights)
         held = all(self._verifier.is_held(extent) for extent in dirty)
@@ -440,7 +414,7 @@ class Residency:
             BackendFailure: the kernel refused; everything else is given back all the same.
         """
         with ExitStack() as stack:
-            stack.callback(self._next_image.close)
+            stack.callback(self.image.close)
             stack.callback(self._weights.image.close)
             stack.callback(self._settle)
             stack.callback(self._backing.drop)
@@ -457,6 +431,17 @@ class Residency:
 
     def _close_unless_used(self, image: WeightImage) -> None:
         undoable = self._last_restore.weights_before if self._last_restore else None
-        users = (self._next_image, self._weights.image, undoable.image if undoable else None)
+        users = (self.image, self._weights.image, undoable.image if undoable else None)
         if image not in users:
             image.close()
+
+
+def _release(arena: Arena) -> int:
+    """Release the arena; the physical bytes that this took out of the process.
+
+    Raises:
+        BackendFailure: the kernel refused, or would not say.
+    """
+    before = arena.resident_bytes()
+    arena.release()
+    return before - arena.resident_bytes()

@@ -1,6 +1,6 @@
 """Paged attention for transformers' AttentionInterface: new keys and values go to the cache, then all attend.
 
-Knows nothing of schedulers or of any one model; what it is not told how to honour it refuses.
+What a model asks of attention and this cannot do is refused.
 """
 
 from __future__ import annotations
@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from shuteye.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from shuteye.cache.kv_cache import KVCache
+    from shuteye.tasks.generate.batch import PackedBatch
 
 IMPLEMENTATION = "shuteye_paged"
 """The name to set as `config._attn_implementation`."""
@@ -23,72 +27,6 @@ IGNORED_ARGUMENTS = frozenset(
     # What these say is in the batch already, or does not change the result.
     {"position_ids", "position_embeddings", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
 )
-
-
-class AttentionBatch(Protocol):
-    """What attention must know of a packed step; `runner.batch.PackedBatch` is one."""
-
-    @property
-    def slots(self) -> torch.Tensor:
-        """[num_tokens]"""
-        ...
-
-    @property
-    def query_starts(self) -> tuple[int, ...]:
-        """[num_sequences + 1]"""
-        ...
-
-    @property
-    def context_lengths(self) -> tuple[int, ...]:
-        """[num_sequences], in tokens, this step's included."""
-        ...
-
-    @property
-    def block_tables(self) -> tuple[tuple[int, ...], ...]:
-        """Per sequence, block ids that cover its context."""
-        ...
-
-
-class ModelBatch(AttentionBatch, Protocol):
-    """What a forward pass must know of a packed step; `runner.batch.PackedBatch` is one."""
-
-    @property
-    def input_ids(self) -> torch.Tensor:
-        """[num_tokens]"""
-        ...
-
-    @property
-    def positions(self) -> torch.Tensor:
-        """[num_tokens]"""
-        ...
-
-    @property
-    def logits_indices(self) -> torch.Tensor:
-        """[num_sampled]"""
-        ...
-
-
-class PagedCache(Protocol):
-    """What attention must know of a KV cache; `cache.kv_cache.KVCache` is one."""
-
-    block_size: int
-
-    @property
-    def blocks(self) -> torch.Tensor:
-        """Everything: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]."""
-        ...
-
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [num_blocks, block_size, num_kv_heads, head_dim]."""
-        ...
-
-    def rows(self, slots: torch.Tensor) -> torch.Tensor:
-        """Where `slots` stand, for `write_rows`."""
-        ...
-
-    def write_rows(self, layer: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor) -> None:
-        """Store new keys and values [num_tokens, num_kv_heads, head_dim]."""
-        ...
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
@@ -231,7 +169,7 @@ class _Prefill:
 class AttentionContext:
     """What every layer of one forward pass shares: where to write, whom to read."""
 
-    def __init__(self, batch: AttentionBatch, cache: PagedCache, windows: Sequence[int | None]) -> None:
+    def __init__(self, batch: PackedBatch, cache: KVCache, windows: Sequence[int | None]) -> None:
         self.cache = cache
         self.windows = windows
         self.rows = cache.rows(batch.slots)
@@ -320,7 +258,7 @@ def paged_attention(
     """Attention as transformers calls it.
 
     `query` is [1, num_heads, num_tokens, head_dim], the result [1, num_tokens, num_heads, head_dim].
-    `sliding_window` is honoured through the context: probe.py found each layer's window by asking the model's masks.
+    `sliding_window` is honoured through the context: support.py found each layer's window by asking the model's masks.
 
     Raises:
         UnsupportedModel: an argument is set that is not honoured.

@@ -1,13 +1,10 @@
-"""A model bound to an image and its arena: every parameter a view, every buffer real.
-
-Knows nothing of what the model computes.
-"""
+"""A model bound to an image and its arena: every parameter a view, every buffer real."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import torch
@@ -23,33 +20,24 @@ CONFIG_DIR = "config"
 """Where an image keeps the tokenizer, and the model's config."""
 
 
-class CommonSpec(Protocol):
-    """What an image's metadata says of a model of any task."""
+@dataclass(frozen=True, slots=True)
+class CommonSpec:
+    """What an image's metadata says of a model of any task.
 
-    @property
-    def architecture(self) -> str:
-        """The class that the checkpoint names, such as `LlamaForCausalLM`."""
-        ...
+    Attributes:
+        architecture: the class that the checkpoint names, such as `LlamaForCausalLM`.
+        vocab_size: token ids go from 0 to below this.
+        context_length: positions the checkpoint was made for: most tokens of an input, or of prompt plus output.
+        dtype: of the weights.
+        transformers: the version whose code was examined.
+    """
 
-    @property
-    def task(self) -> str:
-        """What the model is for."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids go from 0 to below this."""
-        ...
-
-    @property
-    def context_length(self) -> int:
-        """Most tokens at a time."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """Of the weights."""
-        ...
+    architecture: str
+    task: str
+    vocab_size: int
+    context_length: int
+    dtype: str
+    transformers: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,64 +62,34 @@ class Origin:
         return msgspec.convert(image.metadata["origin"], cls)
 
 
-FactsT = TypeVar("FactsT", bound=CommonSpec)
+SpecT = TypeVar("SpecT", bound=CommonSpec)
 
 
-class BoundModel(Generic[FactsT]):
-    """A model whose tensors look into an arena, as far as every task has it; valid while that memory is resident."""
+class BoundModel(Generic[SpecT]):
+    """A model whose tensors look into an arena, as far as every task has it; valid while that memory is resident.
 
-    def __init__(self, facts: FactsT, slot_names: Mapping[str, str]) -> None:
+    Attributes:
+        facts: what the image says of it.
+        slot_names: names of the checkpoint's tensors, tied ones included → the arena slot that each is written to.
+        eos_token_ids: the tokens that end an answer; none if the model does not write.
+        default_sampling: what the checkpoint recommends; empty if nothing is sampled as requests say.
+        pooling: what the model makes of an input, if it embeds or scores.
+        speech: how the model is led through a recording, if it transcribes.
+    """
+
+    eos_token_ids: tuple[int, ...] = ()
+    pooling: PoolingInfo | None = None
+    speech: WhisperSpec | None = None
+
+    def __init__(self, facts: SpecT, slot_names: Mapping[str, str]) -> None:
         self.facts = facts
-        self._slot_names = slot_names
-
-    @property
-    def architecture(self) -> str:
-        """The class that the checkpoint names, such as `LlamaForCausalLM`."""
-        return self.facts.architecture
-
-    @property
-    def task(self) -> str:
-        """What the model is for."""
-        return self.facts.task
+        self.slot_names = slot_names
+        self.default_sampling: dict[str, float] = {}
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return torch_dtype(self.facts.dtype)
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids go from 0 to below this."""
-        return self.facts.vocab_size
-
-    @property
-    def context_length(self) -> int:
-        """Most tokens at a time: of an input, or of prompt plus output."""
-        return self.facts.context_length
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer; none if the model does not write."""
-        return ()
-
-    @property
-    def default_sampling(self) -> dict[str, float]:
-        """What the checkpoint recommends; empty if nothing is sampled as requests say."""
-        return {}
-
-    @property
-    def pooling(self) -> PoolingInfo | None:
-        """What the model makes of an input, if it embeds or scores."""
-        return None
-
-    @property
-    def speech(self) -> WhisperSpec | None:
-        """How the model is led through a recording, if it transcribes."""
-        return None
-
-    def slot_of(self, checkpoint_name: str) -> str | None:
-        """The arena slot that a tensor of the checkpoint is written to, tied names included; None if there is none."""
-        return self._slot_names.get(checkpoint_name)
 
 
 def bind_module(module: Any, image: WeightImage, arena: Arena) -> None:
@@ -169,7 +127,7 @@ def _bind_parameters(module: Any, image: WeightImage, arena: Arena) -> None:
         if slot is None or slot.shape != tuple(blank.shape):
             raise ImageFailure(
                 f"{image.path} has {'no tensor ' if slot is None else 'another shape of '}{name!r}, which "
-                f"{type(module).__name__} needs as {tuple(blank.shape)}. Remove the image to have it made anew."
+                f"{type(module).__name__} needs as {tuple(blank.shape)}. Remove the image to have it rebuilt."
             )
         if slot.name not in bound:
             bound[slot.name] = nn.Parameter(arena.slot_view(slot), requires_grad=False)
@@ -195,5 +153,5 @@ def _require_complete(module: nn.Module, image: WeightImage) -> None:
     if unused:
         raise ImageFailure(
             f"{image.path} has tensors that {type(module).__name__} does not know: {', '.join(sorted(unused)[:5])}. "
-            "Remove the image to have it made anew."
+            "Remove the image to have it rebuilt."
         )

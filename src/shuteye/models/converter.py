@@ -1,6 +1,6 @@
 """Weight images for whoever serves them: opened if there, else fetched and converted in a process of its own.
 
-Knows nothing of arenas. Converting takes transformers, and several times the memory that serving does; all of it is
+Converting takes transformers, and several times the memory that serving does; all of it is
 given back when the process ends. `python -m shuteye.models.converter PARENT ORDER` is that process: ORDER is JSON, and
 what it has to tell goes to stdout, one JSON object a line.
 """
@@ -22,10 +22,10 @@ import msgspec
 
 from shuteye.config import DType
 from shuteye.errors import ImageFailure, InternalError, MemoryExhausted, ModelNotFound, ShuteyeError, rebuild
+from shuteye.memory.cache_dir import sweep_orphans
 from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
-from shuteye.memory.orphans import sweep_orphans
-from shuteye.models.progress import Progress
+from shuteye.models.progress import Progress, ProgressEvent
 from shuteye.processes import die_with_parent
 
 logger = logging.getLogger(__name__)
@@ -45,29 +45,6 @@ class Order:
     offline: bool = False
 
 
-class Started(msgspec.Struct, frozen=True, tag=True):
-    """`Progress.start`."""
-
-    label: str
-    total: int | None
-
-
-class Advanced(msgspec.Struct, frozen=True, tag=True):
-    """`Progress.advance`."""
-
-    amount: int
-
-
-class Finished(msgspec.Struct, frozen=True, tag=True):
-    """`Progress.finish`."""
-
-
-class Failed(msgspec.Struct, frozen=True, tag=True):
-    """`Progress.fail`."""
-
-    reason: str
-
-
 class Refused(msgspec.Struct, frozen=True, tag=True):
     """The end: an error, by class name."""
 
@@ -82,7 +59,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     key: str
 
 
-Line = Started | Advanced | Finished | Failed | Refused | Done
+Line = ProgressEvent | Refused | Done
 
 
 def obtain_image(order: Order, progress: Progress) -> WeightImage:
@@ -122,7 +99,7 @@ def _open_present(order: Order, store: ImageStore) -> WeightImage | None:
     try:
         return store.open(identity_of(source, resolve_dtype(source, order.dtype)))
     except ImageFailure as failure:
-        logger.warning("The weight image of %s is made anew. %s", order.model, failure.message)
+        logger.warning("The weight image of %s is rebuilt. %s", order.model, failure.message)
         return None
 
 
@@ -185,52 +162,19 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]
             raise
 
 
-def _follow(lines: IO[bytes], progress: Progress) -> Line | None:
+def _follow(lines: IO[bytes], progress: Progress) -> Refused | Done | None:
     """Pass on what is told of progress; the last line is what came of it, or None if there was none."""
     decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
     for line in lines:
         match decoder.decode(line):
-            case Started(label, total):
-                progress.start(label, total)
-            case Advanced(amount):
-                progress.advance(amount)
-            case Finished():
-                progress.finish()
-            case Failed(reason):
-                progress.fail(reason)
             case Refused() | Done() as end:
                 return end
+            case event:
+                progress(event)
     return None
 
 
 # --- the process itself -----------------------------------------------------------------------------
-
-
-class _Teller:
-    """Writes lines; a `Progress`."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def tell(self, line: Line) -> None:
-        self._file.write(msgspec.json.encode(line) + b"\n")
-        self._file.flush()
-
-    def start(self, label: str, total: int | None) -> None:
-        """See `Progress`."""
-        self.tell(Started(label, total))
-
-    def advance(self, amount: int) -> None:
-        """See `Progress`."""
-        self.tell(Advanced(amount))
-
-    def finish(self) -> None:
-        """See `Progress`."""
-        self.tell(Finished())
-
-    def fail(self, reason: str) -> None:
-        """See `Progress`."""
-        self.tell(Failed(reason))
 
 
 def _stdout_for_us_alone() -> IO[bytes]:
@@ -240,9 +184,9 @@ def _stdout_for_us_alone() -> IO[bytes]:
     return file
 
 
-def _outcome(order: Order, teller: _Teller) -> Line:
+def _outcome(order: Order, progress: Progress) -> Line:
     try:
-        return Done(make(order, teller))
+        return Done(make(order, progress))
     except ShuteyeError as error:
         return Refused(type(error).__name__, error.message, error.param)
     except MemoryError:
@@ -254,9 +198,13 @@ def main() -> None:
     die_with_parent(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; whoever started us decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was begun is deleted
-    teller = _Teller(_stdout_for_us_alone())
-    order = msgspec.json.decode(sys.argv[2], type=Order)
-    teller.tell(_outcome(order, teller))
+    file = _stdout_for_us_alone()
+
+    def tell(line: Line) -> None:
+        file.write(msgspec.json.encode(line) + b"\n")
+        file.flush()
+
+    tell(_outcome(msgspec.json.decode(sys.argv[2], type=Order), tell))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
-"""A model bound to an arena: its tensors are views, its attention is paged, its forward takes packed batches.
-
-Knows nothing of checkpoints, nor of when the memory under the views comes and goes.
-"""
+"""A model bound to an arena: its tensors are views, its attention is paged, its forward takes packed batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -15,51 +12,39 @@ import torch
 from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image import WeightImage
 from shuteye.models import attention
-from shuteye.models.attention import AttentionContext, ModelBatch, PagedCache, attending
-from shuteye.models.binding import BoundModel, bind_module, read_image_config, slot_names_of
-from shuteye.models.blueprint import build_module, quiet
+from shuteye.models.attention import AttentionContext, attending
+from shuteye.models.binding import BoundModel, CommonSpec, bind_module, read_image_config, slot_names_of
 from shuteye.models.fused import INVERSE_FREQUENCIES, FusedDecoder, FusedSpec, wide_weights
+from shuteye.models.modules import build_module, quiet
 from shuteye.models.support import AttentionSpec, check
+
+if TYPE_CHECKING:
+    from shuteye.cache.kv_cache import KVCache
+    from shuteye.tasks.generate.batch import PackedBatch
 
 
 @dataclass(frozen=True, slots=True)
-class ImageSpec:
-    """What an image's metadata says of its model.
+class ImageSpec(CommonSpec):
+    """What an image's metadata says of a model that generates.
 
     Attributes:
-        context_length: positions the checkpoint was made for.
+        eos_token_ids: the tokens that end an answer, by generation config and config.
         default_sampling: what the checkpoint's generation config recommends.
         fused: what the flat loop must know, if it can stand in for the modules.
-        transformers: the version whose code was examined for `attention` and `fused`.
     """
 
-    architecture: str
-    task: str
-    vocab_size: int
-    context_length: int
     eos_token_ids: tuple[int, ...]
     default_sampling: dict[str, float]
     attention: AttentionSpec
     fused: FusedSpec | None
-    dtype: str
-    transformers: str
-
-
-class Decoder(Protocol):
-    """Whatever computes a packed step: a flat loop, or transformers' own modules."""
-
-    @property
-    def native_tokens(self) -> int:
-        """The largest step that the native kernels compute; 0 if none."""
-        ...
-
-    def forward(self, batch: ModelBatch, kv_cache: PagedCache) -> torch.Tensor:
-        """Logits [num_sampled, vocab_size] of the tokens in `batch.logits_indices`, in that order."""
-        ...
 
 
 class ModuleDecoder:
-    """A transformers module whose parameters are views of an arena and whose attention is paged."""
+    """A transformers module whose parameters are views of an arena and whose attention is paged.
+
+    Attributes:
+        native_tokens: the largest step that native kernels compute: none.
+    """
 
     native_tokens = 0
 
@@ -67,8 +52,8 @@ class ModuleDecoder:
         self.module = module
         self._windows = windows
 
-    def forward(self, batch: ModelBatch, kv_cache: PagedCache) -> torch.Tensor:
-        """See `Decoder`."""
+    def forward(self, batch: PackedBatch, kv_cache: KVCache) -> torch.Tensor:
+        """Logits [num_sampled, vocab_size] of the tokens in `batch.logits_indices`, in that order."""
         with attending(AttentionContext(batch, kv_cache, self._windows)):
             output = self.module(
                 input_ids=batch.input_ids[None],
@@ -84,45 +69,17 @@ class LoadedModel(BoundModel[ImageSpec]):
     """A model that generates.
 
     Attributes:
-        decoder: what computes its steps.
+        decoder: what computes its steps: a flat loop, or transformers' own modules.
     """
 
-    def __init__(self, facts: ImageSpec, decoder: Decoder, slot_names: dict[str, str]) -> None:
+    def __init__(self, facts: ImageSpec, decoder: FusedDecoder | ModuleDecoder, slot_names: dict[str, str]) -> None:
         super().__init__(facts, slot_names)
+        self.eos_token_ids = facts.eos_token_ids
+        self.default_sampling = facts.default_sampling
         self.decoder = decoder
 
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer, by generation config and config."""
-        return self.facts.eos_token_ids
-
-    @property
-    def default_sampling(self) -> dict[str, float]:
-        """What the checkpoint's generation config recommends."""
-        return dict(self.facts.default_sampling)
-
-    @property
-    def num_layers(self) -> int:
-        """Layers with a KV cache."""
-        return self.facts.attention.num_layers
-
-    @property
-    def num_kv_heads(self) -> int:
-        """KV heads of every layer."""
-        return self.facts.attention.num_kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Size of one key, and of one value."""
-        return self.facts.attention.head_dim
-
-    @property
-    def native_tokens(self) -> int:
-        """Steps of up to so many tokens are computed by the native kernels, with threads of their own; 0: none."""
-        return self.decoder.native_tokens
-
     @torch.inference_mode()
-    def forward(self, batch: ModelBatch, kv_cache: PagedCache) -> torch.Tensor:
+    def forward(self, batch: PackedBatch, kv_cache: KVCache) -> torch.Tensor:
         """Compute a packed step: its keys and values go to the cache.
 
         Returns:
@@ -177,7 +134,7 @@ def _bind_module(image: WeightImage, arena: Arena, facts: ImageSpec, config: Any
 
 
 def _current_facts(facts: ImageSpec, config: Any) -> ImageSpec:
-    """The image's facts; the model is examined anew if transformers has changed since the image was made."""
+    """The image's facts; the model is examined again if transformers has changed since the image was made."""
     from transformers import __version__
 
     if facts.transformers == __version__:

@@ -7,10 +7,12 @@ become one embedding is read from sentence-transformers' `modules.json` and the 
 from __future__ import annotations
 
 import inspect
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import msgspec
 import torch
@@ -21,19 +23,14 @@ from shuteye.errors import UnsupportedModel
 from shuteye.memory.arena import Arena, dtype_name, torch_dtype
 from shuteye.memory.image import WeightImage
 from shuteye.model_info import PoolingInfo
-from shuteye.models.binding import BoundModel, bind_module, read_image_config, slot_names_of
-from shuteye.models.blueprint import build_module, quiet
+from shuteye.models.binding import BoundModel, CommonSpec, bind_module, read_image_config, slot_names_of
 from shuteye.models.formats.checkpoint import read_tokenizer_facts
+from shuteye.models.modules import build_module, model_class, quiet
 from shuteye.models.sources import ModelSource
 from shuteye.models.support import refuse_quantized
-from shuteye.models.tasks import model_class
 
 if TYPE_CHECKING:
     from shuteye.tasks.pool.requests import PoolInput
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Literal, get_args
 
 logger = logging.getLogger(__name__)
 
@@ -41,29 +38,21 @@ _UNKNOWN_CONTEXT = 512
 
 
 @dataclass(frozen=True, slots=True)
-class EncoderSpec:
+class EncoderSpec(CommonSpec):
     """What an image's metadata says of a model that embeds or scores.
 
     Attributes:
-        context_length: longest input in tokens.
         size: numbers per input.
         pooling: how token states become an embedding; None for scores.
         normalize: whether embeddings have length 1 unless the caller asks otherwise.
         activation: what a score goes through; None for embeddings.
         dimensions: lengths that embeddings were trained to be cut to; empty if none, None if any.
         uses_type_ids: whether the model is told which text of a pair a token belongs to.
-        transformers: the version whose code was examined.
     """
 
-    architecture: str
-    task: str
-    vocab_size: int
-    context_length: int
     size: int
     pad_token_id: int
     uses_type_ids: bool
-    dtype: str
-    transformers: str
     pooling: Pooling | None = None
     normalize: bool = False
     activation: Activation | None = None
@@ -88,13 +77,13 @@ def examine_encoder(config: Any, source: ModelSource, *, task: str, dtype: torch
     files = read_sentence_files(source.path)
     if files.lowercase:
         raise UnsupportedModel(
-            f"{source.name} has texts lowercased before its tokenizer (do_lower_case), which is not done here."
+            f"{source.name} has texts lowercased before its tokenizer (do_lower_case), which is not supported."
         )
     scores = task == "score"
     tokenizer = read_tokenizer_facts(source)
     if scores and tokenizer.has_chat_template:
         raise UnsupportedModel(
-            f"{source.name} has a chat template that pairs of texts must be put through, which is not done here."
+            f"{source.name} has a chat template that pairs of texts must be put through, which is not supported."
         )
     return EncoderSpec(
         architecture=(config.architectures or [config.model_type])[0],
@@ -181,11 +170,7 @@ class LoadedEncoder(BoundModel[EncoderSpec]):
     def __init__(self, facts: EncoderSpec, module: Any, slot_names: dict[str, str]) -> None:
         super().__init__(facts, slot_names)
         self.module = module
-
-    @property
-    def pooling(self) -> PoolingInfo:
-        """What it makes of an input."""
-        return PoolingInfo(self.facts.size, self.facts.normalize, self.facts.dimensions)
+        self.pooling = PoolingInfo(facts.size, facts.normalize, facts.dimensions)
 
     @torch.inference_mode()
     def forward(self, inputs: Sequence[PoolInput]) -> torch.Tensor:

@@ -10,16 +10,20 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, silu
 
 from shuteye.memory.layout import Slot
-from shuteye.models.attention import AttentionContext, ModelBatch, PagedCache, attend
+from shuteye.models.attention import AttentionContext, attend
 from shuteye.native import MAX_TOKENS, DecoderSpec, LayerSpec, NativeDecoder, available
 from shuteye.native.decoder import unsupported_shape
+
+if TYPE_CHECKING:
+    from shuteye.cache.kv_cache import KVCache
+    from shuteye.tasks.generate.batch import PackedBatch
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Types whose layer is exactly the one below: pre-norm, rotary positions, gated SiLU; nothing scaled or clipped."""
@@ -175,6 +179,9 @@ class FusedDecoder:
     Args:
         windows: per layer, how many positions back a token sees, itself included; None sees all.
         native: whether to use the native kernels if they can be used here.
+
+    Attributes:
+        native_tokens: the largest step that the native kernels compute; 0 if they are not used.
     """
 
     def __init__(
@@ -191,31 +198,27 @@ class FusedDecoder:
         self._weights = weights
         self._windows = windows
         heads = {"num_heads": facts.num_heads, "num_kv_heads": facts.num_kv_heads, "head_dim": facts.head_dim}
-        self._uses_native = native and available() and unsupported_shape(weights.embedding.dtype, **heads) is None
-        self._native: tuple[PagedCache, NativeDecoder] | None = None
+        usable = native and available() and unsupported_shape(weights.embedding.dtype, **heads) is None
+        self.native_tokens = MAX_TOKENS if usable else 0
+        self._native: tuple[KVCache, NativeDecoder] | None = None
 
-    @property
-    def native_tokens(self) -> int:
-        """The largest step that the native kernels compute; 0 if they are not used."""
-        return MAX_TOKENS if self._uses_native else 0
-
-    def forward(self, batch: ModelBatch, kv_cache: PagedCache) -> Tensor:
+    def forward(self, batch: PackedBatch, kv_cache: KVCache) -> Tensor:
         """Compute a step: logits [num_sampled, vocab_size], in the model's dtype or in float32."""
         native = self._native_over(kv_cache)
         if native is not None and len(batch.input_ids) <= native.max_tokens:
             return self._forward_natively(native, batch)
         return self._forward_in_torch(batch, kv_cache)
 
-    def _native_over(self, kv_cache: PagedCache) -> NativeDecoder | None:
+    def _native_over(self, kv_cache: KVCache) -> NativeDecoder | None:
         """The native decoder bound to this cache; made at the first step."""
-        if not self._uses_native:
+        if not self.native_tokens:
             return None
         if self._native is None or self._native[0] is not kv_cache:
             spec = decoder_spec(self._facts, self._weights, self._windows, kv_cache.blocks)
             self._native = (kv_cache, NativeDecoder.create(spec))
         return self._native[1]
 
-    def _forward_natively(self, native: NativeDecoder, batch: ModelBatch) -> Tensor:
+    def _forward_natively(self, native: NativeDecoder, batch: PackedBatch) -> Tensor:
         cos, sin = self._rotation(batch.positions, self._weights.embedding.dtype)
         return native.forward(
             batch.input_ids,
@@ -228,7 +231,7 @@ class FusedDecoder:
             batch.logits_indices,
         )
 
-    def _forward_in_torch(self, batch: ModelBatch, kv_cache: PagedCache) -> Tensor:
+    def _forward_in_torch(self, batch: PackedBatch, kv_cache: KVCache) -> Tensor:
         context = AttentionContext(batch, kv_cache, self._windows)
         weights = self._weights
         hidden = embedding(batch.input_ids, weights.embedding)  # [num_tokens, hidden_size]

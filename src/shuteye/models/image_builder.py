@@ -1,6 +1,6 @@
 """Checkpoint → weight image: converted once, in layer order, with the tokenizer and the facts beside it.
 
-Knows nothing of arenas or of running the model (`loaded.py`); after this the checkpoint is not read again.
+After this the checkpoint is not read again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -22,7 +22,6 @@ from shuteye.memory.image_store import ImageStore
 from shuteye.memory.image_writer import ImageWriter
 from shuteye.memory.layout import TensorSpec
 from shuteye.models.binding import CONFIG_DIR, TOKENIZER_DIR, Origin
-from shuteye.models.blueprint import build_module, quiet
 from shuteye.models.decoder import ImageSpec, LoadedModel, bind
 from shuteye.models.encoder import EncoderSpec, examine_encoder, has_pooling
 from shuteye.models.formats.checkpoint import (
@@ -36,11 +35,13 @@ from shuteye.models.formats.checkpoint import (
 )
 from shuteye.models.formats.files import refusing
 from shuteye.models.fused import INVERSE_FREQUENCIES, FusedSpec, group_of, layout_order, recognise
-from shuteye.models.progress import NoProgress, Progress
+from shuteye.models.modules import build_module, quiet, task_of
+from shuteye.models.progress import Advanced, Finished, Progress, Started, no_progress
 from shuteye.models.sources import ModelSource
 from shuteye.models.support import AttentionSpec, check
-from shuteye.models.tasks import task_of
-from shuteye.models.whisper_facts import WhisperImageSpec, examine_speech, save_extractor
+
+if TYPE_CHECKING:
+    from shuteye.models.whisper import WhisperImageSpec
 
 __all__ = ["LoadedModel", "bind", "identity_of", "open_image"]
 
@@ -72,7 +73,7 @@ class _Conversion:
             raise UnsupportedModel(f"{name}: {error.message}") from error
 
     def _write(self, writer: ImageWriter) -> None:
-        self.progress.start(f"Reading the configuration and tokenizer of {self.source.name}", None)
+        self.progress(Started(f"Reading the configuration and tokenizer of {self.source.name}"))
         stored = stored_as(self.source)
         config = read_config(self.source)
         task = task_of(config, sentence_transformers=has_pooling(self.source.path))
@@ -80,25 +81,31 @@ class _Conversion:
         save_tokenizer(self.source, writer.directory / TOKENIZER_DIR)
         _save_config(config, self.source, writer.directory / CONFIG_DIR)
         if task == "transcribe":
+            from shuteye.models.whisper import save_extractor
+
             save_extractor(self.source, writer.directory / CONFIG_DIR)
-        self.progress.finish()
-        self.progress.start(f"Reading the weights of {self.source.name}", None)
+        self.progress(Finished())
+        self.progress(Started(f"Reading the weights of {self.source.name}"))
         with open_checkpoint(self.source, config, dtype=self.dtype, streaming=self.streaming, task=task) as tensors:
-            self.progress.finish()
+            self.progress(Finished())
             order = layout_order(list(tensors.parameters))
             metadata = msgspec.to_builtins(facts) | Origin(self.source.origin, stored).as_metadata()
             writer.begin(_specs(order, tensors), aliases=tensors.aliases, metadata=metadata)
-            self.progress.start(f"Writing the weight image of {self.source.name}", tensors.nbytes)
+            self.progress(Started(f"Writing the weight image of {self.source.name}", tensors.nbytes))
             self._write_tensors(writer, order, tensors)
             for name, buffer in buffers.items():
                 writer.put_buffer(name, buffer)
-            self.progress.finish()
+            self.progress(Finished())
 
     def _examine(
         self, config: Any, task: str
     ) -> tuple[ImageSpec | EncoderSpec | WhisperImageSpec, dict[str, torch.Tensor]]:
         """What the image's metadata says of the model, and the buffers that are in no checkpoint but are needed."""
         if task == "transcribe":
+            from shuteye.models.whisper import (
+                examine_speech,  # whose import takes transformers along
+            )
+
             return examine_speech(config, self.source, dtype=self.dtype), {}
         if task in {"embed", "score"}:
             return examine_encoder(config, self.source, task=task, dtype=self.dtype), {}
@@ -113,7 +120,7 @@ class _Conversion:
         for name in order:
             tensor = tensors.read(name)
             writer.put(name, tensor)
-            self.progress.advance(tensor.nbytes)
+            self.progress(Advanced(tensor.nbytes))
         for name, buffer in tensors.buffers.items():
             writer.put_buffer(name, buffer)
 
@@ -131,7 +138,7 @@ def open_image(
         ImageFailure: the image cannot be written.
     """
     resolved = resolve_dtype(source, dtype)
-    conversion = _Conversion(source, resolved, progress or NoProgress())
+    conversion = _Conversion(source, resolved, progress or no_progress)
     return store.open_or_build(identity_of(source, resolved), conversion.write)
 
 

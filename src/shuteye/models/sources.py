@@ -1,6 +1,6 @@
 """From what a user calls a model to files on this machine: a directory, a `.gguf` file, a hub id or an alias.
 
-Knows nothing of what is in the files beyond their names; reads no environment (huggingface_hub reads its own).
+Of the files it knows the names alone; it reads no environment (huggingface_hub reads its own).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shuteye.errors import InvalidRequest, ModelNotFound, UnsupportedModel
 from shuteye.models.formats import wheel
 from shuteye.models.formats.files import WEIGHTS_FILE, fingerprint_path, missing_files, require_regular
 from shuteye.models.formats.wheel import Wheel
-from shuteye.models.progress import NoProgress, Progress
+from shuteye.models.progress import Failed, Finished, Progress, Started, no_progress
 
 HUB_TIMEOUT_S = 4.0
 """How long the hub may take to answer before it counts as unreachable."""
@@ -125,14 +125,14 @@ def resolve_source(
             )
         return _local(path)
     if model in ALIASES:
-        return _alias(model, revision=revision, cache_dir=cache_dir, offline=offline, progress=progress or NoProgress())
+        return _alias(model, revision=revision, cache_dir=cache_dir, offline=offline, progress=progress or no_progress)
     if _HUB_ID.fullmatch(model) is None:
         raise ModelNotFound(
             f"No model {model!r}: there is no such file or directory, it is not a hub id (owner/name), "
             f"and the built-in aliases are {', '.join(sorted(ALIASES))}.",
             param="model",
         )
-    return _hub(model, model, revision=revision, offline=offline, progress=progress or NoProgress())
+    return _hub(model, model, revision=revision, offline=offline, progress=progress or no_progress)
 
 
 def _existing(name: str) -> Path | None:
@@ -214,13 +214,13 @@ def _hub(
                 f"{absent.message} It cannot be fetched in offline mode; run `shuteye pull` once with a network.",
                 param="model",
             ) from absent
-        progress.start(f"Downloading {hub_id} from the hub", None)
+        progress(Started(f"Downloading {hub_id} from the hub"))
         try:
             directory = _download_snapshot(hub_id, revision)
         except ModelNotFound as failure:
-            progress.fail(failure.message + ("" if fallback is None else f" Falling back to {fallback}."))
+            progress(Failed(failure.message + ("" if fallback is None else f" Falling back to {fallback}.")))
             raise
-        progress.finish()
+        progress(Finished())
     _require_checkpoint(directory)
     commit = directory.name  # a snapshot's directory is named by it, and never changes
     fingerprint = xxhash.xxh3_128_hexdigest(f"{hub_id}@{commit}".encode())

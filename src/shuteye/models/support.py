@@ -16,8 +16,7 @@ import torch
 
 from shuteye.errors import UnsupportedModel
 from shuteye.models.attention import check_arguments
-from shuteye.models.blueprint import build_module, quiet
-from shuteye.models.tasks import model_class, task_of
+from shuteye.models.modules import build_module, model_class, quiet, task_of
 
 _IMPLEMENTATION = "shuteye_probe"
 _NUM_TOKENS = 8

@@ -1,4 +1,4 @@
-"""Whisper bound to an arena: log-mel features, the encoder, decoder steps of several requests, and what may be sampled.
+"""Whisper: examined, bound to an arena, and run: features, encoder, decoder steps, and what may be sampled.
 
 Knows nothing of requests, of windows in a recording, or of text.
 """
@@ -14,41 +14,220 @@ import torch
 from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image import WeightImage
 from shuteye.model_info import WhisperSpec
-from shuteye.models import whisper_attention as speech_attention
-from shuteye.models.binding import CONFIG_DIR, BoundModel, bind_module, read_image_config, slot_names_of
-from shuteye.models.blueprint import build_module, quiet
-from shuteye.models.whisper_facts import TASK, WhisperImageSpec
+from shuteye.models.binding import CONFIG_DIR, BoundModel, CommonSpec, bind_module, read_image_config, slot_names_of
+from shuteye.models.modules import build_module, quiet
 
 if TYPE_CHECKING:
     from shuteye.tasks.transcribe.plans import WindowRules
+from dataclasses import dataclass
+from pathlib import Path
 
-CANARY_FRAMES = 16
+from transformers import AttentionInterface
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from shuteye.errors import UnsupportedModel
+from shuteye.models.formats.checkpoint import read_generation_config
+from shuteye.models.sources import ModelSource
+
+TASK = "transcribe"
+SAMPLE_RATE = 16_000
+CONVOLUTION_STRIDE = 2
+"""Frames per position of the encoder, and so per timestamp token."""
+
+_EXTRACTOR_FILE = "preprocessor_config.json"
+_CANARY_FRAMES = 16
+
+_ATTENTION = "shuteye_speech"
+"""The name to set as `config._attn_implementation`."""
+
+# --- examination ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WhisperImageSpec(CommonSpec):
+    """What an image's metadata says of a model that transcribes."""
+
+    eos_token_ids: tuple[int, ...]
+    speech: WhisperSpec
+
+
+def examine_speech(config: Any, source: ModelSource, *, dtype: torch.dtype) -> WhisperImageSpec:
+    """What the image of a Whisper checkpoint is to say.
+
+    Raises:
+        UnsupportedModel: another architecture, or a checkpoint that does not say how it is to be led.
+    """
+    from transformers import __version__
+
+    if config.model_type != "whisper":
+        raise UnsupportedModel(f"Model type {config.model_type!r} transcribes, but only Whisper models are served.")
+    generation = read_generation_config(source)
+    wanted = ("no_timestamps_token_id", "eos_token_id", "decoder_start_token_id")
+    missing = [name for name in wanted if not isinstance(generation.get(name), int)]
+    if missing:
+        raise UnsupportedModel(
+            f"{source.name}: generation_config.json lacks {', '.join(missing)}, without which nobody can say what the "
+            "model writes. Take that file from the original model on the hub."
+        )
+    return WhisperImageSpec(
+        architecture=config.architectures[0],
+        task=TASK,
+        vocab_size=config.vocab_size,
+        context_length=config.max_target_positions,
+        eos_token_ids=(generation["eos_token_id"],),
+        speech=_whisper_spec(config, generation, source, dtype),
+        dtype=str(dtype).removeprefix("torch."),
+        transformers=__version__,
+    )
+
+
+def _whisper_spec(config: Any, generation: Mapping[str, Any], source: ModelSource, dtype: torch.dtype) -> WhisperSpec:
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    by_spelling = (generation.get("lang_to_id") or {}) if generation.get("is_multilingual", True) else {}
+    languages = {spelling.strip("<|>"): token_id for spelling, token_id in by_spelling.items()}
+    cached = config.decoder_layers * 2 * config.d_model * (config.max_source_positions + config.max_target_positions)
+    return WhisperSpec(
+        hop_samples=_extractor(config, source).hop_length,
+        window_frames=CONVOLUTION_STRIDE * config.max_source_positions,
+        frames_per_timestamp=CONVOLUTION_STRIDE,
+        start_token_id=generation["decoder_start_token_id"],
+        eos_token_id=generation["eos_token_id"],
+        no_timestamps_token_id=generation["no_timestamps_token_id"],
+        previous_token_id=generation.get("prev_sot_token_id"),
+        transcribe_token_id=(generation.get("task_to_id") or {}).get("transcribe"),
+        languages=languages,
+        language_names={name: code for name, code in TO_LANGUAGE_CODE.items() if code in (languages or ("en",))},
+        max_tokens=config.max_target_positions,
+        state_bytes=cached * dtype.itemsize,
+    )
+
+
+def _extractor(config: Any, source: ModelSource) -> Any:
+    """The checkpoint's feature extractor, held against its model.
+
+    Raises:
+        UnsupportedModel: it makes other features than the model takes.
+    """
+    from transformers import WhisperFeatureExtractor
+
+    if not (source.path / _EXTRACTOR_FILE).is_file():
+        raise UnsupportedModel(f"{source.name} has no {_EXTRACTOR_FILE}, which says how sound becomes features.")
+    extractor = WhisperFeatureExtractor.from_pretrained(source.path, local_files_only=True)
+    made = (extractor.feature_size, extractor.nb_max_frames, extractor.sampling_rate)
+    taken = (config.num_mel_bins, CONVOLUTION_STRIDE * config.max_source_positions, SAMPLE_RATE)
+    if made != taken:
+        raise UnsupportedModel(
+            f"{source.name}: {_EXTRACTOR_FILE} makes {made}, the model takes {taken} (bins, frames, samples/s)."
+        )
+    return extractor
+
+
+def save_extractor(source: ModelSource, directory: Path) -> None:
+    """Put what `WhisperFeatureExtractor.from_pretrained` reads into a directory."""
+    (directory / _EXTRACTOR_FILE).write_bytes((source.path / _EXTRACTOR_FILE).read_bytes())
+
+
+# --- attention over the windows of several requests at once: no padding, no copies ---------------
+
+
+def _register() -> None:
+    """Make the attention known to transformers; harmless if it is already."""
+    AttentionInterface.register(_ATTENTION, _attend)
+
+
+def _new_cache() -> Any:
+    """An empty memory: self-attention grows by a token each step, cross-attention is filled by the first."""
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor | Sequence[torch.Tensor],
+    value: torch.Tensor | Sequence[torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    **arguments: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' SDPA, row by row where rows have keys of their own."""
+    if isinstance(key, torch.Tensor):
+        found: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)[0]
+        return found, None
+    rows = [
+        sdpa_attention_forward(module, query[index : index + 1], key[index], value[index], attention_mask, **arguments)[
+            0
+        ]
+        for index in range(len(key))
+    ]
+    return torch.cat(rows), None
+
+
+class _RowsCache(EncoderDecoderCache):  # type: ignore[misc]  # Whisper's attention asks for this very class
+    """Several requests' memories seen as one batch's, for a step of one token each.
+
+    What attention gets of it are lists, a tensor per row, that only `_attend` understands.
+    """
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.self_attention_cache = _Rows([row.self_attention_cache for row in rows])
+        self.cross_attention_cache = _Rows([row.cross_attention_cache for row in rows])
+        self.is_updated = dict.fromkeys(range(len(self.cross_attention_cache.layers)), True)
+
+
+class _Rows(DynamicCache):  # type: ignore[misc]  # for what masks ask of a cache
+    """One kind of memory of several requests."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        super().__init__()
+        self._rows = rows
+        self.layers = [_RowsLayer([row.layers[index] for row in rows]) for index in range(len(rows[0].layers))]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Append each row's new key and value to its own."""
+        found = [
+            row.update(key_states[index : index + 1], value_states[index : index + 1], layer_idx)
+            for index, row in enumerate(self._rows)
+        ]
+        return [keys for keys, _ in found], [values for _, values in found]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Some row's; positions are given explicitly, so that nobody counts with it."""
+        length: int = self._rows[0].get_seq_length(layer_idx)
+        return length
+
+
+class _RowsLayer:
+    """One layer's keys and values, a tensor per row."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.keys = [row.keys for row in rows]
+        self.values = [row.values for row in rows]
+
+
+# --- the bound model -----------------------------------------------------------------------------
 
 
 class SpeechModel(BoundModel[WhisperImageSpec]):
-    """A Whisper model; what its checkpoint says of sampling, `allowed` heeds."""
+    """A Whisper model; `token_rules` are what its checkpoint says of sampling."""
+
+    speech: WhisperSpec
 
     def __init__(self, facts: WhisperImageSpec, module: Any, slot_names: Mapping[str, str], config_dir: str) -> None:
         from transformers import GenerationConfig, WhisperFeatureExtractor
 
         super().__init__(facts, slot_names)
+        self.eos_token_ids = facts.eos_token_ids
+        self.speech = facts.speech
         self._module = module
         self._extractor = WhisperFeatureExtractor.from_pretrained(config_dir)
-        self._rules = _TokenRules(
+        self.token_rules = TokenRules(
             GenerationConfig.from_pretrained(config_dir), facts.speech, vocab_size=facts.vocab_size
         )
 
-    @property
-    def speech(self) -> WhisperSpec:
-        """How to lead it through a recording."""
-        return self.facts.speech
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The token that ends a window."""
-        return self.facts.eos_token_ids
-
-    # --- hearing --------------------------------------------------------------------------------
+    # --- encoding --------------------------------------------------------------------------------
 
     def features(self, pcm: bytes, *, pad: bool) -> torch.Tensor:
         """Log-mel features [num_mel_bins, num_frames], in the model's dtype.
@@ -79,7 +258,7 @@ class SpeechModel(BoundModel[WhisperImageSpec]):
         encoder_output: torch.Tensor = self._module.model.encoder(window[None]).last_hidden_state
         return encoder_output
 
-    # --- writing --------------------------------------------------------------------------------
+    # --- decoding --------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def begin(self, encoder_output: torch.Tensor, token_ids: Sequence[int]) -> tuple[Any, torch.Tensor]:
@@ -88,7 +267,7 @@ class SpeechModel(BoundModel[WhisperImageSpec]):
         Returns:
             The window's memory, for `step`, and hidden states [num_tokens, d_model].
         """
-        cache = speech_attention.new_cache()
+        cache = _new_cache()
         found = self._decode([list(token_ids)], [range(len(token_ids))], encoder_output, cache)
         return cache, found[0]
 
@@ -100,7 +279,7 @@ class SpeechModel(BoundModel[WhisperImageSpec]):
             Hidden states [num_windows, d_model].
         """
         encoder_output = torch.empty(0)  # all of it is in the caches
-        cache = speech_attention.RowsCache(caches)
+        cache = _RowsCache(caches)
         found = self._decode([[token] for token in token_ids], [[each] for each in positions], encoder_output, cache)
         return found[:, 0]
 
@@ -123,10 +302,6 @@ class SpeechModel(BoundModel[WhisperImageSpec]):
         logits: torch.Tensor = self._module.proj_out(hidden)
         return logits.float()
 
-    def allowed(self, logits: torch.Tensor, rules: WindowRules, token_ids: Sequence[int]) -> torch.Tensor:
-        """Logits [vocab_size] with minus infinity for what must not follow `token_ids`, sampled in this window."""
-        return self._rules.apply(logits, rules, token_ids)
-
     # --- the canary -----------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -137,7 +312,7 @@ class SpeechModel(BoundModel[WhisperImageSpec]):
         """
         encoder = self._module.model.encoder
         num_bins = encoder.num_mel_bins
-        frames = torch.linspace(-1.0, 1.0, num_bins * CANARY_FRAMES, dtype=self.dtype).view(1, num_bins, -1)
+        frames = torch.linspace(-1.0, 1.0, num_bins * _CANARY_FRAMES, dtype=self.dtype).view(1, num_bins, -1)
         hidden_states = torch.nn.functional.gelu(encoder.conv1(frames))
         hidden_states = torch.nn.functional.gelu(encoder.conv2(hidden_states)).permute(0, 2, 1)
         hidden_states = hidden_states + encoder.embed_positions.weight[: hidden_states.shape[1]]
@@ -154,21 +329,19 @@ def bind_speech(image: WeightImage, arena: Arena) -> SpeechModel:
         ImageFailure: image and module disagree; the message names the tensors.
     """
     facts = msgspec.convert(dict(image.metadata), WhisperImageSpec)
-    speech_attention.register()
+    _register()
     config = read_image_config(image)
     with quiet():
-        module = build_module(
-            config, dtype=torch_dtype(facts.dtype), attention=speech_attention.IMPLEMENTATION, task=TASK
-        )
+        module = build_module(config, dtype=torch_dtype(facts.dtype), attention=_ATTENTION, task=TASK)
     bind_module(module, image, arena)
     return SpeechModel(facts, module, slot_names_of(image), str(image.path / CONFIG_DIR))
 
 
-class _TokenRules:
+class TokenRules:
     """What may be sampled next, by transformers' own logits processors in the order that `generate` has them in.
 
     One rule is ours: where no timestamps are wanted there are none. `generate` takes one that slips in for the end of
-    a stretch, and hears the rest of the window again, possibly for ever.
+    a stretch, and encodes the rest of the window again, possibly for ever.
     """
 
     def __init__(self, generation: Any, facts: WhisperSpec, *, vocab_size: int) -> None:
@@ -191,7 +364,10 @@ class _TokenRules:
         self._languages = torch.tensor(sorted(facts.languages.values()), dtype=torch.long)
 
     def apply(self, logits: torch.Tensor, rules: WindowRules, token_ids: Sequence[int]) -> torch.Tensor:
-        """See `SpeechModel.allowed`; does not write to `logits`."""
+        """Logits [vocab_size] with minus infinity for what must not follow `token_ids`, sampled in this window.
+
+        Does not write to `logits`.
+        """
         if rules == "language":
             allowed = torch.full_like(logits, -torch.inf)
             return allowed.index_copy(0, self._languages, logits[self._languages])

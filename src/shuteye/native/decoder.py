@@ -1,7 +1,6 @@
 """A whole decoder step in one foreign call, which releases the interpreter.
 
-Knows nothing of transformers: models/fused.py says what the weights are. Only pointers are kept; a step is valid while
-the memory of weights and cache is resident.
+Only pointers are kept; a step is valid while the memory of weights and cache is resident.
 """
 
 from __future__ import annotations

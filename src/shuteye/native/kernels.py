@@ -1,6 +1,6 @@
 """The kernels one by one, on torch tensors: for tests, and for steps too large for `NativeDecoder`.
 
-Knows nothing of models. Every call is safe from any thread; calls are served one at a time.
+Every call is safe from any thread; calls are served one at a time.
 """
 
 from __future__ import annotations

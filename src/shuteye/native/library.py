@@ -1,6 +1,6 @@
 """The compiled library and its structs: whether it can be used, with which instruction set, on how many threads.
 
-Knows no kernel. The library is loaded on first use, never at import.
+The library is loaded on first use, never at import.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A memory backend for tests: real memory, poisoned when fresh, failing exactly where it is told to.
 
-Knows nothing of what is under test; shipped, so that plug-in authors can test with it.
+Shipped, so that plug-in authors can test with it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shuteye.errors import BackendFailure, MemoryExhausted, ShuteyeError
-from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.backends import MemoryBackend
 from shuteye.memory.backends.linux import LinuxBackend
 
 POISON = 0xA5
@@ -48,12 +48,8 @@ class FakeBackend:
         self.steps: list[str] = []
         self.available: int | None = None
         self._inner = inner or LinuxBackend()
+        self.page_bytes = self._inner.page_bytes
         self._traps: list[_Trap] = []
-
-    @property
-    def page_bytes(self) -> int:
-        """See `MemoryBackend`."""
-        return self._inner.page_bytes
 
     def fail_at(self, step: int, *, when: When = "before", error: ShuteyeError | None = None) -> None:
         """Fail the `step`-th verb from now (0 is the next): before it does anything, or after all of it."""

@@ -1,7 +1,4 @@
-"""Memory of a Linux host: mmap, madvise and the kernel's page accounting.
-
-Knows nothing of tensors, extents or tags.
-"""
+"""Memory of a Linux host: mmap, madvise and the kernel's page accounting."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ import os
 from pathlib import Path
 
 from shuteye.errors import BackendFailure, MemoryExhausted, ShuteyeError
+from shuteye.memory.backends import failure_of
 from shuteye.memory.backends import kernel as memory_limits
-from shuteye.memory.backends.base import failure_of
 from shuteye.memory.backends.kernel import PageQuery, PageScanner, open_page_scanner
 from shuteye.memory.layout import round_up
 
@@ -42,6 +39,13 @@ def _load_libc() -> ctypes.CDLL:
 
 def _failure(verb: str, address: int, nbytes: int, *, code: int | None) -> BackendFailure | MemoryExhausted:
     return failure_of(f"{verb} of {nbytes:,} bytes at {address:#x}", code)
+
+
+def return_free_heap() -> None:
+    """Let the C library give whole free pages back, where it can (glibc's malloc_trim)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class LinuxBackend:

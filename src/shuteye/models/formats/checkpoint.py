@@ -1,7 +1,4 @@
-"""A checkpoint's tensors, cast and under the module's own names: streamed if they agree, else through transformers.
-
-Knows nothing of images or arenas.
-"""
+"""A checkpoint's tensors, cast and under the module's own names: streamed if they agree, else through transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ import torch
 
 from shuteye.config import DType
 from shuteye.errors import UnsupportedModel
-from shuteye.models.blueprint import build_module, quiet, tied_names
 from shuteye.models.formats.files import (
     gguf_formats,
     main_formats,
@@ -26,8 +22,8 @@ from shuteye.models.formats.files import (
     stored_formats,
     weight_files,
 )
+from shuteye.models.modules import build_module, model_class, model_options, quiet, tied_names
 from shuteye.models.sources import ModelSource
-from shuteye.models.tasks import model_class, model_options
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WIDE = frozenset({"float32", "float64"})

@@ -1,7 +1,6 @@
 """CTranslate2's Whisper checkpoints (`model.bin` of format 6, float) → a checkpoint in Hugging Face format.
 
-Knows nothing of where such files come from, nor of what is done with the checkpoint. A pure reader: CTranslate2 itself
-is not needed. The format is that of ctranslate2/specs/model_spec.py:
+A pure reader: CTranslate2 itself is not needed. The format is that of ctranslate2/specs/model_spec.py:
 
     u32 version, string spec name, u32 spec revision
     u32 number of variables; each: string name, u8 rank, u32 shape[rank], u8 dtype, u32 nbytes, bytes

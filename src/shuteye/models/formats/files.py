@@ -1,6 +1,6 @@
 """A checkpoint's files as they lie on disk: missing, damaged, in which format, and a text that changes when they do.
 
-Knows nothing of models; every complaint names the file, what is wrong with it, and what to do.
+Every complaint names the file, what is wrong with it, and what to do.
 """
 
 from __future__ import annotations

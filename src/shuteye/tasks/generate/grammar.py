@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shuteye.errors import InvalidRequest, QueueFull, ShuteyeError, info_of, refusal
-from shuteye.memory.process_memory import return_free_heap
+from shuteye.memory.backends.linux import return_free_heap
 from shuteye.tasks.base import RequestDelta
 from shuteye.tasks.generate.plans import StepPlan, TokenMask
 from shuteye.tasks.generate.requests import JSON_WHITESPACE, GenerateRequest, StructuredOutputsParams

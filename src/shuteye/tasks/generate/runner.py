@@ -38,35 +38,38 @@ class GenerationRunner:
     def __init__(self, image: WeightImage, weights: Arena, config: EngineConfig, *, num_threads: int) -> None:
         self.model: LoadedModel = bind(image, weights, native=config.kernels == "auto")
         self._block_size = config.block_size
-        if self.model.native_tokens:
+        if self.model.decoder.native_tokens:
             native.set_num_threads(num_threads)
-        if self.model.native_tokens >= config.max_num_batched_tokens:
+        if self.model.decoder.native_tokens >= config.max_num_batched_tokens:
             torch.set_num_threads(1)  # its threads would spin on the cores that the kernels' own threads need
         self._sampler = Sampler(
-            vocab_size=self.model.vocab_size, eos_token_ids=self.model.eos_token_ids, seed=config.seed
+            vocab_size=self.model.facts.vocab_size, eos_token_ids=self.model.eos_token_ids, seed=config.seed
         )
 
     @property
     def kv_bytes_per_token(self) -> int:
         """KV cache bytes of one token, all layers."""
-        model = self.model
+        cached = self.model.facts.attention
         return kv_bytes_per_token(
-            num_layers=model.num_layers, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=model.dtype
+            num_layers=cached.num_layers,
+            num_kv_heads=cached.num_kv_heads,
+            head_dim=cached.head_dim,
+            dtype=self.model.dtype,
         )
 
     def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
         """See `ModelRunner`; the canary's tokens go to the scratch block."""
-        model = self.model
+        model, cached = self.model, self.model.facts.attention
         self._kv_cache = KVCache(
             arena,
             num_blocks=num_blocks,
-            num_layers=model.num_layers,
+            num_layers=cached.num_layers,
             block_size=self._block_size,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
+            num_kv_heads=cached.num_kv_heads,
+            head_dim=cached.head_dim,
             dtype=model.dtype,
         )
-        token_ids = fixed_tokens(model.vocab_size, limit=self._block_size)
+        token_ids = fixed_tokens(model.facts.vocab_size, limit=self._block_size)
         chunk = Chunk(request_id="canary", token_ids=token_ids, start=0, block_ids=(SCRATCH_BLOCK,), sample=True)
         self._canary = StepPlan(chunks=(chunk,))
 
@@ -87,7 +90,7 @@ class GenerationRunner:
 
     def _forward_proven(self, plan: StepPlan, prove: Prove) -> torch.Tensor:
         """The plan's logits; weights are read but once for it and the canary, if the canary comes out the same so."""
-        if plan.num_tokens + self._canary.num_tokens > min(MAX_SHARED_TOKENS, self.model.native_tokens):
+        if plan.num_tokens + self._canary.num_tokens > min(MAX_SHARED_TOKENS, self.model.decoder.native_tokens):
             prove(self.canary_pass())
             return self._forward(plan)
         logits = self._forward(StepPlan(chunks=plan.chunks + self._canary.chunks))

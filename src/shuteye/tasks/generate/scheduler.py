@@ -16,8 +16,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from shuteye.cache.block_pool import BlockPool
-from shuteye.cache.prefix import HashChain, PrefixCache
+from shuteye.cache.blocks import BlockPool, HashChain, PrefixCache
 from shuteye.errors import ErrorInfo, InvalidRequest, PromptTooLong
 from shuteye.state import RESERVED_BLOCKS, Epoch, SchedulerStats
 from shuteye.tasks.base import RequestDelta

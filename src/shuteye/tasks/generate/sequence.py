@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from shuteye.cache.prefix import HashChain
+from shuteye.cache.blocks import HashChain
 from shuteye.state import Epoch
 from shuteye.tasks.generate.plans import Scoring
 from shuteye.tasks.generate.requests import GenerateRequest

@@ -22,8 +22,8 @@ class PoolingRunner:
 
     def __init__(self, image: WeightImage, weights: Arena) -> None:
         self.model: LoadedEncoder = bind_encoder(image, weights)
-        limit = min(NUM_TOKENS, self.model.context_length)
-        self._canary = PoolInput(fixed_tokens(self.model.vocab_size, limit=limit))
+        limit = min(NUM_TOKENS, self.model.facts.context_length)
+        self._canary = PoolInput(fixed_tokens(self.model.facts.vocab_size, limit=limit))
 
     def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
         """See `ModelRunner`: there is none."""

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from shuteye.memory.arena import Arena
+from shuteye.memory.backends.linux import return_free_heap
 from shuteye.memory.image import WeightImage
-from shuteye.memory.process_memory import return_free_heap
 from shuteye.models.whisper import SpeechModel, bind_speech
 from shuteye.state import Epoch
 from shuteye.tasks.canary import Prove, fixed_tokens
@@ -69,7 +69,7 @@ class SpeechRunner:
 
     def canary_pass(self) -> torch.Tensor:
         """Logits of a few tokens after a window of a few frames."""
-        return self.model.short_pass(fixed_tokens(self.model.vocab_size))
+        return self.model.short_pass(fixed_tokens(self.model.facts.vocab_size))
 
     def execute(self, plan: SpeechPlan, *, prove: Prove | None = None) -> SpeechResult:
         """Open the plan's windows one by one, then take one step in all others together."""
@@ -123,7 +123,7 @@ class SpeechRunner:
         self, state: _Listening, logits: torch.Tensor, *, num_sampled: int, no_speech_prob: float = 0.0
     ) -> TranscribedToken:
         """Greedy at temperature 0, else drawn: by seed and `num_sampled` alone, so that a sleep does not change it."""
-        scores = self.model.allowed(logits, state.rules, state.token_ids)
+        scores = self.model.token_rules.apply(logits, state.rules, state.token_ids)
         logprobs = torch.log_softmax(scores, dim=-1)
         admission = state.admission
         if admission.temperature == 0.0 or state.rules == "language":

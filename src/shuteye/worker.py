@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from operator import attrgetter
+from typing import Any
 
 import torch
 
 from shuteye.config import EngineConfig
 from shuteye.errors import CANARY_DISAGREES, ImageFailure, InternalError, InvalidRequest, VerificationFailed
 from shuteye.memory.arena import Arena
-from shuteye.memory.backends import open_backend
-from shuteye.memory.backends.base import MemoryBackend
+from shuteye.memory.backends import MemoryBackend, open_backend
 from shuteye.memory.image import WeightImage
 from shuteye.memory.residency import Residency
 from shuteye.model_info import ModelSpec
@@ -24,46 +25,40 @@ from shuteye.models.binding import TOKENIZER_DIR, Origin
 from shuteye.models.converter import Order, obtain_image
 from shuteye.models.progress import LoggedProgress
 from shuteye.models.weight_updates import open_tensors, refuse_other_model
-from shuteye.state import (
-    SleepEstimate,
-    SleepPlan,
-    TagReport,
-    TagState,
-    UpdateReport,
-    VerifyMode,
-    VerifyResult,
-    WakePlan,
-)
+from shuteye.state import SleepPlan, TagReport, UpdateReport, WakePlan
 from shuteye.tasks.canary import Canary
 from shuteye.tasks.table import Plan, Result, RunnerSetup, task_of
 
-VERBS = frozenset(
-    {
-        "facts",
-        "allocate_kv_cache",
-        "estimate_sleep",
-        "save",
-        "release",
-        "restore",
-        "undo_restore",
-        "reset",
-        "verify",
-        "canary_agrees",
-        "defer_canary",
-        "states",
-        "epoch",
-        "missing",
-        "residual_bytes",
-        "weights_source",
-        "update_weights",
-        "update_weights_from_file",
-        "reload_weights",
-    }
-)
+VERBS: Mapping[str, str] = {
+    # what may be asked of a rank → the method that does it, from the worker down
+    "facts": "facts",
+    "weights_source": "weights_source",
+    "allocate_kv_cache": "allocate_kv_cache",
+    "estimate_sleep": "residency.estimate",
+    "save": "residency.save",
+    "release": "release",
+    "restore": "restore",
+    "undo_restore": "residency.undo_restore",
+    "reset": "reset",
+    "verify": "residency.verify",
+    "canary_agrees": "canary_agrees",
+    "defer_canary": "defer_canary",
+    "states": "residency.states",
+    "epoch": "residency.epoch",
+    "missing": "residency.missing",
+    "residual_bytes": "backend.process_resident_bytes",
+    "update_weights": "update_weights",
+    "update_weights_from_file": "update_weights_from_file",
+    "reload_weights": "reload_weights",
+}
 
 
 class Worker:
-    """One rank's share of the model, loaded at construction; `execute` runs a step, `VERBS` do the rest.
+    """One rank's share of the model, loaded at construction; `execute` runs a step, `call` does the rest.
+
+    Attributes:
+        residency: the rank's memory: where it is, and how it gets elsewhere.
+        backend: what that memory is taken from.
 
     Raises:
         ModelNotFound, UnsupportedModel, ImageFailure, MemoryExhausted: as their names say.
@@ -75,39 +70,44 @@ class Worker:
         self._config = config
         num_threads = config.num_threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(num_threads)
-        self._backend = backend or open_backend(config.memory_backend)
+        self.backend = backend or open_backend(config.memory_backend)
         self._num_updates = 0
         self._canary_deferred = False
         with ExitStack() as undo:
             self._image = image = self._open_image(config.model)
             undo.callback(image.close)
             self._version = image.identity.key
-            self._weights = Arena.reserve(self._backend, tag="weights", nbytes=image.layout.nbytes)
-            self._residency = Residency(
-                backend=self._backend, weights=self._weights, image=image, spill_dir=config.cache_dir / "spill"
+            self._weights = Arena.reserve(self.backend, tag="weights", nbytes=image.layout.nbytes)
+            self.residency = Residency(
+                backend=self.backend, weights=self._weights, image=image, spill_dir=config.cache_dir / "spill"
             )
-            undo.callback(self._residency.close)
-            self._residency.restore(WakePlan(weights="reload"))
+            undo.callback(self.residency.close)
+            self.residency.restore(WakePlan(weights="reload"))
             self._runner = task_of(image).open_runner(RunnerSetup(image, self._weights, config, num_threads))
             undo.pop_all()
         self._model = self._runner.model
+
+    def call(self, verb: str, *args: Any) -> Any:
+        """Do one of `VERBS`; the arguments and the result are those of the method that it names."""
+        return attrgetter(VERBS[verb])(self)(*args)
 
     # --- loading --------------------------------------------------------------------------------
 
     def facts(self) -> ModelSpec:
         """What the engine sizes everything else from."""
         model = self._model
+        facts = model.facts
         origin = Origin.of(self._image)
         return ModelSpec(
-            architecture=model.architecture,
-            task=model.task,
-            dtype=str(model.dtype).removeprefix("torch."),
-            vocab_size=model.vocab_size,
-            context_length=model.context_length,
+            architecture=facts.architecture,
+            task=facts.task,
+            dtype=facts.dtype,
+            vocab_size=facts.vocab_size,
+            context_length=facts.context_length,
             eos_token_ids=model.eos_token_ids,
             weights_bytes=self._weights.nbytes,
             kv_bytes_per_token=self._runner.kv_bytes_per_token,
-            available_bytes=self._backend.available_bytes(),
+            available_bytes=self.backend.available_bytes(),
             image_dir=str(self._image.path),
             tokenizer_dir=str(self._image.path / TOKENIZER_DIR),
             default_sampling=model.default_sampling,
@@ -126,9 +126,9 @@ class Worker:
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Reserve and commit the KV arena; its pages cost memory only once they are used. 0 blocks: it has no bytes."""
         nbytes = num_blocks * self._config.block_size * self._runner.kv_bytes_per_token
-        arena = Arena.reserve(self._backend, tag="kv_cache", nbytes=nbytes)
-        self._residency.attach_kv_cache(arena)
-        self._residency.restore(WakePlan(kv_cache="commit"))
+        arena = Arena.reserve(self.backend, tag="kv_cache", nbytes=nbytes)
+        self.residency.attach_kv_cache(arena)
+        self.residency.restore(WakePlan(kv_cache="commit"))
         self._runner.attach_kv_cache(arena, num_blocks=num_blocks)
         self._canary = Canary(self._runner.canary_pass, dtype=self._model.dtype)
 
@@ -143,11 +143,11 @@ class Worker:
             VerificationFailed: the canary that went with it disagrees and nothing was sampled, or somebody wrote to the
                 image; nothing of the step may be used.
         """
-        if not self._residency.all_resident:
+        if not self.residency.all_resident:
             raise InternalError("A step was planned while memory is not resident; the gate should have been closed.")
-        if plan.epoch != (self._residency.epoch,):
+        if plan.epoch != (self.residency.epoch(),):
             raise InternalError(
-                f"A step builds on epoch {plan.epoch} of this memory, which is in epoch ({self._residency.epoch},)."
+                f"A step builds on epoch {plan.epoch} of this memory, which is in epoch ({self.residency.epoch()},)."
             )
         self._require_intact()  # before, because the pages of a file cut short cannot be touched
         result = self._runner.execute(plan, prove=self._prove if self._canary_deferred else None)
@@ -156,7 +156,7 @@ class Worker:
 
     def _require_intact(self) -> None:
         try:
-            self._residency.require_intact()
+            self.residency.require_intact()
         except ImageFailure as failure:
             raise VerificationFailed(failure.message) from failure
 
@@ -167,39 +167,23 @@ class Worker:
 
     # --- sleep and wake -------------------------------------------------------------------------
 
-    def estimate_sleep(self, plan: SleepPlan) -> SleepEstimate:
-        """What the plan would need; touches nothing."""
-        return self._residency.estimate(plan)
-
-    def save(self, plan: SleepPlan) -> None:
-        """Copy what only memory holds into the backing; on error nothing has changed."""
-        self._residency.save(plan)
-
     def release(self, plan: SleepPlan) -> tuple[TagReport, ...]:
         """Give the memory back; on error the rank's state is unknown until `reset`."""
         self._runner.drop_computed()
         self._canary_deferred = False
-        return self._residency.release(plan)
+        return self.residency.release(plan)
 
     def restore(self, plan: WakePlan) -> tuple[TagReport, ...]:
         """Map and fill memory; on error the rank is as it was before."""
-        reports = self._residency.restore(plan)
+        reports = self.residency.restore(plan)
         if plan.weights == "reload":
             self._enter_version(self._image.identity.key)
         return reports
 
-    def undo_restore(self) -> None:
-        """Put back what the last `restore` did; a no-op if there is nothing to undo."""
-        self._residency.undo_restore()
-
     def reset(self) -> None:
         """The way back from a fault: release everything again, whatever happened before."""
         self._canary_deferred = False
-        self._residency.reset()
-
-    def verify(self, mode: VerifyMode) -> VerifyResult:
-        """Compare resident weights with their checksums."""
-        return self._residency.verify(mode)
+        self.residency.reset()
 
     @torch.inference_mode()
     def canary_agrees(self) -> bool:
@@ -214,22 +198,6 @@ class Worker:
     def defer_canary(self) -> None:
         """Let the canary go with the next step; nothing comes of the step if it disagrees."""
         self._canary_deferred = True
-
-    def states(self) -> tuple[TagState, ...]:
-        """Where each tag is now."""
-        return self._residency.states()
-
-    def epoch(self) -> int:
-        """What memory holds now; see `plans.Epoch`."""
-        return self._residency.epoch
-
-    def missing(self) -> tuple[str, ...]:
-        """Tensors that must still be written before the weights are loaded."""
-        return self._residency.missing
-
-    def residual_bytes(self) -> int:
-        """Physical memory that this process still holds, by the kernel's account."""
-        return self._backend.process_resident_bytes()
 
     def weights_source(self) -> str:
         """Which weights are loaded: the image's key, and how often they were updated since."""
@@ -249,13 +217,13 @@ class Worker:
         try:
             return self._write(named_tensors)
         finally:
-            self._residency.note_written()
+            self.residency.watch.note_written()
 
     def _write(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> UpdateReport:
         begin = time.perf_counter()
         updated = updated_bytes = 0
         for name, tensor in named_tensors:
-            slot_name = self._model.slot_of(name)
+            slot_name = self._model.slot_names.get(name)
             if slot_name is None:
                 raise InvalidRequest(f"{name!r} is not a tensor of this model ({updated} were written).", param=name)
             slot = self._image.layout.slots[slot_name]
@@ -268,9 +236,9 @@ class Worker:
                 self._num_updates += 1
                 self._enter_version(f"{self._image.identity.key}+{self._num_updates}")
             self._weights.slot_view(slot).copy_(tensor)
-            self._residency.mark_written(slot_name)
+            self.residency.mark_written(slot_name)
             updated, updated_bytes = updated + 1, updated_bytes + slot.nbytes
-        return UpdateReport(updated, updated_bytes, self._residency.missing, time.perf_counter() - begin)
+        return UpdateReport(updated, updated_bytes, self.residency.missing(), time.perf_counter() - begin)
 
     def update_weights_from_file(self, path: str) -> UpdateReport:
         """`update_weights` with every tensor of a safetensors file, or of all of a directory."""
@@ -289,7 +257,7 @@ class Worker:
         if path is not None:
             self._replace_image(path)
         self._image.require_intact()
-        self._residency.release(SleepPlan(weights="discard"))
+        self.residency.release(SleepPlan(weights="discard"))
         self.restore(WakePlan(weights="reload"))
         return UpdateReport(len(self._image.layout.slots), self._image.layout.nbytes, (), time.perf_counter() - begin)
 
@@ -297,7 +265,7 @@ class Worker:
         image = self._open_image(path)
         try:
             refuse_other_model(self._image, image)
-            self._residency.replace_image(image)
+            self.residency.replace_image(image)
         except BaseException:
             image.close()
             raise
@@ -313,4 +281,4 @@ class Worker:
 
     def close(self) -> None:
         """Give back every arena and image; views of them must not be used any more."""
-        self._residency.close()
+        self.residency.close()

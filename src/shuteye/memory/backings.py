@@ -1,4 +1,4 @@
-"""Extents saved in a nameless file at the arena's own offsets, on disk or in host memory, and mapped back privately.
+"""Where changed weights are kept during sleep: a nameless file at the arena's own offsets, on disk or in host memory.
 
 On disk it takes no memory, and vanishes with the process. In host memory, for devices whose memory is another or where
 no disk may be written, it gives back none on the CPU.
@@ -11,16 +11,18 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from shuteye.errors import MemoryExhausted
 from shuteye.memory.arena import Arena
-from shuteye.memory.backends.base import MemoryBackend, closing_on_error, failure_of
-from shuteye.memory.backings.base import BackingName
+from shuteye.memory.backends import MemoryBackend, closing_on_error, failure_of
 from shuteye.memory.image_files import checksum_hex
 from shuteye.memory.layout import Extent
 
+BackingName = Literal["image", "disk", "host"]
 
-class SpillBacking(ABC):
+
+class Backing(ABC):
     """A sparse file that is made at the first save and gone with `drop`, or with the process.
 
     Because a saved extent is mapped back privately, the kernel goes on saying which pages were written: one that was
@@ -52,7 +54,15 @@ class SpillBacking(ABC):
         """
 
     def save(self, arena: Arena, extents: Sequence[Extent]) -> None:
-        """See `Backing`. One sync at the end, so that an I/O error is found while the memory still holds the bytes."""
+        """Copy extents, replacing older copies, and return once they are safe.
+
+        On error the arena is untouched and no copy is held of `extents`; those of other extents stay true. One sync at
+        the end, so that an I/O error is found while the memory still holds the bytes.
+
+        Raises:
+            MemoryExhausted: no room.
+            BackendFailure: writing failed.
+        """
         self.require_room(extents)
         if self._fd < 0:
             self._fd = self._create(arena.nbytes)
@@ -67,11 +77,19 @@ class SpillBacking(ABC):
         self._owned.update(saved)
 
     def growth_bytes(self, extents: Sequence[Extent]) -> int:
-        """See `Backing`. A file system that copies on write may yet take more; then the write itself says so."""
+        """New room that saving `extents` takes; what was saved before is overwritten where it is.
+
+        A file system that copies on write may yet take more; then the write itself says so.
+        """
         return sum(extent.nbytes for extent in extents if extent.index not in self._owned)
 
     def require_room(self, extents: Sequence[Extent]) -> None:
-        """See `Backing`."""
+        """Refuse what `save` could not write for want of room.
+
+        Raises:
+            MemoryExhausted: no room.
+            BackendFailure: it cannot be found out.
+        """
         needed = self.growth_bytes(extents)
         free = self.free_bytes() if needed else 0
         if needed > free:
@@ -81,16 +99,20 @@ class SpillBacking(ABC):
             )
 
     def load(self, arena: Arena, offset: int, nbytes: int) -> None:
-        """See `Source`."""
+        """Put bytes [offset, offset + nbytes) back under the arena; populated later, privately writable.
+
+        Raises:
+            BackendFailure: the kernel refused.
+        """
         assert self._fd >= 0, f"nothing was saved to {self}"
         arena.map_file(offset, nbytes, fd=self._fd)
 
     def checksum(self, extent: Extent) -> str | None:
-        """See `Source`."""
+        """What the extent's bytes hash to, or None if no true copy is held."""
         return self._checksums.get(extent.index)
 
     def drop(self) -> None:
-        """See `Backing`."""
+        """Forget every copy and give back the room. Nothing may be mapped from here. Idempotent."""
         self._checksums.clear()
         self._owned.clear()
         if self._fd >= 0:
@@ -101,7 +123,7 @@ class SpillBacking(ABC):
 _ADVICE = "Changed weights are kept there while asleep: choose a --cache-dir that can be written, or sleep at level 2."
 
 
-class DiskBacking(SpillBacking):
+class DiskBacking(Backing):
     """A `Backing` in `directory`, which is made if need be."""
 
     name: BackingName = "disk"
@@ -114,7 +136,7 @@ class DiskBacking(SpillBacking):
         return f"the spill directory {self._directory}"
 
     def free_bytes(self) -> int:
-        """See `Backing`. What an unprivileged process may still write to the file system; nothing is made for it."""
+        """What an unprivileged process may still write to the file system; nothing is made for it."""
         try:
             status = os.statvfs(next(path for path in (self._directory, *self._directory.parents) if path.exists()))
         except OSError as error:
@@ -132,7 +154,7 @@ class DiskBacking(SpillBacking):
         return fd
 
 
-class HostBacking(SpillBacking):
+class HostBacking(Backing):
     """A `Backing` in a memory file, which counts as memory of its own and is mapped back without a copy."""
 
     name: BackingName = "host"
@@ -141,7 +163,7 @@ class HostBacking(SpillBacking):
         return "host memory"
 
     def free_bytes(self) -> int:
-        """See `SpillBacking`."""
+        """What the system could still give."""
         return self._backend.available_bytes()
 
     def _create(self, nbytes: int) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from shuteye.errors import TransitionConflict
 from shuteye.memory.image import WeightImage
-from shuteye.memory.weights_state import Run, WeightsState
+from shuteye.memory.weights import Run, WeightsState
 
 PAGE = 4096
 
