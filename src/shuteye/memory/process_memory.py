@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from shuteye.memory.arena import Arena
+if TYPE_CHECKING:
+    from shuteye.memory.arena import Arena
 
 
 def return_free_heap() -> None:

@@ -6,24 +6,26 @@ No torch until a runner is opened.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from shuteye.config import EngineConfig
 from shuteye.errors import InternalError, InvalidRequest
-from shuteye.memory.arena import Arena
-from shuteye.memory.image import WeightImage
 from shuteye.model_info import ModelSpec
 from shuteye.tasks.base import ModelRunner, RequestDelta, TaskScheduler
 from shuteye.tasks.generate.constraints import ConstrainedScheduler
 from shuteye.tasks.generate.grammar import Grammars
 from shuteye.tasks.generate.plans import StepPlan, StepResult
 from shuteye.tasks.generate.requests import GenerateRequest
-from shuteye.tasks.generate.scheduler import Scheduler
 from shuteye.tasks.pool.plans import PoolPlan, PoolResult
 from shuteye.tasks.pool.requests import PoolRequest
 from shuteye.tasks.pool.scheduler import PoolScheduler
 from shuteye.tasks.transcribe.plans import SpeechPlan, SpeechResult
 from shuteye.tasks.transcribe.requests import TranscribeRequest
 from shuteye.tasks.transcribe.scheduler import SpeechScheduler
+
+if TYPE_CHECKING:
+    from shuteye.memory.arena import Arena
+    from shuteye.memory.image import WeightImage
 
 REQUEST_KINDS: dict[str, type[Request]] = {
     "generate": GenerateRequest,
@@ -71,7 +73,16 @@ def open_scheduler(
         return SpeechScheduler(
             facts=facts.speech, max_num_seqs=config.max_num_seqs, available_bytes=facts.available_bytes
         )
-    scheduler = Scheduler(
+    grammars = Grammars(
+        tokenizer_dir=facts.tokenizer_dir,
+        vocab_size=facts.vocab_size,
+        eos_token_ids=facts.eos_token_ids,
+        max_bytes=config.max_grammar_bytes,
+        timeout_s=config.grammar_timeout_s,
+    )
+    return ConstrainedScheduler(
+        grammars,
+        report=report,
         num_blocks=num_blocks,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
@@ -80,14 +91,6 @@ def open_scheduler(
         eos_token_ids=facts.eos_token_ids,
         enable_prefix_caching=config.enable_prefix_caching,
     )
-    grammars = Grammars(
-        tokenizer_dir=facts.tokenizer_dir,
-        vocab_size=facts.vocab_size,
-        eos_token_ids=facts.eos_token_ids,
-        max_bytes=config.max_grammar_bytes,
-        timeout_s=config.grammar_timeout_s,
-    )
-    return ConstrainedScheduler(scheduler, grammars, report=report)
 
 
 Plan = StepPlan | PoolPlan | SpeechPlan

@@ -14,6 +14,7 @@ from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.models.decoder import LoadedModel, bind
 from shuteye.state import SCRATCH_BLOCK
+from shuteye.tasks.base import ModelRunner
 from shuteye.tasks.canary import Prove, fixed_tokens
 from shuteye.tasks.generate.batch import PackedBatch
 from shuteye.tasks.generate.logprobs import split_scored
@@ -25,37 +26,31 @@ MAX_SHARED_TOKENS = 63
 """Of a step that the canary may share: native kernels give it the same numbers then, whatever is beside it."""
 
 
-class GenerationRunner:
-    """See `ModelRunner`; owns the sampler's state of every request.
+class GenerationRunner(ModelRunner):
+    """Owns the KV cache, and the sampler's state of every request.
 
     Args:
         num_threads: compute threads, torch's and the native kernels'.
     """
 
+    model: LoadedModel
     _kv_cache: KVCache  # from `attach_kv_cache` on
     _canary: StepPlan
 
     def __init__(self, image: WeightImage, weights: Arena, config: EngineConfig, *, num_threads: int) -> None:
-        self.model: LoadedModel = bind(image, weights, native=config.kernels == "auto")
-        self._block_size = config.block_size
-        if self.model.native_tokens:
-            native.set_num_threads(num_threads)
-        if self.model.native_tokens >= config.max_num_batched_tokens:
-            torch.set_num_threads(1)  # its threads would spin on the cores that the kernels' own threads need
-        self._sampler = Sampler(
-            vocab_size=self.model.vocab_size, eos_token_ids=self.model.eos_token_ids, seed=config.seed
-        )
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """KV cache bytes of one token, all layers."""
-        model = self.model
-        return kv_bytes_per_token(
+        self.model = model = bind(image, weights, native=config.kernels == "auto")
+        self.kv_bytes_per_token = kv_bytes_per_token(
             num_layers=model.num_layers, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=model.dtype
         )
+        self._block_size = config.block_size
+        if model.native_tokens:
+            native.set_num_threads(num_threads)
+        if model.native_tokens >= config.max_num_batched_tokens:
+            torch.set_num_threads(1)  # its threads would spin on the cores that the kernels' own threads need
+        self._sampler = Sampler(vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids, seed=config.seed)
 
     def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
-        """See `ModelRunner`; the canary's tokens go to the scratch block."""
+        """Look into the KV arena; the canary's tokens go to the scratch block."""
         model = self.model
         self._kv_cache = KVCache(
             arena,
@@ -93,9 +88,6 @@ class GenerationRunner:
         logits = self._forward(StepPlan(chunks=plan.chunks + self._canary.chunks))
         prove(logits[-1:])
         return logits[:-1]
-
-    def drop_computed(self) -> None:
-        """See `ModelRunner`: what was computed is in the KV arena; how a request samples is kept."""
 
     def canary_pass(self) -> torch.Tensor:
         """Logits [1, vocab_size] of the last of the fixed tokens."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from shuteye.cache.prefix import HashChain
 from shuteye.state import Epoch
+from shuteye.tasks.base import ActiveRequest
 from shuteye.tasks.generate.plans import Scoring
 from shuteye.tasks.generate.requests import GenerateRequest
 
@@ -18,7 +19,7 @@ MAX_SCORED_CHUNK = 256
 
 
 @dataclass(slots=True, eq=False)
-class ActiveSequence:
+class ActiveSequence(ActiveRequest):
     """A request on its way: waiting if it has no place in the batch, running otherwise.
 
     Attributes:
@@ -55,11 +56,6 @@ class ActiveSequence:
     def to_be_scored(self) -> bool:
         """Whether some of the prompt has yet to tell how likely it was."""
         return self.scored and self.num_scored < self.num_prompt - 1
-
-    @property
-    def request_id(self) -> str:
-        """Its name in the engine."""
-        return self.request.request_id
 
     @property
     def num_prompt(self) -> int:
