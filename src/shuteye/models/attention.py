@@ -26,7 +26,7 @@ IGNORED_ARGUMENTS = frozenset(
 
 
 class AttentionBatch(Protocol):
-    """What attention must know of a packed step; `runner.batch.PackedBatch` is one."""
+    """What attention must know of a packed step; `PackedBatch` is one."""
 
     @property
     def slots(self) -> torch.Tensor:
@@ -50,7 +50,7 @@ class AttentionBatch(Protocol):
 
 
 class ModelBatch(AttentionBatch, Protocol):
-    """What a forward pass must know of a packed step; `runner.batch.PackedBatch` is one."""
+    """What a forward pass must know of a packed step; `PackedBatch` is one."""
 
     @property
     def input_ids(self) -> torch.Tensor:
