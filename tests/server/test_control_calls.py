@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_chat_route import error
+from http_answers import error
 
 BODILESS = ["/resume", "/reset_prefix_cache", "/restart_engine"]
 ANY = ["/sleep", "/wake_up", "/pause", "/reload_weights", *BODILESS]
