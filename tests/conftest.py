@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from core_harness import CoreHarness
 
 import shuteye
 from shuteye import LLM, AsyncEngine, EngineConfig
 from shuteye.config import default_cache_dir
+from shuteye.engine.core import EngineCore
+from shuteye.executors.inproc import InprocExecutor
+from shuteye.memory.backends.fake import FakeBackend
 from shuteye.models import converter
 from shuteye.models.sources import ModelSource, resolve_source
 from shuteye.testing import tiny_model
@@ -53,7 +57,7 @@ def tiny_options(tiny_checkpoint, tmp_path_factory):
         "kv_cache_memory": 1 << 20,
         "max_model_len": 256,
         "num_threads": 1,
-        "cache_dir": tmp_path_factory.getbasetemp() / "rig-cache",
+        "cache_dir": tmp_path_factory.getbasetemp() / "core-cache",
     }
 
 
@@ -82,3 +86,68 @@ def minilm() -> ModelSource:
 def whisper():
     """The real whisper-tiny.en, fetched and converted once per user; a failure to get it fails the test."""
     return resolve_source("whisper-tiny.en", cache_dir=default_cache_dir())
+
+
+# --- engine cores: on memory that is poisoned when fresh, and fails where it is told to ----------
+
+
+@pytest.fixture
+def make_harness(tiny_checkpoint, tmp_path_factory):
+    """Harnesses over one shared image; closed when the test ends."""
+    cache_dir = tmp_path_factory.getbasetemp() / "core-cache"
+    harnesses = []
+
+    def make(backend=None, **options):
+        backend = backend or FakeBackend()
+        config = EngineConfig(
+            **{
+                "model": str(tiny_checkpoint),
+                "dtype": "float32",
+                "enable_sleep_mode": True,
+                "kv_cache_memory": 1 << 20,
+                "max_model_len": 256,
+                "verify_wake": "full",
+                "num_threads": 1,
+                "cache_dir": cache_dir,
+            }
+            | options
+        )
+        executor = InprocExecutor(config, backend=backend)
+        harness = CoreHarness(EngineCore(config, executor), backend)
+        harnesses.append(harness)
+        return harness
+
+    yield make
+    for harness in harnesses:
+        if isinstance(harness.backend, FakeBackend):
+            harness.backend.clear()
+        harness.core.close()
+
+
+@pytest.fixture
+def harness(make_harness):
+    return make_harness()
+
+
+@pytest.fixture(scope="session")
+def smollm2_options(smollm2):
+    """What `LLM` needs to serve the real model from the user's cache."""
+    return {"model": str(smollm2.path), "cache_dir": default_cache_dir(), "num_threads": 2}
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2):
+    """The real model as transformers loads and runs it by itself, once per dtype."""
+
+    @functools.cache
+    def load(dtype):
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        return AutoModelForCausalLM.from_pretrained(
+            smollm2.path.parent,
+            gguf_file=smollm2.path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=dtype,
+        ).eval()
+
+    return load

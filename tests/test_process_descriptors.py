@@ -6,8 +6,8 @@ import os
 import resource
 
 import pytest
-
 from few_descriptors import limited, none_left
+
 from shuteye import processes as descriptors
 
 

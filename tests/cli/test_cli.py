@@ -209,6 +209,15 @@ def test_pull_offline_fetches_nothing(tmp_path, capsys):
     assert "cannot be fetched in offline mode" in capsys.readouterr().err
 
 
+def test_server_process_is_free_of_torch():
+    """Catches an import that makes the API process, which holds no model, carry torch through every sleep."""
+    code = (
+        "import sys, shuteye.server.run, shuteye.frontend.process_link; "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_help_is_fast_to_reach_and_free_of_torch():
     """Catches an import that makes every `shuteye --help` wait for torch."""
     code = (

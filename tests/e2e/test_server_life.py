@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from asking import ask, asking, in_flight
+from http_helpers import ask, asking, in_flight
 from served import Served, children_of, is_running, shuteye, stop_all, wait_for
 
 LONG = 400

@@ -5,7 +5,7 @@ import random
 import time
 
 import pytest
-from asking import ask, asking, in_flight
+from http_helpers import ask, asking, in_flight
 from served import SLEEPING_BODY, wait_for
 
 LONG = 400

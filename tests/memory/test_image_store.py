@@ -98,7 +98,7 @@ CRASHING_BUILDER = """
 def test_a_builder_killed_before_the_end_leaves_no_image_and_the_next_one_sweeps(
     store: ImageStore, tmp_path: Path
 ) -> None:
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1] / "helpers")
     command = [sys.executable, "-c", textwrap.dedent(CRASHING_BUILDER), str(tmp_path), here]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -151,7 +151,13 @@ def test_an_image_is_sealed_and_can_yet_be_removed_and_replaced(store: ImageStor
 def test_a_second_process_waits_for_the_one_that_builds_and_opens_what_it_built(
     store: ImageStore, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(SLOW_BUILDER), str(tmp_path), str(Path(__file__).parent)]
+    command = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(SLOW_BUILDER),
+        str(tmp_path),
+        str(Path(__file__).parents[1] / "helpers"),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "building\n"
@@ -334,7 +340,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(tmp_path: Path) -> No
         except ImageFailure as failure:
             print(failure.message)
     """
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1] / "helpers")
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), here]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "File too large" in result.stdout, result.stderr

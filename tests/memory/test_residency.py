@@ -541,6 +541,6 @@ def test_running_out_of_file_space_while_saving_leaves_it_awake(tmp_path) -> Non
         assert bytes(arena.bytes_view(0, arena.nbytes)) == before
         print("woke the same")
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), str(Path(__file__).parents[1] / "helpers")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.stdout.splitlines() == ["MemoryExhausted resident", "woke the same"], result.stderr

@@ -10,8 +10,8 @@ from shuteye.memory.layout import Slot
 from shuteye.models import fused
 from shuteye.models.decoder import ModuleDecoder
 from shuteye.models.fused import FusedDecoder
-from shuteye.tasks.generate.batch import PackedBatch
 from shuteye.tasks.generate.plans import Chunk, StepPlan
+from shuteye.tasks.generate.runner import PackedBatch
 from shuteye.testing import tiny_model
 
 RECOGNISED = {

@@ -50,10 +50,11 @@ _COMMANDS = {
 }
 """What each command is for, and an example of it."""
 
-_IN_CONTROL = ("sleep", "wake", "pause", "resume", "restart")
+_MODULES = dict.fromkeys(("sleep", "wake", "pause", "resume", "restart"), "control") | {"pull": "images"}
+"""Where the function of a command is, if not in a module of its own name."""
 
 for _name, (_help, _example) in _COMMANDS.items():
-    _module = "control" if _name in _IN_CONTROL else _name
+    _module = _MODULES.get(_name, _name)
     app.command(f"shuteye.cli.{_module}:{_name}", name=_name, help=_help, help_epilogue=f"Example: {_example}")
 app.command("shuteye.cli.images:app", name="images", help="List, remove and verify weight images.")
 

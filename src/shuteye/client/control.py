@@ -26,9 +26,9 @@ from shuteye.calls import (
 )
 from shuteye.client.answers import error_from_response
 from shuteye.errors import InternalError, InvalidRequest, ModelNotFound, ServerUnreachable, SleepModeDisabled
-from shuteye.keys import require_sendable
 from shuteye.model_info import ModelInfo
 from shuteye.state import EngineState, SchedulerStats, SleepReport, UpdateReport, WakeReport
+from shuteye.typed_fields import require_sendable
 
 T = TypeVar("T")
 

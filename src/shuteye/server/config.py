@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shuteye.errors import InvalidRequest
-from shuteye.keys import require_sendable
 from shuteye.logs import LogFormat, LogLevel
 from shuteye.server.parsing.parser import ReasoningParserName
 from shuteye.server.parsing.tool_formats import ToolFormat
-from shuteye.typed_fields import settle_types
+from shuteye.typed_fields import require_sendable, settle_types
 
 ToolCallParser = Literal["auto"] | ToolFormat
 

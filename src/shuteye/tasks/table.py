@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shuteye.config import EngineConfig
 from shuteye.errors import ErrorInfo, InternalError, InvalidRequest
-from shuteye.memory.arena import Arena
-from shuteye.memory.image import WeightImage
 from shuteye.model_info import ModelInfo, ModelSpec
 from shuteye.tasks.base import Job, ModelRunner, RequestDelta, TaskOutputs, TaskScheduler
 from shuteye.tasks.generate.constraints import ConstrainedScheduler
@@ -20,7 +18,6 @@ from shuteye.tasks.generate.grammar import Grammars
 from shuteye.tasks.generate.outputs import GenerationJob, OutputProcessor
 from shuteye.tasks.generate.plans import StepPlan, StepResult
 from shuteye.tasks.generate.requests import GenerateRequest
-from shuteye.tasks.generate.scheduler import Scheduler
 from shuteye.tasks.pool.outputs import PoolingJob, PoolOutputs
 from shuteye.tasks.pool.plans import PoolPlan, PoolResult
 from shuteye.tasks.pool.requests import PoolRequest
@@ -30,6 +27,10 @@ from shuteye.tasks.transcribe.plans import SpeechPlan, SpeechResult
 from shuteye.tasks.transcribe.requests import TranscribeRequest
 from shuteye.tasks.transcribe.scheduler import SpeechScheduler
 from shuteye.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from shuteye.memory.arena import Arena
+    from shuteye.memory.image import WeightImage
 
 Plan = StepPlan | PoolPlan | SpeechPlan
 Result = StepResult | PoolResult | SpeechResult
@@ -87,7 +88,16 @@ def _generate_outputs(info: ModelInfo, tokenizer: Tokenizer, _why_aborted: WhyAb
 def _generate_scheduler(setup: SchedulerSetup) -> ConstrainedScheduler:
     config, spec = setup.config, setup.spec
     assert config.max_model_len is not None
-    scheduler = Scheduler(
+    grammars = Grammars(
+        tokenizer_dir=spec.tokenizer_dir,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=spec.eos_token_ids,
+        max_bytes=config.max_grammar_bytes,
+        timeout_s=config.grammar_timeout_s,
+    )
+    return ConstrainedScheduler(
+        grammars,
+        report=setup.report,
         num_blocks=setup.num_blocks,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
@@ -96,14 +106,6 @@ def _generate_scheduler(setup: SchedulerSetup) -> ConstrainedScheduler:
         eos_token_ids=spec.eos_token_ids,
         enable_prefix_caching=config.enable_prefix_caching,
     )
-    grammars = Grammars(
-        tokenizer_dir=spec.tokenizer_dir,
-        vocab_size=spec.vocab_size,
-        eos_token_ids=spec.eos_token_ids,
-        max_bytes=config.max_grammar_bytes,
-        timeout_s=config.grammar_timeout_s,
-    )
-    return ConstrainedScheduler(scheduler, grammars, report=setup.report)
 
 
 def _generate_runner(setup: RunnerSetup) -> ModelRunner:

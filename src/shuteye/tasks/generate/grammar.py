@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from shuteye.errors import InvalidRequest, QueueFull, ShuteyeError, info_of, refusal
 from shuteye.memory.backends.linux import return_free_heap
-from shuteye.tasks.base import RequestDelta
+from shuteye.tasks.base import RequestDelta, id_in_use
 from shuteye.tasks.generate.plans import StepPlan, TokenMask
 from shuteye.tasks.generate.requests import JSON_WHITESPACE, GenerateRequest, StructuredOutputsParams
 
@@ -151,10 +151,7 @@ class Grammars:
             InvalidRequest: the id is in use.
         """
         if request.request_id in self._compiling:
-            raise InvalidRequest(
-                f"Request id {request.request_id!r} is in use; wait for it to end or choose another.",
-                param="request_id",
-            )
+            raise id_in_use(request.request_id)
         wanted = request.params.structured_outputs
         assert wanted is not None, "a request without a grammar needs none compiled"
         if self._compiler is None:

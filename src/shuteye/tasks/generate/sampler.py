@@ -13,7 +13,6 @@ from enum import IntEnum
 import torch
 
 from shuteye.tasks.generate.adjustments import PenaltyRows, TokenCounts, TokenRules, apply_mask, leave_some_token
-from shuteye.tasks.generate.logprobs import token_logprobs
 from shuteye.tasks.generate.plans import Admission, SampledToken, TokenMask
 from shuteye.tasks.generate.requests import SamplingParams, TokenLogprobs
 
@@ -22,6 +21,10 @@ GREEDY_BELOW = 1e-5
 
 SMALL_WIDTH, LARGE_WIDTH = 64, 1024
 """Numbers of likeliest candidates that are looked at instead of sorting the whole vocabulary."""
+
+
+MAX_ROWS = 64
+"""Rows looked at together: a prompt's may be many, and each is as wide as the vocabulary."""
 
 
 class _Route(IntEnum):
@@ -372,3 +375,36 @@ def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, batch: _Batch) -> d
     rows = list(batch.logprob_rows)
     wanted = [batch.sampled[row].params.logprobs or 0 for row in rows]
     return dict(zip(rows, token_logprobs(logits[rows], token_ids[rows], wanted), strict=True))
+
+
+def token_logprobs(logits: torch.Tensor, chosen: torch.Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
+    """Per row, the chosen token's log-probability first, then the likeliest ones'.
+
+    Args:
+        logits: [num_rows, vocab_size] float32, as the model gave them.
+        chosen: [num_rows] int64.
+        num_top: how many of the likeliest each row wants.
+    """
+    found: list[TokenLogprobs] = []
+    for begin in range(0, len(logits), MAX_ROWS):
+        rows = slice(begin, begin + MAX_ROWS)
+        found += _of_few(logits[rows], chosen[rows], num_top[rows])
+    return found
+
+
+def _of_few(logits: torch.Tensor, chosen: torch.Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
+    raw = logits.log_softmax(dim=-1)
+    chosen = chosen.unsqueeze(1)
+    value = raw.gather(1, chosen)
+    rank = (raw > value).sum(dim=-1, keepdim=True) + 1
+    best = raw.topk(min(max(num_top), raw.shape[-1]), dim=-1)
+    ids = torch.cat([chosen, best.indices], dim=1).tolist()
+    values = torch.cat([value, best.values], dim=1).tolist()
+    return [
+        TokenLogprobs(
+            token_ids=tuple(ids[row][: count + 1]),
+            logprobs=tuple(values[row][: count + 1]),
+            ranks=(int(rank[row]), *range(1, len(ids[row][: count + 1]))),
+        )
+        for row, count in enumerate(num_top)
+    ]

@@ -17,6 +17,7 @@ from shuteye.memory.backends.linux import return_free_heap
 from shuteye.memory.image import WeightImage
 from shuteye.models.whisper import SpeechModel, bind_speech
 from shuteye.state import Epoch
+from shuteye.tasks.base import ModelRunner
 from shuteye.tasks.canary import Prove, fixed_tokens
 from shuteye.tasks.transcribe.plans import (
     SpeechAdmission,
@@ -48,21 +49,18 @@ class _Listening:
     token_ids: list[int] = field(default_factory=list)
 
 
-class SpeechRunner:
-    """See `ModelRunner`; owns what the decoder keeps of every request."""
+class SpeechRunner(ModelRunner):
+    """Owns what the decoder keeps of every request."""
 
-    kv_bytes_per_token = 0
+    model: SpeechModel
 
     def __init__(self, image: WeightImage, weights: Arena) -> None:
-        self.model: SpeechModel = bind_speech(image, weights)
+        self.model = bind_speech(image, weights)
         self._listening: dict[str, _Listening] = {}
         self._epoch: Epoch = ()
 
-    def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
-        """See `ModelRunner`; the arena has no bytes."""
-
     def drop_computed(self) -> None:
-        """See `ModelRunner`: the scheduler admits again who is still to be served."""
+        """Forget every request: the scheduler admits again who is still to be served."""
         if self._listening:
             self._listening.clear()
             return_free_heap()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hearing import Reference, Rig
+from speech_harness import Reference, SpeechHarness
 
 from shuteye.audio import decode
 from shuteye.config import EngineConfig
@@ -14,7 +14,7 @@ from shuteye.executors.inproc import InprocExecutor
 from shuteye.memory.backends.fake import FakeBackend
 from shuteye.testing import tiny_speech_model
 
-SPEECH = Path(__file__).parent.parent / "data" / "speech.ogg"
+SPEECH = Path(__file__).parents[2] / "data" / "speech.ogg"
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +30,10 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture
-def make_rig(checkpoints, tmp_path_factory):
-    """Rigs over memory that is poisoned when fresh, and over one shared image per checkpoint."""
+def make_harness(checkpoints, tmp_path_factory):
+    """Harnesses over memory that is poisoned when fresh, and over one shared image per checkpoint."""
     cache_dir = tmp_path_factory.getbasetemp() / "speech-cache"
-    rigs = []
+    harnesses = []
 
     def make(seed=0, multilingual=False, **options):
         settings = {
@@ -45,18 +45,18 @@ def make_rig(checkpoints, tmp_path_factory):
             "cache_dir": cache_dir,
         }
         config = EngineConfig(**settings | options)
-        rig = Rig(EngineCore(config, InprocExecutor(config, backend=FakeBackend())))
-        rigs.append(rig)
-        return rig
+        harness = SpeechHarness(EngineCore(config, InprocExecutor(config, backend=FakeBackend())))
+        harnesses.append(harness)
+        return harness
 
     yield make
-    for rig in rigs:
-        rig.core.close()
+    for harness in harnesses:
+        harness.core.close()
 
 
 @pytest.fixture
-def rig(make_rig):
-    return make_rig()
+def harness(make_harness):
+    return make_harness()
 
 
 @pytest.fixture(scope="session")

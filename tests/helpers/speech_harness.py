@@ -20,7 +20,7 @@ def noise(seconds: float, *, seed: int = 0) -> np.ndarray:
 
 
 @dataclass
-class Heard:
+class Received:
     """What a request has received so far."""
 
     token_ids: list[int] = field(default_factory=list)
@@ -35,14 +35,14 @@ class Heard:
 
 
 @dataclass
-class Rig:
+class SpeechHarness:
     """A core and what its requests have received so far."""
 
     core: EngineCore
-    heard: dict[str, Heard] = field(default_factory=dict)
+    heard: dict[str, Received] = field(default_factory=dict)
 
     def add(self, request_id, samples, *, prompt=(), **params):
-        self.heard[request_id] = Heard()
+        self.heard[request_id] = Received()
         self.core.add(TranscribeRequest(request_id, samples.tobytes(), tuple(prompt), TranscribeParams(**params)))
 
     def step(self):
@@ -79,7 +79,7 @@ class Rig:
             raise answers[0]
         return answers[0]
 
-    def transcribe(self, samples, **params) -> Heard:
+    def transcribe(self, samples, **params) -> Received:
         """One request run to its end."""
         request_id = f"transcribe-{len(self.heard)}"
         self.add(request_id, samples, **params)

@@ -14,11 +14,11 @@ SCORED = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, prompt_l
 
 
 class Scores:
-    """Collects what a rig's deltas say of prompts."""
+    """Collects what an engine core's deltas say of prompts."""
 
-    def __init__(self, rig):
+    def __init__(self, harness):
         self.found = {}
-        step = rig.core.step
+        step = harness.core.step
 
         @functools.wraps(step)
         def listening():
@@ -27,7 +27,7 @@ class Scores:
                 self.found.setdefault(delta.request_id, []).extend(delta.prompt_logprobs)
             return deltas
 
-        rig.core.step = listening
+        harness.core.step = listening
 
 
 @pytest.fixture(scope="module")
@@ -51,47 +51,47 @@ def check(scores, expected):
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 @pytest.mark.parametrize("budget", [512, 7])
-def test_scores_are_transformers_own(make_rig, expected, kernels, budget):
+def test_scores_are_transformers_own(make_harness, expected, kernels, budget):
     """Rows taken from the wrong place of a packed batch, or lost between two chunks."""
-    rig = make_rig(max_num_batched_tokens=budget, kernels=kernels)
-    scores = Scores(rig)
-    rig.add("plain", PROMPT[:20])
-    rig.add("r", PROMPT, SCORED)
-    rig.add("other", PROMPT[5:50])
-    rig.run()
+    harness = make_harness(max_num_batched_tokens=budget, kernels=kernels)
+    scores = Scores(harness)
+    harness.add("plain", PROMPT[:20])
+    harness.add("r", PROMPT, SCORED)
+    harness.add("other", PROMPT[5:50])
+    harness.run()
     check(scores.found["r"], expected)
     assert scores.found["plain"] == []
-    assert rig.tokens["r"] == rig.generate(PROMPT, replace(SCORED, prompt_logprobs=None))
+    assert harness.tokens["r"] == harness.generate(PROMPT, replace(SCORED, prompt_logprobs=None))
 
 
-def test_the_prefix_cache_is_passed_by(make_rig, expected):
+def test_the_prefix_cache_is_passed_by(make_harness, expected):
     """Positions that the cache holds have no logits: their scores would be missing."""
-    rig = make_rig()
-    rig.generate(PROMPT)
-    scores = Scores(rig)
-    rig.add("r", PROMPT, SCORED)
-    rig.run()
+    harness = make_harness()
+    harness.generate(PROMPT)
+    scores = Scores(harness)
+    harness.add("r", PROMPT, SCORED)
+    harness.run()
     check(scores.found["r"], expected)
 
 
-def test_a_sleep_in_the_midst_of_a_prompt_tells_no_score_twice(make_rig, expected):
+def test_a_sleep_in_the_midst_of_a_prompt_tells_no_score_twice(make_harness, expected):
     """Scores told again, or forgotten, when the prompt is computed anew."""
-    rig = make_rig(max_num_batched_tokens=8)
-    scores = Scores(rig)
-    rig.add("r", PROMPT, SCORED)
+    harness = make_harness(max_num_batched_tokens=8)
+    scores = Scores(harness)
+    harness.add("r", PROMPT, SCORED)
     for _ in range(5):
-        rig.step()
+        harness.step()
     assert 0 < len(scores.found["r"]) < len(PROMPT) - 1
-    rig.call(SleepCall(1, mode="keep"))
-    rig.call(WakeCall())
-    rig.run()
+    harness.call(SleepCall(1, mode="keep"))
+    harness.call(WakeCall())
+    harness.run()
     check(scores.found["r"], expected)
 
 
-def test_a_prompt_of_one_token_has_nothing_to_score(rig):
+def test_a_prompt_of_one_token_has_nothing_to_score(harness):
     """An endless wait for scores that never come, or an index error."""
-    scores = Scores(rig)
-    rig.add("r", PROMPT[:1], SCORED)
-    rig.run()
+    scores = Scores(harness)
+    harness.add("r", PROMPT[:1], SCORED)
+    harness.run()
     assert scores.found["r"] == []
-    assert rig.ended["r"] == "length"
+    assert harness.ended["r"] == "length"

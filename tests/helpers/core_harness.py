@@ -15,7 +15,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
 @dataclass
-class Rig:
+class CoreHarness:
     """A core and what its requests have received so far."""
 
     core: EngineCore
@@ -82,9 +82,9 @@ class Rig:
         return self.tokens[request_id]
 
 
-def wake_to_wrong_bytes(rig, monkeypatch):
+def wake_to_wrong_bytes(harness, monkeypatch):
     """A wake whose verification finds an extent that is wrong, and which is refused over it."""
     with monkeypatch.context() as patched:
-        patched.setattr(rig.worker.residency, "verify", lambda _mode: VerifyResult(1, (0,)))
+        patched.setattr(harness.worker.residency, "verify", lambda _mode: VerifyResult(1, (0,)))
         with pytest.raises(VerificationFailed):
-            rig.call(WakeCall())
+            harness.call(WakeCall())

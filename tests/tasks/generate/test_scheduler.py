@@ -430,7 +430,7 @@ def test_decode_step_does_not_touch_the_tokens_before():
     scheduler = make_scheduler(max_model_len=200, max_num_batched_tokens=128)
     scheduler.add(request("a", range(100), max_tokens=50))
     step(scheduler)
-    sequence = scheduler._sequences["a"]
+    sequence = scheduler._requests["a"]
     sequence.token_ids = Watched(sequence.token_ids)
     for _ in range(20):
         plan, _ = step(scheduler)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from rigs import Rig
+from core_harness import CoreHarness
 from test_faults import TRANSITIONS, inject
 
 from shuteye import LLM, AsyncEngine
@@ -48,8 +48,8 @@ def options(tmp_path_factory):
 
 
 @dataclass
-class PoolRig(Rig):
-    """The same rig for requests that are embedded; a "generation" is the rows of `INPUTS`."""
+class PoolRig(CoreHarness):
+    """The same for requests that are embedded; a "generation" is the rows of `INPUTS`."""
 
     rows: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
 
@@ -80,22 +80,22 @@ class PoolRig(Rig):
 
 @pytest.fixture
 def make_pool_rig(encoder_checkpoint, options):
-    rigs = []
+    harnesses = []
 
     def make(**changes):
         backend = FakeBackend()
         config = EngineConfig(**{"model": str(encoder_checkpoint)} | options | changes)
-        rigs.append(PoolRig(EngineCore(config, InprocExecutor(config, backend=backend)), backend))
-        return rigs[-1]
+        harnesses.append(PoolRig(EngineCore(config, InprocExecutor(config, backend=backend)), backend))
+        return harnesses[-1]
 
     yield make
-    for rig in rigs:
-        rig.backend.clear()
-        rig.core.close()
+    for harness in harnesses:
+        harness.backend.clear()
+        harness.core.close()
 
 
 @pytest.fixture
-def rig(make_pool_rig):
+def harness(make_pool_rig):
     return make_pool_rig()
 
 
@@ -112,111 +112,111 @@ CYCLES = {
 
 
 @pytest.mark.parametrize("name", CYCLES)
-def test_the_same_rows_after_every_way_through_sleep(rig, name):
+def test_the_same_rows_after_every_way_through_sleep(harness, name):
     """Memory is poisoned when it comes fresh: a tensor that was not restored shows."""
-    expected = rig.generate()
+    expected = harness.generate()
     for call in CYCLES[name]:
-        rig.call(call)
-        if rig.core.state.gate == "closed":
+        harness.call(call)
+        if harness.core.state.gate == "closed":
             with pytest.raises(ModelSleeping):
-                rig.generate()
-    assert rig.generate() == expected
-    assert [tag.tag for tag in rig.core.state.tags] == ["weights", "kv_cache"]
+                harness.generate()
+    assert harness.generate() == expected
+    assert [tag.tag for tag in harness.core.state.tags] == ["weights", "kv_cache"]
 
 
-def test_weights_that_were_written_come_back_as_written(rig):
-    original = {name: tensor.clone() for name, tensor in rig.tensors().items()}
-    before = rig.generate()
-    rig.call(UpdateCall(named_tensors=[(name, tensor * 1.25) for name, tensor in original.items()]))
-    changed = rig.generate()
+def test_weights_that_were_written_come_back_as_written(harness):
+    original = {name: tensor.clone() for name, tensor in harness.tensors().items()}
+    before = harness.generate()
+    harness.call(UpdateCall(named_tensors=[(name, tensor * 1.25) for name, tensor in original.items()]))
+    changed = harness.generate()
     assert changed != before
     for call in (SleepCall(1), WakeCall()):
-        rig.call(call)
-    assert rig.generate() == changed
+        harness.call(call)
+    assert harness.generate() == changed
     for call in (SleepCall(2), WakeCall(("weights",))):
-        rig.call(call)
-    assert set(rig.core.state.missing) == set(original)
-    rig.call(UpdateCall(named_tensors=list(original.items())))
-    rig.call(WakeCall(("kv_cache",)))
-    assert rig.generate() == before
+        harness.call(call)
+    assert set(harness.core.state.missing) == set(original)
+    harness.call(UpdateCall(named_tensors=list(original.items())))
+    harness.call(WakeCall(("kv_cache",)))
+    assert harness.generate() == before
 
 
 def test_the_canary_sees_what_no_checksum_does(make_pool_rig):
     """Would catch a wake that is called good with memory that is not: here checksums are off."""
-    rig = make_pool_rig(verify_wake="off")
-    rig.call(SleepCall(1))
-    genuine = rig.worker.residency.restore
+    harness = make_pool_rig(verify_wake="off")
+    harness.call(SleepCall(1))
+    genuine = harness.worker.residency.restore
 
     def spoiled(plan):
         reports = genuine(plan)
-        for tensor in rig.tensors().values():
+        for tensor in harness.tensors().values():
             poison(tensor)
         return reports
 
-    rig.worker.residency.restore = spoiled
+    harness.worker.residency.restore = spoiled
     with pytest.raises(ShuteyeError, match="canary"):
-        rig.call(WakeCall())
-    rig.worker.residency.restore = genuine
-    assert rig.core.state.is_sleeping
+        harness.call(WakeCall())
+    harness.worker.residency.restore = genuine
+    assert harness.core.state.is_sleeping
 
 
 @pytest.mark.parametrize(
     "name", ["sleep 1", "sleep 2", "wake from 1", "wake from 2", "wake the rest from 1", "reload awake"]
 )
-def test_a_fault_at_every_step(rig, name):
+def test_a_fault_at_every_step(harness, name):
     """The enumeration of test_faults.py, for a model without a KV cache."""
     setup, call = TRANSITIONS[name]
-    expected = {"image": rig.generate()}
+    expected = {"image": harness.generate()}
     for step in range(200):
-        if sum(inject(rig, setup, call, False, expected, step, when) for when in ("before", "after")) == 0:
+        if sum(inject(harness, setup, call, False, expected, step, when) for when in ("before", "after")) == 0:
             break
     assert step >= 1
 
 
 def test_a_kept_request_is_computed_after_the_wake(make_pool_rig):
     """A request of several steps, some of them done, over a sleep with mode=keep."""
-    rig = make_pool_rig(max_num_batched_tokens=30)
-    expected = rig.generate()
-    rig.add("kept")
-    rig.step()
-    assert "kept" not in rig.ended
-    report = rig.call(SleepCall(1, mode="keep"))
+    harness = make_pool_rig(max_num_batched_tokens=30)
+    expected = harness.generate()
+    harness.add("kept")
+    harness.step()
+    assert "kept" not in harness.ended
+    report = harness.call(SleepCall(1, mode="keep"))
     assert (report.held_requests, report.aborted_requests) == (1, 0)
-    rig.call(WakeCall())
-    rig.run()
-    assert rig.rows["kept"] == expected
+    harness.call(WakeCall())
+    harness.run()
+    assert harness.rows["kept"] == expected
 
 
 def test_weights_written_between_two_steps_of_a_request_do_not_mix(make_pool_rig):
-    rig = make_pool_rig(max_num_batched_tokens=30)
-    rig.add("under way")
-    rig.step()
-    rig.call(UpdateCall(named_tensors=[(name, tensor * 1.25) for name, tensor in rig.tensors().items()]))
-    rig.run()
-    assert rig.rows["under way"] == rig.generate()
+    harness = make_pool_rig(max_num_batched_tokens=30)
+    harness.add("under way")
+    harness.step()
+    harness.call(UpdateCall(named_tensors=[(name, tensor * 1.25) for name, tensor in harness.tensors().items()]))
+    harness.run()
+    assert harness.rows["under way"] == harness.generate()
 
 
-def test_requests_with_other_wishes_share_a_step(rig):
+def test_requests_with_other_wishes_share_a_step(harness):
     """Would catch rows given to another input, or finished as another request wanted it."""
     params = {"plain": PoolingParams(), "raw": PoolingParams(use_activation=False)}
     lengths = {"plain": (9, 11), "raw": (10, 12)}  # interleaved when sorted by length
     for name, wishes in params.items():
         inputs = tuple(PoolInput(tuple(range(5, 5 + length))) for length in lengths[name])
-        rig.core.add(PoolRequest(name, inputs, wishes))
-    rig.step()
-    assert rig.rows.keys() == params.keys()
+        harness.core.add(PoolRequest(name, inputs, wishes))
+    harness.step()
+    assert harness.rows.keys() == params.keys()
     for name, wishes in params.items():
-        for length, row in zip(lengths[name], rig.rows[name], strict=True):
+        for length, row in zip(lengths[name], harness.rows[name], strict=True):
             alone = f"{name} {length}"
-            rig.core.add(PoolRequest(alone, (PoolInput(tuple(range(5, 5 + length))),), wishes))
-            rig.run()
-            assert array("f", row).tolist() == pytest.approx(array("f", rig.rows[alone][0]).tolist(), abs=1e-5)
+            harness.core.add(PoolRequest(alone, (PoolInput(tuple(range(5, 5 + length))),), wishes))
+            harness.run()
+            assert array("f", row).tolist() == pytest.approx(array("f", harness.rows[alone][0]).tolist(), abs=1e-5)
 
 
-def test_a_request_of_another_kind_is_refused(rig):
-    rig.core.add(GenerateRequest("g", (1, 2)))
-    rig.step()
-    assert isinstance(rig.ended["g"], InvalidRequest)
+def test_a_request_of_another_kind_is_refused(harness):
+    harness.core.add(GenerateRequest("g", (1, 2)))
+    harness.step()
+    assert isinstance(harness.ended["g"], InvalidRequest)
 
 
 def test_a_kv_cache_cannot_be_asked_for(make_pool_rig):

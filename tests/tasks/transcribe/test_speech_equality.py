@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hearing import Reference, noise
+from speech_harness import Reference, noise
 
 from shuteye.errors import InvalidRequest
 from shuteye.tasks.transcribe.plans import SpeechAdmission
@@ -12,101 +12,104 @@ SEEDS = range(4)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_short_recordings(make_rig, reference, seed):
+def test_short_recordings(make_harness, reference, seed):
     """Other features, other suppressed tokens, a cache that mixes requests up, or an end in the wrong place."""
-    rig, right = make_rig(seed), reference(seed)
+    harness, right = make_harness(seed), reference(seed)
     for length in (0.1, 0.4, 0.999, 1.0):
         samples = noise(length, seed=seed)
-        assert rig.transcribe(samples).token_ids == right.short(samples)
+        assert harness.transcribe(samples).token_ids == right.short(samples)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_long_recordings(make_rig, reference, seed):
+def test_long_recordings(make_harness, reference, seed):
     """A wrong seek, a segment cut elsewhere, timestamp rules that differ, or a wrong last window."""
-    rig, right = make_rig(seed), reference(seed)
+    harness, right = make_harness(seed), reference(seed)
     for length in (1.001, 4.3):
         samples = noise(length, seed=seed)
-        heard, expected = rig.transcribe(samples), right.long(samples)
+        heard, expected = harness.transcribe(samples), right.long(samples)
         assert heard.stretches == expected
         assert heard.token_ids == [token for _, _, text in expected for token in text]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_short_recordings_with_timestamps(make_rig, reference, seed):
+def test_short_recordings_with_timestamps(make_harness, reference, seed):
     """Timestamps asked for, yet the recording heard without them."""
     samples = noise(0.9, seed=seed)
-    assert make_rig(seed).transcribe(samples, timestamps=True).stretches == reference(seed).long(samples)
+    assert make_harness(seed).transcribe(samples, timestamps=True).stretches == reference(seed).long(samples)
 
 
-def test_a_prompt_is_taken_for_the_text_before(rig, reference):
+def test_a_prompt_is_taken_for_the_text_before(harness, reference):
     """A prompt that is dropped, or given to the first window alone."""
     prompt, right = [70, 71, 72], reference()
     start_of_previous = right.model.generation_config.prev_sot_token_id
     prompt_ids = torch.tensor([start_of_previous, *prompt])
     samples = noise(2.5)
-    heard = rig.transcribe(samples, prompt=prompt)
+    heard = harness.transcribe(samples, prompt=prompt)
     assert heard.stretches == right.long(samples, prompt_ids=prompt_ids)
-    assert heard.stretches != rig.transcribe(samples).stretches
+    assert heard.stretches != harness.transcribe(samples).stretches
     many = [*range(60, 100)]
-    assert rig.transcribe(noise(0.5), prompt=many).token_ids == rig.transcribe(noise(0.5), prompt=many[-15:]).token_ids
+    assert (
+        harness.transcribe(noise(0.5), prompt=many).token_ids
+        == harness.transcribe(noise(0.5), prompt=many[-15:]).token_ids
+    )
 
 
-def test_many_at_once_are_each_as_if_alone(make_rig, reference):
+def test_many_at_once_are_each_as_if_alone(make_harness, reference):
     """Rows of a batch that see each other's keys or positions."""
-    rig, right = make_rig(1), reference(1)
+    harness, right = make_harness(1), reference(1)
     recordings = {f"r{index}": noise(0.5 + 0.9 * index, seed=index) for index in range(5)}
     for request_id, samples in recordings.items():
-        rig.add(request_id, samples, timestamps=True)
-    rig.run()
+        harness.add(request_id, samples, timestamps=True)
+    harness.run()
     for request_id, samples in recordings.items():
-        assert rig.heard[request_id].stretches == right.long(samples), request_id
+        assert harness.heard[request_id].stretches == right.long(samples), request_id
 
 
-def test_the_language_is_found_out_or_given(make_rig, reference):
+def test_the_language_is_found_out_or_given(make_harness, reference):
     """A prompt without language or task, a language found by other logits, or one that is forgotten after a window."""
-    rig, right = make_rig(2, multilingual=True), reference(2, multilingual=True)
+    harness, right = make_harness(2, multilingual=True), reference(2, multilingual=True)
     samples = noise(2.2)
-    found = rig.transcribe(samples)
+    found = harness.transcribe(samples)
     assert found.stretches == right.long(samples, task="transcribe")
     names = {"en": "english", "de": "german", "fr": "french"}
     for code, name in names.items():
-        given = rig.transcribe(samples, language=code)
+        given = harness.transcribe(samples, language=code)
         assert given.stretches == right.long(samples, language=code, task="transcribe")
         assert given.language == name
-        assert rig.transcribe(samples, language=name.upper()).stretches == given.stretches
+        assert harness.transcribe(samples, language=name.upper()).stretches == given.stretches
     assert found.language in names.values()
 
 
-def test_what_cannot_be_transcribed_is_refused(rig, make_rig):
+def test_what_cannot_be_transcribed_is_refused(harness, make_harness):
     """A request that hangs, or that fails as if it were our bug."""
     with pytest.raises(InvalidRequest, match="at least 1600"):
-        rig.transcribe(noise(0.09))
+        harness.transcribe(noise(0.09))
     with pytest.raises(InvalidRequest, match="English-only") as refused:
-        rig.transcribe(noise(1), language="de")
+        harness.transcribe(noise(1), language="de")
     assert refused.value.param == "language"
     with pytest.raises(InvalidRequest, match="special tokens"):
-        rig.transcribe(noise(1), prompt=[300])
+        harness.transcribe(noise(1), prompt=[300])
     with pytest.raises(InvalidRequest, match="knows de, en, fr"):
-        make_rig(2, multilingual=True).transcribe(noise(1), language="xx")
+        make_harness(2, multilingual=True).transcribe(noise(1), language="xx")
 
 
-def test_a_seed_draws_the_same_again_and_another_seed_something_else(rig):
+def test_a_seed_draws_the_same_again_and_another_seed_something_else(harness):
     """A temperature that is ignored, or draws that depend on who else is served."""
     samples = noise(0.9)
-    first = rig.transcribe(samples, temperature=1.0, seed=1).token_ids
-    rig.add("again", samples, temperature=1.0, seed=1)
-    rig.add("beside", noise(3.0))
-    rig.run()
-    assert rig.heard["again"].token_ids == first
-    assert rig.transcribe(samples, temperature=1.0, seed=2).token_ids != first
-    assert rig.transcribe(samples).token_ids != first
+    first = harness.transcribe(samples, temperature=1.0, seed=1).token_ids
+    harness.add("again", samples, temperature=1.0, seed=1)
+    harness.add("beside", noise(3.0))
+    harness.run()
+    assert harness.heard["again"].token_ids == first
+    assert harness.transcribe(samples, temperature=1.0, seed=2).token_ids != first
+    assert harness.transcribe(samples).token_ids != first
 
 
-def test_every_draw_is_another(rig):
+def test_every_draw_is_another(harness):
     """One number for all tokens of a request: text that repeats itself."""
-    runner = rig.worker._runner
+    runner = harness.worker._runner
     state = _Listening(SpeechAdmission("r", b"", temperature=1.0, seed=3, pad=True), torch.empty(0))
-    flat = torch.zeros(rig.core.info.vocab_size)
+    flat = torch.zeros(harness.core.info.vocab_size)
     drawn = [runner._choose(state, flat, num_sampled=index).token_id for index in range(50)]
     assert len(set(drawn)) > 30
     assert max(drawn) < 256, "special tokens are suppressed"

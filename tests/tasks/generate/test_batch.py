@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from shuteye.tasks.generate.batch import PackedBatch
 from shuteye.tasks.generate.plans import Chunk, StepPlan
+from shuteye.tasks.generate.runner import PackedBatch
 
 
 def chunk(token_ids, start, block_ids, *, sample=True):

@@ -19,7 +19,7 @@ import openai
 
 from shuteye import LLM
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = "smollm2-135m"
 SHOWN_URL = "http://127.0.0.1:8000"
 MADE_SERVER = f"SHUTEYE_SERVER_DEV_MODE=1 shuteye serve {MODEL} --enable-sleep-mode"

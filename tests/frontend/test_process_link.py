@@ -9,8 +9,8 @@ import tempfile
 from dataclasses import replace
 
 import pytest
-
 from few_descriptors import none_left
+
 from shuteye import AsyncEngine, EngineConfig, SamplingParams
 from shuteye.engine.messages import AddRequests
 from shuteye.errors import DescriptorsExhausted, EngineDead, EngineHung, InvalidRequest, TransitionConflict
@@ -112,7 +112,7 @@ HANGING = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
 
 def test_a_stopped_engine_is_noticed_goes_on_and_can_be_restarted(config, tmp_path_factory):
     """Would catch requests that wait for ever for an engine that is stopped, and one that cannot be ended."""
-    cache_dir = tmp_path_factory.getbasetemp() / "rig-cache"
+    cache_dir = tmp_path_factory.getbasetemp() / "core-cache"
 
     async def scenario():
         async with AsyncEngine(replace(config, hang_timeout_s=1.0, cache_dir=cache_dir)) as engine:
@@ -166,7 +166,7 @@ def test_what_cannot_be_sent_refuses_its_request(config, params):
 
 def test_a_start_without_descriptors_says_so_and_can_be_tried_again(config, tmp_path_factory):
     """Would catch `[Errno -1]`, and ZeroMQ's abort of the whole server."""
-    cache_dir = tmp_path_factory.getbasetemp() / "rig-cache"
+    cache_dir = tmp_path_factory.getbasetemp() / "core-cache"
 
     async def scenario():
         engine = AsyncEngine(replace(config, cache_dir=cache_dir))

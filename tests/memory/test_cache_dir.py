@@ -100,7 +100,7 @@ KILLED = """
 
 def test_a_killed_build_leaves_no_weights_and_the_rest_is_swept_whatever_is_built_next(tmp_path: Path) -> None:
     """Would catch a killed build's gigabytes: on disk, shown nowhere, and swept only when that model is built again."""
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), str(Path(__file__).parents[1] / "helpers")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "written\n"

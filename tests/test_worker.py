@@ -7,7 +7,7 @@ from operator import attrgetter
 import pytest
 
 from shuteye.config import EngineConfig
-from shuteye.engine.messages import RPC_VERBS
+from shuteye.engine.transitions import RPC_VERBS
 from shuteye.errors import ShuteyeError
 from shuteye.memory.backends.fake import FakeBackend
 from shuteye.memory.image_store import ImageStore

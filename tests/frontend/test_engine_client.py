@@ -48,7 +48,7 @@ def ready_with(tokenizer_dir):
     return Ready(info, EngineConfig())
 
 
-class Rig:
+class Harness:
     """A frontend whose engine is the test."""
 
     def __init__(self, ready):
@@ -71,35 +71,35 @@ class Rig:
 
 
 @pytest.fixture
-def rig(ready):
-    return Rig(ready)
+def harness(ready):
+    return Harness(ready)
 
 
 @pytest.mark.parametrize("ask", ["call", "submit"])
-def test_whoever_asks_while_the_engine_dies_is_told(rig, ask):
+def test_whoever_asks_while_the_engine_dies_is_told(harness, ask):
     """Would catch a request registered after everyone who waits was told: nobody would ever answer it."""
     outcome = []
 
     def user():
         try:
-            outcome.append(rig.frontend.call(ResumeCall()) if ask == "call" else rig.submit())
+            outcome.append(harness.frontend.call(ResumeCall()) if ask == "call" else harness.submit())
         except EngineDead as error:
             outcome.append(error)
 
     thread = threading.Thread(target=user)
-    with rig.frontend._lock:
+    with harness.frontend._lock:
         thread.start()
         time.sleep(0.05)  # it has come as far as the lock
-        rig.frontend.fail(GONE, status="dead")
+        harness.frontend.fail(GONE, status="dead")
     thread.join()
     assert outcome == [GONE]
 
 
-def test_an_answer_that_comes_after_the_end_is_ignored(rig):
+def test_an_answer_that_comes_after_the_end_is_ignored(harness):
     """Would catch a close() that blows up the engine's thread because of a call in flight."""
-    future = rig.frontend.call(ResumeCall())
-    rig.frontend.fail(GONE, status="closed")
-    rig.frontend.on_message(PlainReply(rig.sent[-1].call_id))
+    future = harness.frontend.call(ResumeCall())
+    harness.frontend.fail(GONE, status="closed")
+    harness.frontend.on_message(PlainReply(harness.sent[-1].call_id))
     assert future.exception() is GONE
 
 
@@ -118,74 +118,74 @@ def test_a_tokenizer_that_cannot_be_read_is_a_failure_to_load(tmp_path):
     assert isinstance(frontend.ready.exception(timeout=0), UnsupportedModel)
 
 
-def test_a_reused_id_gets_nothing_of_the_request_that_had_it(rig):
+def test_a_reused_id_gets_nothing_of_the_request_that_had_it(harness):
     """Would catch tokens, or the end, of an aborted request delivered to the next one of the same name."""
-    old = rig.submit()
-    rig.frontend.abort("r", deliver=rig.delivered.append)
-    new = rig.submit()
-    rig.step(RequestDelta(old, (7,)), RequestDelta(old, finish_reason="abort"), RequestDelta(new, (9,)))
-    assert [output.outputs[0].token_ids for output in rig.delivered] == [(9,)]
-    assert rig.delivered[0].request_id == "r"
-    assert not rig.delivered[0].finished
+    old = harness.submit()
+    harness.frontend.abort("r", deliver=harness.delivered.append)
+    new = harness.submit()
+    harness.step(RequestDelta(old, (7,)), RequestDelta(old, finish_reason="abort"), RequestDelta(new, (9,)))
+    assert [output.outputs[0].token_ids for output in harness.delivered] == [(9,)]
+    assert harness.delivered[0].request_id == "r"
+    assert not harness.delivered[0].finished
 
 
-def test_a_late_goodbye_does_not_end_the_next_request_of_that_name(rig):
+def test_a_late_goodbye_does_not_end_the_next_request_of_that_name(harness):
     """Would catch an iterator, closed after its last output, that aborts whoever reused its id."""
     first, second = [], []
-    rig.step(RequestDelta(rig.submit(deliver=first.append), (7,), finish_reason="length"))
-    again = rig.submit(deliver=second.append)
-    rig.frontend.abort("r", deliver=first.append)
-    rig.step(RequestDelta(again, (9,), finish_reason="length"))
+    harness.step(RequestDelta(harness.submit(deliver=first.append), (7,), finish_reason="length"))
+    again = harness.submit(deliver=second.append)
+    harness.frontend.abort("r", deliver=first.append)
+    harness.step(RequestDelta(again, (9,), finish_reason="length"))
     assert [output.outputs[0].token_ids for output in second] == [(9,)]
 
 
-def test_ending_a_request_tells_the_one_who_waits(rig):
+def test_ending_a_request_tells_the_one_who_waits(harness):
     """Would catch an abort by a third party that leaves the caller waiting for ever."""
-    engine_id = rig.submit()
-    rig.step(RequestDelta(engine_id, (7,)))
-    rig.frontend.end("r")
-    rig.frontend.end("unknown")
-    assert rig.sent[-1] == AbortRequests((engine_id,))
-    rig.step(RequestDelta(engine_id, finish_reason="abort"))
-    assert rig.delivered[-1].outputs[0].finish_reason == "abort"
-    assert rig.delivered[-1].outputs[0].token_ids == (7,)
+    engine_id = harness.submit()
+    harness.step(RequestDelta(engine_id, (7,)))
+    harness.frontend.end("r")
+    harness.frontend.end("unknown")
+    assert harness.sent[-1] == AbortRequests((engine_id,))
+    harness.step(RequestDelta(engine_id, finish_reason="abort"))
+    assert harness.delivered[-1].outputs[0].finish_reason == "abort"
+    assert harness.delivered[-1].outputs[0].token_ids == (7,)
 
 
-def test_what_could_not_be_sent_leaves_nothing_behind(rig, monkeypatch):
+def test_what_could_not_be_sent_leaves_nothing_behind(harness, monkeypatch):
     """Would catch an id that stays in use, or a call nobody will answer."""
 
     def refuse(_message):
         raise InvalidRequest("cannot travel")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rig.frontend, "_send", refuse)
+        patch.setattr(harness.frontend, "_send", refuse)
         with pytest.raises(InvalidRequest, match="travel"):
-            rig.submit()
+            harness.submit()
         with pytest.raises(InvalidRequest, match="travel"):
-            rig.frontend.call(ResumeCall())
-    assert not rig.frontend._calls
-    assert rig.submit()
+            harness.frontend.call(ResumeCall())
+    assert not harness.frontend._calls
+    assert harness.submit()
 
 
-def test_a_bug_in_taking_a_message_leaves_nobody_waiting(rig, monkeypatch):
+def test_a_bug_in_taking_a_message_leaves_nobody_waiting(harness, monkeypatch):
     """Would catch requests that wait for ever because the listener ended in an error of ours."""
 
     def broken(_deltas):
         raise ZeroDivisionError("a bug")
 
-    engine_id = rig.submit()
-    monkeypatch.setattr(rig.frontend._outputs, "process", broken)
+    engine_id = harness.submit()
+    monkeypatch.setattr(harness.frontend._outputs, "process", broken)
     with pytest.raises(ZeroDivisionError):
-        rig.step(RequestDelta(engine_id, (7,)))
-    assert isinstance(rig.delivered[-1], EngineDead)
-    assert rig.frontend.status == "dead"
+        harness.step(RequestDelta(engine_id, (7,)))
+    assert isinstance(harness.delivered[-1], EngineDead)
+    assert harness.frontend.status == "dead"
 
 
 @pytest.mark.parametrize("where", ["following", "sending"])
 def test_a_surprise_while_submitting_leaves_nothing_registered(ready, monkeypatch, where):
     """Requests that nobody waits for, kept for as long as the server runs."""
-    rig = Rig(ready)
-    outputs = rig.frontend._outputs
+    harness = Harness(ready)
+    outputs = harness.frontend._outputs
 
     def surprising(*_args, **_options):
         raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
@@ -193,44 +193,44 @@ def test_a_surprise_while_submitting_leaves_nothing_registered(ready, monkeypatc
     if where == "following":
         monkeypatch.setattr(outputs, "_new_detokenizer", surprising)
     else:
-        monkeypatch.setattr(rig.frontend, "_send", surprising)
+        monkeypatch.setattr(harness.frontend, "_send", surprising)
     with pytest.raises(InvalidRequest):
-        rig.submit()
-    assert not rig.frontend._deliver
+        harness.submit()
+    assert not harness.frontend._deliver
     assert not outputs.has_unfinished
     assert not outputs._completions
     monkeypatch.undo()
-    rig.submit()
+    harness.submit()
 
 
 def test_a_surprise_while_sending_a_call_leaves_none_registered(ready, monkeypatch):
     """A future that is never kept."""
-    rig = Rig(ready)
+    harness = Harness(ready)
 
     def surprising(_message):
         raise RecursionError("maximum recursion depth exceeded")
 
-    monkeypatch.setattr(rig.frontend, "_send", surprising)
+    monkeypatch.setattr(harness.frontend, "_send", surprising)
     with pytest.raises(InvalidRequest):
-        rig.frontend.call(ResumeCall())
-    assert not rig.frontend._calls
+        harness.frontend.call(ResumeCall())
+    assert not harness.frontend._calls
 
 
 def test_a_surprise_in_one_requests_text_ends_that_request_alone(ready, monkeypatch):
     """A bug in one detokenizer taken for the end of the engine."""
-    rig = Rig(ready)
+    harness = Harness(ready)
     strange, plain = [], []
-    bad, good = rig.submit("strange", strange.append), rig.submit("plain", plain.append)
-    request, completion = rig.frontend._outputs._completions[bad]
+    bad, good = harness.submit("strange", strange.append), harness.submit("plain", plain.append)
+    request, completion = harness.frontend._outputs._completions[bad]
     assert request.request_id == "strange"
 
     def surprising(_token_id):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(completion.detokenizer, "feed", surprising)
-    rig.step(RequestDelta(bad, token_ids=(5,)), RequestDelta(good, token_ids=(6,), finish_reason="length"))
+    harness.step(RequestDelta(bad, token_ids=(5,)), RequestDelta(good, token_ids=(6,), finish_reason="length"))
     assert isinstance(strange[0], InternalError)
     assert plain[0].finished
-    assert AbortRequests((bad,)) in rig.sent
-    assert not rig.frontend._deliver
-    assert not rig.frontend._outputs._completions
+    assert AbortRequests((bad,)) in harness.sent
+    assert not harness.frontend._deliver
+    assert not harness.frontend._outputs._completions
