@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 from shuteye.config import EngineConfig
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
+from shuteye.server.connections import open_listener
 from shuteye.server.run import _Server
-from shuteye.server.sockets import open_listener
 
 ENGINE_FIELDS = frozenset(EngineConfig.__dataclass_fields__)
 MODEL = "tiny"

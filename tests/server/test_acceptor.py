@@ -15,8 +15,8 @@ from fake_engine_server import wait_for
 from stalling_clients import HALF_A_HEAD, Client
 
 from shuteye import processes as descriptors
-from shuteye.server import sockets as module
-from shuteye.server.sockets import RESERVED_DESCRIPTORS, Acceptor
+from shuteye.server import connections as module
+from shuteye.server.connections import RESERVED_DESCRIPTORS, Acceptor
 
 
 class Listener(socket.socket):
@@ -100,7 +100,7 @@ def test_a_server_out_of_descriptors_accepts_again_once_some_are_free(serve):
     limit = 60
     before = (
         f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
-        "import shuteye.server.sockets as acceptor; acceptor.RESERVED_DESCRIPTORS = 20"
+        "import shuteye.server.connections as connections; connections.RESERVED_DESCRIPTORS = 20"
     )
     server = serve(before=before, header_timeout_s=0.5)
     url = server.url_when_ready()

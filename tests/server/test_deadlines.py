@@ -10,7 +10,7 @@ import pytest
 from stalling_clients import HALF_A_BODY, HALF_A_CONTROL_CALL, HALF_A_HEAD, WHOLE, Client, head
 from starlette.exceptions import HTTPException
 
-from shuteye.server.http.deadlines import MIN_BYTES_PER_S, BodyDeadline, PendingBodies
+from shuteye.server.http.middleware import MIN_BYTES_PER_S, BodyDeadline, PendingBodies
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, PlainReader, Reasoning, held_length
-from shuteye.server.parsing.reasoning import ReasoningReader, begins_inside
-from shuteye.server.parsing.tool_formats import HermesReader, LlamaReader, MistralReader, format_of
+from shuteye.server.parsing.parser import ReasoningParser, begins_inside
+from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, OutputParser, Reasoning, held_length
+from shuteye.server.parsing.tool_formats import HermesParser, LlamaParser, MistralParser, format_of
 
 
 def merged(pieces):
@@ -37,51 +37,51 @@ def call(index, name, arguments):
     return [CallBegin(index, name), CallArguments(index, arguments)]
 
 
-def thinking(rest=PlainReader, *, inside):
-    return lambda: ReasoningReader(rest(), inside=inside)
+def thinking(rest=OutputParser, *, inside):
+    return lambda: ReasoningParser(rest(), inside=inside)
 
 
 ONE = '{"name": "f", "arguments": {"a": "}<\\"x", "b": [1, {"c": null}]}}'
 ARGUMENTS = '{"a": "}<\\"x", "b": [1, {"c": null}]}'
 CASES = [
-    (HermesReader, "hello  \n", [Content("hello  \n")]),
-    (HermesReader, "a < b <tool", [Content("a < b <tool")]),
-    (HermesReader, f"Sure.\n<tool_call>\n{ONE}\n</tool_call>\n", [Content("Sure."), *call(0, "f", ARGUMENTS)]),
+    (HermesParser, "hello  \n", [Content("hello  \n")]),
+    (HermesParser, "a < b <tool", [Content("a < b <tool")]),
+    (HermesParser, f"Sure.\n<tool_call>\n{ONE}\n</tool_call>\n", [Content("Sure."), *call(0, "f", ARGUMENTS)]),
     (
-        HermesReader,
+        HermesParser,
         f'<tool_call>{ONE}</tool_call>\n<tool_call>{{"arguments":{{"b":2}},"name":"g"}}</tool_call> ok',
         [*call(0, "f", ARGUMENTS), *call(1, "g", '{"b":2}'), Content(" ok")],
     ),
-    (HermesReader, '<tool_call>{"name": "f"}</tool_call>', call(0, "f", "{}")),
-    (HermesReader, '<tool_call>{"name": "f", "arguments": null}</tool_call>', call(0, "f", "{}")),
-    (HermesReader, '<tool_call>{"name":"f","arguments":"{\\"a\\": 1}"}</tool_call>', call(0, "f", '{"a": 1}')),
-    (HermesReader, '<tool_call>{"name": "f", "arguments": {"a": 1', call(0, "f", '{"a": 1')),
-    (HermesReader, "<tool_call>oops</tool_call>", [Content("<tool_call>oops</tool_call>")]),
-    (HermesReader, '<tool_call>{"x": 3}</tool_call> bye', [Content('<tool_call>{"x": 3}</tool_call> bye')]),
-    (HermesReader, "<tool_call>", [Content("<tool_call>")]),
-    (LlamaReader, 'see {"name": "f"}', [Content('see {"name": "f"}')]),
-    (LlamaReader, ' {"name": "f", "parameters": {"a": 1}}', call(0, "f", '{"a": 1}')),
+    (HermesParser, '<tool_call>{"name": "f"}</tool_call>', call(0, "f", "{}")),
+    (HermesParser, '<tool_call>{"name": "f", "arguments": null}</tool_call>', call(0, "f", "{}")),
+    (HermesParser, '<tool_call>{"name":"f","arguments":"{\\"a\\": 1}"}</tool_call>', call(0, "f", '{"a": 1}')),
+    (HermesParser, '<tool_call>{"name": "f", "arguments": {"a": 1', call(0, "f", '{"a": 1')),
+    (HermesParser, "<tool_call>oops</tool_call>", [Content("<tool_call>oops</tool_call>")]),
+    (HermesParser, '<tool_call>{"x": 3}</tool_call> bye', [Content('<tool_call>{"x": 3}</tool_call> bye')]),
+    (HermesParser, "<tool_call>", [Content("<tool_call>")]),
+    (LlamaParser, 'see {"name": "f"}', [Content('see {"name": "f"}')]),
+    (LlamaParser, ' {"name": "f", "parameters": {"a": 1}}', call(0, "f", '{"a": 1}')),
     (
-        LlamaReader,
+        LlamaParser,
         '<|python_tag|>{"name": "f", "parameters": {"a": 1}}; {"name": "g", "parameters": {}}',
         [*call(0, "f", '{"a": 1}'), *call(1, "g", "{}")],
     ),
-    (LlamaReader, '{"city": "Paris"}', [Content('{"city": "Paris"}')]),
-    (LlamaReader, "<|python_tag|>print(1)", [Content("<|python_tag|>print(1)")]),
-    (LlamaReader, " <|pyt", [Content(" <|pyt")]),
-    (MistralReader, "hi [", [Content("hi [")]),
+    (LlamaParser, '{"city": "Paris"}', [Content('{"city": "Paris"}')]),
+    (LlamaParser, "<|python_tag|>print(1)", [Content("<|python_tag|>print(1)")]),
+    (LlamaParser, " <|pyt", [Content(" <|pyt")]),
+    (MistralParser, "hi [", [Content("hi [")]),
     (
-        MistralReader,
+        MistralParser,
         f'[TOOL_CALLS] [{ONE}, {{"name": "g", "arguments": {{}}}}]',
         [*call(0, "f", ARGUMENTS), *call(1, "g", "{}")],
     ),
     (
-        MistralReader,
+        MistralParser,
         'so[TOOL_CALLS]f[ARGS]{"a": {"b": "}"}}[TOOL_CALLS]g[CALL_ID]x9[ARGS]{"c": 1}',
         [Content("so"), *call(0, "f", '{"a": {"b": "}"}}'), *call(1, "g", '{"c": 1}')],
     ),
-    (MistralReader, "[TOOL_CALLS][oops]", [Content("[TOOL_CALLS][oops]")]),
-    (MistralReader, "[TOOL_CALLS]", [Content("[TOOL_CALLS]")]),
+    (MistralParser, "[TOOL_CALLS][oops]", [Content("[TOOL_CALLS][oops]")]),
+    (MistralParser, "[TOOL_CALLS]", [Content("[TOOL_CALLS]")]),
     (thinking(inside=True), "so</think>hi", [Reasoning("so"), Content("hi")]),
     (thinking(inside=True), "<think>so</thi</think>hi", [Reasoning("so</thi"), Content("hi")]),
     (thinking(inside=True), "never done", [Reasoning("never done")]),
@@ -89,7 +89,7 @@ CASES = [
     (thinking(inside=False), "<b>hi</b>", [Content("<b>hi</b>")]),
     (thinking(inside=False), " <thi", [Content(" <thi")]),
     (
-        thinking(HermesReader, inside=True),
+        thinking(HermesParser, inside=True),
         f"call f</think>\n<tool_call>{ONE}</tool_call>",
         [Reasoning("call f"), *call(0, "f", ARGUMENTS)],
     ),
@@ -124,7 +124,7 @@ PARTS = [
 WRITTEN = st.lists(
     st.sampled_from([*PARTS, '"name"', ":", '"f"', ",", "[", "]", ";", "\\", '"', " ", "\n", "x", "é"]), max_size=14
 )
-MAKERS = [HermesReader, LlamaReader, MistralReader, thinking(inside=True), thinking(HermesReader, inside=False)]
+MAKERS = [HermesParser, LlamaParser, MistralParser, thinking(inside=True), thinking(HermesParser, inside=False)]
 
 
 @settings(max_examples=400, deadline=None)
@@ -141,14 +141,14 @@ def test_random_text_parses_the_same_however_it_is_cut(make, parts, data):
 def test_any_arguments_come_through_as_they_are(arguments):
     """Braces or quotes within strings taken for JSON's own."""
     written = json.dumps(arguments)
-    assert read(HermesReader, f'<tool_call>{{"name": "f", "arguments": {written}}}</tool_call>') == call(
+    assert read(HermesParser, f'<tool_call>{{"name": "f", "arguments": {written}}}</tool_call>') == call(
         0, "f", written
     )
 
 
 def test_pieces_are_emitted_as_soon_as_they_are_certain():
     """Arguments withheld until the call is complete: no streaming."""
-    reader = HermesReader()
+    reader = HermesParser()
     assert reader.feed('<tool_call>{"name": "f", "argum') == [CallBegin(0, "f")]
     assert reader.feed('ents": {"a": ') == [CallArguments(0, '{"a": ')]
     assert reader.feed("1") == [CallArguments(0, "1")]

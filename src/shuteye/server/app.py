@@ -1,4 +1,4 @@
-"""Builds the HTTP application around an engine: routes, errors, keys, limits, and the engine's start and end.
+"""Builds the HTTP application around an engine: routes, errors, keys, limits, the engine's start and end, and notices.
 
 Knows nothing of sockets or signals, and keeps no globals; `server/run.py` serves what this makes.
 """
@@ -15,19 +15,15 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from shuteye import __version__
+from shuteye.config import EngineConfig
 from shuteye.errors import InvalidRequest, ShuteyeError
 from shuteye.frontend.engine import Engine
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
 from shuteye.server.control import health, routes
 from shuteye.server.http import docs_page
-from shuteye.server.http.auth import control_routes_exist
-from shuteye.server.http.deadlines import BodyDeadline
 from shuteye.server.http.errors import install_error_handlers
-from shuteye.server.http.framing import BodyFraming, HeadRequests
-from shuteye.server.http.limits import BodyLimit, HeaderLimit
-from shuteye.server.http.request_ids import RequestIds
-from shuteye.server.notices import log_notices, with_flag
+from shuteye.server.http.middleware import BodyDeadline, BodyFraming, BodyLimit, HeaderLimit, HeadRequests, RequestIds
 from shuteye.server.openai import chat, completions, invocations, models, pooling, responses, transcriptions
 from shuteye.server.openapi import install_openapi
 from shuteye.server.telemetry.metrics import Metrics
@@ -69,7 +65,7 @@ def create_app(engine: Engine, config: ServerConfig, *, tracer: Tracer | None = 
     for module in (models, health, docs_page):
         app.include_router(module.router)
     app.include_router(health.keyed)
-    if control_routes_exist(config):
+    if config.has_control_routes:
         app.include_router(routes.restarting)
         if engine.config.enable_sleep_mode:
             app.include_router(routes.router)
@@ -145,3 +141,46 @@ async def _start(context: ServerContext) -> None:
         context.loading.done = True
         seconds = time.perf_counter() - began
         logger.info("The model %r is ready after %.1f s: %s.", engine.config.model, seconds, engine.info.weights_are)
+
+
+# --- what an operator should know ---------------------------------------------------------------
+
+
+def log_notices(engine: EngineConfig, server: ServerConfig) -> None:
+    """One line for each setting that does less, or more, than it may look like."""
+    if engine.memory_backend == "fake":
+        logger.warning(
+            "--memory-backend fake is a stand-in for tests, not for serving: it fills all memory that it takes with a "
+            "pattern, the whole KV cache at once, so that it costs more than it must."
+        )
+    if engine.enable_sleep_mode and not server.has_control_routes:
+        logger.warning(
+            "--enable-sleep-mode without --admin-api-key: the control routes (/sleep, /wake_up, …) do not exist, and "
+            "nobody can put this model to sleep. Give a key, or --dev-mode to do without one."
+        )
+    if server.admin_api_key is not None and not engine.enable_sleep_mode:
+        logger.warning(
+            "--admin-api-key without --enable-sleep-mode: of the control routes only /restart_engine exists, not "
+            "/sleep, /wake_up and the others."
+        )
+    if server.admin_api_key is None and server.dev_mode:
+        _warn_of_open_control_routes(server, enable_sleep_mode=engine.enable_sleep_mode)
+
+
+def _warn_of_open_control_routes(config: ServerConfig, *, enable_sleep_mode: bool) -> None:
+    routes = "routes (/sleep, /wake_up, …) are" if enable_sleep_mode else "route /restart_engine is"
+    logger.warning("Development mode: the control %s open to every caller, without a key.", routes)
+    if not config.is_loopback:
+        logger.warning(
+            "DANGER: development mode on %s, which other machines can reach: anyone there can control "
+            "this model. Use --admin-api-key, or listen on 127.0.0.1.",
+            config.host,
+        )
+
+
+def with_flag(error: ShuteyeError) -> str:
+    """What an error says, beginning with the flag that it is about, if it is about one."""
+    fields = EngineConfig.__dataclass_fields__ | ServerConfig.__dataclass_fields__
+    if error.param not in fields:
+        return error.message
+    return f"--{error.param.replace('_', '-')}: {error.message}"

@@ -5,14 +5,14 @@ Knows nothing of engines; where values come from is the command line's business.
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 from shuteye.errors import InvalidRequest
 from shuteye.logs import LogFormat, LogLevel
-from shuteye.server.http.hosts import is_address, is_loopback_name
-from shuteye.server.parsing.reasoning import ReasoningParserName
+from shuteye.server.parsing.parser import ReasoningParserName
 from shuteye.server.parsing.tool_formats import ToolFormat
 from shuteye.typed_fields import require_sendable, settle_types
 
@@ -126,13 +126,36 @@ class ServerConfig:
     @property
     def is_loopback(self) -> bool:
         """True if only this machine can reach the server."""
-        return is_loopback_name(self.host.lower())
+        return _is_loopback_name(self.host.lower())
+
+    @property
+    def has_control_routes(self) -> bool:
+        """True if there is anyone who may control the server; what needs sleep mode needs that, too."""
+        return self.admin_api_key is not None or self.dev_mode
 
     def may_be_called(self, name: str) -> bool:
         """Whether control routes without a key answer when the server is called by `name`, in lower case.
 
         Never by a name that somebody else's name server could have given to this machine.
         """
-        if is_loopback_name(name) or name in (allowed.lower() for allowed in self.allowed_hosts):
+        if _is_loopback_name(name) or name in (allowed.lower() for allowed in self.allowed_hosts):
             return True
-        return not self.is_loopback and (is_address(name) or name == self.host.lower())
+        return not self.is_loopback and (_is_address(name) or name == self.host.lower())
+
+
+def _is_loopback_name(name: str) -> bool:
+    """True for names and addresses that mean this machine wherever they are resolved."""
+    address = _address(name)
+    return name == "localhost" if address is None else address.is_loopback
+
+
+def _is_address(name: str) -> bool:
+    """True for an IP address: no name server can have made it mean this machine."""
+    return _address(name) is not None
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None

@@ -17,7 +17,7 @@ from starlette.requests import HTTPConnection
 from shuteye.errors import ModelNotFound, QueueFull
 from shuteye.frontend.engine import Engine
 from shuteye.server.config import ServerConfig
-from shuteye.server.http.deadlines import PendingBodies
+from shuteye.server.http.middleware import PendingBodies
 from shuteye.server.telemetry.metrics import Metrics
 from shuteye.server.telemetry.timing import Tracer
 

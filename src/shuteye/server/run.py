@@ -26,13 +26,11 @@ from shuteye import processes as descriptors
 from shuteye.config import EngineConfig
 from shuteye.errors import InvalidRequest, ServerStopping
 from shuteye.frontend.engine import Engine
-from shuteye.server.app import create_app
+from shuteye.server.app import create_app, with_flag
 from shuteye.server.config import ServerConfig
+from shuteye.server.connections import Acceptor, Connection, open_listener
 from shuteye.server.context import ServerContext
 from shuteye.server.control.supervisor import Supervisor
-from shuteye.server.http.deadlines import Connection
-from shuteye.server.notices import with_flag
-from shuteye.server.sockets import Acceptor, open_listener
 
 logger = logging.getLogger(__name__)
 

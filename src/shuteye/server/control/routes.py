@@ -39,7 +39,7 @@ from shuteye.server.http.admission import refuse_if_stopping
 from shuteye.server.http.auth import ControlRoute
 from shuteye.server.http.bodies import received_file
 from shuteye.server.http.events import unabandoned
-from shuteye.server.http.limits import limited
+from shuteye.server.http.middleware import limited
 from shuteye.state import SleepReport, UpdateReport, WakeReport
 
 R = TypeVar("R")

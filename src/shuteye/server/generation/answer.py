@@ -17,7 +17,7 @@ from shuteye.server.context import ServerContext
 from shuteye.server.generation.chunks import ChoiceAccumulator, ChunkWriter, Usage, encode_json
 from shuteye.server.generation.run import Job, PromptOutput, first_of, run
 from shuteye.server.http.events import EventStream, until_disconnect
-from shuteye.server.http.request_ids import current_request_id
+from shuteye.server.http.middleware import current_request_id
 from shuteye.tasks.generate.requests import CompletionOutput, Logprob
 
 UsageIn = Literal["no chunk", "last chunk", "every chunk"]

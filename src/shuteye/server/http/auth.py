@@ -6,6 +6,7 @@ Knows nothing of what the routes do.
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,9 +18,10 @@ from shuteye.errors import AuthenticationFailed, PermissionRefused
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import context_of
 from shuteye.server.http.bodies import JsonRequest
-from shuteye.server.http.hosts import host_name
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+_HOST = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[^\s:/@\[\]]+))(?::\d+)?")  # RFC 9110, 7.2
 
 
 class InferenceRoute(APIRoute):
@@ -60,11 +62,6 @@ def _with_json(request: Request, config: ServerConfig) -> JsonRequest:
     return JsonRequest(request.scope, request.receive, max_bytes=config.max_json_bytes)
 
 
-def control_routes_exist(config: ServerConfig) -> bool:
-    """True if there is anyone who may control the server; what needs sleep mode needs that, too."""
-    return config.admin_api_key is not None or config.dev_mode
-
-
 def _require_inference_key(request: Request, config: ServerConfig) -> None:
     if config.api_key is None:
         return
@@ -88,9 +85,10 @@ def _require_admin_key(request: Request, config: ServerConfig) -> None:
 
 
 def _refuse_strangers_names(request: Request, config: ServerConfig) -> None:
-    # a page whose name is resolved to this machine only after it was loaded is of the same origin as this server
+    # DNS rebinding: a page's own name, resolved to this machine after the page was loaded, makes it and this server the
+    # same origin to a browser; only the name in `Host` still tells
     host = request.headers.get("host")
-    name = host_name(host)
+    name = _host_name(host)
     if name is not None and config.may_be_called(name):
         return
     raise PermissionRefused(
@@ -98,6 +96,12 @@ def _refuse_strangers_names(request: Request, config: ServerConfig) -> None:
         f"127.0.0.1, and this request was for host {host!r}. Call the server by such a name, list this one in "
         "--allowed-hosts, or use --admin-api-key."
     )
+
+
+def _host_name(host: str | None) -> str | None:
+    """The name or address in a `Host` header, in lower case and without port; None if there is none to be read."""
+    match = _HOST.fullmatch(host or "")
+    return None if match is None else (match["v6"] or match["name"]).lower()
 
 
 def _refuse_other_origins(request: Request) -> None:

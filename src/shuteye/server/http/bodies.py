@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from shuteye.errors import InvalidRequest, MemoryExhausted
 from shuteye.frontend.handover import NamelessFile
 from shuteye.server.http.errors import ClientDisconnected
-from shuteye.server.http.limits import limited
+from shuteye.server.http.middleware import limited
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope

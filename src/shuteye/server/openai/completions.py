@@ -17,8 +17,7 @@ from shuteye.server.context import Context, ServerContext
 from shuteye.server.generation.answer import answer_stream, answer_whole, new_request_id
 from shuteye.server.generation.chunks import ChoiceAccumulator
 from shuteye.server.generation.run import Job, Prompt, require_room
-from shuteye.server.http.admission import ModelRoute, require_task
-from shuteye.server.http.budget import require_prompt_tokens, require_sequences
+from shuteye.server.http.admission import ModelRoute, require_prompt_tokens, require_sequences, require_task
 from shuteye.server.openai.fields import GenerationBody, Many, one_message
 from shuteye.server.openai.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs_json
 from shuteye.server.openai.prompts import prompt_of, truncation_of

@@ -15,13 +15,12 @@ from shuteye.errors import InvalidRequest
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
 from shuteye.server.generation.run import Job, Prompt, require_room
-from shuteye.server.http.budget import require_prompt_tokens, require_sequences
+from shuteye.server.http.admission import require_prompt_tokens, require_sequences
 from shuteye.server.openai.fields import GenerationBody, Many, one_message
 from shuteye.server.openai.messages import Message, NamedToolChoice, Tool, available_tools, required_tools
 from shuteye.server.openai.prompts import encode, render_chat, require_tokens, truncation_of
 from shuteye.server.openai.tool_calls import forced_call
-from shuteye.server.parsing.parser import ReadingPlan
-from shuteye.server.parsing.reasoning import END, begins_inside
+from shuteye.server.parsing.parser import END, ReadingPlan, begins_inside
 from shuteye.server.parsing.tool_formats import ToolFormat, format_of
 from shuteye.tasks.generate.requests import SamplingParams
 from shuteye.tokenizer import Tokenizer

@@ -1,6 +1,6 @@
-"""The socket that a server listens on, and connections accepted from it while there are descriptors for them.
+"""Connections: the socket they come in on, how many are taken at a time, and how long each may take over a head.
 
-Knows nothing of what is said on them.
+Knows nothing of what a request asks for.
 """
 
 from __future__ import annotations
@@ -11,13 +11,27 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
+
+import h11
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from shuteye import processes as descriptors
 from shuteye.errors import InvalidRequest
 from shuteye.server.config import ServerConfig
+from shuteye.server.http.errors import http_error
+
+logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
+RESERVED_DESCRIPTORS = 64
+"""Left to the server itself: to start an engine anew, to receive uploads, to open files."""
+AT_ONCE = 64
+"""Connections taken before the event loop does something else."""
+PAUSE_S = 0.1
+LOG_EVERY_S = 60.0
 _ADVICE = {
     errno.EADDRINUSE: ("port", "Stop what listens there, or choose another."),
     errno.EADDRNOTAVAIL: ("host", "It is no address of this machine; 0.0.0.0 is every one that it has."),
@@ -44,16 +58,6 @@ def open_listener(config: ServerConfig) -> socket.socket:
     except OSError as error:
         field, advice = _ADVICE.get(error.errno or 0, ("host", "Choose another --host or --port."))
         raise InvalidRequest(f"{where}: {os.strerror(error.errno or 0)}. {advice}", param=field) from error
-
-
-logger = logging.getLogger(__name__)
-
-RESERVED_DESCRIPTORS = 64
-"""Left to the server itself: to start an engine anew, to receive uploads, to open files."""
-AT_ONCE = 64
-"""Connections taken before the event loop does something else."""
-PAUSE_S = 0.1
-LOG_EVERY_S = 60.0
 
 
 class Acceptor:
@@ -130,3 +134,61 @@ class Acceptor:
         self._pause = None
         if not self._closed:
             self._loop.add_reader(self._listener, self._accept)
+
+
+class Connection(H11Protocol):
+    """Has `header_timeout_s` from its first byte to the end of a head, and from its opening to the first one's.
+
+    So has a client for what is left of a body after the request was answered, such as one that was too large.
+    """
+
+    def __init__(
+        self, config: Config, server_state: ServerState, app_state: dict[str, Any], *, header_timeout_s: float
+    ) -> None:
+        super().__init__(config, server_state, app_state)
+        self._header_timeout_s = header_timeout_s
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first head."""
+        super().connection_made(transport)
+        self._begin_waiting()
+
+    def data_received(self, data: bytes) -> None:
+        """Whatever does not make a request whole is the beginning of a head, or of no use."""
+        super().data_received(data)
+        if self._is_answering:
+            self._end_waiting()
+        else:
+            self._begin_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is waited for any more."""
+        self._end_waiting()
+        super().connection_lost(exc)
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _begin_waiting(self) -> None:
+        if self._deadline is None and not self.transport.is_closing():
+            self._deadline = self.loop.call_later(self._header_timeout_s, self._give_up)
+
+    def _end_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        """Answer half a head with 408 (RFC 9110, 15.5.9); whoever sent nothing of one is not told anything."""
+        self._deadline = None
+        if self._is_answering or self.transport.is_closing():
+            return
+        if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
+            waited = f"The request's head was not whole after {self._header_timeout_s:g} seconds."
+            answer = http_error(408, waited, {"Connection": "close"})
+            start = h11.Response(status_code=408, headers=answer.raw_headers, reason=b"Request Timeout")
+            for event in (start, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
