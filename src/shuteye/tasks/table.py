@@ -16,6 +16,7 @@ from shuteye.tasks.generate.constraints import ConstrainedScheduler
 from shuteye.tasks.generate.grammar import Grammars
 from shuteye.tasks.generate.plans import StepPlan, StepResult
 from shuteye.tasks.generate.requests import GenerateRequest
+from shuteye.tasks.generate.scheduler import Limits
 from shuteye.tasks.pool.plans import PoolPlan, PoolResult
 from shuteye.tasks.pool.requests import PoolRequest
 from shuteye.tasks.pool.scheduler import PoolScheduler
@@ -80,16 +81,19 @@ def open_scheduler(
         max_bytes=config.max_grammar_bytes,
         timeout_s=config.grammar_timeout_s,
     )
-    return ConstrainedScheduler(
-        grammars,
-        report=report,
+    limits = Limits(
         num_blocks=num_blocks,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.max_model_len,
+    )
+    return ConstrainedScheduler(
+        limits,
+        grammars,
         eos_token_ids=facts.eos_token_ids,
         enable_prefix_caching=config.enable_prefix_caching,
+        report=report,
     )
 
 

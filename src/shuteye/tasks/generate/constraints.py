@@ -5,15 +5,14 @@ Knows nothing of how grammars or steps are made; requests without one are schedu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
 
 from shuteye.errors import ErrorInfo, ShuteyeError, info_of
 from shuteye.tasks.base import RequestDelta
 from shuteye.tasks.generate.grammar import Grammars
 from shuteye.tasks.generate.plans import StepPlan, StepResult
 from shuteye.tasks.generate.requests import GenerateRequest
-from shuteye.tasks.generate.scheduler import Scheduler
+from shuteye.tasks.generate.scheduler import Limits, Scheduler
 
 PATIENCE_S = 0.005
 """How long a step waits for a grammar when nothing else could run."""
@@ -24,11 +23,18 @@ class ConstrainedScheduler(Scheduler):
 
     Args:
         report: takes the refusal of a request whose grammar turned out wrong.
-        settings: those of `Scheduler`.
     """
 
-    def __init__(self, grammars: Grammars, *, report: Callable[[RequestDelta], None], **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(
+        self,
+        limits: Limits,
+        grammars: Grammars,
+        *,
+        eos_token_ids: Collection[int],
+        enable_prefix_caching: bool,
+        report: Callable[[RequestDelta], None],
+    ) -> None:
+        super().__init__(limits, eos_token_ids=eos_token_ids, enable_prefix_caching=enable_prefix_caching)
         self._grammars = grammars
         self._report = report
 
