@@ -41,7 +41,7 @@ def make_rig(tiny_checkpoint, tmp_path_factory):
     for rig in rigs:
         if isinstance(rig.backend, FakeBackend):
             rig.backend.clear()
-        rig.core.close()
+        rig.core._executor.close()
 
 
 @pytest.fixture

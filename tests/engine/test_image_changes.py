@@ -231,7 +231,7 @@ TRUNCATED = """
     path.write_bytes(content)
     rig.call(WakeCall())
     assert rig.generate(prompt) == before
-    rig.core.close()
+    rig.core._executor.close()
 """
 
 

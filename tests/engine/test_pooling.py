@@ -91,7 +91,7 @@ def make_pool_rig(encoder_checkpoint, options):
     yield make
     for rig in rigs:
         rig.backend.clear()
-        rig.core.close()
+        rig.core._executor.close()
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def make_rig(checkpoints, tmp_path_factory):
 
     yield make
     for rig in rigs:
-        rig.core.close()
+        rig.core._executor.close()
 
 
 @pytest.fixture

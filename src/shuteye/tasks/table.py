@@ -5,7 +5,7 @@ No torch until a runner is opened.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from shuteye.config import EngineConfig
@@ -55,29 +55,27 @@ def starts_of(plan: Plan) -> tuple[str, ...]:
 
 
 def open_scheduler(
-    config: EngineConfig, facts: ModelSpec, *, num_blocks: int, report: Callable[[RequestDelta], None]
+    config: EngineConfig, spec: ModelSpec, *, num_blocks: int, report: Callable[[Iterable[RequestDelta]], None]
 ) -> TaskScheduler:
     """The scheduler for the task of the loaded model; `config` is complete.
 
     Args:
-        report: takes the refusal of a request that had been let in, whenever that is found.
+        report: takes refusals of requests that had been let in, whenever they are found.
     """
     assert config.max_model_len is not None
-    if REQUEST_KINDS[facts.task] is PoolRequest:
+    if REQUEST_KINDS[spec.task] is PoolRequest:
         return PoolScheduler(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=config.max_model_len,
-            pooling=facts.pooling,
+            pooling=spec.pooling,
         )
-    if REQUEST_KINDS[facts.task] is TranscribeRequest:
-        return SpeechScheduler(
-            facts=facts.speech, max_num_seqs=config.max_num_seqs, available_bytes=facts.available_bytes
-        )
+    if REQUEST_KINDS[spec.task] is TranscribeRequest:
+        return SpeechScheduler(spec=spec.speech, max_num_seqs=config.max_num_seqs, available_bytes=spec.available_bytes)
     grammars = Grammars(
-        tokenizer_dir=facts.tokenizer_dir,
-        vocab_size=facts.vocab_size,
-        eos_token_ids=facts.eos_token_ids,
+        tokenizer_dir=spec.tokenizer_dir,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=spec.eos_token_ids,
         max_bytes=config.max_grammar_bytes,
         timeout_s=config.grammar_timeout_s,
     )
@@ -91,7 +89,7 @@ def open_scheduler(
     return ConstrainedScheduler(
         limits,
         grammars,
-        eos_token_ids=facts.eos_token_ids,
+        eos_token_ids=spec.eos_token_ids,
         enable_prefix_caching=config.enable_prefix_caching,
         report=report,
     )

@@ -22,7 +22,7 @@ class ConstrainedScheduler(Scheduler):
     """A `Scheduler` that knows grammars. A request whose grammar is being compiled counts as waiting.
 
     Args:
-        report: takes the refusal of a request whose grammar turned out wrong.
+        report: takes the refusals of requests whose grammar turned out wrong.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class ConstrainedScheduler(Scheduler):
         *,
         eos_token_ids: Collection[int],
         enable_prefix_caching: bool,
-        report: Callable[[RequestDelta], None],
+        report: Callable[[Iterable[RequestDelta]], None],
     ) -> None:
         super().__init__(limits, eos_token_ids=eos_token_ids, enable_prefix_caching=enable_prefix_caching)
         self._grammars = grammars
@@ -102,7 +102,7 @@ class ConstrainedScheduler(Scheduler):
                 super().add(request)
             except ShuteyeError as error:
                 self._grammars.forget([request.request_id])
-                self._report(RequestDelta(request.request_id, error=info_of(error)))
+                self._report([RequestDelta(request.request_id, error=info_of(error))])
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestDelta]:
         """Take the step's tokens; a request whose grammar failed ends with an error."""

@@ -92,11 +92,11 @@ class SpeechRunner(ModelRunner):
         read = [*window.prompt_token_ids, *window.token_ids]
         state.cache, hidden = self.model.begin(state.encoder_output, read)
         state.num_read, state.rules, state.token_ids = len(read), window.rules, list(window.token_ids)
-        facts = self.model.speech
+        spec = self.model.speech
         # Asked where OpenAI's implementation asks it: after the start token, before language and task are given.
-        begin = window.prompt_token_ids.index(facts.start_token_id)
+        begin = window.prompt_token_ids.index(spec.start_token_id)
         at_begin, at_end = self.model.logits(hidden[[begin, -1]])
-        no_speech = torch.softmax(at_begin, dim=-1)[facts.no_timestamps_token_id - 1]
+        no_speech = torch.softmax(at_begin, dim=-1)[spec.no_timestamps_token_id - 1]
         if window.rules != "language":
             state.encoder_output = None  # what the decoder needs of it is in its cache
         return self._choose(state, at_end, num_sampled=window.num_sampled, no_speech_prob=float(no_speech))

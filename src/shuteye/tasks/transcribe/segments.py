@@ -36,7 +36,7 @@ def num_final(token_ids: Sequence[int], first_timestamp_id: int) -> int:
 
 
 def split_window(
-    token_ids: Sequence[int], *, facts: WhisperSpec, start_frame: int, num_frames: int
+    token_ids: Sequence[int], *, spec: WhisperSpec, start_frame: int, num_frames: int
 ) -> tuple[tuple[Stretch, ...], int]:
     """The stretches that are kept of a finished window, and how many frames on the next window begins.
 
@@ -44,10 +44,10 @@ def split_window(
         token_ids: what was sampled, without the end token.
         start_frame, num_frames: what was heard.
     """
-    is_timestamp = [token >= facts.first_timestamp_id for token in token_ids]
+    is_timestamp = [token >= spec.first_timestamp_id for token in token_ids]
     ends = [i + 1 for i in range(len(token_ids) - 1) if is_timestamp[i] and is_timestamp[i + 1]]
     if not ends:
-        return (_whole(token_ids, facts, start_frame, num_frames),), num_frames
+        return (_whole(token_ids, spec, start_frame, num_frames),), num_frames
     closes_alone = is_timestamp[-2:] == [False, True]  # no speech after the last timestamp
     if closes_alone:
         ends.append(len(token_ids))
@@ -58,26 +58,26 @@ def split_window(
         closing = end - 2 if end == ends[-1] and not closes_alone else end - 1
         stretches.append(
             Stretch(
-                start=_seconds(token_ids[begin], facts, start_frame),
-                end=_seconds(token_ids[closing], facts, start_frame),
+                start=_seconds(token_ids[begin], spec, start_frame),
+                end=_seconds(token_ids[closing], spec, start_frame),
                 token_ids=tuple(token_ids[begin:end]),
             )
         )
     if closes_alone:
         return tuple(stretches), num_frames
-    last = token_ids[ends[-1] - 2] - facts.first_timestamp_id
-    return tuple(stretches), last * facts.frames_per_timestamp
+    last = token_ids[ends[-1] - 2] - spec.first_timestamp_id
+    return tuple(stretches), last * spec.frames_per_timestamp
 
 
-def _whole(token_ids: Sequence[int], facts: WhisperSpec, start_frame: int, num_frames: int) -> Stretch:
+def _whole(token_ids: Sequence[int], spec: WhisperSpec, start_frame: int, num_frames: int) -> Stretch:
     """All that was sampled, up to its last timestamp if it has one that says something."""
-    timestamps = [token for token in token_ids if token >= facts.first_timestamp_id]
-    length = num_frames // facts.frames_per_timestamp * SECONDS_PER_TIMESTAMP
-    if timestamps and timestamps[-1] != facts.first_timestamp_id:
-        length = (timestamps[-1] - facts.first_timestamp_id) * SECONDS_PER_TIMESTAMP
+    timestamps = [token for token in token_ids if token >= spec.first_timestamp_id]
+    length = num_frames // spec.frames_per_timestamp * SECONDS_PER_TIMESTAMP
+    if timestamps and timestamps[-1] != spec.first_timestamp_id:
+        length = (timestamps[-1] - spec.first_timestamp_id) * SECONDS_PER_TIMESTAMP
     start = start_frame / FRAMES_PER_SECOND
     return Stretch(start, start + length, tuple(token_ids))
 
 
-def _seconds(timestamp: int, facts: WhisperSpec, start_frame: int) -> float:
-    return start_frame / FRAMES_PER_SECOND + (timestamp - facts.first_timestamp_id) * SECONDS_PER_TIMESTAMP
+def _seconds(timestamp: int, spec: WhisperSpec, start_frame: int) -> float:
+    return start_frame / FRAMES_PER_SECOND + (timestamp - spec.first_timestamp_id) * SECONDS_PER_TIMESTAMP
