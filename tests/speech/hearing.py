@@ -97,7 +97,7 @@ class Rig:
     @property
     def kept(self):
         """Requests that the rank keeps something of."""
-        return set(self.worker._runner._listening)
+        return set(self.worker._runner._states)
 
 
 class Reference:

@@ -6,7 +6,7 @@ from hearing import Reference, noise
 
 from shuteye.errors import InvalidRequest
 from shuteye.tasks.transcribe.plans import SpeechAdmission
-from shuteye.tasks.transcribe.runner import _Listening
+from shuteye.tasks.transcribe.runner import _AudioState
 
 SEEDS = range(4)
 
@@ -105,7 +105,7 @@ def test_a_seed_draws_the_same_again_and_another_seed_something_else(rig):
 def test_every_draw_is_another(rig):
     """One number for all tokens of a request: text that repeats itself."""
     runner = rig.worker._runner
-    state = _Listening(SpeechAdmission("r", b"", temperature=1.0, seed=3, pad=True), torch.empty(0))
+    state = _AudioState(SpeechAdmission("r", b"", temperature=1.0, seed=3, pad=True), torch.empty(0))
     flat = torch.zeros(rig.core.info.vocab_size)
     drawn = [runner._choose(state, flat, num_sampled=index).token_id for index in range(50)]
     assert len(set(drawn)) > 30

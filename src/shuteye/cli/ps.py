@@ -79,7 +79,7 @@ def _ps_one(remote: Remote, *, as_json: bool) -> int:
         return 0
     show(f"{seen.url}  shuteye {seen.version}  {', '.join(server.models)}  {_status(server)}")
     if server.status in ENDED:
-        show("Its engine is gone, and the model's memory with it: `shuteye restart` starts it anew.")
+        show("Its engine is gone, and the model's memory with it: `shuteye restart` loads it again.")
         return 0
     if server.model is not None:
         show(f"Weights: {server.model.weights_are}")

@@ -14,7 +14,7 @@ from shuteye.tasks.generate.plans import StepPlan, StepResult
 from shuteye.tasks.generate.requests import GenerateRequest
 from shuteye.tasks.generate.scheduler import Limits, Scheduler
 
-PATIENCE_S = 0.005
+GRAMMAR_WAIT_S = 0.005
 """How long a step waits for a grammar when nothing else could run."""
 
 
@@ -87,15 +87,15 @@ class ConstrainedScheduler(Scheduler):
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can run yet."""
         if self._grammars.num_compiling > 0:
-            self._admit_compiled(patience_s=0.0 if super().has_unfinished else PATIENCE_S)
+            self._admit_compiled(wait_s=0.0 if super().has_unfinished else GRAMMAR_WAIT_S)
         plan = super().schedule()
         if plan is not None:
             plan = self._grammars.masked(plan)
             self._in_flight = plan, plan.chunks
         return plan
 
-    def _admit_compiled(self, *, patience_s: float) -> None:
-        for request, refusal in self._grammars.compiled(patience_s=patience_s):
+    def _admit_compiled(self, *, wait_s: float) -> None:
+        for request, refusal in self._grammars.compiled(wait_s=wait_s):
             try:
                 if refusal is not None:
                     raise refusal

@@ -194,7 +194,7 @@ class Scheduler(TaskScheduler):
         super().check(request)
         num_prompt = len(request.prompt_token_ids)
         if num_prompt == 0:
-            raise InvalidRequest("The prompt has no tokens; at least one is needed.", param="prompt")
+            raise InvalidRequest("The prompt must not be empty: it has no tokens.", param="prompt")
         if num_prompt >= self._max_length:
             raise PromptTooLong(
                 f"The prompt has {num_prompt} tokens, but this engine's context is {self._max_length} tokens, of which "

@@ -4,7 +4,7 @@ Knows nothing of requests or of text; the rules are those of transformers' long-
 the Whisper paper (https://cdn.openai.com/papers/whisper.pdf). No torch.
 
     <|0.00|> text <|2.40|> <|2.40|> text <|5.00|> <|5.00|> te
-             final        |pair              |pair    cut off: heard again, from 5.00 on
+             final        |pair              |pair    cut off: transcribed again, from 5.00 on
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SECONDS_PER_TIMESTAMP = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Speech between two points of time, in seconds of the recording. `token_ids` include the timestamps around it."""
+    """Speech between two points of time, in seconds of the audio. `token_ids` include the timestamps around it."""
 
     start: float
     end: float
@@ -42,7 +42,7 @@ def split_window(
 
     Args:
         token_ids: what was sampled, without the end token.
-        start_frame, num_frames: what was heard.
+        start_frame, num_frames: the window.
     """
     is_timestamp = [token >= spec.first_timestamp_id for token in token_ids]
     ends = [i + 1 for i in range(len(token_ids) - 1) if is_timestamp[i] and is_timestamp[i + 1]]
