@@ -1,6 +1,6 @@
 """Audio files → samples as speech models take them: one channel, 16 kHz, float32.
 
-Knows nothing of models or requests. Formats are libsndfile's: wav, flac, mp3, ogg (Vorbis, Opus) and others like them.
+Formats are libsndfile's: wav, flac, mp3, ogg (Vorbis, Opus) and others like them.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hearing import Reference, Rig
+from speech_harness import CoreHarness, Reference
 
 from shuteye.audio import decode
 from shuteye.config import EngineConfig
@@ -45,7 +45,7 @@ def make_rig(checkpoints, tmp_path_factory):
             "cache_dir": cache_dir,
         }
         config = EngineConfig(**settings | options)
-        rig = Rig(EngineCore(config, InprocExecutor(config, backend=FakeBackend())))
+        rig = CoreHarness(EngineCore(config, InprocExecutor(config, backend=FakeBackend())))
         rigs.append(rig)
         return rig
 

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 import torch
-from hearing import Reference
+from speech_harness import Reference
 
 from shuteye.errors import UnsupportedModel
 from shuteye.models.formats.ctranslate2 import convert, read_variables

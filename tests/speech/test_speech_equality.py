@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hearing import Reference, noise
+from speech_harness import Reference, noise
 
 from shuteye.errors import InvalidRequest
 from shuteye.tasks.transcribe.plans import SpeechAdmission
@@ -12,7 +12,7 @@ SEEDS = range(4)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_short_recordings(make_rig, reference, seed):
+def test_short_audio(make_rig, reference, seed):
     """Other features, other suppressed tokens, a cache that mixes requests up, or an end in the wrong place."""
     rig, right = make_rig(seed), reference(seed)
     for length in (0.1, 0.4, 0.999, 1.0):
@@ -21,19 +21,19 @@ def test_short_recordings(make_rig, reference, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_long_recordings(make_rig, reference, seed):
+def test_long_audio(make_rig, reference, seed):
     """A wrong seek, a segment cut elsewhere, timestamp rules that differ, or a wrong last window."""
     rig, right = make_rig(seed), reference(seed)
     for length in (1.001, 4.3):
         samples = noise(length, seed=seed)
-        heard, expected = rig.transcribe(samples), right.long(samples)
-        assert heard.stretches == expected
-        assert heard.token_ids == [token for _, _, text in expected for token in text]
+        received, expected = rig.transcribe(samples), right.long(samples)
+        assert received.stretches == expected
+        assert received.token_ids == [token for _, _, text in expected for token in text]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_short_recordings_with_timestamps(make_rig, reference, seed):
-    """Timestamps asked for, yet the recording heard without them."""
+def test_short_audio_with_timestamps(make_rig, reference, seed):
+    """Timestamps asked for, yet the audio transcribed without them."""
     samples = noise(0.9, seed=seed)
     assert make_rig(seed).transcribe(samples, timestamps=True).stretches == reference(seed).long(samples)
 
@@ -44,9 +44,9 @@ def test_a_prompt_is_taken_for_the_text_before(rig, reference):
     start_of_previous = right.model.generation_config.prev_sot_token_id
     prompt_ids = torch.tensor([start_of_previous, *prompt])
     samples = noise(2.5)
-    heard = rig.transcribe(samples, prompt=prompt)
-    assert heard.stretches == right.long(samples, prompt_ids=prompt_ids)
-    assert heard.stretches != rig.transcribe(samples).stretches
+    received = rig.transcribe(samples, prompt=prompt)
+    assert received.stretches == right.long(samples, prompt_ids=prompt_ids)
+    assert received.stretches != rig.transcribe(samples).stretches
     many = [*range(60, 100)]
     assert rig.transcribe(noise(0.5), prompt=many).token_ids == rig.transcribe(noise(0.5), prompt=many[-15:]).token_ids
 
@@ -54,12 +54,12 @@ def test_a_prompt_is_taken_for_the_text_before(rig, reference):
 def test_many_at_once_are_each_as_if_alone(make_rig, reference):
     """Rows of a batch that see each other's keys or positions."""
     rig, right = make_rig(1), reference(1)
-    recordings = {f"r{index}": noise(0.5 + 0.9 * index, seed=index) for index in range(5)}
-    for request_id, samples in recordings.items():
+    audio = {f"r{index}": noise(0.5 + 0.9 * index, seed=index) for index in range(5)}
+    for request_id, samples in audio.items():
         rig.add(request_id, samples, timestamps=True)
     rig.run()
-    for request_id, samples in recordings.items():
-        assert rig.heard[request_id].stretches == right.long(samples), request_id
+    for request_id, samples in audio.items():
+        assert rig.received[request_id].stretches == right.long(samples), request_id
 
 
 def test_the_language_is_found_out_or_given(make_rig, reference):
@@ -97,7 +97,7 @@ def test_a_seed_draws_the_same_again_and_another_seed_something_else(rig):
     rig.add("again", samples, temperature=1.0, seed=1)
     rig.add("beside", noise(3.0))
     rig.run()
-    assert rig.heard["again"].token_ids == first
+    assert rig.received["again"].token_ids == first
     assert rig.transcribe(samples, temperature=1.0, seed=2).token_ids != first
     assert rig.transcribe(samples).token_ids != first
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from hearing import noise
+from speech_harness import noise
 
 from shuteye.engine.messages import PauseCall, ReloadCall, ResumeCall, SleepCall, UpdateCall, WakeCall
 from shuteye.errors import InvalidRequest, ModelSleeping
@@ -84,13 +84,13 @@ def test_keep_goes_on_where_it_was(make_rig, level, steps):
     for _ in range(steps):
         rig.step()
     report = rig.call(SleepCall(level, mode="keep"))
-    assert report.held_requests == sum(each.ended is None for each in rig.heard.values())
+    assert report.held_requests == sum(each.ended is None for each in rig.received.values())
     assert rig.kept == set(), "caches that stay while asleep"
     rig.call(WakeCall())
     rig.run()
-    assert rig.heard["kept"].stretches == expected
-    assert rig.heard["kept"].token_ids == [token for _, _, text in expected for token in text]
-    assert rig.heard["short"].token_ids == rig.transcribe(noise(0.9)).token_ids
+    assert rig.received["kept"].stretches == expected
+    assert rig.received["kept"].token_ids == [token for _, _, text in expected for token in text]
+    assert rig.received["short"].token_ids == rig.transcribe(noise(0.9)).token_ids
 
 
 @pytest.mark.parametrize("steps", [3, 40])
@@ -103,7 +103,7 @@ def test_keep_draws_the_same_tokens_at_a_temperature(rig, steps):
     rig.call(SleepCall(1, mode="keep"))
     rig.call(WakeCall())
     rig.run()
-    assert rig.heard["kept"].stretches == expected
+    assert rig.received["kept"].stretches == expected
 
 
 def test_keep_while_the_language_is_being_found_out(make_rig):
@@ -112,11 +112,11 @@ def test_keep_while_the_language_is_being_found_out(make_rig):
     expected = rig.transcribe(SAMPLES)
     rig.add("kept", SAMPLES)
     rig.step()
-    assert rig.heard["kept"].language == expected.language
+    assert rig.received["kept"].language == expected.language
     rig.call(SleepCall(1, mode="keep"))
     rig.call(WakeCall())
     rig.run()
-    assert rig.heard["kept"].stretches == expected.stretches
+    assert rig.received["kept"].stretches == expected.stretches
 
 
 def test_wait_lets_a_transcription_finish_and_abort_ends_it(rig):
@@ -125,12 +125,12 @@ def test_wait_lets_a_transcription_finish_and_abort_ends_it(rig):
     rig.add("waited-for", SAMPLES)
     rig.step()
     rig.call(SleepCall(1, mode="wait"))
-    assert rig.heard["waited-for"].stretches == expected
+    assert rig.received["waited-for"].stretches == expected
     rig.call(WakeCall())
     rig.add("aborted", SAMPLES)
     rig.step()
     assert rig.call(SleepCall(1, mode="abort")).aborted_requests == 1
-    assert rig.heard["aborted"].ended == "abort"
+    assert rig.received["aborted"].ended == "abort"
     assert rig.kept == set()
 
 
@@ -142,10 +142,10 @@ def test_a_pause_holds_and_goes_on(rig):
         rig.step()
     rig.call(PauseCall(mode="keep"))
     rig.run()
-    assert rig.heard["held"].ended is None
+    assert rig.received["held"].ended is None
     rig.call(ResumeCall())
     rig.run()
-    assert rig.heard["held"].stretches == expected
+    assert rig.received["held"].stretches == expected
 
 
 def test_an_aborted_request_frees_what_is_kept_of_it(rig):
@@ -157,7 +157,7 @@ def test_an_aborted_request_frees_what_is_kept_of_it(rig):
     assert rig.kept == {"a", "b"}
     rig.core.abort(["a"])
     rig.run()
-    assert (rig.heard["a"].ended, rig.heard["b"].ended) == ("abort", True)
+    assert (rig.received["a"].ended, rig.received["b"].ended) == ("abort", True)
     assert rig.kept == set()
 
 
@@ -170,13 +170,13 @@ def test_requests_that_arrive_while_asleep(make_rig, policy):
     rig.add("late", SAMPLES)
     rig.run()
     if policy == "reject":
-        assert isinstance(rig.heard["late"].ended, ModelSleeping)
+        assert isinstance(rig.received["late"].ended, ModelSleeping)
         return
     if policy == "hold":
-        assert rig.heard["late"].ended is None
+        assert rig.received["late"].ended is None
         rig.call(WakeCall())
         rig.run()
-    assert rig.heard["late"].stretches == expected
+    assert rig.received["late"].stretches == expected
 
 
 def test_a_reload_takes_other_weights_and_refuses_another_model(rig, checkpoints, tmp_path):

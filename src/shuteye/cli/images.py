@@ -1,7 +1,4 @@
-"""`shuteye pull` and `shuteye images`: weight images are fetched and built, listed, removed and verified.
-
-Knows nothing of where models come from, nor of how images are made.
-"""
+"""`shuteye pull` and `shuteye images`: weight images are fetched and built, listed, removed and verified."""
 
 from __future__ import annotations
 

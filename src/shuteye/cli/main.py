@@ -1,6 +1,6 @@
 """The `shuteye` command: its subcommands, where their values come from, and how errors end it.
 
-Knows nothing of what a subcommand does; each is imported only when it is called.
+Each subcommand is imported only when it is called.
 """
 
 from __future__ import annotations

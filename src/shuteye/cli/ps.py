@@ -1,7 +1,4 @@
-"""`shuteye ps`: what servers are doing, where their memory is, and what waking them would take.
-
-Knows nothing of how a server found out.
-"""
+"""`shuteye ps`: what servers are doing, where their memory is, and what waking them would take."""
 
 from __future__ import annotations
 

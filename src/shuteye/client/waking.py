@@ -1,6 +1,6 @@
 """Transports for httpx2 that wake a sleeping model and send the request again.
 
-Know nothing of what requests mean; wrap any other transport, so that any client built on httpx2 can use them.
+They wrap any other transport, so that any client built on httpx2 can use them.
 """
 
 from __future__ import annotations

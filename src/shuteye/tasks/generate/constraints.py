@@ -1,6 +1,6 @@
 """A scheduler for requests some of which have a grammar: they join once it is compiled, and carry masks in every step.
 
-Knows nothing of how grammars or steps are made; requests without one are scheduled as if it were not there. No torch.
+Requests without one are scheduled as if it were not there. No torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The grammars of constrained requests: compiled in the background, followed token by token, told as token masks.
 
-Knows nothing of logits or scheduling. llguidance, and the tokenizer it needs, are loaded when the first such request
-comes, and dropped by a sleep that leaves none: most engines never need them.
+llguidance, and the tokenizer it needs, are loaded when the first such request comes, and dropped by a sleep that leaves
+none: most engines never need them.
 """
 
 from __future__ import annotations

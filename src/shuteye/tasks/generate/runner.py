@@ -1,7 +1,4 @@
-"""Steps of a model that generates: chunks packed into a batch, through the decoder, then the sampler.
-
-Knows nothing of scheduling or sleeping.
-"""
+"""Steps of a model that generates: chunks packed into a batch, through the decoder, then the sampler."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """From logits to tokens: masks, penalties, temperature, filters, the draw and its log-probabilities.
 
-Knows nothing of the model, the batch's layout or when a request ends. Semantics and order are vLLM's.
+Semantics and order are vLLM's.
 """
 
 from __future__ import annotations

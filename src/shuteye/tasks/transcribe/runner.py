@@ -1,7 +1,7 @@
 """Steps of a model that transcribes: windows encoded, all open windows decoded together, tokens chosen.
 
-Knows nothing of scheduling, of sleeping, or of what tokens mean. What it keeps of a request is small beside the weights
-and lives outside of the arenas; it is gone when the request is forgotten, and when memory is released.
+What it keeps of a request is small beside the weights and lives outside of the arenas; it is gone when the request is
+forgotten, and when memory is released.
 """
 
 from __future__ import annotations

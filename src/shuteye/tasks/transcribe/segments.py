@@ -1,7 +1,7 @@
 """What the tokens of one window of speech mean: which stretches were spoken, and where the next window begins.
 
-Knows nothing of requests or of text; the rules are those of transformers' long-form `generate`, after section 3.8 of
-the Whisper paper (https://cdn.openai.com/papers/whisper.pdf). No torch.
+The rules are those of transformers' long-form `generate`, after section 3.8 of the Whisper paper
+(https://cdn.openai.com/papers/whisper.pdf). No torch.
 
     <|0.00|> text <|2.40|> <|2.40|> text <|5.00|> <|5.00|> te
              final        |pair              |pair    cut off: transcribed again, from 5.00 on
