@@ -295,7 +295,7 @@ class SleepController:
             report = self._restore(plan, verify=self._mode, defer_canary=defer_canary and not self._distrusted)
         except WakeFailed as error:
             if reason is not None and isinstance(error.__cause__, ImageFailure):
-                self.fault(reason)  # until the image is mended, whoever looks is to find it
+                self.fault(reason)  # until the image is fixed, whoever looks is to find it
             raise
         self.set_gate(paused_by_sleep=False)
         return replace(report, seconds=time.perf_counter() - begin)
@@ -314,7 +314,7 @@ class SleepController:
             command = f"shuteye images rm {image.name} --cache-dir {shlex.quote(str(image.parent.parent))}"
             raise ImageFailure(
                 f"The weight image {image} cannot be served: {error.message} "
-                f"Run `{command}` and start again: it is then made anew from the checkpoint."
+                f"Run `{command}` and start again: it is then rebuilt from the checkpoint."
             ) from error
 
     def check_after_update(self, *, reloaded: bool) -> None:
@@ -375,7 +375,7 @@ class SleepController:
             self._distrusted = True
             raise VerificationFailed(
                 f"{bad} extents of the weights differ from their checksums. `shuteye images verify` tells whether the "
-                "image is damaged; a restart refuses a damaged one and says how to have it made anew."
+                "image is damaged; a restart refuses a damaged one and says how to have it rebuilt."
             )
         if mode == "full":
             self._distrusted = False

@@ -31,7 +31,7 @@ from shuteye.memory.image_files import FileRecord, checksum_hex, checksum_of_fil
 from shuteye.memory.layout import Layout, Slot
 
 FORMAT_VERSION = 2
-"""1 had no checksums of the files beside the weights; such images are made anew."""
+"""1 had no checksums of the files beside the weights; such images are rebuilt."""
 
 WEIGHTS_FILE = "weights.rank0.bin"
 BUFFERS_FILE = "buffers.bin"
@@ -120,7 +120,7 @@ def _reporting_damage(directory: Path, *, rebuilt: bool = False) -> Iterator[Non
     """Turn whatever reading an image raises into an `ImageFailure` that says what to do.
 
     Args:
-        rebuilt: what is found here makes the image one that is not there, which the next load makes anew by itself.
+        rebuilt: what is found here makes the image one that is not there, which the next load rebuilds by itself.
     """
     try:
         yield
@@ -131,9 +131,9 @@ def _reporting_damage(directory: Path, *, rebuilt: bool = False) -> Iterator[Non
 def _damage(directory: Path, error: Exception, *, rebuilt: bool = False) -> ImageFailure:
     remove = f"`shuteye images rm {directory.name}`"
     advice = (
-        f"Loading its model makes it anew; {remove} removes it."
+        f"Loading its model rebuilds it; {remove} removes it."
         if rebuilt
-        else f"Run {remove}; the next load makes it anew."
+        else f"Run {remove}; the next load rebuilds it."
     )
     return ImageFailure(f"The weight image {directory} cannot be used: {error}. {advice}")
 
@@ -253,7 +253,7 @@ class WeightImage:
         command = f"shuteye images rm {self.path.name} --cache-dir {shlex.quote(str(self.path.parent.parent))}"
         return ImageFailure(
             f"The weight image {self.path} was changed while in use: {what}. End the server or program that serves it, "
-            f"run `{command}`, and start it again: the image is then made anew. Or put back the "
+            f"run `{command}`, and start it again: the image is then rebuilt. Or put back the "
             "file's bytes, and wake up."
         )
 

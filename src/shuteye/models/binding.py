@@ -169,7 +169,7 @@ def _bind_parameters(module: Any, image: WeightImage, arena: Arena) -> None:
         if slot is None or slot.shape != tuple(blank.shape):
             raise ImageFailure(
                 f"{image.path} has {'no tensor ' if slot is None else 'another shape of '}{name!r}, which "
-                f"{type(module).__name__} needs as {tuple(blank.shape)}. Remove the image to have it made anew."
+                f"{type(module).__name__} needs as {tuple(blank.shape)}. Remove the image to have it rebuilt."
             )
         if slot.name not in bound:
             bound[slot.name] = nn.Parameter(arena.slot_view(slot), requires_grad=False)
@@ -195,5 +195,5 @@ def _require_complete(module: nn.Module, image: WeightImage) -> None:
     if unused:
         raise ImageFailure(
             f"{image.path} has tensors that {type(module).__name__} does not know: {', '.join(sorted(unused)[:5])}. "
-            "Remove the image to have it made anew."
+            "Remove the image to have it rebuilt."
         )

@@ -122,7 +122,7 @@ def _open_present(order: Order, store: ImageStore) -> WeightImage | None:
     try:
         return store.open(identity_of(source, resolve_dtype(source, order.dtype)))
     except ImageFailure as failure:
-        logger.warning("The weight image of %s is made anew. %s", order.model, failure.message)
+        logger.warning("The weight image of %s is rebuilt. %s", order.model, failure.message)
         return None
 
 

@@ -88,13 +88,13 @@ def examine_encoder(config: Any, source: ModelSource, *, task: str, dtype: torch
     files = read_sentence_files(source.path)
     if files.lowercase:
         raise UnsupportedModel(
-            f"{source.name} has texts lowercased before its tokenizer (do_lower_case), which is not done here."
+            f"{source.name} has texts lowercased before its tokenizer (do_lower_case), which is not supported."
         )
     scores = task == "score"
     tokenizer = read_tokenizer_facts(source)
     if scores and tokenizer.has_chat_template:
         raise UnsupportedModel(
-            f"{source.name} has a chat template that pairs of texts must be put through, which is not done here."
+            f"{source.name} has a chat template that pairs of texts must be put through, which is not supported."
         )
     return EncoderSpec(
         architecture=(config.architectures or [config.model_type])[0],
