@@ -133,7 +133,7 @@ def make_harness(tiny_checkpoint, tmp_path_factory):
     for harness in harnesses:
         if isinstance(harness.backend, FakeBackend):
             harness.backend.clear()
-        harness.core.close()
+        harness.core._executor.close()
 
 
 @pytest.fixture

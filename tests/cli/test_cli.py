@@ -300,7 +300,7 @@ def test_an_image_of_an_older_version_is_listed_in_one_line(two_images, tmp_path
     assert cli.run(["images", "ls", "--cache-dir", str(tmp_path)]) == 0
     _, line, _, hint = capsys.readouterr().out.splitlines()
     assert line.endswith("cannot be used: another version of shuteye made it (format 1, this one reads 2)")
-    assert "made anew when its model is next loaded" in hint
+    assert "rebuilt when its model is next loaded" in hint
 
 
 def test_one_image_that_cannot_be_removed_does_not_keep_the_others(two_images, tmp_path, capsys):

@@ -230,7 +230,7 @@ TRUNCATED = """
     path.write_bytes(content)
     harness.call(WakeCall())
     assert harness.generate(prompt) == before
-    harness.core.close()
+    harness.core._executor.close()
 """
 
 

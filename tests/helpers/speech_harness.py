@@ -1,4 +1,4 @@
-"""What the tests of speech share: recordings, an engine core that listens, and what transformers makes of the same."""
+"""What the tests of speech share: audio, an engine core stepped by hand, and what transformers makes of the same."""
 
 from dataclasses import dataclass, field
 
@@ -39,24 +39,26 @@ class SpeechHarness:
     """A core and what its requests have received so far."""
 
     core: EngineCore
-    heard: dict[str, Received] = field(default_factory=dict)
+    received: dict[str, Received] = field(default_factory=dict)
 
     def add(self, request_id, samples, *, prompt=(), **params):
-        self.heard[request_id] = Received()
+        self.received[request_id] = Received()
         self.core.add(TranscribeRequest(request_id, samples.tobytes(), tuple(prompt), TranscribeParams(**params)))
 
     def step(self):
         for delta in self.core.step():
-            heard = self.heard[delta.request_id]
-            assert heard.ended is None, "a request that had ended got more"
+            received = self.received[delta.request_id]
+            assert received.ended is None, "a request that had ended got more"
             if isinstance(delta, RequestDelta):
                 error = delta.error
-                heard.ended = delta.finish_reason if error is None else rebuild(error.kind, error.message, error.param)
+                received.ended = (
+                    delta.finish_reason if error is None else rebuild(error.kind, error.message, error.param)
+                )
                 continue
-            heard.token_ids += delta.token_ids
-            heard.segments += delta.segments
-            heard.language = delta.language or heard.language
-            heard.ended = delta.finished or None
+            received.token_ids += delta.token_ids
+            received.segments += delta.segments
+            received.language = delta.language or received.language
+            received.ended = delta.finished or None
 
     def run(self, limit=5000):
         """Step until there is nothing to do."""
@@ -81,13 +83,13 @@ class SpeechHarness:
 
     def transcribe(self, samples, **params) -> Received:
         """One request run to its end."""
-        request_id = f"transcribe-{len(self.heard)}"
+        request_id = f"transcribe-{len(self.received)}"
         self.add(request_id, samples, **params)
         self.run()
-        heard = self.heard[request_id]
-        if isinstance(heard.ended, ShuteyeError):
-            raise heard.ended
-        return heard
+        received = self.received[request_id]
+        if isinstance(received.ended, ShuteyeError):
+            raise received.ended
+        return received
 
     @property
     def worker(self):
@@ -97,7 +99,7 @@ class SpeechHarness:
     @property
     def kept(self):
         """Requests that the rank keeps something of."""
-        return set(self.worker._runner._listening)
+        return set(self.worker._runner._states)
 
 
 class Reference:

@@ -1,7 +1,4 @@
-"""`shuteye bench`: put load on a running server, time its tokens, and how fast it sleeps and wakes.
-
-Knows nothing of how requests are sent; `client/load.py` does.
-"""
+"""`shuteye bench`: put load on a running server, time its tokens, and how fast it sleeps and wakes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`shuteye pull` and `shuteye images`: weight images are fetched and built, listed, removed and verified.
-
-Knows nothing of where models come from, nor of how images are made.
-"""
+"""`shuteye pull` and `shuteye images`: weight images are fetched and built, listed, removed and verified."""
 
 from __future__ import annotations
 
@@ -108,7 +105,7 @@ def list_images(
     elif images:
         show(table(("KEY", "MODEL", "DTYPE", "SIZE ", "LAST USED", "STATE"), map(_row, images)))
         if any(image.damage for image in images):
-            show("What cannot be used is made anew when its model is next loaded; `shuteye images rm KEY` removes it.")
+            show("What cannot be used is rebuilt when its model is next loaded; `shuteye images rm KEY` removes it.")
     else:
         show(_no_images(cache_dir))
     left = () if as_json else _orphans(cache_dir)

@@ -1,7 +1,4 @@
-"""Requests that arrived while the gate was closed and wait for it to open: a bounded queue with deadlines.
-
-Knows nothing of why the gate is closed.
-"""
+"""Requests that arrived while the gate was closed and wait for it to open: a bounded queue with deadlines."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class AudioInFlight:
             QueueFull: there is too much at work already; a recording alone is always taken.
         """
         if self.seconds > 0 and self.seconds + seconds > limit_s:
-            raise QueueFull(f"Recordings of {self.seconds:,.0f} seconds are waiting already; try again later.")
+            raise QueueFull(f"Audio of {self.seconds:,.0f} seconds is waiting already; try again later.")
         self.seconds += seconds
         try:
             yield

@@ -1,26 +1,22 @@
 """Scheduler, one rule at a time; test_scheduler_random.py holds what must be true of any history."""
 
+from dataclasses import replace
+
 import pytest
 
 from shuteye.errors import ErrorInfo, InvalidRequest, PromptTooLong
 from shuteye.tasks.generate.plans import SampledToken, StepResult
 from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams, TokenLogprobs
-from shuteye.tasks.generate.scheduler import Scheduler
+from shuteye.tasks.generate.scheduler import Limits, Scheduler
 
 EOS = 99
 
 
 def make_scheduler(**changes):
-    settings = {
-        "num_blocks": 65,
-        "block_size": 4,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 64,
-        "max_model_len": 100,
-        "eos_token_ids": (EOS,),
-        "enable_prefix_caching": True,
-    }
-    return Scheduler(**settings | changes)
+    settings = {"eos_token_ids": (EOS,), "enable_prefix_caching": True}
+    settings |= {name: changes.pop(name) for name in settings if name in changes}
+    limits = Limits(num_blocks=65, block_size=4, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=100)
+    return Scheduler(replace(limits, **changes), **settings)
 
 
 def request(request_id, prompt, **params):

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from shuteye.errors import ErrorInfo
 from shuteye.tasks.generate.plans import SampledToken, StepResult
 from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
-from shuteye.tasks.generate.scheduler import Scheduler
+from shuteye.tasks.generate.scheduler import Limits, Scheduler
 
 VOCABULARY = 16
 EOS = 0
@@ -109,15 +109,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def start(self, *, num_blocks, block_size, max_num_seqs, budget, caching, weights):
         self.max_length = min(30, (num_blocks - 1) * block_size + 1)
-        self.scheduler = Scheduler(
+        limits = Limits(
             num_blocks=num_blocks,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             max_model_len=30,
-            eos_token_ids=(EOS,),
-            enable_prefix_caching=caching,
         )
+        self.scheduler = Scheduler(limits, eos_token_ids=(EOS,), enable_prefix_caching=caching)
         self.worker = Worker(num_blocks=num_blocks, block_size=block_size, version=weights)
         self.block_size, self.budget, self.max_num_seqs = block_size, budget, max_num_seqs
         self.live: dict[str, Expected] = {}

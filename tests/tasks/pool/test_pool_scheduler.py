@@ -94,7 +94,7 @@ def test_aborted_requests_get_nothing_of_a_step_under_way():
     assert scheduler.schedule() is None
 
 
-def test_preempted_requests_are_computed_anew_from_their_first_input():
+def test_preempted_requests_are_recomputed_from_their_first_input():
     """Would catch a request answered with rows of two versions of the weights."""
     scheduler = new_scheduler()
     scheduler.add(request("a", [40, 40]))
@@ -128,8 +128,8 @@ def test_a_failed_step_ends_the_requests_it_was_for():
 @pytest.mark.parametrize(
     ("refused", "error", "says"),
     [
-        (request("r", []), InvalidRequest, "at least one"),
-        (request("r", [3, 0]), InvalidRequest, "Input 1 has no tokens"),
+        (request("r", []), InvalidRequest, "input must not be empty"),
+        (request("r", [3, 0]), InvalidRequest, "Input 1 must not be empty"),
         (request("r", [3, CONTEXT + 1]), PromptTooLong, "Input 1 has 101 tokens"),
         (request("r", [3], dimensions=3), InvalidRequest, "dimensions must be 2, 4, got 3"),
         (request("used", [3]), InvalidRequest, "in use"),

@@ -91,7 +91,7 @@ def make_pool_rig(encoder_checkpoint, options):
     yield make
     for harness in harnesses:
         harness.backend.clear()
-        harness.core.close()
+        harness.core._executor.close()
 
 
 @pytest.fixture

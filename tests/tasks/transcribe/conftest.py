@@ -38,7 +38,7 @@ def make_harness(whisper_checkpoints, tmp_path_factory):
 
     yield make
     for harness in harnesses:
-        harness.core.close()
+        harness.core._executor.close()
 
 
 @pytest.fixture

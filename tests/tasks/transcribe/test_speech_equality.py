@@ -6,7 +6,7 @@ from speech_harness import Reference, noise
 
 from shuteye.errors import InvalidRequest
 from shuteye.tasks.transcribe.plans import SpeechAdmission
-from shuteye.tasks.transcribe.runner import _Listening
+from shuteye.tasks.transcribe.runner import _AudioState
 
 SEEDS = range(4)
 
@@ -26,14 +26,14 @@ def test_long_recordings(make_harness, reference, seed):
     harness, right = make_harness(seed), reference(seed)
     for length in (1.001, 4.3):
         samples = noise(length, seed=seed)
-        heard, expected = harness.transcribe(samples), right.long(samples)
-        assert heard.stretches == expected
-        assert heard.token_ids == [token for _, _, text in expected for token in text]
+        received, expected = harness.transcribe(samples), right.long(samples)
+        assert received.stretches == expected
+        assert received.token_ids == [token for _, _, text in expected for token in text]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_short_recordings_with_timestamps(make_harness, reference, seed):
-    """Timestamps asked for, yet the recording heard without them."""
+    """Timestamps asked for, yet the recording received without them."""
     samples = noise(0.9, seed=seed)
     assert make_harness(seed).transcribe(samples, timestamps=True).stretches == reference(seed).long(samples)
 
@@ -44,9 +44,9 @@ def test_a_prompt_is_taken_for_the_text_before(harness, reference):
     start_of_previous = right.model.generation_config.prev_sot_token_id
     prompt_ids = torch.tensor([start_of_previous, *prompt])
     samples = noise(2.5)
-    heard = harness.transcribe(samples, prompt=prompt)
-    assert heard.stretches == right.long(samples, prompt_ids=prompt_ids)
-    assert heard.stretches != harness.transcribe(samples).stretches
+    received = harness.transcribe(samples, prompt=prompt)
+    assert received.stretches == right.long(samples, prompt_ids=prompt_ids)
+    assert received.stretches != harness.transcribe(samples).stretches
     many = [*range(60, 100)]
     assert (
         harness.transcribe(noise(0.5), prompt=many).token_ids
@@ -62,7 +62,7 @@ def test_many_at_once_are_each_as_if_alone(make_harness, reference):
         harness.add(request_id, samples, timestamps=True)
     harness.run()
     for request_id, samples in recordings.items():
-        assert harness.heard[request_id].stretches == right.long(samples), request_id
+        assert harness.received[request_id].stretches == right.long(samples), request_id
 
 
 def test_the_language_is_found_out_or_given(make_harness, reference):
@@ -100,7 +100,7 @@ def test_a_seed_draws_the_same_again_and_another_seed_something_else(harness):
     harness.add("again", samples, temperature=1.0, seed=1)
     harness.add("beside", noise(3.0))
     harness.run()
-    assert harness.heard["again"].token_ids == first
+    assert harness.received["again"].token_ids == first
     assert harness.transcribe(samples, temperature=1.0, seed=2).token_ids != first
     assert harness.transcribe(samples).token_ids != first
 
@@ -108,7 +108,7 @@ def test_a_seed_draws_the_same_again_and_another_seed_something_else(harness):
 def test_every_draw_is_another(harness):
     """One number for all tokens of a request: text that repeats itself."""
     runner = harness.worker._runner
-    state = _Listening(SpeechAdmission("r", b"", temperature=1.0, seed=3, pad=True), torch.empty(0))
+    state = _AudioState(SpeechAdmission("r", b"", temperature=1.0, seed=3, pad=True), torch.empty(0))
     flat = torch.zeros(harness.core.info.vocab_size)
     drawn = [runner._choose(state, flat, num_sampled=index).token_id for index in range(50)]
     assert len(set(drawn)) > 30

@@ -84,13 +84,13 @@ def test_keep_goes_on_where_it_was(make_harness, level, steps):
     for _ in range(steps):
         harness.step()
     report = harness.call(SleepCall(level, mode="keep"))
-    assert report.held_requests == sum(each.ended is None for each in harness.heard.values())
+    assert report.held_requests == sum(each.ended is None for each in harness.received.values())
     assert harness.kept == set(), "caches that stay while asleep"
     harness.call(WakeCall())
     harness.run()
-    assert harness.heard["kept"].stretches == expected
-    assert harness.heard["kept"].token_ids == [token for _, _, text in expected for token in text]
-    assert harness.heard["short"].token_ids == harness.transcribe(noise(0.9)).token_ids
+    assert harness.received["kept"].stretches == expected
+    assert harness.received["kept"].token_ids == [token for _, _, text in expected for token in text]
+    assert harness.received["short"].token_ids == harness.transcribe(noise(0.9)).token_ids
 
 
 @pytest.mark.parametrize("steps", [3, 40])
@@ -103,7 +103,7 @@ def test_keep_draws_the_same_tokens_at_a_temperature(harness, steps):
     harness.call(SleepCall(1, mode="keep"))
     harness.call(WakeCall())
     harness.run()
-    assert harness.heard["kept"].stretches == expected
+    assert harness.received["kept"].stretches == expected
 
 
 def test_keep_while_the_language_is_being_found_out(make_harness):
@@ -112,11 +112,11 @@ def test_keep_while_the_language_is_being_found_out(make_harness):
     expected = harness.transcribe(SAMPLES)
     harness.add("kept", SAMPLES)
     harness.step()
-    assert harness.heard["kept"].language == expected.language
+    assert harness.received["kept"].language == expected.language
     harness.call(SleepCall(1, mode="keep"))
     harness.call(WakeCall())
     harness.run()
-    assert harness.heard["kept"].stretches == expected.stretches
+    assert harness.received["kept"].stretches == expected.stretches
 
 
 def test_wait_lets_a_transcription_finish_and_abort_ends_it(harness):
@@ -125,12 +125,12 @@ def test_wait_lets_a_transcription_finish_and_abort_ends_it(harness):
     harness.add("waited-for", SAMPLES)
     harness.step()
     harness.call(SleepCall(1, mode="wait"))
-    assert harness.heard["waited-for"].stretches == expected
+    assert harness.received["waited-for"].stretches == expected
     harness.call(WakeCall())
     harness.add("aborted", SAMPLES)
     harness.step()
     assert harness.call(SleepCall(1, mode="abort")).aborted_requests == 1
-    assert harness.heard["aborted"].ended == "abort"
+    assert harness.received["aborted"].ended == "abort"
     assert harness.kept == set()
 
 
@@ -142,10 +142,10 @@ def test_a_pause_holds_and_goes_on(harness):
         harness.step()
     harness.call(PauseCall(mode="keep"))
     harness.run()
-    assert harness.heard["held"].ended is None
+    assert harness.received["held"].ended is None
     harness.call(ResumeCall())
     harness.run()
-    assert harness.heard["held"].stretches == expected
+    assert harness.received["held"].stretches == expected
 
 
 def test_an_aborted_request_frees_what_is_kept_of_it(harness):
@@ -157,7 +157,7 @@ def test_an_aborted_request_frees_what_is_kept_of_it(harness):
     assert harness.kept == {"a", "b"}
     harness.core.abort(["a"])
     harness.run()
-    assert (harness.heard["a"].ended, harness.heard["b"].ended) == ("abort", True)
+    assert (harness.received["a"].ended, harness.received["b"].ended) == ("abort", True)
     assert harness.kept == set()
 
 
@@ -170,13 +170,13 @@ def test_requests_that_arrive_while_asleep(make_harness, policy):
     harness.add("late", SAMPLES)
     harness.run()
     if policy == "reject":
-        assert isinstance(harness.heard["late"].ended, ModelSleeping)
+        assert isinstance(harness.received["late"].ended, ModelSleeping)
         return
     if policy == "hold":
-        assert harness.heard["late"].ended is None
+        assert harness.received["late"].ended is None
         harness.call(WakeCall())
         harness.run()
-    assert harness.heard["late"].stretches == expected
+    assert harness.received["late"].stretches == expected
 
 
 def test_a_reload_takes_other_weights_and_refuses_another_model(harness, whisper_checkpoints, tmp_path):

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from shuteye.model_info import WhisperSpec
 from shuteye.tasks.transcribe.segments import num_final, split_window
 
-FACTS = WhisperSpec(
+SPEC = WhisperSpec(
     hop_samples=160, window_frames=3000, frames_per_timestamp=2, start_token_id=101, eos_token_id=100,
     no_timestamps_token_id=102, previous_token_id=None, transcribe_token_id=None, languages={}, language_names={},
     max_tokens=448, state_bytes=1,
 )  # fmt: skip
-FIRST = FACTS.first_timestamp_id
+FIRST = SPEC.first_timestamp_id
 
 texts = st.lists(st.integers(0, 99), min_size=1, max_size=3)
 opening = st.integers(0, 20)
@@ -61,7 +61,7 @@ def by_transformers(tokens, start_frame, num_frames):
 @given(windows(), st.integers(0, 5000), st.integers(1, 3000))
 def test_windows_are_split_as_transformers_splits_them(tokens, start_frame, num_frames):
     """A boundary one token off, a time from the wrong end of a pair, or a next window that begins elsewhere."""
-    found, advance = split_window(tokens, facts=FACTS, start_frame=start_frame, num_frames=num_frames)
+    found, advance = split_window(tokens, spec=SPEC, start_frame=start_frame, num_frames=num_frames)
     expected, offset = by_transformers(tokens, start_frame, num_frames)
     assert advance == offset
     assert [each.token_ids for each in found] == [each[2] for each in expected]
@@ -79,5 +79,5 @@ def test_what_counts_as_final_is_kept_however_the_window_goes_on(tokens):
     """Text that was streamed, and is then thrown away."""
     for length in range(len(tokens) + 1):
         final = tokens[: num_final(tokens[:length], FIRST)]
-        kept, _ = split_window(tokens, facts=FACTS, start_frame=0, num_frames=3000)
+        kept, _ = split_window(tokens, spec=SPEC, start_frame=0, num_frames=3000)
         assert [token for each in kept for token in each.token_ids][: len(final)] == final

@@ -47,7 +47,7 @@ def truncation_of(body: GenerationBody, *, max_model_len: int, max_tokens: int |
     """
     wanted = body.truncate_prompt_tokens
     if wanted is None and body.truncation_side is not None:
-        raise InvalidRequest("truncation_side means nothing without truncate_prompt_tokens.", param="truncation_side")
+        raise InvalidRequest("truncation_side requires truncate_prompt_tokens.", param="truncation_side")
     if wanted == 0:
         raise InvalidRequest("truncate_prompt_tokens must be -1 or at least 1, got 0.", param="truncate_prompt_tokens")
     if wanted == -1:

@@ -1,21 +1,20 @@
 """A scheduler for requests some of which have a grammar: they join once it is compiled, and carry masks in every step.
 
-Knows nothing of how grammars or steps are made; requests without one are scheduled as if it were not there. No torch.
+Requests without one are scheduled as if it were not there. No torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
 
 from shuteye.errors import ErrorInfo, ShuteyeError, info_of
 from shuteye.tasks.base import RequestDelta
 from shuteye.tasks.generate.grammar import Grammars
 from shuteye.tasks.generate.plans import StepPlan, StepResult
 from shuteye.tasks.generate.requests import GenerateRequest
-from shuteye.tasks.generate.scheduler import Scheduler
+from shuteye.tasks.generate.scheduler import Limits, Scheduler
 
-PATIENCE_S = 0.005
+GRAMMAR_WAIT_S = 0.005
 """How long a step waits for a grammar when nothing else could run."""
 
 
@@ -23,12 +22,19 @@ class ConstrainedScheduler(Scheduler):
     """A `Scheduler` that knows grammars. A request whose grammar is being compiled counts as waiting.
 
     Args:
-        report: takes the refusal of a request whose grammar turned out wrong.
-        settings: those of `Scheduler`.
+        report: takes the refusals of requests whose grammar turned out wrong.
     """
 
-    def __init__(self, grammars: Grammars, *, report: Callable[[RequestDelta], None], **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(
+        self,
+        limits: Limits,
+        grammars: Grammars,
+        *,
+        eos_token_ids: Collection[int],
+        enable_prefix_caching: bool,
+        report: Callable[[Iterable[RequestDelta]], None],
+    ) -> None:
+        super().__init__(limits, eos_token_ids=eos_token_ids, enable_prefix_caching=enable_prefix_caching)
         self._grammars = grammars
         self._report = report
 
@@ -81,22 +87,22 @@ class ConstrainedScheduler(Scheduler):
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can run yet."""
         if self._grammars.num_compiling > 0:
-            self._admit_compiled(patience_s=0.0 if super().has_unfinished else PATIENCE_S)
+            self._admit_compiled(wait_s=0.0 if super().has_unfinished else GRAMMAR_WAIT_S)
         plan = super().schedule()
         if plan is not None:
             plan = self._grammars.masked(plan)
             self._in_flight = plan, plan.chunks
         return plan
 
-    def _admit_compiled(self, *, patience_s: float) -> None:
-        for request, refusal in self._grammars.compiled(patience_s=patience_s):
+    def _admit_compiled(self, *, wait_s: float) -> None:
+        for request, refusal in self._grammars.compiled(wait_s=wait_s):
             try:
                 if refusal is not None:
                     raise refusal
                 super().add(request)
             except ShuteyeError as error:
                 self._grammars.forget([request.request_id])
-                self._report(RequestDelta(request.request_id, error=info_of(error)))
+                self._report([RequestDelta(request.request_id, error=info_of(error))])
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestDelta]:
         """Take the step's tokens; a request whose grammar failed ends with an error."""

@@ -1,7 +1,4 @@
-"""Steps of a model that generates: chunks packed into a batch, through the decoder, then the sampler.
-
-Knows nothing of scheduling or sleeping.
-"""
+"""Steps of a model that generates: chunks packed into a batch, through the decoder, then the sampler."""
 
 from __future__ import annotations
 
@@ -76,7 +73,7 @@ class GenerationRunner(ModelRunner):
         """Run the packed batch and sample."""
         self._sampler.forget(plan.forget)
         self._sampler.admit(plan.admissions)
-        logits = self._forward(plan) if prove is None else self._forward_proven(plan, prove)
+        logits = self._forward(plan) if prove is None else self._forward_with_canary(plan, prove)
         scored: tuple[tuple[TokenLogprobs, ...], ...] = ()
         if any(chunk.scoring is not None for chunk in plan.chunks):
             scored, logits = split_scored(plan, logits)
@@ -87,7 +84,7 @@ class GenerationRunner(ModelRunner):
         batch = PackedBatch.from_plan(plan, block_size=self._block_size)
         return self.model.forward(batch, self._kv_cache)
 
-    def _forward_proven(self, plan: StepPlan, prove: Prove) -> torch.Tensor:
+    def _forward_with_canary(self, plan: StepPlan, prove: Prove) -> torch.Tensor:
         """The plan's logits; weights are read but once for it and the canary, if the canary comes out the same so."""
         if plan.num_tokens + self._canary.num_tokens > min(MAX_SHARED_TOKENS, self.model.decoder.native_tokens):
             prove(self.canary_pass())

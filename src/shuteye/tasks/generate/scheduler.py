@@ -89,6 +89,24 @@ class ActiveSequence(ActiveRequest):
         return len(self.token_ids) - self.num_computed
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds a batch.
+
+    Attributes:
+        num_blocks: blocks of the KV cache, block 0 included.
+        max_num_seqs: requests in one batch.
+        max_num_batched_tokens: the token budget of one step.
+        max_model_len: longest prompt plus output in tokens; also bounded by what the blocks can hold.
+    """
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+
 @dataclass(slots=True)
 class _Batch:
     """A plan in the making; `budget` is how many more tokens it may compute."""
@@ -109,10 +127,6 @@ class Scheduler(TaskScheduler):
     blocks hold requests.
 
     Args:
-        num_blocks: blocks of the KV cache, block 0 included.
-        max_num_seqs: requests in one batch.
-        max_num_batched_tokens: the token budget of one step.
-        max_model_len: longest prompt plus output in tokens; also bounded by what the blocks can hold.
         eos_token_ids: tokens that end a sequence unless `ignore_eos`.
 
     Raises:
@@ -121,31 +135,20 @@ class Scheduler(TaskScheduler):
 
     _requests: dict[str, ActiveSequence]
 
-    def __init__(
-        self,
-        *,
-        num_blocks: int,
-        block_size: int,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
-        eos_token_ids: Collection[int],
-        enable_prefix_caching: bool,
-    ) -> None:
+    def __init__(self, limits: Limits, *, eos_token_ids: Collection[int], enable_prefix_caching: bool) -> None:
         super().__init__()
-        if num_blocks <= RESERVED_BLOCKS:
+        if limits.num_blocks <= RESERVED_BLOCKS:
             raise InvalidRequest(
-                f"The KV cache has {num_blocks} blocks, of which {RESERVED_BLOCKS} is reserved: no request fits. "
-                "Raise kv_cache_memory.",
+                f"The KV cache has {limits.num_blocks} blocks, of which {RESERVED_BLOCKS} is reserved: "
+                "no request fits. Raise kv_cache_memory.",
                 param="kv_cache_memory",
             )
-        self._pool = BlockPool(num_blocks)
-        self._prefix = PrefixCache(self._pool, block_size=block_size, enabled=enable_prefix_caching)
-        self._block_size = block_size
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._limits = limits
+        self._pool = BlockPool(limits.num_blocks)
+        self._block_size = limits.block_size
+        self._prefix = PrefixCache(self._pool, block_size=limits.block_size, enabled=enable_prefix_caching)
         # The last token of a sequence is never computed, so it needs no place in the cache.
-        self._max_length = min(max_model_len, self._pool.num_usable * block_size + 1)
+        self._max_length = min(limits.max_model_len, self._pool.num_usable * limits.block_size + 1)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._waiting: deque[ActiveSequence] = deque()
         self._running: list[ActiveSequence] = []
@@ -190,7 +193,7 @@ class Scheduler(TaskScheduler):
         super().check(request)
         num_prompt = len(request.prompt_token_ids)
         if num_prompt == 0:
-            raise InvalidRequest("The prompt has no tokens; at least one is needed.", param="prompt")
+            raise InvalidRequest("The prompt must not be empty: it has no tokens.", param="prompt")
         if num_prompt >= self._max_length:
             raise PromptTooLong(
                 f"The prompt has {num_prompt} tokens, but this engine's context is {self._max_length} tokens, of which "
@@ -224,7 +227,7 @@ class Scheduler(TaskScheduler):
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is no request at all: while there is one, some request makes progress."""
         assert self._in_flight is None, "schedule() before update() or fail_step() of the previous plan"
-        batch = _Batch(budget=self._max_num_batched_tokens)
+        batch = _Batch(budget=self._limits.max_num_batched_tokens)
         if self._schedule_running(batch):
             self._schedule_waiting(batch)
         if not batch.chunks:
@@ -260,7 +263,7 @@ class Scheduler(TaskScheduler):
     def _schedule_waiting(self, batch: _Batch) -> None:
         # Digests of blocks begin with this: nothing from before the last reset, or of another epoch, has it.
         root = repr((self._epoch, self._num_resets)).encode()
-        while self._waiting and batch.budget > 0 and len(self._running) < self._max_num_seqs:
+        while self._waiting and batch.budget > 0 and len(self._running) < self._limits.max_num_seqs:
             sequence = self._waiting[0]
             sequence.hashes.restart(root)
             # what the cache holds has no logits any more

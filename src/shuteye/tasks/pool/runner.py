@@ -1,6 +1,6 @@
 """Steps of a model that embeds or scores: whole inputs through the encoder, one row of numbers each.
 
-Knows nothing of scheduling or sleeping; nothing outlives a step.
+Nothing outlives a step.
 """
 
 from __future__ import annotations

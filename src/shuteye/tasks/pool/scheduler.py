@@ -29,7 +29,7 @@ WINDOW = 4
 class _Pooling(ActiveRequest):
     """A request on its way. `pending` has the indices of inputs without a row, longest first; `rows` the others' rows.
 
-    Beginning anew is another object: rows that arrive for this one are then ignored.
+    A restart makes another object: rows that arrive for this one are then ignored.
     """
 
     request: PoolRequest
@@ -37,7 +37,7 @@ class _Pooling(ActiveRequest):
     rows: dict[int, bytes] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, request: PoolRequest) -> _Pooling:
+    def start(cls, request: PoolRequest) -> _Pooling:
         """Nothing computed yet."""
         by_length = sorted(range(len(request.inputs)), key=lambda index: -len(request.inputs[index].token_ids))
         return cls(request, dict.fromkeys(by_length))
@@ -101,20 +101,20 @@ class PoolScheduler(TaskScheduler):
             PromptTooLong: an input is longer than the context.
         """
         self.check(request)
-        self._requests[request.request_id] = _Pooling.begin(request)
+        self._requests[request.request_id] = _Pooling.start(request)
 
     def check(self, request: PoolRequest) -> None:
         """Refuse what can never run; raises as `add` does, and changes nothing."""
         super().check(request)
         if not request.inputs:
-            raise InvalidRequest("There is no input; at least one is needed.", param="input")
+            raise InvalidRequest("input must not be empty.", param="input")
         for index, each in enumerate(request.inputs):
             self._check_length(index, len(each.token_ids))
         self._check_dimensions(request.params.dimensions)
 
     def _check_length(self, index: int, num_tokens: int) -> None:
         if num_tokens == 0:
-            raise InvalidRequest(f"Input {index} has no tokens; at least one is needed.", param="input")
+            raise InvalidRequest(f"Input {index} must not be empty: it has no tokens.", param="input")
         if num_tokens > self._max_model_len:
             raise PromptTooLong(
                 f"Input {index} has {num_tokens} tokens, but this model's context is {self._max_model_len} tokens. "
@@ -137,7 +137,7 @@ class PoolScheduler(TaskScheduler):
         in_flight = {each.request_id for each in self._in_flight[1]} if self._in_flight else set()
         begun = [each for each in self._requests.values() if each.rows or each.request_id in in_flight]
         for pooling in begun:
-            self._requests[pooling.request_id] = _Pooling.begin(pooling.request)
+            self._requests[pooling.request_id] = _Pooling.start(pooling.request)
         self._num_preemptions += len(begun)
         return len(begun)
 
@@ -180,7 +180,7 @@ class PoolScheduler(TaskScheduler):
         finished = []
         for each, row in zip(chosen, result.rows, strict=True):
             pooling = each.pooling
-            if self._requests.get(each.request_id) is not pooling:  # aborted or begun anew meanwhile
+            if self._requests.get(each.request_id) is not pooling:  # aborted or restarted meanwhile
                 continue
             del pooling.pending[each.index]
             pooling.rows[each.index] = row

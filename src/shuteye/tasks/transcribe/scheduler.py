@@ -74,20 +74,20 @@ class SpeechScheduler(TaskScheduler):
     """First come, first served, up to `max_num_seqs` requests at a time.
 
     Args:
-        facts: the model's.
+        spec: the model's.
         max_num_seqs: requests of which the decoder may keep something.
         available_bytes: memory left after loading, which bounds them too.
     """
 
     _requests: dict[str, _AudioRequest]
 
-    def __init__(self, *, facts: WhisperSpec | None, max_num_seqs: int, available_bytes: int) -> None:
+    def __init__(self, *, spec: WhisperSpec | None, max_num_seqs: int, available_bytes: int) -> None:
         super().__init__()
-        assert facts is not None, "a model that transcribes says how"
-        self._facts = facts
-        names = reversed(facts.language_names.items())  # the first name of a language is the usual one
+        assert spec is not None, "a model that transcribes says how"
+        self._spec = spec
+        names = reversed(spec.language_names.items())  # the first name of a language is the usual one
         self._names: dict[str | None, str] = {code: name for name, code in names}
-        self._limit = max(1, min(max_num_seqs, int(available_bytes * MEMORY_SHARE) // facts.state_bytes))
+        self._limit = max(1, min(max_num_seqs, int(available_bytes * MEMORY_SHARE) // spec.state_bytes))
         self._waiting: deque[_AudioRequest] = deque()
         self._running: list[_AudioRequest] = []
         self._forget: list[str] = []
@@ -101,13 +101,13 @@ class SpeechScheduler(TaskScheduler):
             InvalidRequest: the audio is too short or broken, the language unknown, or the id in use.
         """
         self.check(request)
-        facts, num_samples = self._facts, len(request.pcm) // SAMPLE_BYTES
-        fits = num_samples <= facts.window_frames * facts.hop_samples
+        spec, num_samples = self._spec, len(request.pcm) // SAMPLE_BYTES
+        fits = num_samples <= spec.window_frames * spec.hop_samples
         pad = fits and not request.params.timestamps
         language = self._language(request.params.language)
         audio = _AudioRequest(
             request=request,
-            num_frames=facts.window_frames if pad else num_samples // facts.hop_samples,
+            num_frames=spec.window_frames if pad else num_samples // spec.hop_samples,
             pad=pad,
             rules="text" if pad else "timestamps",
             prompt=None,
@@ -128,7 +128,7 @@ class SpeechScheduler(TaskScheduler):
             raise InvalidRequest(
                 f"The audio has {num_samples} samples; at least {MIN_SAMPLES} (0.1 seconds) are needed.", param="file"
             )
-        if any(token >= self._facts.eos_token_id for token in request.prompt_token_ids):
+        if any(token >= self._spec.eos_token_id for token in request.prompt_token_ids):
             raise InvalidRequest("The prompt must be plain text; it has special tokens.", param="prompt")
         self._language(request.params.language)
 
@@ -138,29 +138,29 @@ class SpeechScheduler(TaskScheduler):
         Raises:
             InvalidRequest: the model does not know it.
         """
-        facts = self._facts
-        known = facts.languages or {ENGLISH: 0}
+        spec = self._spec
+        known = spec.languages or {ENGLISH: 0}
         if wanted is None:
-            return None if facts.languages else ENGLISH
-        code = facts.language_names.get(wanted.lower(), wanted.lower())
+            return None if spec.languages else ENGLISH
+        code = spec.language_names.get(wanted.lower(), wanted.lower())
         if code not in known:
-            what = "is English-only" if not facts.languages else f"knows {', '.join(sorted(known))}"
+            what = "is English-only" if not spec.languages else f"knows {', '.join(sorted(known))}"
             raise InvalidRequest(f"The model does not transcribe {wanted!r}; it {what}.", param="language")
         return code
 
     def _prompt(self, audio: _AudioRequest, language: str) -> tuple[int, ...]:
         """What Whisper was trained to continue: [previous text] start [language, task] [no timestamps]."""
-        facts = self._facts
+        spec = self._spec
         tokens: list[int] = []
         before = audio.request.prompt_token_ids
-        if before and facts.previous_token_id is not None:
-            tokens += [facts.previous_token_id, *before[-(facts.max_tokens // 2 - 1) :]]
-        tokens.append(facts.start_token_id)
-        if facts.languages:
-            assert facts.transcribe_token_id is not None
-            tokens += [facts.languages[language], facts.transcribe_token_id]
+        if before and spec.previous_token_id is not None:
+            tokens += [spec.previous_token_id, *before[-(spec.max_tokens // 2 - 1) :]]
+        tokens.append(spec.start_token_id)
+        if spec.languages:
+            assert spec.transcribe_token_id is not None
+            tokens += [spec.languages[language], spec.transcribe_token_id]
         if audio.rules == "text":
-            tokens.append(facts.no_timestamps_token_id)
+            tokens.append(spec.no_timestamps_token_id)
         return tuple(tokens)
 
     def preempt_all(self) -> int:
@@ -216,10 +216,10 @@ class SpeechScheduler(TaskScheduler):
         return []
 
     def _window(self, audio: _AudioRequest) -> SpeechWindow:
-        facts = self._facts
-        num_frames = min(facts.window_frames, audio.num_frames - audio.seek)
+        spec = self._spec
+        num_frames = min(spec.window_frames, audio.num_frames - audio.seek)
         finds_language = audio.prompt is None
-        prompt = audio.prompt or (facts.start_token_id,)
+        prompt = audio.prompt or (spec.start_token_id,)
         self._num_prompt_tokens += len(prompt)
         return SpeechWindow(
             request_id=audio.request_id,
@@ -255,16 +255,16 @@ class SpeechScheduler(TaskScheduler):
             audio.no_speech_prob = token.no_speech_prob
         audio.logprobs.append(token.logprob)
         audio.open = True
-        ends = token.token_id == self._facts.eos_token_id
+        ends = token.token_id == self._spec.eos_token_id
         if not ends:
             audio.token_ids.append(token.token_id)
-            ends = len(audio.prompt) + len(audio.token_ids) >= self._facts.max_tokens
+            ends = len(audio.prompt) + len(audio.token_ids) >= self._spec.max_tokens
         if ends:
             return self._end_window(audio)
         return self._show(audio, self._num_final(audio))
 
     def _take_language(self, audio: _AudioRequest, token: TranscribedToken) -> TranscriptDelta:
-        by_token = {token_id: code for code, token_id in self._facts.languages.items()}
+        by_token = {token_id: code for code, token_id in self._spec.languages.items()}
         audio.language = by_token[token.token_id]
         audio.prompt = self._prompt(audio, audio.language)
         return TranscriptDelta(audio.request_id, language=self._names.get(audio.language), num_tokens=audio.num_sampled)
@@ -273,7 +273,7 @@ class SpeechScheduler(TaskScheduler):
         """How many tokens of the window are sure to be kept."""
         if audio.rules == "text":
             return len(audio.token_ids)
-        return num_final(audio.token_ids, self._facts.first_timestamp_id)
+        return num_final(audio.token_ids, self._spec.first_timestamp_id)
 
     def _show(self, audio: _AudioRequest, num_final: int) -> TranscriptDelta | None:
         """Give out what is new of the window's first `num_final` tokens."""
@@ -291,9 +291,9 @@ class SpeechScheduler(TaskScheduler):
     def _end_window(self, audio: _AudioRequest) -> TranscriptDelta:
         stretches, num_frames = split_window(
             audio.token_ids,
-            facts=self._facts,
+            spec=self._spec,
             start_frame=audio.seek,
-            num_frames=min(self._facts.window_frames, audio.num_frames - audio.seek),
+            num_frames=min(self._spec.window_frames, audio.num_frames - audio.seek),
         )
         kept = sum(len(each.token_ids) for each in stretches)
         segments = tuple(
@@ -325,7 +325,7 @@ class SpeechScheduler(TaskScheduler):
 
     def _text(self, token_ids: Iterable[int]) -> tuple[int, ...]:
         """Those that are text; all special tokens and timestamps come after it in the vocabulary."""
-        return tuple(token for token in token_ids if token < self._facts.eos_token_id)
+        return tuple(token for token in token_ids if token < self._spec.eos_token_id)
 
     # --- what can be seen ------------------------------------------------------------------------
 
