@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -27,7 +28,9 @@ from shuteye.server.http.middleware import BodyDeadline, BodyFraming, BodyLimit,
 from shuteye.server.openai import chat, completions, invocations, models, pooling, responses, transcriptions
 from shuteye.server.openapi import install_openapi
 from shuteye.server.telemetry.metrics import Metrics
-from shuteye.server.telemetry.timing import Tracer
+
+if TYPE_CHECKING:
+    from shuteye.server.telemetry.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +96,9 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, except_paths=frozenset({routes.UPDATE_PATH}))
     app.add_middleware(BodyDeadline, timeout_s=config.body_timeout_s, pending=context.bodies)
     if context.tracer is not None:
-        app.add_middleware(context.tracer.around)
+        from shuteye.server.telemetry.tracing import TraceRequests
+
+        app.add_middleware(TraceRequests, tracer=context.tracer)
     app.add_middleware(BodyFraming)
     app.add_middleware(HeaderLimit, max_count=config.max_header_count, max_bytes=config.max_header_bytes)
     app.add_middleware(RequestIds, on_answer=context.metrics.count_answer)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 from fastapi import Depends
 from starlette.requests import HTTPConnection
@@ -19,7 +19,9 @@ from shuteye.frontend.engine import Engine
 from shuteye.server.config import ServerConfig
 from shuteye.server.http.middleware import PendingBodies
 from shuteye.server.telemetry.metrics import Metrics
-from shuteye.server.telemetry.timing import Tracer
+
+if TYPE_CHECKING:
+    from shuteye.server.telemetry.tracing import Tracer
 
 
 @dataclass(slots=True)

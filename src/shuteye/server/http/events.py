@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Response
 
@@ -73,14 +73,6 @@ def event(payload: bytes) -> bytes:
     return b"data: " + payload + b"\n\n"
 
 
-class Closable(Protocol):
-    """What can be told to stop."""
-
-    async def aclose(self) -> None:
-        """Stop; harmless if it has ended."""
-        ...
-
-
 class EventStream(Response):
     """Sends what `events` makes of `source`; closes both however the response ends, so that the engine aborts at once.
 
@@ -92,7 +84,9 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, source: Closable, with_done: bool = False) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], *, source: AsyncGenerator[Any, None], with_done: bool = False
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
