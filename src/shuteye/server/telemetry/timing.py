@@ -21,7 +21,7 @@ PHASES = ("queue", "prefill", "decode")
 
 @dataclass(frozen=True, slots=True)
 class RequestTiming:
-    """When one prompt passed through its phases, in seconds of the monotonic clock, and what came of it.
+    """When one prompt passed through its phases, in seconds of the monotonic clock, and how it ended.
 
     Attributes:
         scheduled: when it got its place in the batch; None if it never did.
@@ -43,7 +43,7 @@ class RequestTiming:
     def phases(self) -> dict[str, tuple[float, float]]:
         """`queue`, `prefill` and `decode`, as far as it came: when each began and ended.
 
-        None of what is not generated token by token, such as an embedding: nobody tells when it left the queue.
+        Empty for what is not generated token by token, such as an embedding: it is not known when it left the queue.
         """
         if self.scheduled is None:
             never_left = self.first_token is None and "stop" not in self.outcome

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 UNTRACED = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})
-"""Paths that are asked all the time."""
+"""Paths that probes and scrapers request all the time."""
 
 EXPORT_TIMEOUT_S = 3.0
-"""How long a collector that is away is tried again; a server that stops waits for it."""
+"""How long an unreachable collector is retried; a server that stops waits for it."""
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 
@@ -129,7 +129,7 @@ def _ns(monotonic_s: float, offset: int) -> int:
 
 
 class TraceRequests:
-    """ASGI middleware: a span around every request that is no probe; nothing is done per chunk but one comparison."""
+    """ASGI middleware: a span around every request that is not a probe; costs one comparison per chunk."""
 
     def __init__(self, app: ASGIApp, *, tracer: Tracer) -> None:
         self.app = app
