@@ -16,7 +16,7 @@ from shuteye.executors.inproc import InprocExecutor
 from shuteye.memory.backends.fake import FakeBackend
 from shuteye.models import converter
 from shuteye.models.sources import ModelSource, resolve_source
-from shuteye.testing import tiny_model
+from shuteye.testing import tiny_model, tiny_speech_model
 
 NUM_THREADS = 1
 
@@ -86,6 +86,18 @@ def minilm() -> ModelSource:
 def whisper():
     """The real whisper-tiny.en, fetched and converted once per user; a failure to get it fails the test."""
     return resolve_source("whisper-tiny.en", cache_dir=default_cache_dir())
+
+
+@pytest.fixture(scope="session")
+def whisper_checkpoints(tmp_path_factory):
+    """Tiny Whispers by (seed, multilingual); read only."""
+    directory = tmp_path_factory.mktemp("whispers")
+
+    @functools.cache
+    def make(seed=0, multilingual=False):
+        return tiny_speech_model(directory / f"{seed}-{multilingual}", seed=seed, multilingual=multilingual)
+
+    return make
 
 
 # --- engine cores: on memory that is poisoned when fresh, and fails where it is told to ----------

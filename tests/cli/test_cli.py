@@ -74,7 +74,7 @@ class TestServe:
             assert served("--kv-cache-memory", text)[0].kv_cache_memory == nbytes
 
     @pytest.mark.parametrize("text", ["", "MiB", "-1", "1 parsec", "1.5", "0x10", "nan"])
-    def test_sizes_that_are_none(self, text, capsys, served):
+    def test_invalid_sizes_are_refused(self, text, capsys, served):
         """Catches a typo becoming some other size."""
         assert cli.run(["serve", "--kv-cache-memory", text]) == 2
         assert "--kv-cache-memory" in capsys.readouterr().err

@@ -518,7 +518,7 @@ def test_a_missing_control_route_says_how_to_get_it():
         client.sleep()
 
 
-def test_conflicts_and_strangers_are_errors():
+def test_refused_transitions_and_answers_of_other_servers_are_errors():
     """Catches a refused transition read as a report, and someone else's server taken for ours."""
     answers = {
         "/sleep": httpx2.Response(409, json=error_body("asleep at 2", "ConflictError", 409)),
@@ -534,7 +534,7 @@ def test_conflicts_and_strangers_are_errors():
             client.version()
 
 
-def test_nobody_there_and_nobody_answering():
+def test_no_server_and_no_answer_in_time_are_errors():
     """Catches a foreign exception leaking out of the client."""
     with Client("http://127.0.0.1:1") as client, pytest.raises(errors.ServerUnreachable, match="Is the server running"):
         client.is_sleeping()

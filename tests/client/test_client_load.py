@@ -36,7 +36,7 @@ def run(answer, plan=PLAN):
     return asyncio.run(measured()), asked
 
 
-def test_what_is_asked():
+def test_every_prompt_is_different_and_the_same_on_every_run():
     """Prompts from the prefix cache, answers shorter than planned, or another load on every run."""
     result, asked = run(WHOLE + DONE)
     assert len(result.served) == 4

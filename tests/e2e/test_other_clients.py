@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from served import Served, clean_environment
+from shuteye_server import Served, clean_environment
 
 from shuteye.config import default_cache_dir
 

@@ -381,7 +381,7 @@ def test_policy_wake_runs_the_canary_by_itself_where_it_would_round_otherwise(
 
 
 @pytest.mark.parametrize("repeat", [1, 2], ids=["shared step", "step of its own"])
-def test_a_canary_that_disagrees_with_the_first_step_lets_nothing_out(make_harness, repeat):
+def test_a_canary_that_disagrees_with_the_first_step_fails_its_requests(make_harness, repeat):
     """Would catch tokens of wrong weights: requests fail, nothing is served, and only a whole recovery helps."""
     harness = make_harness(on_sleeping_request="wake")
     expected = harness.generate(PROMPT)
@@ -403,7 +403,7 @@ def test_a_canary_that_disagrees_with_the_first_step_lets_nothing_out(make_harne
     assert harness.generate(PROMPT) == expected
 
 
-def test_a_first_step_that_never_came_is_proven_later(make_harness, monkeypatch):
+def test_a_canary_deferred_to_a_step_that_never_came_runs_later(make_harness, monkeypatch):
     harness = make_harness(on_sleeping_request="wake")
     expected = harness.generate(PROMPT)
     harness.call(SleepCall(1))
@@ -692,7 +692,7 @@ def test_an_update_that_writes_nothing_changes_no_version(harness):
     assert harness.call(RpcCall("weights_source")) == before
 
 
-def test_versions_that_are_gone_leave_no_logits_behind(harness):
+def test_canary_logits_of_superseded_weights_are_dropped(harness):
     """Would catch a worker that grows with every update."""
     for _ in range(3):
         harness.call(UpdateCall(named_tensors=negated_head(harness)))
@@ -754,7 +754,7 @@ def test_a_sleep_that_cannot_save_costs_no_request(harness, mode):
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_a_wake_from_a_deeper_level_ends_the_doze_too(harness, level):
+def test_a_wake_from_a_deeper_level_lifts_level_0_too(harness, level):
     """Would catch a model that is awake, and yet dozes at the level it was at before."""
     before = harness.generate(PROMPT)
     harness.call(SleepCall(0))
@@ -811,7 +811,7 @@ def test_a_surprise_while_adding_costs_that_request_alone(harness, monkeypatch):
     assert harness.core.stats.num_waiting == harness.core.stats.num_running == 0
 
 
-def test_no_more_requests_wait_than_may(make_harness):
+def test_the_number_of_waiting_requests_is_bounded(make_harness):
     """A queue that grows for as long as requests come faster than they are served."""
     harness = make_harness(max_num_seqs=1, max_waiting_requests=2)
     harness.add("runs", PROMPT)

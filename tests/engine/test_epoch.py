@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from core_harness import GREEDY
-from test_faults import bring_awake
+from faults import bring_awake
 
 from shuteye.cache.blocks import BlockPool
 from shuteye.calls import ReloadCall, ResetPrefixCacheCall, SleepCall, UpdateCall, WakeCall

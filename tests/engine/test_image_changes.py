@@ -88,13 +88,13 @@ def test_an_image_overwritten_in_the_middle_of_a_step(harness, weights_file, mon
     assert harness.core.state.faulted
 
 
-def test_pages_beside_an_update_are_the_image_s_too(harness, weights_file):
+def test_an_overwritten_page_beside_an_updated_one_is_noticed(harness, weights_file):
     """Would catch a look that skips whole extents because one page of them was written."""
     with overwritten(weights_file, *beside_an_update(harness)), pytest.raises(VerificationFailed):
         harness.generate(PROMPT)
 
 
-def test_a_file_that_is_only_looked_at_is_no_fault(harness, weights_file):
+def test_reading_or_touching_the_image_file_is_no_fault(harness, weights_file):
     """Would catch a server that goes down because somebody ran chmod, touch or a backup."""
     before = harness.generate(PROMPT)
     for change in (lambda: weights_file.chmod(0o600), weights_file.touch, lambda: os.link(weights_file, "linked")):
@@ -104,7 +104,7 @@ def test_a_file_that_is_only_looked_at_is_no_fault(harness, weights_file):
 
 
 @pytest.mark.parametrize("repaired", ["before anybody looked", "after a step had failed", "before a sleep"])
-def test_updates_that_went_with_the_file_are_not_taken_for_there(harness, weights_file, repaired):
+def test_updates_lost_with_a_truncated_image_are_noticed(harness, weights_file, repaired):
     """Would catch the image's weights under an update's name: cutting a file short takes written pages along, too,
 
     and `cp` of the very same bytes begins with that.
@@ -130,7 +130,7 @@ def test_updates_that_went_with_the_file_are_not_taken_for_there(harness, weight
     assert harness.generate(PROMPT) == from_image
 
 
-def test_an_updated_model_goes_on_when_its_file_is_only_looked_at(harness, weights_file):
+def test_an_updated_model_goes_on_when_its_image_file_is_read_or_touched(harness, weights_file):
     """Would catch updates that are given up because of a chmod."""
     name = "model.norm.weight"
     harness.call(UpdateCall(named_tensors=[(name, -harness.tensors()[name].clone())]))
@@ -166,7 +166,7 @@ def test_an_overwritten_image_is_not_reloaded_and_the_weights_stay(harness, weig
     assert harness.generate(PROMPT) == before
 
 
-def test_what_is_not_the_image_s_alone_is_not_saved_from_it(harness, weights_file):
+def test_an_overwritten_page_beside_an_updated_one_is_not_saved(harness, weights_file):
     """Would catch a sleep that makes a checksummed copy of garbage."""
     place = beside_an_update(harness)
     with overwritten(weights_file, *place), pytest.raises(SleepFailed, match="was changed while in use"):
@@ -234,7 +234,7 @@ TRUNCATED = """
 """
 
 
-def test_a_truncated_image_is_no_end_of_the_process(tiny_checkpoint, tmp_path):
+def test_a_truncated_image_does_not_kill_the_process(tiny_checkpoint, tmp_path):
     """Would catch SIGBUS, with which the kernel answers whoever touches a page that the file no longer has."""
     code = textwrap.dedent(TRUNCATED)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path])}
@@ -248,7 +248,7 @@ def test_a_truncated_image_is_no_end_of_the_process(tiny_checkpoint, tmp_path):
     ]
 
 
-def test_the_advice_about_a_damaged_image_works_as_it_is_written(tiny_checkpoint, tiny_options, tmp_path, capsys):
+def test_the_advice_about_a_damaged_image_works_as_written(tiny_checkpoint, tiny_options, tmp_path, capsys):
     """Would catch advice that the engine itself stands in the way of, and a fault that hides before it is mended."""
     options = tiny_options | {"cache_dir": tmp_path / "a cache", "enable_sleep_mode": True}
     with LLM(str(tiny_checkpoint), **options) as llm:

@@ -46,7 +46,7 @@ def test_a_pause_that_waits_refuses_while_it_waits_and_no_longer_if_it_gives_up(
     assert harness.generate(PROMPT)
 
 
-def test_the_last_pause_decides(harness):
+def test_the_mode_of_the_last_pause_counts(harness):
     """A pause that keeps requests, and refuses them because another one did before; or the reverse."""
     harness.call(PauseCall("abort"))
     harness.call(PauseCall("keep"))

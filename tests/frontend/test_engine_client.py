@@ -76,7 +76,7 @@ def harness(ready):
 
 
 @pytest.mark.parametrize("ask", ["call", "submit"])
-def test_whoever_asks_while_the_engine_dies_is_told(harness, ask):
+def test_every_call_fails_when_the_engine_dies_meanwhile(harness, ask):
     """Would catch a request registered after everyone who waits was told: nobody would ever answer it."""
     outcome = []
 
@@ -129,7 +129,7 @@ def test_a_reused_id_gets_nothing_of_the_request_that_had_it(harness):
     assert not harness.delivered[0].finished
 
 
-def test_a_late_goodbye_does_not_end_the_next_request_of_that_name(harness):
+def test_a_late_abort_does_not_end_the_next_request_with_that_id(harness):
     """Would catch an iterator, closed after its last output, that aborts whoever reused its id."""
     first, second = [], []
     harness.step(RequestDelta(harness.submit(deliver=first.append), (7,), finish_reason="length"))
@@ -139,7 +139,7 @@ def test_a_late_goodbye_does_not_end_the_next_request_of_that_name(harness):
     assert [output.outputs[0].token_ids for output in second] == [(9,)]
 
 
-def test_ending_a_request_tells_the_one_who_waits(harness):
+def test_aborting_a_request_ends_its_stream(harness):
     """Would catch an abort by a third party that leaves the caller waiting for ever."""
     engine_id = harness.submit()
     harness.step(RequestDelta(engine_id, (7,)))

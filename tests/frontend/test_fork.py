@@ -11,7 +11,7 @@ import pytest
 from shuteye.models.converter import Order, make
 from shuteye.models.progress import no_progress
 
-FORKING = Path(__file__).parents[1] / "helpers" / "forking.py"
+FORKING = Path(__file__).parents[1] / "helpers" / "fork_scenarios.py"
 
 
 @pytest.mark.parametrize("kind", ["llm", "thread", "process"])

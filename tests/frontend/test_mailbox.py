@@ -52,7 +52,7 @@ async def begun(outputs, frontend, first, request_id="one"):
     assert await taking == first
 
 
-def test_what_nobody_takes_is_joined_in_order():
+def test_outputs_not_yet_taken_are_joined_in_order():
     """A client that does not read: an object for every token of its answer, without end."""
 
     async def scenario():
@@ -80,7 +80,7 @@ def test_what_nobody_takes_is_joined_in_order():
     asyncio.run(scenario())
 
 
-def test_of_outputs_that_say_all_only_the_newest_is_kept():
+def test_of_cumulative_outputs_only_the_newest_is_kept():
     """A slow reader of cumulative outputs who gets every old one first."""
 
     async def scenario():

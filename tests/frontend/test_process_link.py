@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import replace
 
 import pytest
-from few_descriptors import none_left
+from descriptor_limits import none_left
 
 from shuteye import AsyncEngine, EngineConfig, SamplingParams
 from shuteye.engine.messages import AddRequests

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from shuteye.calls import RpcCall
 from shuteye.engine.sleep import plan_sleep, plan_wake
+from shuteye.engine.transitions import check_rpc
 from shuteye.errors import InvalidRequest, TransitionConflict
 from shuteye.state import (
     TAGS,
@@ -84,3 +86,9 @@ def written(state: EngineState, path: str) -> tuple[bytes, UpdateReport]:
     except OSError as error:
         raise InvalidRequest(f"{path} cannot be read: {error}.", param="path") from error
     return content, UpdateReport(updated=1, updated_bytes=len(content))
+
+
+def told(call: RpcCall) -> object:
+    """What a rank answers to a verb that changes nothing; raises as an engine does."""
+    check_rpc(call.method, call.args)
+    return {"residual_bytes": 77, "verify": {"verified_bytes": 5}}.get(call.method, [])

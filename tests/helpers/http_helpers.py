@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import httpx2
-from served import ANSWER_S
+from shuteye_server import ANSWER_S
 
 MOMENT_S = 0.2
 

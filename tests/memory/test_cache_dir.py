@@ -85,7 +85,7 @@ KILLED = """
     import sys, time
     from pathlib import Path
     sys.path.insert(0, sys.argv[2])
-    from memory_world import build_image
+    from memory_harness import build_image
     from shuteye.memory.image import ImageIdentity
     from shuteye.memory.image_store import ImageStore
 

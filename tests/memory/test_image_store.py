@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from memory_world import PAGE, TEMPLATE, build_image, unseal
+from memory_harness import PAGE, TEMPLATE, build_image, unseal
 
 from shuteye.errors import ImageFailure
 from shuteye.memory.cache_dir import find_orphans
@@ -82,7 +82,7 @@ CRASHING_BUILDER = """
     import sys, time
     from pathlib import Path
     sys.path.insert(0, sys.argv[2])
-    from memory_world import build_image, unseal
+    from memory_harness import build_image, unseal
     from shuteye.memory.image import ImageIdentity
     from shuteye.memory.image_store import ImageStore
 
@@ -116,7 +116,7 @@ SLOW_BUILDER = """
     import sys, time
     from pathlib import Path
     sys.path.insert(0, sys.argv[2])
-    from memory_world import build_image, unseal
+    from memory_harness import build_image, unseal
     from shuteye.memory.image import ImageIdentity
     from shuteye.memory.image_store import ImageStore
 
@@ -255,7 +255,7 @@ def test_an_image_of_another_identity_under_the_same_key_is_not_served(store: Im
         store.open(other)
 
 
-def test_the_list_tells_what_people_ask(store: ImageStore) -> None:
+def test_list_reports_source_size_times_and_use(store: ImageStore) -> None:
     started = time.time()
     image = store.open_or_build(IDENTITY, build_image(1))
     (summary,) = store.list()
@@ -329,7 +329,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(tmp_path: Path) -> No
         import resource, sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
-        from memory_world import build_image, unseal
+        from memory_harness import build_image, unseal
         from shuteye.errors import ImageFailure
         from shuteye.memory.image import ImageIdentity
         from shuteye.memory.image_store import ImageStore

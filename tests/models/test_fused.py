@@ -64,7 +64,7 @@ def test_the_loop_computes_what_the_modules_compute(checkpoint, load, native):
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
-def test_in_bfloat16_the_loop_is_as_true_as_the_modules(checkpoint, load, native):
+def test_in_bfloat16_the_loop_is_as_accurate_as_the_modules(checkpoint, load, native):
     """Against the same weights in float32: each rounds in places of its own, and may be no worse for it."""
     loop = load(checkpoint, dtype="bfloat16", native=native)
     modules = load(checkpoint, dtype="bfloat16", modules=True)

@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 from fake_engine import FakeEngine
-from served_process import Process
+from fake_engine_server import Process
 from starlette.testclient import TestClient
 
 from shuteye.config import EngineConfig

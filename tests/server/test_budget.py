@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from test_chat_route import error
+from http_answers import error
 
 from shuteye.server.generation import run as generation
 from shuteye.server.http import admission

@@ -13,7 +13,7 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
-from hostile import RAW, requests_of
+from hostile_requests import RAW, requests_of
 
 from shuteye import AsyncEngine, EngineConfig
 from shuteye.tasks import table

@@ -14,7 +14,7 @@ from shuteye.server.connections import open_listener
 
 
 @pytest.mark.parametrize("host", ["300.1.1.1", "a..b", "x" * 70, "no\0name", "no-such-name.invalid"])
-def test_a_host_that_is_none_is_named(host):
+def test_a_host_that_does_not_resolve_is_named(host):
     """A traceback, or advice about the port, for a name that nobody has."""
     with pytest.raises(InvalidRequest, match="neither an address nor a name") as refused:
         open_listener(ServerConfig(host=host, port=0))

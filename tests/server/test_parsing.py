@@ -97,12 +97,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("make", "text", "expected"), CASES, ids=lambda case: case if isinstance(case, str) else "")
-def test_what_models_write_is_read(make, text, expected):
+def test_outputs_of_known_models_are_parsed(make, text, expected):
     assert read(make, text) == expected
 
 
 @pytest.mark.parametrize(("make", "text", "expected"), CASES, ids=lambda case: case if isinstance(case, str) else "")
-def test_cuts_change_nothing(make, text, expected):
+def test_output_parses_the_same_however_it_is_cut(make, text, expected):
     """A marker, an escape or a character's neighbour lost where two deltas meet."""
     assert read(make, *text) == expected
     for at in range(len(text)):
@@ -129,7 +129,7 @@ MAKERS = [HermesParser, LlamaParser, MistralParser, thinking(inside=True), think
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(MAKERS), WRITTEN, st.data())
-def test_no_nonsense_is_read_in_two_ways(make, parts, data):
+def test_random_text_parses_the_same_however_it_is_cut(make, parts, data):
     """A stream that says something else than the whole answer, or a reader that never returns."""
     text = "".join(parts)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
@@ -146,7 +146,7 @@ def test_any_arguments_come_through_as_they_are(arguments):
     )
 
 
-def test_pieces_are_told_as_soon_as_they_are_certain():
+def test_pieces_are_emitted_as_soon_as_they_are_certain():
     """Arguments withheld until the call is complete: no streaming."""
     reader = HermesParser()
     assert reader.feed('<tool_call>{"name": "f", "argum') == [CallBegin(0, "f")]
@@ -175,5 +175,5 @@ def test_templates_tell_their_format():
     assert format_of("... <tool_call> ...") == format_of("") == "hermes"
 
 
-def test_only_what_may_become_the_marker_is_held():
+def test_only_a_possible_start_of_a_marker_is_held_back():
     assert [held_length(text, "<ab>") for text in ("", "x", "<", "x<a", "<ab", "<ab>", "<a<")] == [0, 0, 1, 2, 3, 0, 1]

@@ -52,7 +52,7 @@ class Harness:
             await asyncio.sleep(0)
 
 
-def test_later_and_later_and_then_no_more(monkeypatch, caplog):
+def test_restarts_back_off_and_stop_at_the_limit(monkeypatch, caplog):
     """A dead engine that stays dead; one restarted for ever; a server that stays without an engine."""
 
     async def scenario():
@@ -86,7 +86,7 @@ def test_restarts_of_long_ago_are_forgotten(monkeypatch):
     asyncio.run(scenario())
 
 
-def test_0_never_restarts(monkeypatch):
+def test_a_limit_of_0_never_restarts(monkeypatch):
     """A setting that means something else than it says."""
 
     async def scenario():
@@ -133,7 +133,7 @@ def test_a_start_without_descriptors_does_not_count(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("how", ["stopping", "loading", "hung"])
-def test_what_is_left_alone(monkeypatch, how):
+def test_an_engine_that_stops_loads_or_hangs_is_not_restarted(monkeypatch, how):
     """A restart of an engine that is being stopped, that never was there, or that somebody looks at in a debugger."""
 
     async def scenario():
@@ -150,7 +150,7 @@ def test_what_is_left_alone(monkeypatch, how):
     asyncio.run(scenario())
 
 
-def test_it_does_not_interfere_with_a_restart_by_hand(monkeypatch):
+def test_an_engine_restarted_by_hand_is_not_restarted_again(monkeypatch):
     """Two engines, or a restart of the engine that somebody has just restarted."""
 
     async def scenario():

@@ -198,7 +198,7 @@ def test_engines_that_need_no_grammar_never_load_the_library(harness):
     assert harness.core._scheduler._grammars._compiler is None
 
 
-def test_structure_is_one_thing():
+def test_exactly_one_kind_of_structure_is_accepted():
     """Two demands, of which one would be dropped silently."""
     with pytest.raises(InvalidRequest, match="json and regex"):
         StructuredOutputsParams(json={}, regex="a")

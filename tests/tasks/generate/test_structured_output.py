@@ -4,7 +4,7 @@ import json
 
 import jsonschema
 import pytest
-from schemas import SCHEMAS
+from json_schemas import SCHEMAS
 
 from shuteye import LLM
 from shuteye.tasks.generate.requests import SamplingParams, StructuredOutputsParams

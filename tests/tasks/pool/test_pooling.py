@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from core_harness import CoreHarness
-from test_faults import TRANSITIONS, inject
+from faults import TRANSITIONS, inject
 
 from shuteye import LLM, AsyncEngine
 from shuteye.calls import ReloadCall, SleepCall, UpdateCall, WakeCall
@@ -48,7 +48,7 @@ def options(tmp_path_factory):
 
 
 @dataclass
-class PoolRig(CoreHarness):
+class PoolHarness(CoreHarness):
     """The same for requests that are embedded; a "generation" is the rows of `INPUTS`."""
 
     rows: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
@@ -85,7 +85,7 @@ def make_pool_rig(encoder_checkpoint, options):
     def make(**changes):
         backend = FakeBackend()
         config = EngineConfig(**{"model": str(encoder_checkpoint)} | options | changes)
-        harnesses.append(PoolRig(EngineCore(config, InprocExecutor(config, backend=backend)), backend))
+        harnesses.append(PoolHarness(EngineCore(config, InprocExecutor(config, backend=backend)), backend))
         return harnesses[-1]
 
     yield make
@@ -196,7 +196,7 @@ def test_weights_written_between_two_steps_of_a_request_do_not_mix(make_pool_rig
     assert harness.rows["under way"] == harness.generate()
 
 
-def test_requests_with_other_wishes_share_a_step(harness):
+def test_requests_with_different_parameters_share_a_step(harness):
     """Would catch rows given to another input, or finished as another request wanted it."""
     params = {"plain": PoolingParams(), "raw": PoolingParams(use_activation=False)}
     lengths = {"plain": (9, 11), "raw": (10, 12)}  # interleaved when sorted by length

@@ -12,32 +12,19 @@ from shuteye.config import EngineConfig
 from shuteye.engine.core import EngineCore
 from shuteye.executors.inproc import InprocExecutor
 from shuteye.memory.backends.fake import FakeBackend
-from shuteye.testing import tiny_speech_model
 
 SPEECH = Path(__file__).parents[2] / "data" / "speech.ogg"
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    """Tiny Whispers by (seed, multilingual); read only."""
-    directory = tmp_path_factory.mktemp("whispers")
-
-    @functools.cache
-    def make(seed=0, multilingual=False):
-        return tiny_speech_model(directory / f"{seed}-{multilingual}", seed=seed, multilingual=multilingual)
-
-    return make
-
-
 @pytest.fixture
-def make_harness(checkpoints, tmp_path_factory):
+def make_harness(whisper_checkpoints, tmp_path_factory):
     """Harnesses over memory that is poisoned when fresh, and over one shared image per checkpoint."""
     cache_dir = tmp_path_factory.getbasetemp() / "speech-cache"
     harnesses = []
 
     def make(seed=0, multilingual=False, **options):
         settings = {
-            "model": str(checkpoints(seed, multilingual)),
+            "model": str(whisper_checkpoints(seed, multilingual)),
             "dtype": "float32",
             "enable_sleep_mode": True,
             "verify_wake": "full",
@@ -60,9 +47,9 @@ def harness(make_harness):
 
 
 @pytest.fixture(scope="session")
-def reference(checkpoints):
+def reference(whisper_checkpoints):
     """Transformers' own answers, by (seed, multilingual)."""
-    return functools.cache(lambda seed=0, multilingual=False: Reference(checkpoints(seed, multilingual)))
+    return functools.cache(lambda seed=0, multilingual=False: Reference(whisper_checkpoints(seed, multilingual)))
 
 
 @pytest.fixture(scope="session")

@@ -179,9 +179,9 @@ def test_requests_that_arrive_while_asleep(make_harness, policy):
     assert harness.heard["late"].stretches == expected
 
 
-def test_a_reload_takes_other_weights_and_refuses_another_model(harness, checkpoints, tmp_path):
+def test_a_reload_takes_other_weights_and_refuses_another_model(harness, whisper_checkpoints, tmp_path):
     """New weights led through a recording by the old model's rules, or a refusal of what reloading is for."""
-    other = shutil.copytree(checkpoints(1), tmp_path / "other")
+    other = shutil.copytree(whisper_checkpoints(1), tmp_path / "other")
     before = harness.transcribe(SAMPLES).stretches
     harness.call(ReloadCall(str(other)))
     assert harness.transcribe(SAMPLES).stretches != before

@@ -74,11 +74,11 @@ def as_ctranslate2(model):
 
 
 @pytest.fixture
-def packed(checkpoints, tmp_path):
+def packed(whisper_checkpoints, tmp_path):
     """A directory as CTranslate2's converter leaves it, the checkpoint that it was made of, and its variables."""
 
     def pack(multilingual=False):
-        source, directory = checkpoints(0, multilingual), tmp_path / f"packed-{multilingual}"
+        source, directory = whisper_checkpoints(0, multilingual), tmp_path / f"packed-{multilingual}"
         right = Reference(source)
         directory.mkdir()
         variables = as_ctranslate2(right.model)
@@ -186,7 +186,7 @@ def test_a_tokenizer_of_another_model_is_refused(packed, tmp_path):
 
 
 @pytest.mark.model
-def test_the_real_conversion_is_as_old_as_its_source(whisper):
+def test_converted_files_share_one_modification_time(whisper):
     """A fingerprint, and so an image, that changes with every conversion."""
     times = {file.stat().st_mtime for file in whisper.path.iterdir()}
     assert len(times) == 1

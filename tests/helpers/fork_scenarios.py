@@ -1,4 +1,4 @@
-"""Run by test_fork.py as `forking.py KIND CONFIG`: forks a process that has an engine, whose forks end in many ways.
+"""Run by test_fork.py as `fork_scenarios.py KIND CONFIG`: forks a process with an engine, whose forks end in many ways.
 
 Prints what each child said and how it ended; fails if the engine is not as it was afterwards.
 """
