@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from http_answers import error
 
-from shuteye.server.http.events import unabandoned
+from shuteye.server.http.events import run_to_completion
 
 UPLOAD = {"Content-Type": "application/octet-stream"}
 
@@ -76,7 +76,7 @@ def test_an_upload_outlives_whoever_waited_for_its_update():
 
         async def handler():
             try:
-                await unabandoned(work())
+                await run_to_completion(work())
             finally:
                 events.append("closed")
 

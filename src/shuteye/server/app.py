@@ -1,6 +1,6 @@
 """Builds the HTTP application around an engine: routes, errors, keys, limits, the engine's start and end, and notices.
 
-Knows nothing of sockets or signals, and keeps no globals; `server/run.py` serves what this makes.
+Keeps no globals; `server/run.py` serves what this makes, on sockets and until signals that this knows nothing of.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -27,7 +28,9 @@ from shuteye.server.http.middleware import BodyDeadline, BodyFraming, BodyLimit,
 from shuteye.server.openai import chat, completions, invocations, models, pooling, responses, transcriptions
 from shuteye.server.openapi import install_openapi
 from shuteye.server.telemetry.metrics import Metrics
-from shuteye.server.telemetry.timing import Tracer
+
+if TYPE_CHECKING:
+    from shuteye.server.telemetry.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ def create_app(engine: Engine, config: ServerConfig, *, tracer: Tracer | None = 
     the engine has sleep mode on, too.
 
     Args:
-        tracer: what makes spans, in place of the one that the config asks for.
+        tracer: used in place of the one that the config asks for.
 
     Raises:
         InvalidRequest: the config asks for spans, and OpenTelemetry is not installed.
@@ -88,12 +91,14 @@ def _configured_tracer(config: ServerConfig, model_name: str) -> Tracer | None:
 
 
 def _add_middleware(app: FastAPI, context: ServerContext) -> None:
-    """The last one added is the first that a request meets."""
+    """Add them from the inside out: a request passes through the last one first."""
     config = context.config
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, except_paths=frozenset({routes.UPDATE_PATH}))
     app.add_middleware(BodyDeadline, timeout_s=config.body_timeout_s, pending=context.bodies)
     if context.tracer is not None:
-        app.add_middleware(context.tracer.around)
+        from shuteye.server.telemetry.tracing import TraceRequests
+
+        app.add_middleware(TraceRequests, tracer=context.tracer)
     app.add_middleware(BodyFraming)
     app.add_middleware(HeaderLimit, max_count=config.max_header_count, max_bytes=config.max_header_bytes)
     app.add_middleware(RequestIds, on_answer=context.metrics.count_answer)
@@ -130,7 +135,7 @@ async def _start(context: ServerContext) -> None:
         await engine.start()
     except ShuteyeError as error:
         # the engine keeps its failure: every route answers with it, and `serve` stops because of it
-        if engine.status != "closed" and not context.stopping.begun:  # whoever stops us may stop the engine, too
+        if engine.status != "closed" and not context.stopping.begun:  # a stop may close the engine, too
             context.loading.failed = True
             logger.error("The model %r failed to load: %s", engine.config.model, with_flag(error))  # noqa: TRY400
     except Exception:
@@ -147,11 +152,11 @@ async def _start(context: ServerContext) -> None:
 
 
 def log_notices(engine: EngineConfig, server: ServerConfig) -> None:
-    """One line for each setting that does less, or more, than it may look like."""
+    """One line for each setting that does less, or more, than its name suggests."""
     if engine.memory_backend == "fake":
         logger.warning(
             "--memory-backend fake is a stand-in for tests, not for serving: it fills all memory that it takes with a "
-            "pattern, the whole KV cache at once, so that it costs more than it must."
+            "pattern, the whole KV cache at once, so that it costs more than it has to."
         )
     if engine.enable_sleep_mode and not server.has_control_routes:
         logger.warning(
@@ -168,8 +173,8 @@ def log_notices(engine: EngineConfig, server: ServerConfig) -> None:
 
 
 def _warn_of_open_control_routes(config: ServerConfig, *, enable_sleep_mode: bool) -> None:
-    routes = "routes (/sleep, /wake_up, …) are" if enable_sleep_mode else "route /restart_engine is"
-    logger.warning("Development mode: the control %s open to every caller, without a key.", routes)
+    which = "routes (/sleep, /wake_up, …) are" if enable_sleep_mode else "route /restart_engine is"
+    logger.warning("Development mode: the control %s open to every caller, without a key.", which)
     if not config.is_loopback:
         logger.warning(
             "DANGER: development mode on %s, which other machines can reach: anyone there can control "

@@ -1,6 +1,6 @@
-"""How the HTTP server is to listen, whom it lets in, and how it stops.
+"""The HTTP server's configuration: where it listens, whom it lets in, what it limits, and how it stops.
 
-Knows nothing of engines; where values come from is the command line's business.
+Knows nothing of engines, nor where values come from: flags and environment are read in `cli/`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class ServerConfig:
         dev_mode: control routes exist without an admin key.
         allowed_hosts: names by which control routes without a key may be called, besides localhost and addresses.
         served_model_name: names that requests may use; empty means the model string as given.
-        allowed_origins: web pages of these origins may call; empty: of none but the server's own. `*` is every origin.
+        allowed_origins: web pages of these origins may call; empty: only the server's own. `*` is every origin.
         allowed_methods, allowed_headers: what those pages may use.
         allow_credentials: whether those pages may send cookies and the like.
         max_body_bytes: larger request bodies are answered with 413.
-        max_json_bytes: larger bodies in JSON are, too: the event loop parses them, and does nothing else meanwhile.
-        max_request_sequences: prompts times n, inputs, or pairs, of one request.
-        max_audio_s: longer recordings are answered with 400.
-        max_waiting_audio_s: of all recordings that are at work or wait.
+        max_json_bytes: so are larger JSON bodies, as the event loop does nothing else while it parses them.
+        max_request_sequences: prompts times n, inputs, or pairs, of one request; more are answered with 400.
+        max_audio_s: longer audio is answered with 400.
+        max_waiting_audio_s: of all audio requests that run or wait; more is answered with 503.
         max_header_count, max_header_bytes: more or larger request headers are answered with 431.
         header_timeout_s: how long the head of a request may take; its connection is closed then, with 408.
         body_timeout_s: how long nothing of a body may come; it is answered with 408 then.
@@ -108,9 +108,9 @@ class ServerConfig:
                 raise InvalidRequest(f"{name} must be 0 or more, got {getattr(self, name)}.", param=name)
         if not all(self.served_model_name):
             raise InvalidRequest("served_model_name must not hold an empty name.", param="served_model_name")
-        self._check_strangers()
+        self._check_addresses()
 
-    def _check_strangers(self) -> None:
+    def _check_addresses(self) -> None:
         if self.allow_credentials and "*" in self.allowed_origins:
             raise InvalidRequest(
                 "allow_credentials with allowed_origins '*' would let any page act as its visitor: name the origins.",

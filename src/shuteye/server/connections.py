@@ -1,7 +1,4 @@
-"""Connections: the socket they come in on, how many are taken at a time, and how long each may take over a head.
-
-Knows nothing of what a request asks for.
-"""
+"""Connections: the socket they come in on, how many are taken at a time, and how long each may take over a head."""
 
 from __future__ import annotations
 
@@ -27,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 RESERVED_DESCRIPTORS = 64
-"""Left to the server itself: to start an engine anew, to receive uploads, to open files."""
+"""Left to the server itself: to restart an engine, to receive uploads, to open files."""
 AT_ONCE = 64
 """Connections taken before the event loop does something else."""
 PAUSE_S = 0.1
 LOG_EVERY_S = 60.0
 _ADVICE = {
     errno.EADDRINUSE: ("port", "Stop what listens there, or choose another."),
-    errno.EADDRNOTAVAIL: ("host", "It is no address of this machine; 0.0.0.0 is every one that it has."),
+    errno.EADDRNOTAVAIL: ("host", "It is not an address of this machine; 0.0.0.0 stands for all of them."),
     errno.EACCES: ("port", "Ports below 1024 are for privileged users; choose a higher one, or give the capability."),
 }
 """errno → the field to change, and how."""
@@ -44,12 +41,12 @@ def open_listener(config: ServerConfig) -> socket.socket:
     """A socket that listens where the config says.
 
     Raises:
-        InvalidRequest: it cannot; `param` names the field that is at fault, as far as the system tells.
+        InvalidRequest: it cannot; `param` names the field to change, as far as the system tells.
     """
     where = f"Cannot listen on {config.host}:{config.port}"
     try:
         address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (OSError, ValueError) as error:  # ValueError: no name at all, such as one with an empty part
+    except (OSError, ValueError) as error:  # ValueError: not a name, such as one with an empty label
         reason = (isinstance(error, OSError) and error.strerror) or error
         advice = "The host is neither an address nor a name that can be looked up."
         raise InvalidRequest(f"{where}: {reason}. {advice}", param="host") from error
@@ -61,7 +58,7 @@ def open_listener(config: ServerConfig) -> socket.socket:
 
 
 class Acceptor:
-    """Accepts connections for as long as there are descriptors; those beyond wait in the listener's backlog.
+    """Accepts connections as long as there are file descriptors; further ones wait in the listener's backlog.
 
     Args:
         listener: listens already; stays the caller's to close.
@@ -104,9 +101,9 @@ class Acceptor:
                 accepted, _address = self._listener.accept()
             except (BlockingIOError, InterruptedError):
                 return
-            except ConnectionAbortedError:  # it went before it was taken
+            except ConnectionAbortedError:  # closed by the client meanwhile
                 continue
-            except OSError as error:  # a want of something, or trouble with the network: both may pass
+            except OSError as error:  # out of some resource, or a network error: both may pass
                 self._wait(descriptors.shortage() if descriptors.is_shortage(error) else str(error))
                 return
             task = self._loop.create_task(self._connect(accepted))
@@ -122,7 +119,7 @@ class Acceptor:
             accepted.close()
 
     def _wait(self, why: str) -> None:
-        """Leave new connections in the backlog for a moment; say so, but not every time."""
+        """Leave new connections in the backlog for `PAUSE_S`; logged at most every `LOG_EVERY_S`."""
         self._loop.remove_reader(self._listener)
         self._pause = self._loop.call_later(PAUSE_S, self._resume)
         now = self._loop.time()
@@ -137,9 +134,9 @@ class Acceptor:
 
 
 class Connection(H11Protocol):
-    """Has `header_timeout_s` from its first byte to the end of a head, and from its opening to the first one's.
+    """A connection that is closed unless a head is whole `header_timeout_s` after its first byte, or after the opening.
 
-    So has a client for what is left of a body after the request was answered, such as one that was too large.
+    The same time is given for the rest of a body after its request was answered, such as one that was too large.
     """
 
     def __init__(
@@ -150,12 +147,12 @@ class Connection(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first head."""
+        """Start the deadline of the first head."""
         super().connection_made(transport)
         self._begin_waiting()
 
     def data_received(self, data: bytes) -> None:
-        """Whatever does not make a request whole is the beginning of a head, or of no use."""
+        """Data that leaves no request to answer is part of a head, or of a body that nobody reads."""
         super().data_received(data)
         if self._is_answering:
             self._end_waiting()
@@ -163,7 +160,7 @@ class Connection(H11Protocol):
             self._begin_waiting()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is waited for any more."""
+        """Cancel the deadline."""
         self._end_waiting()
         super().connection_lost(exc)
 
@@ -181,7 +178,7 @@ class Connection(H11Protocol):
             self._deadline = None
 
     def _give_up(self) -> None:
-        """Answer half a head with 408 (RFC 9110, 15.5.9); whoever sent nothing of one is not told anything."""
+        """Answer half a head with 408 (RFC 9110, 15.5.9); an idle connection is just closed."""
         self._deadline = None
         if self._is_answering or self.transport.is_closing():
             return

@@ -1,7 +1,4 @@
-"""Decides which key opens which route, before the body is read.
-
-Knows nothing of what the routes do.
-"""
+"""Decides which key opens which route, before the body is read."""
 
 from __future__ import annotations
 
@@ -73,8 +70,8 @@ def _require_inference_key(request: Request, config: ServerConfig) -> None:
 def _require_admin_key(request: Request, config: ServerConfig) -> None:
     if config.admin_api_key is None:
         assert config.dev_mode, "control routes are registered only with an admin key or in development mode"
-        _refuse_strangers_names(request, config)
-        _refuse_other_origins(request)
+        _require_trusted_host(request, config)
+        _require_same_origin(request)
         return
     given = _bearer_token(request)
     if _same(given, config.admin_api_key):
@@ -84,7 +81,7 @@ def _require_admin_key(request: Request, config: ServerConfig) -> None:
     raise _unauthenticated(given, "admin key")
 
 
-def _refuse_strangers_names(request: Request, config: ServerConfig) -> None:
+def _require_trusted_host(request: Request, config: ServerConfig) -> None:
     # DNS rebinding: a page's own name, resolved to this machine after the page was loaded, makes it and this server the
     # same origin to a browser; only the name in `Host` still tells
     host = request.headers.get("host")
@@ -104,7 +101,7 @@ def _host_name(host: str | None) -> str | None:
     return None if match is None else (match["v6"] or match["name"]).lower()
 
 
-def _refuse_other_origins(request: Request) -> None:
+def _require_same_origin(request: Request) -> None:
     # without a key, any web page open in a browser on this machine could otherwise put the model to sleep
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):

@@ -29,7 +29,7 @@ MIN_BYTES_PER_S = 500
 
 
 class RequestIds:
-    """ASGI middleware; `on_answer` is told of each answer's scope and status."""
+    """ASGI middleware; `on_answer` is called with each answer's scope and status."""
 
     def __init__(self, app: ASGIApp, *, on_answer: Callable[[Scope, int], None]) -> None:
         self.app = app
@@ -67,7 +67,7 @@ def current_request_id() -> str:
 
 
 class HeadRequests:
-    """ASGI middleware: whatever is within takes HEAD for GET."""
+    """ASGI middleware: HEAD is handled as GET."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -235,7 +235,7 @@ class BodyDeadline:
         async def timed() -> Message:
             nonlocal nbytes, waited_s, whole
             if whole:
-                return await receive()  # tells, at some time, that the client went
+                return await receive()  # returns when the client disconnects
             began = loop.time()
             left_s = self.timeout_s + nbytes / MIN_BYTES_PER_S - waited_s
             try:

@@ -1,4 +1,4 @@
-"""What a model's words turn out to be, piece by piece; the base of what parses them.
+"""What a model's output consists of, piece by piece, and the base of what parses it.
 
 Knows nothing of formats, nor of how an answer shows them.
 """

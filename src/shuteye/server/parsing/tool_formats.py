@@ -22,14 +22,14 @@ MARKERS: Mapping[ToolFormat, tuple[str, ...]] = {
     "llama3_json": (LLAMA_BEGIN,),
     "mistral": (MISTRAL_BEGIN, MISTRAL_ARGUMENTS),
 }
-"""What must be seen to read a format, even where a tokenizer has special tokens for it."""
+"""What must be seen to parse a format, even where a tokenizer has special tokens for it."""
 
 _ARGUMENTS = ("arguments", "parameters")
 _SPACE = " \t\r\n"
 
 
 def format_of(template: str) -> ToolFormat:
-    """The format that a chat template speaks; Hermes', which most share, if it does not tell."""
+    """The format that a chat template speaks; Hermes', which most share, if in doubt."""
     if MISTRAL_BEGIN in template:
         return "mistral"
     return "llama3_json" if LLAMA_BEGIN in template else "hermes"
@@ -46,9 +46,9 @@ def tool_parser(name: ToolFormat) -> OutputParser:
 
 
 class _MarkedParser(OutputParser):
-    """Content until a marker comes; then calls, which a subclass reads.
+    """Content until a marker comes; then calls, which a subclass parses.
 
-    White space before a marker is no content. What turns out to be no call is content after all, marker included.
+    White space before a marker is not content. What turns out not to be a call is content, marker included.
     """
 
     begin: str
@@ -76,16 +76,16 @@ class _MarkedParser(OutputParser):
     def _read_content(self, text: str, pieces: list[Piece]) -> str:
         before, marker, after = text.partition(self.begin)
         if marker:
-            self._tell_content(before.rstrip(), pieces)
+            self._add_content(before.rstrip(), pieces)
             self._in_calls, self._raw = True, marker
             return after
         shown = len(text) - held_length(text, self.begin)
         shown = len(text[:shown].rstrip())
         self._held = text[shown:]
-        self._tell_content(text[:shown], pieces)
+        self._add_content(text[:shown], pieces)
         return ""
 
-    def _tell_content(self, text: str, pieces: list[Piece]) -> None:
+    def _add_content(self, text: str, pieces: list[Piece]) -> None:
         if text:
             pieces.append(Content(text))
 
@@ -93,8 +93,8 @@ class _MarkedParser(OutputParser):
         """After a marker, where a call begins, or the calls end."""
         raise NotImplementedError
 
-    def _tell_raw(self, pieces: list[Piece]) -> None:
-        """It was no call."""
+    def _raw_to_content(self, pieces: list[Piece]) -> None:
+        """It was not a call."""
         pieces.append(Content(self._raw))
         self._raw = ""
 
@@ -183,7 +183,7 @@ class LlamaParser(_MarkedParser):
         self._in_calls = False
         if not self._raw:  # what follows a call
             return stripped
-        self._tell_raw(pieces)
+        self._raw_to_content(pieces)
         return text
 
 
@@ -234,7 +234,7 @@ class MistralParser(_MarkedParser):
         name = name.split("[", 1)[0].strip()
         if not name:
             self._in_calls = False
-            self._tell_raw(pieces)
+            self._raw_to_content(pieces)
             return text
         self._raw = ""
         self._arguments = JsonValue("{")
@@ -316,7 +316,7 @@ class CallScanner:
         self._name: str | None = None
         self._streaming = False
         self._has_arguments = False
-        self._untold = ""  # arguments
+        self._unsent = ""  # arguments
         self._pieces: list[Piece] = []
 
     @property
@@ -330,9 +330,9 @@ class CallScanner:
         while taken < len(text) and not (self.done or self.failed):
             self._take(text[taken])
             taken += 1
-        if self.has_begun and self._untold:
-            self._pieces.append(CallArguments(self._index, self._untold))
-            self._untold = ""
+        if self.has_begun and self._unsent:
+            self._pieces.append(CallArguments(self._index, self._unsent))
+            self._unsent = ""
         pieces, self._pieces = self._pieces, []
         return pieces, text[taken:]
 
@@ -340,7 +340,7 @@ class CallScanner:
         if self._value is not None:
             belongs = self._value.take(char)
             if belongs and self._streaming:
-                self._untold += char
+                self._unsent += char
             if self._value.done:
                 self._end_value(self._value)
             if belongs:
@@ -368,7 +368,7 @@ class CallScanner:
         self._streaming = self._key in _ARGUMENTS and char == "{" and not self._has_arguments
         if self._streaming:
             self._has_arguments = True
-            self._untold += char
+            self._unsent += char
 
     def _end_value(self, value: JsonValue) -> None:
         self._value = None
@@ -381,7 +381,7 @@ class CallScanner:
             self._take_name(_parsed(value.text))
         elif self._key in _ARGUMENTS and not self._has_arguments:
             self._has_arguments = True
-            self._untold += _as_arguments(value.text)
+            self._unsent += _as_arguments(value.text)
         self._streaming = False
 
     def _take_name(self, name: object) -> None:
@@ -394,7 +394,7 @@ class CallScanner:
     def _end(self) -> None:
         self.done, self.failed = self.has_begun, not self.has_begun
         if not self._has_arguments:
-            self._untold = "{}"
+            self._unsent = "{}"
 
 
 def _parsed(text: str) -> object:

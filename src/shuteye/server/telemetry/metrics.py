@@ -19,12 +19,14 @@ from prometheus_client.registry import Collector
 
 from shuteye.errors import ClientError, ShuteyeError
 from shuteye.frontend.engine import KnownEngine
-from shuteye.server.telemetry.timing import RequestTimer, RequestTiming, Tracer
+from shuteye.server.telemetry.timing import RequestTimer, RequestTiming
 from shuteye.state import EngineState, SchedulerStats, SleepReport, TagResidency, UpdateReport, WakeReport
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
     from starlette.types import Scope
+
+    from shuteye.server.telemetry.tracing import Tracer
 
 logger = logging.getLogger("shuteye.requests")
 
@@ -49,7 +51,7 @@ class Metrics:
     """All metrics of one app, in a registry of its own.
 
     Args:
-        tracer: told of prompts and transitions, too.
+        tracer: makes spans of prompts and transitions, too.
         log_requests: log a line for every prompt that was served.
     """
 
@@ -144,7 +146,7 @@ class Metrics:
     @contextmanager
     def request(self) -> Iterator[RequestTimer]:
         """Times one prompt from here on; every choice that finishes is counted, and so is a prompt that is lost."""
-        timer = RequestTimer(self)
+        timer = RequestTimer(self._observe_tokens, self._observe_end)
         try:
             yield timer
         except GeneratorExit:
@@ -157,13 +159,11 @@ class Metrics:
             timer.lost("error" if isinstance(error, Exception) else "disconnected")
             raise
 
-    def observe_inter_token(self, seconds: float, count: int) -> None:
-        """See `RequestObserver`."""
+    def _observe_tokens(self, seconds: float, count: int) -> None:
         for _ in range(count):
             self._inter_token.observe(seconds)
 
-    def observe_prompt(self, served: RequestTiming, *, failure: str | None) -> None:
-        """See `RequestObserver`."""
+    def _observe_end(self, served: RequestTiming, failure: str | None) -> None:
         if failure is None:
             self._count_served(served)
         else:
