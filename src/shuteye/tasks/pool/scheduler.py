@@ -186,7 +186,8 @@ class PoolScheduler(TaskScheduler):
             pooling.rows[each.index] = row
             self._num_prompt_tokens += each.length
             if not pooling.pending:
-                finished.append(self._requests.pop(each.request_id).delta)
+                self._remove(pooling)
+                finished.append(pooling.delta)
         return finished
 
     # --- what can be seen ------------------------------------------------------------------------
