@@ -9,8 +9,8 @@ import shlex
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
-from pydantic import TypeAdapter
 from starlette.testclient import TestClient
 
 from shuteye import LLM, AsyncEngine, EngineConfig, errors
@@ -18,8 +18,8 @@ from shuteye.errors import ModelSleeping, TransitionConflict
 from shuteye.models.modules import quiet
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
+from shuteye.server.control.routes import SleepAnswer
 from shuteye.server.http.errors import error_body
-from shuteye.server.openai.answers import SleepAnswer
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "shuteye"
@@ -138,7 +138,7 @@ def test_curl_commands_are_answered(page, tiny_options, tiny_checkpoint):
 def test_the_answers_shown_are_the_answers_given():
     """A field that was renamed, or a body that is not the contract's."""
     report, refusal = map(json.loads, blocks(SLEEP, "json"))
-    assert TypeAdapter(SleepAnswer).validate_python(report).model_dump() == report
+    assert json.loads(msgspec.json.encode(msgspec.convert(report, SleepAnswer))) == report
     assert refusal == error_body(ModelSleeping())
 
 

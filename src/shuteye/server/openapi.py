@@ -5,53 +5,55 @@ Knows nothing of engines. A route that is not listed here keeps what FastAPI say
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
+import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import iter_route_contexts
-from pydantic import TypeAdapter
 
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
+from shuteye.server.control import health, routes
 from shuteye.server.http.admission import ModelRoute
+from shuteye.server.http.answers import ErrorAnswer
 from shuteye.server.http.auth import ControlRoute, InferenceRoute
-from shuteye.server.openai import answers
+from shuteye.server.openai import chat, completions, models, pooling, response_events, transcriptions
 from shuteye.state import TAGS, DrainMode, UpdateReport
 
-ANSWERS: Mapping[str, Any] = {
-    "POST /v1/chat/completions": answers.ChatAnswer,
-    "POST /v1/completions": answers.CompletionAnswer,
-    "POST /v1/responses": answers.ResponseAnswer,
-    "POST /v1/embeddings": answers.EmbeddingAnswer,
-    "POST /pooling": answers.PoolingAnswer,
-    "POST /score": answers.ScoreAnswer,
-    "POST /v1/score": answers.ScoreAnswer,
-    "POST /rerank": answers.RerankAnswer,
-    "POST /v1/rerank": answers.RerankAnswer,
-    "POST /v2/rerank": answers.RerankAnswer,
-    "POST /v1/audio/transcriptions": answers.TranscriptionAnswer,
-    "GET /v1/models": answers.ModelsAnswer,
-    "GET /v1/models/{name}": answers.ModelAnswer,
-    "POST /tokenize": answers.TokensAnswer,
-    "POST /detokenize": answers.TextAnswer,
-    "GET /health": answers.AliveAnswer,
-    "GET /ping": answers.AliveAnswer,
-    "GET /version": answers.VersionAnswer,
-    "GET /ready": answers.ReadyAnswer,
-    "GET /state": answers.StateAnswer,
-    "POST /sleep": answers.SleepAnswer,
-    "POST /wake_up": answers.WakeAnswer,
-    "GET /is_sleeping": answers.SleepingAnswer,
-    "POST /pause": answers.DoneAnswer,
-    "POST /resume": answers.DoneAnswer,
-    "GET /is_paused": answers.PausedAnswer,
+ANSWERS: Mapping[str, type] = {
+    "POST /v1/chat/completions": chat.ChatAnswer,
+    "POST /v1/completions": completions.CompletionAnswer,
+    "POST /v1/responses": response_events.ResponseAnswer,
+    "POST /v1/embeddings": pooling.EmbeddingAnswer,
+    "POST /pooling": pooling.PoolingAnswer,
+    "POST /score": pooling.ScoreAnswer,
+    "POST /v1/score": pooling.ScoreAnswer,
+    "POST /rerank": pooling.RerankAnswer,
+    "POST /v1/rerank": pooling.RerankAnswer,
+    "POST /v2/rerank": pooling.RerankAnswer,
+    "POST /v1/audio/transcriptions": transcriptions.TranscriptionAnswer,
+    "GET /v1/models": models.ModelsAnswer,
+    "GET /v1/models/{name}": models.ModelAnswer,
+    "POST /tokenize": models.TokensAnswer,
+    "POST /detokenize": models.TextAnswer,
+    "GET /health": health.AliveAnswer,
+    "GET /ping": health.AliveAnswer,
+    "GET /version": health.VersionAnswer,
+    "GET /ready": health.ReadyAnswer,
+    "GET /state": health.StateAnswer,
+    "POST /sleep": routes.SleepAnswer,
+    "POST /wake_up": routes.WakeAnswer,
+    "GET /is_sleeping": routes.SleepingAnswer,
+    "POST /pause": routes.DoneAnswer,
+    "POST /resume": routes.DoneAnswer,
+    "GET /is_paused": routes.PausedAnswer,
     "POST /update_weights": UpdateReport,
     "POST /reload_weights": UpdateReport,
-    "POST /collective_rpc": answers.RpcAnswer,
-    "POST /restart_engine": answers.RestartAnswer,
-    "POST /reset_prefix_cache": answers.DoneAnswer,
+    "POST /collective_rpc": routes.RpcAnswer,
+    "POST /restart_engine": routes.RestartAnswer,
+    "POST /reset_prefix_cache": routes.DoneAnswer,
 }
 """What each route answers with 200, in JSON."""
 
@@ -92,7 +94,7 @@ _STATUSES: Mapping[type, tuple[int, ...]] = {
 }
 """Errors by class of route; other routes (liveness) answer 431 and 503 alone."""
 
-_OWN_503: Mapping[str, type] = {"GET /ready": answers.ReadyAnswer, "GET /health": answers.UnhealthyAnswer}
+_OWN_503: Mapping[str, type] = {"GET /ready": health.ReadyAnswer, "GET /health": health.UnhealthyAnswer}
 """Routes whose 503 is no error, or more than one."""
 
 _LIMITS: Mapping[str, Mapping[str, Any]] = {
@@ -126,7 +128,7 @@ _EVENT: Mapping[str, Any] = {
     },
 }
 _ERROR = {"$ref": "#/components/schemas/ErrorAnswer"}
-_REFS = "#/components/schemas/{model}"
+_REFS = "#/components/schemas/{name}"
 
 
 def install_openapi(app: FastAPI) -> None:
@@ -141,14 +143,13 @@ def install_openapi(app: FastAPI) -> None:
 
 
 def openapi_document(app: FastAPI) -> dict[str, Any]:
-    """The whole document, made anew."""
+    """The whole document, rebuilt."""
     context: ServerContext = app.state.context
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
-    for answer in (answers.ErrorAnswer, *_OWN_503.values()):
-        _schema_of(answer, schemas)
+    _add_schemas({ErrorAnswer, *ANSWERS.values(), *_OWN_503.values()}, schemas)
     document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     for schema in schemas.values():
         _narrow_fields(schema.get("properties", {}))
@@ -156,7 +157,7 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
         _narrow_parameters(operation)
         responses = operation["responses"]
         responses.pop("422", None)  # never: a bad value is 400
-        responses["200"] |= _success(name, responses["200"], schemas)
+        responses["200"] |= _success(name, responses["200"])
         responses |= _errors(name, route_class)
         if _needs_key(route_class, context.config):
             operation["security"] = [{"bearer": []}]
@@ -214,10 +215,10 @@ def _narrow(schema: dict[str, Any], kind: str, limits: Mapping[str, Any]) -> Non
             alternative.update(limits)
 
 
-def _success(name: str, given: Mapping[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+def _success(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     content = dict(given.get("content", {}))
     if name in ANSWERS:
-        content["application/json"] = {"schema": _schema_of(ANSWERS[name], schemas)}
+        content["application/json"] = {"schema": {"$ref": _REFS.format(name=ANSWERS[name].__name__)}}
     if name in STREAMED:
         content["text/event-stream"] = {"itemSchema": _EVENT}
     if name in TEXT and name not in STREAMED:
@@ -226,19 +227,22 @@ def _success(name: str, given: Mapping[str, Any], schemas: dict[str, Any]) -> di
     return {"content": content}
 
 
-def _schema_of(answer: Any, schemas: dict[str, Any]) -> dict[str, Any]:
-    """A reference to the schema of `answer`, which is added to `schemas` with all that it refers to."""
-    schema = TypeAdapter(answer).json_schema(ref_template=_REFS, mode="serialization")
-    schemas |= schema.pop("$defs", {})
-    schemas[answer.__name__] = schema
-    return {"$ref": _REFS.format(model=answer.__name__)}
+def _add_schemas(answers: Iterable[type], schemas: dict[str, Any]) -> None:
+    """Add the schemas of `answers`, and of all that they refer to; a field with a default is always written."""
+    _references, components = msgspec.json.schema_components(answers, ref_template=_REFS)
+    for component in components.values():
+        required = component.get("required", [])
+        component["required"] = [
+            name for name, field in component["properties"].items() if name in required or "default" in field
+        ]
+    schemas |= components
 
 
 def _errors(name: str, route_class: type) -> dict[str, Any]:
     statuses = next((found for kind, found in _STATUSES.items() if issubclass(route_class, kind)), (431, 503))
     errors = {str(status): _error(status) for status in statuses}
     if name in _OWN_503:
-        errors["503"]["content"]["application/json"]["schema"] = {"$ref": _REFS.format(model=_OWN_503[name].__name__)}
+        errors["503"]["content"]["application/json"]["schema"] = {"$ref": _REFS.format(name=_OWN_503[name].__name__)}
     return errors
 
 

@@ -2,26 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from fastapi import APIRouter, Response
+from msgspec import UNSET, Struct, UnsetType
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from shuteye import __version__
 from shuteye.errors import EngineNotReady, ServerError
-from shuteye.frontend.engine import Engine
+from shuteye.frontend.engine import Engine, Status
+from shuteye.model_info import ModelInfo
 from shuteye.server.context import Context
-from shuteye.server.generation.chunks import encode_json
 from shuteye.server.http.admission import refuse_unless_alive
+from shuteye.server.http.answers import ErrorDetail, JsonAnswer
 from shuteye.server.http.auth import InferenceRoute
 from shuteye.server.http.errors import error_body, error_headers
 from shuteye.server.telemetry.metrics import Metrics
-from shuteye.state import EngineState
+from shuteye.state import EngineState, SchedulerStats, Tag
 
 router = APIRouter()
 keyed = APIRouter(route_class=InferenceRoute)
+
+
+class AliveAnswer(Struct):
+    """Answer of GET /ping, and of GET /health with 200."""
+
+    status: Literal["ok"] = "ok"
+
+
+class UnhealthyAnswer(Struct):
+    """Answer of GET /health with 503; `error` is there unless the model loads."""
+
+    status: Literal["loading", "faulted", "hung", "dead", "failed", "closed"]
+    error: ErrorDetail | UnsetType = UNSET
+
+
+class VersionAnswer(Struct):
+    """Answer of GET /version."""
+
+    version: str
+
+
+class ReadyAnswer(Struct):
+    """Answer of GET /ready; `reason` is there unless it is ready."""
+
+    ready: bool
+    reason: str | UnsetType = UNSET
+
+
+class WakingCost(Struct):
+    """What is away and where it is kept, how long the last wake took, and how long the next one should.
+
+    `restore_bytes` must be read or copied; the KV cache comes back empty and costs memory only as it fills.
+    `expected_s` goes by the pace of the last wake, and is None before there was one.
+    """
+
+    restore_bytes: int
+    tags: Mapping[Tag, int]
+    backings: Mapping[Tag, str | None]
+    last_wake_s: float | None
+    expected_s: float | None
+
+
+class StateAnswer(Struct):
+    """Answer of GET /state."""
+
+    status: Status
+    failure: str | None
+    models: Sequence[str]
+    is_sleeping: bool
+    is_paused: bool
+    ready: bool
+    state: EngineState
+    waking: WakingCost
+    model: ModelInfo | None
+    stats: SchedulerStats
 
 
 @router.get("/health", response_model=None)
@@ -29,57 +85,55 @@ async def health(context: Context) -> Response:
     """200 once the model is loaded, asleep or not; 503 while it loads, or is faulted, hung or dead."""
     engine = context.engine
     if engine.status == "starting":
-        return _unhealthy({"status": "loading"}, error_headers(EngineNotReady("loading")))
+        return JsonAnswer(UnhealthyAnswer("loading"), 503, error_headers(EngineNotReady("loading")))
     try:
         refuse_unless_alive(engine)
     except ServerError as error:
-        status = "faulted" if engine.status == "ready" else engine.status
-        return _unhealthy({"status": status, **error_body(error)}, error_headers(error))
-    return Response(encode_json({"status": "ok"}), media_type="application/json")
+        answer = UnhealthyAnswer(
+            "faulted" if engine.status == "ready" else engine.status, ErrorDetail(**error_body(error)["error"])
+        )
+        return JsonAnswer(answer, 503, error_headers(error))
+    return JsonAnswer(AliveAnswer())
 
 
-def _unhealthy(body: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
-    return Response(encode_json(body), 503, headers=headers, media_type="application/json")
-
-
-@router.get("/ping")
-@router.post("/ping", include_in_schema=False)
-async def ping() -> dict[str, str]:
+@router.get("/ping", response_model=None)
+@router.post("/ping", include_in_schema=False, response_model=None)
+async def ping() -> Response:
     """200 as long as the server itself answers, whatever its engine does."""
-    return {"status": "ok"}
+    return JsonAnswer(AliveAnswer())
 
 
-@router.get("/version")
-async def version() -> dict[str, str]:
+@router.get("/version", response_model=None)
+async def version() -> Response:
     """The version of shuteye."""
-    return {"version": __version__}
+    return JsonAnswer(VersionAnswer(__version__))
 
 
 @router.get("/ready", response_model=None)
 async def ready(context: Context) -> Response:
     """200 if a request sent now would run now, else 503 and why not."""
     reason = "stopping" if context.stopping.begun else why_not_ready(context.engine)
-    body = {"ready": True} if reason is None else {"ready": False, "reason": reason}
-    return Response(encode_json(body), 200 if reason is None else 503, media_type="application/json")
+    return JsonAnswer(ReadyAnswer(True)) if reason is None else JsonAnswer(ReadyAnswer(False, reason), 503)
 
 
-@keyed.get("/state")
-async def state(context: Context) -> dict[str, Any]:
+@keyed.get("/state", response_model=None)
+async def state(context: Context) -> Response:
     """All that is known of the engine, from what it pushed last; asks it nothing."""
     engine = context.engine
     loaded = engine.status != "starting" and engine.failure is None
-    return {
-        "status": engine.status,
-        "failure": engine.failure.message if engine.failure else engine.hang,
-        "models": context.model_names,
-        "is_sleeping": engine.is_sleeping,
-        "is_paused": engine.is_paused,
-        "ready": why_not_ready(engine) is None and not context.stopping.begun,
-        "state": asdict(engine.state),
-        "waking": _waking_cost(engine.state, context.metrics),
-        "model": asdict(engine.info) if loaded else None,
-        "stats": asdict(engine.stats),
-    }
+    answer = StateAnswer(
+        status=engine.status,
+        failure=engine.failure.message if engine.failure else engine.hang,
+        models=context.model_names,
+        is_sleeping=engine.is_sleeping,
+        is_paused=engine.is_paused,
+        ready=why_not_ready(engine) is None and not context.stopping.begun,
+        state=engine.state,
+        waking=_waking_cost(engine.state, context.metrics),
+        model=engine.info if loaded else None,
+        stats=engine.stats,
+    )
+    return JsonAnswer(answer)
 
 
 def why_not_ready(engine: Engine) -> str | None:
@@ -95,24 +149,19 @@ def why_not_ready(engine: Engine) -> str | None:
     return None if engine.state.gate == "open" else engine.state.gate
 
 
-def _waking_cost(state: EngineState, metrics: Metrics) -> dict[str, Any]:
-    """What is away and where it is kept, how long the last wake took, and how long the next one should.
-
-    `restore_bytes` must be read or copied; the KV cache comes back empty and costs memory only as it fills.
-    `expected_s` goes by the pace of the last wake, and is None before there was one.
-    """
+def _waking_cost(state: EngineState, metrics: Metrics) -> WakingCost:
     missing = {tag.tag: tag.nbytes - tag.resident_bytes for tag in state.tags if tag.residency != "resident"}
     kept = {
         tag.tag for tag in state.tags if tag.residency in ("offloaded", "discarded")
     }  # blank ones wait for a writer
     restore_bytes = missing.get("weights", 0) if "weights" in kept else 0
-    return {
-        "restore_bytes": restore_bytes,
-        "tags": missing,
-        "backings": {tag.tag: tag.backing for tag in state.tags if tag.tag in missing},
-        "last_wake_s": metrics.last_wake_s,
-        "expected_s": metrics.expected_wake_s(restore_bytes),
-    }
+    return WakingCost(
+        restore_bytes=restore_bytes,
+        tags=missing,
+        backings={tag.tag: tag.backing for tag in state.tags if tag.tag in missing},
+        last_wake_s=metrics.last_wake_s,
+        expected_s=metrics.expected_wake_s(restore_bytes),
+    )
 
 
 @keyed.get("/metrics", response_model=None)

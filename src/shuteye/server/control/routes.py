@@ -5,13 +5,14 @@ Knows nothing of the transition table: the engine decides, the errors say why no
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
+from msgspec import Struct
 
 from shuteye.calls import (
     Call,
@@ -36,11 +37,12 @@ from shuteye.server.control.calls import (
     requested,
 )
 from shuteye.server.http.admission import refuse_if_stopping
+from shuteye.server.http.answers import JsonAnswer
 from shuteye.server.http.auth import ControlRoute
 from shuteye.server.http.bodies import received_file
 from shuteye.server.http.events import run_to_completion
 from shuteye.server.http.middleware import limited
-from shuteye.state import SleepReport, UpdateReport, WakeReport
+from shuteye.state import SleepReport, TagReport, UpdateReport, WakeReport
 
 R = TypeVar("R")
 
@@ -78,55 +80,106 @@ async def _carried_out(context: ServerContext, call: Call[R]) -> R:
     return await context.metrics.transition(call.verb, context.engine.control(call))
 
 
-def _answer(report: SleepReport | WakeReport, *, status: str, tags: Sequence[str] | None) -> dict[str, Any]:
-    """The report with vLLM's keys: `tags` are the names that were asked for, so what was measured is `tag_reports`."""
-    measured = asdict(report)
-    return {"status": status, "tags": tags, "tag_reports": measured.pop("tags"), **measured}
+class DoneAnswer(Struct):
+    """Answer of control calls that have no report."""
+
+    status: str
 
 
 # --- sleep and pause ----------------------------------------------------------------------------
 
 
-@router.post("/sleep", openapi_extra=documented_body(SleepCall))
-async def sleep(call: Annotated[SleepCall, requested(SleepCall)], context: Context) -> dict[str, Any]:
+class SleepAnswer(Struct, kw_only=True):
+    """Answer of POST /sleep: vLLM's `status` and `level`, the tags that were asked for, and what was measured."""
+
+    status: Literal["sleeping"] = "sleeping"
+    tags: Sequence[str] | None
+    tag_reports: tuple[TagReport, ...]
+    changed: bool
+    level: int
+    freed_bytes: int
+    residual_bytes: int
+    seconds: float
+    aborted_requests: int
+    held_requests: int
+
+
+class WakeAnswer(Struct, kw_only=True):
+    """Answer of POST /wake_up: vLLM's `status` and `tags` (those that were asked for), and what was measured."""
+
+    status: Literal["awake", "sleeping"]
+    tags: Sequence[str] | None
+    tag_reports: tuple[TagReport, ...]
+    changed: bool
+    restored_bytes: int
+    verified: str
+    verified_bytes: int
+    canary: bool
+    weights_source: str | None
+    missing: tuple[str, ...]
+    seconds: float
+
+
+class SleepingAnswer(Struct):
+    """Answer of GET /is_sleeping."""
+
+    is_sleeping: bool
+
+
+class PausedAnswer(Struct):
+    """Answer of GET /is_paused."""
+
+    is_paused: bool
+
+
+def _measured(report: SleepReport | WakeReport) -> dict[str, Any]:
+    """What a report says, by the answer's names: `tags` are those asked for, so what was measured is `tag_reports`."""
+    fields = {each.name: getattr(report, each.name) for each in dataclasses.fields(report)}
+    return {"tag_reports": fields.pop("tags"), **fields}
+
+
+@router.post("/sleep", response_model=None, openapi_extra=documented_body(SleepCall))
+async def sleep(call: Annotated[SleepCall, requested(SleepCall)], context: Context) -> Response:
     """Gives memory back; answers once the system says that it came back. Parameters may also be a JSON body."""
-    return _answer(await _carried_out(context, call), status="sleeping", tags=call.tags)
+    report = await _carried_out(context, call)
+    return JsonAnswer(SleepAnswer(tags=call.tags, **_measured(report)))
 
 
-@router.post("/wake_up", openapi_extra=documented_body(WakeCall))
-async def wake_up(call: Annotated[WakeCall, requested(WakeCall)], context: Context) -> dict[str, Any]:
+@router.post("/wake_up", response_model=None, openapi_extra=documented_body(WakeCall))
+async def wake_up(call: Annotated[WakeCall, requested(WakeCall)], context: Context) -> Response:
     """Brings memory back; answers once the model is verified. Parameters may also be a JSON body."""
     report = await _carried_out(context, call)
-    return _answer(report, status="sleeping" if context.engine.is_sleeping else "awake", tags=call.tags)
+    status: Literal["awake", "sleeping"] = "sleeping" if context.engine.is_sleeping else "awake"
+    return JsonAnswer(WakeAnswer(status=status, tags=call.tags, **_measured(report)))
 
 
-@router.get("/is_sleeping", dependencies=[NO_QUERY])
-async def is_sleeping(context: Context) -> dict[str, bool]:
+@router.get("/is_sleeping", response_model=None, dependencies=[NO_QUERY])
+async def is_sleeping(context: Context) -> Response:
     """True until every tag is resident and loaded."""
-    return {"is_sleeping": context.engine.is_sleeping}
+    return JsonAnswer(SleepingAnswer(context.engine.is_sleeping))
 
 
-@router.post("/pause", openapi_extra=documented_body(PauseRequest))
-async def pause(asked: Annotated[PauseRequest, requested(PauseRequest)], context: Context) -> dict[str, str]:
+@router.post("/pause", response_model=None, openapi_extra=documented_body(PauseRequest))
+async def pause(asked: Annotated[PauseRequest, requested(PauseRequest)], context: Context) -> Response:
     """Stops running requests, keeping all memory; new ones get 503, or wait after mode `keep`. Or as a JSON body."""
     mode = "wait" if asked.mode is None and asked.wait_for_inflight_requests else asked.mode
     await _carried_out(context, PauseCall(mode, asked.timeout_s))
     if asked.clear_cache and mode != "keep":
         await context.engine.reset_prefix_cache()
-    return {"status": "paused"}
+    return JsonAnswer(DoneAnswer("paused"))
 
 
-@router.post("/resume")
-async def resume(call: Annotated[ResumeCall, requested(ResumeCall)], context: Context) -> dict[str, str]:
+@router.post("/resume", response_model=None)
+async def resume(call: Annotated[ResumeCall, requested(ResumeCall)], context: Context) -> Response:
     """Undoes `/pause`."""
     await _carried_out(context, call)
-    return {"status": "resumed"}
+    return JsonAnswer(DoneAnswer("resumed"))
 
 
-@router.get("/is_paused", dependencies=[NO_QUERY])
-async def is_paused(context: Context) -> dict[str, bool]:
+@router.get("/is_paused", response_model=None, dependencies=[NO_QUERY])
+async def is_paused(context: Context) -> Response:
     """True between `/pause` and `/resume`."""
-    return {"is_paused": context.engine.is_paused}
+    return JsonAnswer(PausedAnswer(context.engine.is_paused))
 
 
 # --- weights ------------------------------------------------------------------------------------
@@ -134,12 +187,17 @@ async def is_paused(context: Context) -> dict[str, bool]:
 _UPLOADED = {UPLOAD: {"schema": {"type": "string", "format": "binary", "description": "A safetensors file's bytes."}}}
 
 
-@router.post(UPDATE_PATH, dependencies=[NO_QUERY], openapi_extra=documented_body(UpdateFromFileCall, **_UPLOADED))
-async def update_weights(request: Request, context: Context) -> dict[str, Any]:
+@router.post(
+    UPDATE_PATH,
+    response_model=None,
+    dependencies=[NO_QUERY],
+    openapi_extra=documented_body(UpdateFromFileCall, **_UPLOADED),
+)
+async def update_weights(request: Request, context: Context) -> Response:
     """Writes tensors by their checkpoint names; requests in flight are computed again with the new weights."""
     kind = media_type(request)
     if kind == UPLOAD:
-        return asdict(await _uploaded(request, context))
+        return JsonAnswer(await _uploaded(request, context))
     if kind != "application/json":
         raise InvalidRequest(
             f'Content-Type must be application/json with {{"path": …}}, or {UPLOAD} with the bytes of a safetensors '
@@ -148,7 +206,7 @@ async def update_weights(request: Request, context: Context) -> dict[str, Any]:
     receive = limited(request.scope, request.receive, max_bytes=context.config.max_body_bytes)
     content = await Request(request.scope, receive).body()
     body = read_json(model_of(UpdateFromFileCall), content, max_bytes=context.config.max_json_bytes)
-    return asdict(await _carried_out(context, call_of(UpdateFromFileCall, body)))
+    return JsonAnswer(await _carried_out(context, call_of(UpdateFromFileCall, body)))
 
 
 async def _uploaded(request: Request, context: ServerContext) -> UpdateReport:
@@ -159,42 +217,53 @@ async def _uploaded(request: Request, context: ServerContext) -> UpdateReport:
         return await run_to_completion(_carried_out(context, UpdateFromFileCall(path)))
 
 
-@router.post("/reload_weights", openapi_extra=documented_body(ReloadCall))
+@router.post("/reload_weights", response_model=None, openapi_extra=documented_body(ReloadCall))
 async def reload_weights(
     call: Annotated[ReloadCall, requested(ReloadCall, in_query=False)], context: Context
-) -> dict[str, Any]:
+) -> Response:
     """Writes every weight again."""
-    return asdict(await _carried_out(context, call))
+    return JsonAnswer(await _carried_out(context, call))
 
 
-@router.post("/reset_prefix_cache")
+@router.post("/reset_prefix_cache", response_model=None)
 async def reset_prefix_cache(
     call: Annotated[ResetPrefixCacheCall, requested(ResetPrefixCacheCall)], context: Context
-) -> dict[str, str]:
+) -> Response:
     """Forgets which prompts the KV cache holds."""
     await context.engine.control(call)
-    return {"status": "reset"}
+    return JsonAnswer(DoneAnswer("reset"))
 
 
 # --- the engine ---------------------------------------------------------------------------------
 
 
-@router.post("/collective_rpc", openapi_extra=documented_body(RpcRequest))
+class RpcAnswer(Struct):
+    """One result a rank."""
+
+    results: list[Any]
+
+
+class RestartAnswer(Struct):
+    """The engine that was dead is loaded again."""
+
+    status: str
+    seconds: float
+
+
+@router.post("/collective_rpc", response_model=None, openapi_extra=documented_body(RpcRequest))
 async def collective_rpc(
     asked: Annotated[RpcRequest, requested(RpcRequest, in_query=False)], context: Context
-) -> dict[str, list[Any]]:
+) -> Response:
     """Calls a verb that changes nothing on every rank; one result a rank."""
     if asked.kwargs:
         raise InvalidRequest("kwargs must be empty: no verb takes any; use args.", param="kwargs")
     if asked.timeout is not None:
         raise InvalidRequest("timeout is not supported: control calls are carried out in order.", param="timeout")
-    return {"results": await context.engine.control(RpcCall(asked.method, asked.args))}
+    return JsonAnswer(RpcAnswer(await context.engine.control(RpcCall(asked.method, asked.args))))
 
 
-@restarting.post("/restart_engine")
-async def restart_engine(
-    call: Annotated[RestartRequest, requested(RestartRequest)], context: Context
-) -> dict[str, Any]:
+@restarting.post("/restart_engine", response_model=None)
+async def restart_engine(call: Annotated[RestartRequest, requested(RestartRequest)], context: Context) -> Response:
     """Starts an engine again that is dead or hangs, in the same server; answers once the model is loaded."""
     refuse_if_stopping(context)
     engine = context.engine
@@ -202,4 +271,4 @@ async def restart_engine(
         raise TransitionConflict(f"The engine is {engine.status}; only one that is dead or hangs can be restarted.")
     began = time.perf_counter()
     await context.metrics.transition(call.verb, engine.restart())
-    return {"status": engine.status, "seconds": time.perf_counter() - began}
+    return JsonAnswer(RestartAnswer(engine.status, time.perf_counter() - began))

@@ -1,69 +1,138 @@
-"""Carries one generation from steps to bytes: all at once, or as a stream of events.
+"""Carries one generation from the engine's outputs to bytes: all at once, or as a stream of events.
 
-Knows nothing of OpenAI's shapes; a `ResponseWriter` writes them.
+Knows nothing of the shape of a choice; a `ResponseWriter` writes them.
 """
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from fastapi import Request, Response
+from msgspec import UNSET, Struct, UnsetType, structs
 
 from shuteye.server.context import ServerContext
-from shuteye.server.generation.chunks import ChoiceAccumulator, ChunkWriter, Usage, encode_json
-from shuteye.server.generation.run import Job, PromptOutput, first_of, run
-from shuteye.server.http.events import EventStream, until_disconnect
+from shuteye.server.generation.run import Job, Prompt, PromptOutput, first_of, run
+from shuteye.server.http.answers import JsonAnswer, encode_json
+from shuteye.server.http.events import EventStream, event, until_disconnect
 from shuteye.server.http.middleware import current_request_id
-from shuteye.tasks.generate.requests import CompletionOutput, Logprob
+from shuteye.tasks.generate.requests import CompletionOutput, FinishReason, Logprob, RequestOutput
 
 UsageIn = Literal["no chunk", "last chunk", "every chunk"]
 """Where a stream tells how many tokens it took."""
 
 
-class ResponseWriter(Protocol):
-    """How one route writes its answers; `index` numbers choices over all prompts."""
+class PromptTokensDetails(Struct):
+    """How many tokens of the prompt were computed before."""
+
+    cached_tokens: int
+
+
+class UsageAnswer(Struct):
+    """Token counts of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens of one HTTP request so far, over all of its prompts and choices."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: dict[int, int] = field(default_factory=dict)
+    counts_output: bool = True
+
+    @classmethod
+    def of(cls, job: Job) -> Usage:
+        """Before anything is generated."""
+        return cls(sum(len(prompt.token_ids) for prompt in job.prompts), counts_output=not job.echoes_only)
+
+    def add(self, prompt_index: int, output: RequestOutput) -> None:
+        """Count one delta output."""
+        if self.counts_output:
+            self.completion_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+        self.cached_tokens[prompt_index] = max(self.cached_tokens.get(prompt_index, 0), output.num_cached_tokens)
+
+    def answer(self) -> UsageAnswer:
+        """OpenAI's `usage` object."""
+        total = self.prompt_tokens + self.completion_tokens
+        details = PromptTokensDetails(sum(self.cached_tokens.values()))
+        return UsageAnswer(self.prompt_tokens, self.completion_tokens, total, details)
+
+
+@dataclass(slots=True)
+class ChoiceAccumulator:
+    """All of one choice so far."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Mapping[int, Logprob]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    def add(self, delta: CompletionOutput) -> None:
+        """Append what is new."""
+        self.texts.append(delta.text)
+        self.token_ids.extend(delta.token_ids)
+        self.logprobs.extend(delta.logprobs or ())
+        self.finish_reason = delta.finish_reason
+        self.stop_reason = delta.stop_reason
 
     @property
-    def whole_object(self) -> str:
-        """`object` of a whole answer."""
-        ...
+    def mean_logprob(self) -> float:
+        """How likely the tokens were, by their log-probabilities, which must have been asked for."""
+        found = [position[token_id].logprob for token_id, position in zip(self.token_ids, self.logprobs, strict=True)]
+        return sum(found) / max(1, len(found))
 
     @property
-    def shows_token_ids(self) -> bool:
-        """Whether tokens that complete no text are to be told, too."""
-        ...
+    def text(self) -> str:
+        """Everything generated."""
+        return "".join(self.texts)
 
-    @property
-    def chunk_object(self) -> str:
-        """`object` of a chunk."""
-        ...
 
-    def prompt_scored(self, prompt_index: int, logprobs: Sequence[Mapping[int, Logprob] | None]) -> None:
-        """A prompt's log-probabilities, where they were asked for; known before any of its choices begins.
+@dataclass(slots=True, kw_only=True)
+class ResponseWriter(ABC):
+    """How one route writes its answers; `index` numbers choices over all prompts.
 
-        Unless it was aborted before it was computed: then they never are.
-        """
-        ...
+    Attributes:
+        answer: the Struct of a whole answer.
+        chunk: the Struct of a stream's chunks.
+        shows_token_ids: token ids are part of the answer, also of tokens that complete no text.
+        prompt_logprobs: by prompt, where they were asked for; known before any of its choices begins, unless the prompt
+            was aborted before it was computed: then they never are.
+    """
+
+    answer: ClassVar[Callable[..., Struct]]
+    chunk: ClassVar[Callable[..., Any]]
+
+    prompts: tuple[Prompt, ...]
+    shows_token_ids: bool = False
+    prompt_logprobs: dict[int, Sequence[Mapping[int, Logprob] | None]] = field(default_factory=dict)
+
+    @abstractmethod
+    def whole(self, index: int, transcript: ChoiceAccumulator) -> Struct:
+        """A finished choice."""
+
+    def opening(self, _index: int) -> Struct | None:
+        """A streamed choice's first chunk, if it needs one before any text."""
+        return None
+
+    @abstractmethod
+    def delta(self, index: int, delta: CompletionOutput) -> Struct | None:
+        """What is new of a streamed choice; None if there is nothing to tell yet."""
 
     def extra(self) -> dict[str, Any]:
-        """What an answer carries beside its choices; a stream carries it in its first chunk."""
-        ...
-
-    def whole(self, index: int, transcript: ChoiceAccumulator) -> dict[str, Any]:
-        """A finished choice."""
-        ...
-
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """A streamed choice's first chunk, if it needs one before any text."""
-        ...
-
-    def delta(self, index: int, delta: CompletionOutput) -> dict[str, Any] | None:
-        """What is new of a streamed choice; None if there is nothing to tell yet."""
-        ...
+        """What an answer carries beside its choices; a stream carries it in the chunk that opens its first choice."""
+        return {}
 
 
 def new_request_id(prefix: str) -> str:
@@ -72,7 +141,7 @@ def new_request_id(prefix: str) -> str:
 
 
 async def answer_whole(
-    request: Request, context: ServerContext, job: Job, *, shape: ResponseWriter, model: str
+    request: Request, context: ServerContext, job: Job, *, writer: ResponseWriter, model: str
 ) -> Response:
     """One JSON object, once everything is generated.
 
@@ -81,10 +150,16 @@ async def answer_whole(
         ShuteyeError: the engine refused or failed.
     """
     usage = Usage.of(job)
-    transcripts = _best_of(job, await until_disconnect(request.receive, _collect(context, job, usage, shape)))
-    choices = [shape.whole(index, transcript) for index, transcript in enumerate(transcripts)]
-    body = _envelope(job, shape.whole_object, model) | {"choices": choices, "usage": usage.as_dict()} | shape.extra()
-    return Response(encode_json(body), media_type="application/json")
+    transcripts = _best_of(job, await until_disconnect(request.receive, _collect(context, job, usage, writer)))
+    answer = writer.answer(
+        id=job.request_id,
+        created=int(time.time()),
+        model=model,
+        choices=[writer.whole(index, transcript) for index, transcript in enumerate(transcripts)],
+        usage=usage.answer(),
+        **writer.extra(),
+    )
+    return JsonAnswer(answer)
 
 
 def _best_of(job: Job, transcripts: Mapping[int, ChoiceAccumulator]) -> list[ChoiceAccumulator]:
@@ -101,21 +176,21 @@ def _best_of(job: Job, transcripts: Mapping[int, ChoiceAccumulator]) -> list[Cho
 
 
 async def _collect(
-    context: ServerContext, job: Job, usage: Usage, shape: ResponseWriter
+    context: ServerContext, job: Job, usage: Usage, writer: ResponseWriter
 ) -> dict[int, ChoiceAccumulator]:
     transcripts: dict[int, ChoiceAccumulator] = defaultdict(ChoiceAccumulator)
     async with aclosing(run(context, job)) as steps:
         async for prompt_index, output in steps:
             usage.add(prompt_index, output)
             if output.prompt_logprobs is not None:
-                shape.prompt_scored(prompt_index, output.prompt_logprobs)
+                writer.prompt_logprobs[prompt_index] = output.prompt_logprobs
             for completion in output.outputs:
                 transcripts[prompt_index * job.params.n + completion.index].add(completion)
     return transcripts
 
 
 async def answer_stream(
-    request: Request, context: ServerContext, job: Job, *, shape: ResponseWriter, model: str, usage_in: UsageIn
+    request: Request, context: ServerContext, job: Job, *, writer: ResponseWriter, model: str, usage_in: UsageIn
 ) -> Response:
     """A stream of events, begun only once the engine has admitted the job and given its first output.
 
@@ -125,16 +200,8 @@ async def answer_stream(
     """
     steps = run(context, job)
     first = await until_disconnect(request.receive, first_of(steps))
-    writer = ChunkWriter(
-        _envelope(job, shape.chunk_object, model),
-        include_usage=usage_in != "no chunk",
-        continuous_usage=usage_in == "every chunk",
-    )
-    return EventStream(_events(first, steps, job, shape=shape, writer=writer), source=steps, with_done=True)
-
-
-def _envelope(job: Job, kind: str, model: str) -> dict[str, Any]:
-    return {"id": job.request_id, "object": kind, "created": int(time.time()), "model": model}
+    events = _events(first, steps, job, writer=writer, model=model, usage_in=usage_in)
+    return EventStream(events, source=steps, with_done=True)
 
 
 async def _events(
@@ -142,37 +209,36 @@ async def _events(
     rest: AsyncGenerator[PromptOutput, None],
     job: Job,
     *,
-    shape: ResponseWriter,
-    writer: ChunkWriter,
+    writer: ResponseWriter,
+    model: str,
+    usage_in: UsageIn,
 ) -> AsyncGenerator[bytes, None]:
     usage = Usage.of(job)
+    no_usage: UnsetType | None = UNSET if usage_in == "no chunk" else None
+    chunk = writer.chunk(id=job.request_id, created=int(time.time()), model=model, choices=[], usage=no_usage)
     opened: set[int] = set()
     step: PromptOutput | None = first
     while step is not None:
         prompt_index, output = step
         usage.add(prompt_index, output)
         if output.prompt_logprobs is not None:
-            shape.prompt_scored(prompt_index, output.prompt_logprobs)
+            writer.prompt_logprobs[prompt_index] = output.prompt_logprobs
+        if usage_in == "every chunk":
+            chunk.usage = usage.answer()
         for completion in output.outputs:
             index = prompt_index * job.params.n + completion.index
-            extra = None if opened else shape.extra()
-            for choice in _choices(shape, index, completion, opened):
-                yield writer.choice(choice, usage if writer.continuous_usage else None, extra)
-                extra = None
+            if index not in opened:
+                extra = {} if opened else writer.extra()
+                opened.add(index)
+                if (opening := writer.opening(index)) is not None:
+                    chunk.choices = [opening]
+                    yield event(encode_json(structs.replace(chunk, **extra)))
+            if completion.text or completion.logprobs or completion.finish_reason is not None or writer.shows_token_ids:
+                choice = writer.delta(index, completion)
+                if choice is not None:
+                    chunk.choices = [choice]
+                    yield event(encode_json(chunk))
         step = await anext(rest, None)
-    if writer.include_usage:
-        yield writer.usage(usage)
-
-
-def _choices(
-    shape: ResponseWriter, index: int, completion: CompletionOutput, opened: set[int]
-) -> Iterator[dict[str, Any]]:
-    if index not in opened:
-        opened.add(index)
-        opening = shape.opening(index)
-        if opening is not None:
-            yield opening
-    if completion.text or completion.logprobs or completion.finish_reason is not None or shape.shows_token_ids:
-        delta = shape.delta(index, completion)
-        if delta is not None:
-            yield delta
+    if usage_in != "no chunk":
+        chunk.choices, chunk.usage = [], usage.answer()
+        yield event(encode_json(chunk))

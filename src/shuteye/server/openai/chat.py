@@ -7,22 +7,129 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, Literal
 from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
+from msgspec import UNSET, Struct, UnsetType
 
 from shuteye.server.context import Context
-from shuteye.server.generation.answer import answer_stream, answer_whole, new_request_id
-from shuteye.server.generation.chunks import ChoiceAccumulator
-from shuteye.server.generation.run import Prompt
+from shuteye.server.generation.answer import (
+    ChoiceAccumulator,
+    ResponseWriter,
+    UsageAnswer,
+    answer_stream,
+    answer_whole,
+    new_request_id,
+)
 from shuteye.server.http.admission import ModelRoute, require_task
 from shuteye.server.openai.conversation import ChatBody, ChatJob, chat_job
-from shuteye.server.openai.logprobs import TokenNames, chat_logprobs, prompt_logprobs_json
-from shuteye.server.openai.messages import NamedToolChoice, call_delta, whole_call
+from shuteye.server.openai.logprobs import ChatLogprobs, PromptLogprobs, TokenNames, chat_logprobs, prompt_logprobs
+from shuteye.server.openai.messages import NamedToolChoice
 from shuteye.server.parsing.parser import ReadingPlan
 from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, OutputParser, Piece, Reasoning
 from shuteye.tasks.generate.requests import CompletionOutput, FinishReason, Logprob
+
+
+class CalledFunctionAnswer(Struct):
+    """What the model calls, with arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallAnswer(Struct):
+    """A call that the model made."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunctionAnswer
+
+
+class ChatMessageAnswer(Struct, kw_only=True):
+    """What the model said."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    tool_calls: list[ToolCallAnswer] | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+
+
+class ChatChoiceAnswer(Struct):
+    """One of `n` answers."""
+
+    index: int
+    message: ChatMessageAnswer
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | Literal["tool_calls"] | None
+    stop_reason: str | int | None
+    token_ids: Sequence[int] | UnsetType = UNSET
+
+
+class ChatAnswer(Struct, kw_only=True):
+    """Answer of POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoiceAnswer]
+    usage: UsageAnswer
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+
+
+class FunctionDelta(Struct, omit_defaults=True, kw_only=True):
+    """More of a call; the name stands in its first delta alone."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(Struct, omit_defaults=True, kw_only=True):
+    """One entry of a streamed `tool_calls`; id and type stand in a call's first alone."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
+class ChatDelta(Struct, omit_defaults=True):
+    """What is new of a message; what is not there is not told."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+
+
+class ChatChunkChoice(Struct):
+    """What is new of one of `n` answers."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | Literal["tool_calls"] | None
+    token_ids: Sequence[int] | UnsetType = UNSET
+    stop_reason: str | int | UnsetType | None = UNSET
+
+
+class ChatChunk(Struct, kw_only=True):
+    """One event of a stream; the first has what a whole answer carries beside its choices."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: UsageAnswer | UnsetType | None
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+
+
+_NOTHING = ChatDelta()
 
 
 @dataclass(slots=True)
@@ -33,8 +140,8 @@ class _Choice:
     has_calls: bool = False
 
 
-@dataclass(slots=True)
-class ChatWriter:
+@dataclass(slots=True, kw_only=True)
+class ChatWriter(ResponseWriter):
     """Writes choices of a chat.
 
     Attributes:
@@ -45,8 +152,10 @@ class ChatWriter:
         named_call: the caller chose the function, so that its call is just how the answer stops (as OpenAI's).
         one_call: calls after the first are left out.
         show_reasoning: whether reasoning is part of the answer.
-        token_ids_of: the prompt, if token ids are to be shown.
     """
+
+    answer = ChatAnswer
+    chunk = ChatChunk
 
     names: TokenNames
     num_top: int | None
@@ -55,105 +164,100 @@ class ChatWriter:
     named_call: bool = False
     one_call: bool = False
     show_reasoning: bool = True
-    token_ids_of: Prompt | None = None
     _choices: dict[int, _Choice] = field(default_factory=dict)
-    _prompt_logprobs: Sequence[Mapping[int, Logprob] | None] | None = None
-
-    whole_object: ClassVar[str] = "chat.completion"
-    chunk_object: ClassVar[str] = "chat.completion.chunk"
-
-    @property
-    def shows_token_ids(self) -> bool:
-        """Whether token ids are part of the answer."""
-        return self.token_ids_of is not None
-
-    def prompt_scored(self, _prompt_index: int, logprobs: Sequence[Mapping[int, Logprob] | None]) -> None:
-        """The prompt's log-probabilities are known."""
-        self._prompt_logprobs = logprobs
 
     def extra(self) -> dict[str, Any]:
-        """What an answer carries beside its choices, or a stream in its first chunks."""
+        """The prompt's token ids and log-probabilities, as far as they were asked for."""
         extra: dict[str, Any] = {}
-        if self.token_ids_of is not None:
-            extra["prompt_token_ids"] = list(self.token_ids_of.token_ids)
-        if self._prompt_logprobs is not None:
-            extra["prompt_logprobs"] = prompt_logprobs_json(self._prompt_logprobs)
+        if self.shows_token_ids:
+            extra["prompt_token_ids"] = self.prompts[0].token_ids
+        if self.prompt_logprobs:
+            extra["prompt_logprobs"] = prompt_logprobs(self.prompt_logprobs[0])
         return extra
 
-    def whole(self, index: int, transcript: ChoiceAccumulator) -> dict[str, Any]:
+    def whole(self, index: int, transcript: ChoiceAccumulator) -> ChatChoiceAnswer:
         """A finished choice."""
         reader = self.reading.reader()
         said = self._said([*reader.feed(transcript.text), *reader.finish()])
-        message = {"role": "assistant", "content": self.echo + said.pop("content", ""), "refusal": None}
-        if calls := said.pop("tool_calls", []):
-            message["tool_calls"] = [whole_call(call) for call in calls]
-            message["content"] = message["content"] or None
-        return {
-            "index": index,
-            "message": message | said,
-            "logprobs": self._logprobs(transcript.token_ids, transcript.logprobs),
-            "finish_reason": self._finish_reason(transcript.finish_reason, has_calls=bool(calls)),
-            "stop_reason": transcript.stop_reason,
-        } | self._token_ids(transcript.token_ids)
+        text = self.echo + (said.content or "")
+        message = ChatMessageAnswer(content=text)
+        if said.reasoning is not None:
+            message.reasoning = said.reasoning
+        if said.tool_calls:
+            message.content = text or None
+            message.tool_calls = [
+                ToolCallAnswer(
+                    call.id or "",
+                    "function",
+                    CalledFunctionAnswer(call.function.name or "", call.function.arguments),
+                )
+                for call in said.tool_calls
+            ]
+        return ChatChoiceAnswer(
+            index,
+            message,
+            self._logprobs(transcript.token_ids, transcript.logprobs),
+            self._finish_reason(transcript.finish_reason, has_calls=bool(said.tool_calls)),
+            transcript.stop_reason,
+            transcript.token_ids if self.shows_token_ids else UNSET,
+        )
 
-    def opening(self, index: int) -> dict[str, Any]:
+    def opening(self, index: int) -> ChatChunkChoice:
         """The chunk that says whose words follow."""
-        return {
-            "index": index,
-            "delta": {"role": "assistant", "content": self.echo},
-            "logprobs": None,
-            "finish_reason": None,
-        }
+        return ChatChunkChoice(index, ChatDelta("assistant", self.echo), None, None)
 
-    def delta(self, index: int, delta: CompletionOutput) -> dict[str, Any] | None:
+    def delta(self, index: int, delta: CompletionOutput) -> ChatChunkChoice | None:
         """What is new of a choice; the chunk that ends it may have no text, and there may be nothing to tell yet."""
         said, finish_reason = self._new(index, delta)
-        choice = {
-            "index": index,
-            "delta": said,
-            "logprobs": None if self.num_top is None else self._logprobs(delta.token_ids, delta.logprobs or ()),
-            "finish_reason": finish_reason,
-        }
-        if self.token_ids_of is not None:
-            choice["token_ids"] = list(delta.token_ids)
+        logprobs = None if self.num_top is None else self._logprobs(delta.token_ids, delta.logprobs or ())
+        choice = ChatChunkChoice(index, said, logprobs, finish_reason)
+        if self.shows_token_ids:
+            choice.token_ids = delta.token_ids
         if finish_reason is not None:
-            return choice | {"stop_reason": delta.stop_reason}
-        return choice if said or choice["logprobs"] or self.token_ids_of else None
+            choice.stop_reason = delta.stop_reason
+        elif logprobs is None and said == _NOTHING and not self.shows_token_ids:
+            return None
+        return choice
 
-    def _new(self, index: int, delta: CompletionOutput) -> tuple[dict[str, Any], str | None]:
+    def _new(
+        self, index: int, delta: CompletionOutput
+    ) -> tuple[ChatDelta, FinishReason | Literal["tool_calls"] | None]:
         if self.reading.is_plain:
-            return ({"content": delta.text} if delta.text or delta.token_ids else {}), delta.finish_reason
+            return ChatDelta(None, delta.text if delta.text or delta.token_ids else None), delta.finish_reason
         choice = self._choices.setdefault(index, _Choice(self.reading.reader()))
         pieces = choice.reader.feed(delta.text)
         if delta.finish_reason is not None:
             pieces += choice.reader.finish()
         said = self._said(pieces)
-        choice.has_calls |= "tool_calls" in said
+        choice.has_calls |= said.tool_calls is not None
         return said, self._finish_reason(delta.finish_reason, has_calls=choice.has_calls)
 
-    def _said(self, pieces: Iterable[Piece]) -> dict[str, Any]:
-        """Pieces as fields of a message or delta; each call is one entry, however many pieces it came in."""
-        said: dict[str, Any] = {}
-        calls: dict[int, dict[str, Any]] = {}
+    def _said(self, pieces: Iterable[Piece]) -> ChatDelta:
+        """Pieces as one delta; each call is one entry, however many pieces it came in."""
+        said = ChatDelta()
+        calls: dict[int, ToolCallDelta] = {}
         for piece in pieces:
             match piece:
                 case Content(text):
-                    said["content"] = said.get("content", "") + text
+                    said.content = (said.content or "") + text
                 case Reasoning(text) if self.show_reasoning:
-                    said["reasoning"] = said.get("reasoning", "") + text
+                    said.reasoning = (said.reasoning or "") + text
                 case CallBegin(index, name) if index == 0 or not self.one_call:
-                    calls[index] = call_delta(index, call_id=f"call_{uuid4().hex[:24]}", name=name)
+                    function, call_id = FunctionDelta(name=name, arguments=""), f"call_{uuid4().hex[:24]}"
+                    calls[index] = ToolCallDelta(index=index, id=call_id, type="function", function=function)
                 case CallArguments(index, text) if index == 0 or not self.one_call:
-                    calls.setdefault(index, call_delta(index))["function"]["arguments"] += text
-        return said | ({"tool_calls": list(calls.values())} if calls else {})
+                    more = ToolCallDelta(index=index, function=FunctionDelta(arguments=""))
+                    calls.setdefault(index, more).function.arguments += text
+        if calls:
+            said.tool_calls = list(calls.values())
+        return said
 
-    def _finish_reason(self, reason: FinishReason | None, *, has_calls: bool) -> str | None:
+    def _finish_reason(
+        self, reason: FinishReason | None, *, has_calls: bool
+    ) -> FinishReason | Literal["tool_calls"] | None:
         return "tool_calls" if reason == "stop" and has_calls and not self.named_call else reason
 
-    def _token_ids(self, token_ids: Sequence[int]) -> dict[str, Any]:
-        return {} if self.token_ids_of is None else {"token_ids": list(token_ids)}
-
-    def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]]) -> dict[str, Any] | None:
+    def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]]) -> ChatLogprobs | None:
         if self.num_top is None:
             return None
         return chat_logprobs(self.names, token_ids, logprobs, num_top=self.num_top)
@@ -168,13 +272,13 @@ async def chat_completions(request: Request, body: ChatBody, context: Context) -
     require_task(context, "generate", request.url.path)
     model = context.served_name(body.model)
     chat = await chat_job(context, new_request_id("chatcmpl"), body)
-    shape = _shape(body, chat, names=TokenNames(context.engine.tokenizer, body.return_tokens_as_token_ids is True))
+    writer = _writer(body, chat, names=TokenNames(context.engine.tokenizer, body.return_tokens_as_token_ids is True))
     if body.stream:
-        return await answer_stream(request, context, chat.job, shape=shape, model=model, usage_in=body.usage_in)
-    return await answer_whole(request, context, chat.job, shape=shape, model=model)
+        return await answer_stream(request, context, chat.job, writer=writer, model=model, usage_in=body.usage_in)
+    return await answer_whole(request, context, chat.job, writer=writer, model=model)
 
 
-def _shape(body: ChatBody, chat: ChatJob, *, names: TokenNames) -> ChatWriter:
+def _writer(body: ChatBody, chat: ChatJob, *, names: TokenNames) -> ChatWriter:
     return ChatWriter(
         names=names,
         num_top=body.num_logprobs,
@@ -183,5 +287,6 @@ def _shape(body: ChatBody, chat: ChatJob, *, names: TokenNames) -> ChatWriter:
         named_call=isinstance(body.tool_choice, NamedToolChoice),
         one_call=body.parallel_tool_calls is False,
         show_reasoning=body.include_reasoning is not False,
-        token_ids_of=chat.job.prompts[0] if body.return_token_ids else None,
+        prompts=chat.job.prompts,
+        shows_token_ids=body.return_token_ids is True,
     )

@@ -7,19 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, cast
+from typing import Literal, cast
 
 from fastapi import APIRouter, Request, Response
+from msgspec import UNSET, Struct, UnsetType
 from pydantic import Field, field_validator, model_validator
 
 from shuteye.errors import InvalidRequest
 from shuteye.server.context import Context, ServerContext
-from shuteye.server.generation.answer import answer_stream, answer_whole, new_request_id
-from shuteye.server.generation.chunks import ChoiceAccumulator
+from shuteye.server.generation.answer import (
+    ChoiceAccumulator,
+    ResponseWriter,
+    UsageAnswer,
+    answer_stream,
+    answer_whole,
+    new_request_id,
+)
 from shuteye.server.generation.run import Job, Prompt, require_room
 from shuteye.server.http.admission import ModelRoute, require_prompt_tokens, require_sequences, require_task
 from shuteye.server.openai.fields import GenerationBody, Many, one_message
-from shuteye.server.openai.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs_json
+from shuteye.server.openai.logprobs import CompletionLogprobs, PromptLogprobs, TextOffset, TokenNames, prompt_logprobs
 from shuteye.server.openai.prompts import prompt_of, truncation_of
 from shuteye.tasks.generate.requests import MAX_LOGPROBS, CompletionOutput, FinishReason, Logprob, SamplingParams
 from shuteye.tokenizer import LONG_TEXT
@@ -78,8 +85,43 @@ def _listed(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str |
     return list(cast("list[str] | list[list[int]]", prompt))
 
 
-@dataclass(slots=True)
-class CompletionWriter:
+class CompletionChoiceAnswer(Struct):
+    """One of `n` continuations of one prompt, or what is new of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | UnsetType | None = UNSET
+    token_ids: Sequence[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType | None = UNSET
+    prompt_token_ids: Sequence[int] | UnsetType = UNSET
+
+
+class CompletionAnswer(Struct, kw_only=True):
+    """Answer of POST /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoiceAnswer]
+    usage: UsageAnswer
+
+
+class CompletionChunk(Struct, kw_only=True):
+    """One event of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoiceAnswer]
+    usage: UsageAnswer | UnsetType | None
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionWriter(ResponseWriter):
     """Writes choices of a completion.
 
     Attributes:
@@ -88,98 +130,74 @@ class CompletionWriter:
         echoes: every choice begins with its prompt.
         echoes_only: and ends there.
         shows_prompt_logprobs: the caller asked for them by name.
-        shows_token_ids: token ids of prompt and output are part of every choice.
     """
 
+    answer = CompletionAnswer
+    chunk = CompletionChunk
+
     names: TokenNames
-    prompts: tuple[Prompt, ...]
     num_choices: int
     wants_logprobs: bool = False
     echoes: bool = False
     echoes_only: bool = False
     shows_prompt_logprobs: bool = False
-    shows_token_ids: bool = False
-    _logprobs: dict[int, CompletionLogprobs] = field(default_factory=dict)
-    _prompt_logprobs: dict[int, Sequence[Mapping[int, Logprob] | None]] = field(default_factory=dict)
+    _offsets: dict[int, TextOffset] = field(default_factory=dict)
 
-    whole_object: ClassVar[str] = "text_completion"
-    chunk_object: ClassVar[str] = "text_completion"
-
-    def prompt_scored(self, prompt_index: int, logprobs: Sequence[Mapping[int, Logprob] | None]) -> None:
-        """A prompt's log-probabilities are known."""
-        self._prompt_logprobs[prompt_index] = logprobs
-
-    def extra(self) -> dict[str, Any]:
-        """Nothing: all there is to say is said of single choices."""
-        return {}
-
-    def whole(self, index: int, transcript: ChoiceAccumulator) -> dict[str, Any]:
+    def whole(self, index: int, transcript: ChoiceAccumulator) -> CompletionChoiceAnswer:
         """A finished choice."""
         made = ChoiceAccumulator(finish_reason=_echo_ends(transcript)) if self.echoes_only else transcript
-        choice = {
-            "index": index,
-            "text": self._echo(index) + made.text,
-            "logprobs": self._take_logprobs(index, made),
-            "finish_reason": made.finish_reason,
-            "stop_reason": made.stop_reason,
-        } | self._token_ids(made.token_ids)
+        logprobs = self._logprobs(index, made.token_ids, made.logprobs)
+        choice = CompletionChoiceAnswer(index, self._echo(index) + made.text, logprobs, made.finish_reason)
+        choice.stop_reason = made.stop_reason
+        if self.shows_token_ids:
+            choice.token_ids, choice.prompt_token_ids = made.token_ids, self._prompt(index).token_ids
         if self.shows_prompt_logprobs:
-            known = self._prompt_logprobs.get(index // self.num_choices)
-            choice["prompt_logprobs"] = None if known is None else prompt_logprobs_json(known)
-        return choice | self._prompt_token_ids(index)
+            known = self.prompt_logprobs.get(index // self.num_choices)
+            choice.prompt_logprobs = None if known is None else prompt_logprobs(known)
+        return choice
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def opening(self, index: int) -> CompletionChoiceAnswer | None:
         """The echoed prompt, if it is to be, or its token ids."""
         if not self.echoes and not self.shows_token_ids:
             return None
-        choice = {
-            "index": index,
-            "text": self._echo(index),
-            "logprobs": self._take_logprobs(index, ChoiceAccumulator()) if self.echoes else None,
-            "finish_reason": None,
-        }
-        return choice | self._token_ids([]) | self._prompt_token_ids(index)
+        logprobs = self._logprobs(index, (), ()) if self.echoes else None
+        choice = CompletionChoiceAnswer(index, self._echo(index), logprobs, None)
+        if self.shows_token_ids:
+            choice.token_ids, choice.prompt_token_ids = (), self._prompt(index).token_ids
+        return choice
 
-    def delta(self, index: int, delta: CompletionOutput) -> dict[str, Any] | None:
+    def delta(self, index: int, delta: CompletionOutput) -> CompletionChoiceAnswer:
         """What is new of a choice."""
         if self.echoes_only:
-            reason = _echo_ends(delta)
-            return {"index": index, "text": "", "logprobs": None, "finish_reason": reason, "stop_reason": None}
-        choice = {
-            "index": index,
-            "text": delta.text,
-            "logprobs": self._take_logprobs(index, delta),
-            "finish_reason": delta.finish_reason,
-        }
+            return CompletionChoiceAnswer(index, "", None, _echo_ends(delta), stop_reason=None)
+        logprobs = self._logprobs(index, delta.token_ids, delta.logprobs or ()) if self.wants_logprobs else None
+        choice = CompletionChoiceAnswer(index, delta.text, logprobs, delta.finish_reason)
+        if delta.finish_reason is not None:
+            choice.stop_reason = delta.stop_reason
         if self.shows_token_ids:
-            choice["token_ids"] = list(delta.token_ids)
-        return choice if delta.finish_reason is None else choice | {"stop_reason": delta.stop_reason}
+            choice.token_ids = delta.token_ids
+        return choice
+
+    def _prompt(self, index: int) -> Prompt:
+        return self.prompts[index // self.num_choices]
 
     def _echo(self, index: int) -> str:
-        return (self.prompts[index // self.num_choices].text or "") if self.echoes else ""
+        return (self._prompt(index).text or "") if self.echoes else ""
 
-    def _token_ids(self, token_ids: Sequence[int]) -> dict[str, Any]:
-        return {"token_ids": list(token_ids)} if self.shows_token_ids else {}
-
-    def _prompt_token_ids(self, index: int) -> dict[str, Any]:
-        if not self.shows_token_ids:
-            return {}
-        return {"prompt_token_ids": list(self.prompts[index // self.num_choices].token_ids)}
-
-    def _take_logprobs(self, index: int, source: ChoiceAccumulator | CompletionOutput) -> dict[str, Any] | None:
+    def _logprobs(
+        self, index: int, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]]
+    ) -> CompletionLogprobs | None:
+        """Of these tokens; the first time, those of an echoed prompt stand before them."""
         if not self.wants_logprobs:
             return None
-        if index not in self._logprobs:
-            self._logprobs[index] = CompletionLogprobs(self.names)
-            if self.echoes:
-                self._logprobs[index].add(*self._scored_prompt(index // self.num_choices))
-        self._logprobs[index].add(source.token_ids, source.logprobs or ())
-        return self._logprobs[index].take()
-
-    def _scored_prompt(self, prompt_index: int) -> tuple[Sequence[int], Sequence[Mapping[int, Logprob] | None]]:
-        """A prompt's tokens, and what is known of each: nothing, if it was aborted before it was computed."""
-        token_ids = self.prompts[prompt_index].token_ids
-        return token_ids, self._prompt_logprobs.get(prompt_index, [None] * len(token_ids))
+        if index in self._offsets or not self.echoes:
+            return self._offsets.setdefault(index, TextOffset(self.names)).logprobs(token_ids, logprobs)
+        self._offsets[index] = TextOffset(self.names)
+        prompt = self._prompt(index).token_ids
+        known = self.prompt_logprobs.get(
+            index // self.num_choices, [None] * len(prompt)
+        )  # none, if aborted before it was computed
+        return self._offsets[index].logprobs([*prompt, *token_ids], [*known, *logprobs])
 
 
 def _echo_ends(source: ChoiceAccumulator | CompletionOutput) -> FinishReason:
@@ -195,7 +213,7 @@ async def completions(request: Request, body: CompletionBody, context: Context) 
     require_task(context, "generate", request.url.path)
     model = context.served_name(body.model)
     job = await _job(body, context)
-    shape = CompletionWriter(
+    writer = CompletionWriter(
         names=TokenNames(context.engine.tokenizer, as_ids=body.return_tokens_as_token_ids is True),
         prompts=job.prompts,
         num_choices=job.best or job.params.n,
@@ -206,8 +224,8 @@ async def completions(request: Request, body: CompletionBody, context: Context) 
         shows_token_ids=body.return_token_ids is True,
     )
     if body.stream:
-        return await answer_stream(request, context, job, shape=shape, model=model, usage_in=body.usage_in)
-    return await answer_whole(request, context, job, shape=shape, model=model)
+        return await answer_stream(request, context, job, writer=writer, model=model, usage_in=body.usage_in)
+    return await answer_whole(request, context, job, writer=writer, model=model)
 
 
 async def _job(body: CompletionBody, context: ServerContext) -> Job:

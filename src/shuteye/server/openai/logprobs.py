@@ -1,15 +1,13 @@
-"""Tokens as text and bytes, and log-probabilities in OpenAI's two shapes and vLLM's for prompts.
-
-Knows nothing of requests or streams.
-"""
+"""Tokens as text and bytes, and log-probabilities in OpenAI's two shapes and vLLM's for prompts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+
+from msgspec import Struct
 
 from shuteye.tasks.generate.requests import Logprob
 from shuteye.tokenizer import Tokenizer
@@ -63,59 +61,98 @@ class TokenNames:
         return (f"token_id:{token_id}" if self.as_ids else text), raw
 
 
+class TopLogprob(Struct):
+    """What stands for a token, and how likely it was."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(Struct):
+    """A token, and the likeliest ones in its place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct):
+    """`choices[].logprobs` of a chat answer."""
+
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
 def chat_logprobs(
     names: TokenNames, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]], *, num_top: int
-) -> dict[str, Any]:
+) -> ChatLogprobs:
     """`choices[].logprobs` of a chat answer; `logprobs[i]` belongs to `token_ids[i]`."""
     content = []
     for token_id, position in zip(token_ids, logprobs, strict=True):
-        entry = _entry(names, token_id, position[token_id])
-        top = sorted(position.items(), key=lambda item: item[1].rank)
-        entry["top_logprobs"] = [_entry(names, other, found) for other, found in top[:num_top]]
-        content.append(entry)
-    return {"content": content, "refusal": None}
+        ranked = sorted(position.items(), key=lambda item: item[1].rank)
+        top = [TopLogprob(*_told(names, other, found)) for other, found in ranked[:num_top]]
+        content.append(ChatLogprob(*_told(names, token_id, position[token_id]), top))
+    return ChatLogprobs(content)
 
 
-def _entry(names: TokenNames, token_id: int, found: Logprob) -> dict[str, Any]:
+def _told(names: TokenNames, token_id: int, found: Logprob) -> tuple[str, float, list[int]]:
     name, raw = names.name_and_bytes(token_id)
-    return {"token": name, "logprob": max(found.logprob, SMALLEST), "bytes": list(raw)}
+    return name, max(found.logprob, SMALLEST), list(raw)
 
 
-def prompt_logprobs_json(logprobs: Sequence[Mapping[int, Logprob] | None]) -> list[dict[str, Any] | None]:
-    """`prompt_logprobs`: per token of the prompt, what is known of it and of likelier ones; null for the first."""
+class PromptLogprob(Struct):
+    """What is known of one token in its place (vLLM's shape)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""`prompt_logprobs`: per token of the prompt, by token id, it and likelier ones; null for the first."""
+
+
+def prompt_logprobs(logprobs: Sequence[Mapping[int, Logprob] | None]) -> PromptLogprobs:
+    """`prompt_logprobs`, made of what the engine found."""
     return [
         None
         if position is None
         else {
-            str(token_id): {
-                "logprob": max(found.logprob, SMALLEST),
-                "rank": found.rank,
-                "decoded_token": found.decoded_token,
-            }
+            str(token_id): PromptLogprob(max(found.logprob, SMALLEST), found.rank, found.decoded_token)
             for token_id, found in position.items()
         }
         for position in logprobs
     ]
 
 
+class CompletionLogprobs(Struct):
+    """`choices[].logprobs` of a completion: four lists, each with one entry a token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
 @dataclass(slots=True)
-class CompletionLogprobs:
-    """`choices[].logprobs` of a completion, built piece by piece; `offset` is where its next token's text begins."""
+class TextOffset:
+    """Writes `choices[].logprobs` of a completion, piece by piece; `at` is where its next token's text begins."""
 
     names: TokenNames
-    offset: int = 0
-    tokens: list[str] = field(default_factory=list)
-    token_logprobs: list[float | None] = field(default_factory=list)
-    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
-    text_offset: list[int] = field(default_factory=list)
+    at: int = 0
 
-    def add(self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob] | None]) -> None:
-        """Append positions; `logprobs[i]` belongs to `token_ids[i]`, and is None for the first token of a prompt."""
-        for token_id, position in zip(token_ids, logprobs, strict=True):
-            name, _ = self.names.name_and_bytes(token_id)
-            self.tokens.append(name)
-            self.token_logprobs.append(None if position is None else max(position[token_id].logprob, SMALLEST))
-            self.top_logprobs.append(
+    def logprobs(
+        self, token_ids: Sequence[int], positions: Sequence[Mapping[int, Logprob] | None]
+    ) -> CompletionLogprobs:
+        """The next tokens; `positions[i]` belongs to `token_ids[i]`, and is None for the first token of a prompt."""
+        made = CompletionLogprobs([], [], [], [])
+        for token_id, position in zip(token_ids, positions, strict=True):
+            made.tokens.append(self.names.name_and_bytes(token_id)[0])
+            made.text_offset.append(self.at)
+            made.token_logprobs.append(None if position is None else max(position[token_id].logprob, SMALLEST))
+            made.top_logprobs.append(
                 None
                 if position is None
                 else {
@@ -123,16 +160,5 @@ class CompletionLogprobs:
                     for other, found in position.items()
                 }
             )
-            self.text_offset.append(self.offset)
-            self.offset += len(token_text_and_bytes(self.names.tokenizer, token_id)[0])
-
-    def take(self) -> dict[str, Any]:
-        """What was added since the last `take`, in OpenAI's shape."""
-        taken = {
-            "tokens": self.tokens,
-            "token_logprobs": self.token_logprobs,
-            "top_logprobs": self.top_logprobs,
-            "text_offset": self.text_offset,
-        }
-        self.tokens, self.token_logprobs, self.top_logprobs, self.text_offset = [], [], [], []
-        return taken
+            self.at += len(token_text_and_bytes(self.names.tokenizer, token_id)[0])
+        return made

@@ -116,20 +116,6 @@ def required_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> list[Too
     return list(tools) if choice == "required" else []
 
 
-def call_delta(
-    index: int, *, call_id: str | None = None, name: str | None = None, arguments: str = ""
-) -> dict[str, Any]:
-    """One entry of a streamed `tool_calls`; id and name stand in a call's first only."""
-    if name is None:
-        return {"index": index, "function": {"arguments": arguments}}
-    return {"index": index, "id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def whole_call(delta: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry of a whole message's `tool_calls`, made of its single delta."""
-    return {name: value for name, value in delta.items() if name != "index"}
-
-
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Response
+from msgspec import Struct
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 from shuteye.errors import InvalidRequest
 from shuteye.server.context import Context, ServerContext
-from shuteye.server.generation.chunks import encode_json
+from shuteye.server.http.answers import JsonAnswer
 from shuteye.server.http.auth import InferenceRoute
 from shuteye.server.openai.fields import Many
 from shuteye.server.openai.messages import Message
@@ -21,30 +22,42 @@ from shuteye.tokenizer import LONG_TEXT, Tokenizer
 router = APIRouter(route_class=InferenceRoute)
 
 
-@router.get("/v1/models")
-async def list_models(context: Context) -> dict[str, Any]:
+class ModelAnswer(Struct, kw_only=True):
+    """One served name."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["shuteye"] = "shuteye"
+    root: str
+    parent: None = None
+    max_model_len: int | None
+
+
+class ModelsAnswer(Struct, kw_only=True):
+    """Answer of GET /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelAnswer]
+
+
+@router.get("/v1/models", response_model=None)
+async def list_models(context: Context) -> Response:
     """All served names."""
-    return {"object": "list", "data": [_card(name, context) for name in context.model_names]}
+    return JsonAnswer(ModelsAnswer(data=[_card(name, context) for name in context.model_names]))
 
 
-@router.get("/v1/models/{name:path}")
-async def retrieve_model(name: str, context: Context) -> dict[str, Any]:
+@router.get("/v1/models/{name:path}", response_model=None)
+async def retrieve_model(name: str, context: Context) -> Response:
     """One served name, which may hold slashes."""
-    return _card(context.served_name(name), context)
+    return JsonAnswer(_card(context.served_name(name), context))
 
 
-def _card(name: str, context: ServerContext) -> dict[str, Any]:
+def _card(name: str, context: ServerContext) -> ModelAnswer:
     engine = context.engine
     loaded = engine.status != "starting" and engine.failure is None
-    return {
-        "id": name,
-        "object": "model",
-        "created": context.created,
-        "owned_by": "shuteye",
-        "root": engine.config.model,
-        "parent": None,
-        "max_model_len": engine.info.max_model_len if loaded else engine.config.max_model_len,
-    }
+    length = engine.info.max_model_len if loaded else engine.config.max_model_len
+    return ModelAnswer(id=name, created=context.created, root=engine.config.model, max_model_len=length)
 
 
 _ONE_OF_TWO: JsonDict = {
@@ -84,6 +97,21 @@ class DetokenizeBody(BaseModel):
     tokens: Many[int]
 
 
+class TokensAnswer(Struct):
+    """Answer of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str | None] | None
+
+
+class TextAnswer(Struct):
+    """Answer of POST /detokenize."""
+
+    prompt: str
+
+
 @router.post("/tokenize", response_model=None)
 async def tokenize(body: TokenizeBody, context: Context) -> Response:
     """Token ids of a text; special tokens are added to a text by default, to a rendered conversation not."""
@@ -100,13 +128,8 @@ async def tokenize(body: TokenizeBody, context: Context) -> Response:
     assert text is not None
     add_special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     tokens = await encode(tokenizer, text, add_special_tokens=add_special)
-    answer = {
-        "count": len(tokens),
-        "max_model_len": context.engine.info.max_model_len,
-        "tokens": tokens,
-        "token_strs": await _spelled(tokenizer, tokens) if body.return_token_strs else None,
-    }
-    return Response(encode_json(answer), media_type="application/json")
+    spelled = await _spelled(tokenizer, tokens) if body.return_token_strs else None
+    return JsonAnswer(TokensAnswer(len(tokens), context.engine.info.max_model_len, tokens, spelled))
 
 
 async def _spelled(tokenizer: Tokenizer, tokens: list[int]) -> list[str | None]:
@@ -115,12 +138,14 @@ async def _spelled(tokenizer: Tokenizer, tokens: list[int]) -> list[str | None]:
     return [tokenizer.id_to_token(token) for token in tokens]
 
 
-@router.post("/detokenize")
-async def detokenize(body: DetokenizeBody, context: Context) -> dict[str, str]:
+@router.post("/detokenize", response_model=None)
+async def detokenize(body: DetokenizeBody, context: Context) -> Response:
     """The text of token ids, special tokens included."""
     context.served_name(body.model)
     engine = context.engine
     require_known(body.tokens, engine.info.vocab_size, param="tokens")
     if len(body.tokens) > LONG_TEXT:
-        return {"prompt": await asyncio.to_thread(engine.tokenizer.decode, body.tokens, skip_special_tokens=False)}
-    return {"prompt": engine.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+        text = await asyncio.to_thread(engine.tokenizer.decode, body.tokens, skip_special_tokens=False)
+    else:
+        text = engine.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    return JsonAnswer(TextAnswer(text))

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import time
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
+from msgspec import UNSET, Struct, UnsetType
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from shuteye.errors import InvalidRequest
 from shuteye.server.context import Context, ServerContext
 from shuteye.server.generation.answer import new_request_id
-from shuteye.server.generation.chunks import encode_json
 from shuteye.server.http.admission import ModelRoute, needs_task, require_characters, require_sequences
+from shuteye.server.http.answers import JsonAnswer
 from shuteye.server.http.events import until_disconnect
 from shuteye.server.openai.fields import Many, one_message, settle_unsupported
 from shuteye.tasks.pool.inputs import as_list
@@ -102,25 +103,54 @@ class PoolingBody(EmbeddingBody):
     task: Literal["embed"] | None = None
 
 
-def write_vector(output: EmbeddingOutput, encoding: str | None) -> list[float] | str:
-    """Numbers, or their float32 bytes in base64."""
+class EmbeddingDatum(Struct):
+    """One vector: numbers, or base64 of their float32 bytes."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class PoolingDatum(Struct):
+    """One vector: numbers, or base64 of their float32 bytes."""
+
+    object: Literal["pooling"]
+    index: int
+    data: list[float] | str
+
+
+class PoolingUsage(Struct):
+    """Token counts of one request; nothing is generated."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int = 0
+
+
+class EmbeddingAnswer(Struct, kw_only=True):
+    """POST /v1/embeddings (OpenAI's shape)."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[EmbeddingDatum]
+    usage: PoolingUsage
+
+
+class PoolingAnswer(Struct, kw_only=True):
+    """POST /pooling (vLLM's shape)."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[PoolingDatum]
+    usage: PoolingUsage
+
+
+def _vector(output: EmbeddingOutput, encoding: str | None) -> list[float] | str:
     return b64encode(output.data).decode() if encoding == "base64" else output.embedding
-
-
-def embedding_data(outputs: Sequence[EmbeddingRequestOutput], encoding: str | None) -> list[dict[str, Any]]:
-    """OpenAI's `data` of embeddings."""
-    return [
-        {"object": "embedding", "index": index, "embedding": write_vector(output.outputs, encoding)}
-        for index, output in enumerate(outputs)
-    ]
-
-
-def pooling_data(outputs: Sequence[EmbeddingRequestOutput], encoding: str | None) -> list[dict[str, Any]]:
-    """The `data` of /pooling (vLLM's shape)."""
-    return [
-        {"object": "pooling", "index": index, "data": write_vector(output.outputs, encoding)}
-        for index, output in enumerate(outputs)
-    ]
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -158,9 +188,23 @@ class ScoreBody(PoolingFields):
         return named[0]
 
 
-def score_data(outputs: Sequence[ScoringRequestOutput]) -> list[dict[str, Any]]:
-    """The `data` of scores (vLLM's shape)."""
-    return [{"index": index, "object": "score", "score": output.outputs.score} for index, output in enumerate(outputs)]
+class ScoreDatum(Struct):
+    """How well two texts go together."""
+
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class ScoreAnswer(Struct, kw_only=True):
+    """POST /score (vLLM's shape)."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[ScoreDatum]
+    usage: PoolingUsage
 
 
 # --- ranking --------------------------------------------------------------------------------------
@@ -192,64 +236,83 @@ class RerankBody(PoolingFields):
         return [each if isinstance(each, str) else each.text for each in self.documents]
 
 
-def rerank_results(
-    outputs: Sequence[ScoringRequestOutput], texts: Sequence[str], *, top_n: int | None, with_texts: bool
-) -> list[dict[str, Any]]:
-    """`results`, the best first; of equals, the one that was sent first."""
-    ranked = sorted(range(len(outputs)), key=lambda index: -outputs[index].outputs.score)
-    return [
-        {
-            "index": index,
-            **({"document": {"text": texts[index]}} if with_texts else {}),
-            "relevance_score": outputs[index].outputs.score,
-        }
-        for index in ranked[: top_n or None]
-    ]
+class DocumentAnswer(Struct):
+    """A document's text."""
+
+    text: str
 
 
-def token_usage(outputs: Sequence[EmbeddingRequestOutput | ScoringRequestOutput]) -> dict[str, Any]:
-    """OpenAI's `usage`; nothing is generated."""
+class RankedAnswer(Struct, kw_only=True):
+    """One document, by its place in the request; its text unless `return_documents` is false."""
+
+    index: int
+    document: DocumentAnswer | UnsetType = UNSET
+    relevance_score: float
+
+
+class RerankAnswer(Struct):
+    """POST /rerank (Cohere's and Jina's shape); the best first."""
+
+    id: str
+    model: str
+    usage: PoolingUsage
+    results: list[RankedAnswer]
+
+
+def _ranked(outputs: Sequence[ScoringRequestOutput], body: RerankBody, texts: Sequence[str]) -> list[RankedAnswer]:
+    """The best first; of equals, the one that was sent first."""
+    scores = [output.outputs.score for output in outputs]
+    best = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
+    ranked = [RankedAnswer(index=index, relevance_score=scores[index]) for index in best]
+    if body.return_documents is not False:
+        for each in ranked:
+            each.document = DocumentAnswer(texts[each.index])
+    return ranked
+
+
+# --- routes ---------------------------------------------------------------------------------------
+
+
+def _usage(outputs: Sequence[EmbeddingRequestOutput | ScoringRequestOutput]) -> PoolingUsage:
     count = sum(len(output.prompt_token_ids) for output in outputs)
-    return {"prompt_tokens": count, "total_tokens": count, "completion_tokens": 0}
+    return PoolingUsage(count, count)
 
 
 router = APIRouter(route_class=ModelRoute)
-
-Write = Callable[[Sequence[EmbeddingRequestOutput], str | None], list[dict[str, Any]]]
 
 
 @router.post("/v1/embeddings", response_model=None, dependencies=[needs_task("embed")])
 async def embeddings(request: Request, body: EmbeddingBody, context: Context) -> Response:
     """Embeds one or more texts."""
-    return await _answer(request, body, context, prefix="embd", write=embedding_data)
+    model, request_id, created = context.served_name(body.model), new_request_id("embd"), int(time.time())
+    outputs = await _embedded(request, body, context)
+    data = [
+        EmbeddingDatum("embedding", index, _vector(output.outputs, body.encoding_format))
+        for index, output in enumerate(outputs)
+    ]
+    return JsonAnswer(EmbeddingAnswer(id=request_id, created=created, model=model, data=data, usage=_usage(outputs)))
 
 
 @router.post("/pooling", response_model=None, dependencies=[needs_task("embed")])
 async def pooling(request: Request, body: PoolingBody, context: Context) -> Response:
     """Embeds one or more texts, and answers in vLLM's shape."""
-    return await _answer(request, body, context, prefix="pool", write=pooling_data)
+    model, request_id, created = context.served_name(body.model), new_request_id("pool"), int(time.time())
+    outputs = await _embedded(request, body, context)
+    data = [
+        PoolingDatum("pooling", index, _vector(output.outputs, body.encoding_format))
+        for index, output in enumerate(outputs)
+    ]
+    return JsonAnswer(PoolingAnswer(id=request_id, created=created, model=model, data=data, usage=_usage(outputs)))
 
 
-async def _answer(
-    request: Request, body: EmbeddingBody, context: ServerContext, *, prefix: str, write: Write
-) -> Response:
-    model, request_id, created = context.served_name(body.model), new_request_id(prefix), int(time.time())
+async def _embedded(request: Request, body: EmbeddingBody, context: ServerContext) -> list[EmbeddingRequestOutput]:
     inputs = body.inputs
     require_sequences(context.config, len(inputs), param="input")
     work = context.engine.embed(inputs, body.pooling_params(), add_special_tokens=body.add_special_tokens is not False)
     with context.metrics.request() as timer:
         outputs = await until_disconnect(request.receive, work)
-        usage = token_usage(outputs)
-        timer.finish(num_prompt_tokens=usage["prompt_tokens"], scheduled_at=outputs[0].scheduled_at)
-    answer = {
-        "id": request_id,
-        "object": "list",
-        "created": created,
-        "model": model,
-        "data": write(outputs, body.encoding_format),
-        "usage": usage,
-    }
-    return Response(encode_json(answer), media_type="application/json")
+        timer.finish(num_prompt_tokens=_usage(outputs).prompt_tokens, scheduled_at=outputs[0].scheduled_at)
+    return outputs
 
 
 SCORES = [needs_task("score", "embed")]
@@ -261,15 +324,9 @@ async def score(request: Request, body: ScoreBody, context: Context) -> Response
     """Scores how well each text goes with another."""
     request_id, created = new_request_id("score"), int(time.time())
     outputs = await _scores(request, context, body, *body.sides)
-    answer = {
-        "id": request_id,
-        "object": "list",
-        "created": created,
-        "model": context.served_name(body.model),
-        "data": score_data(outputs),
-        "usage": token_usage(outputs),
-    }
-    return Response(encode_json(answer), media_type="application/json")
+    model, usage = context.served_name(body.model), _usage(outputs)
+    data = [ScoreDatum(index, "score", output.outputs.score) for index, output in enumerate(outputs)]
+    return JsonAnswer(ScoreAnswer(id=request_id, created=created, model=model, data=data, usage=usage))
 
 
 @router.post("/rerank", response_model=None, dependencies=SCORES)
@@ -279,14 +336,8 @@ async def rerank(request: Request, body: RerankBody, context: Context) -> Respon
     """Orders documents by how well they answer a query, the best first."""
     request_id, texts = new_request_id("rerank"), body.texts
     outputs = await _scores(request, context, body, body.query, texts)
-    with_texts = body.return_documents is not False
-    answer = {
-        "id": request_id,
-        "model": context.served_name(body.model),
-        "usage": token_usage(outputs),
-        "results": rerank_results(outputs, texts, top_n=body.top_n, with_texts=with_texts),
-    }
-    return Response(encode_json(answer), media_type="application/json")
+    model, usage = context.served_name(body.model), _usage(outputs)
+    return JsonAnswer(RerankAnswer(request_id, model, usage, _ranked(outputs, body, texts)))
 
 
 async def _scores(
@@ -297,8 +348,7 @@ async def _scores(
     work = context.engine.score(one, other, body.pooling_params())
     with context.metrics.request() as timer:
         outputs = await until_disconnect(request.receive, work)
-        count = sum(len(output.prompt_token_ids) for output in outputs)
-        timer.finish(num_prompt_tokens=count, scheduled_at=outputs[0].scheduled_at)
+        timer.finish(num_prompt_tokens=_usage(outputs).prompt_tokens, scheduled_at=outputs[0].scheduled_at)
     return outputs
 
 

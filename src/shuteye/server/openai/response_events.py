@@ -1,123 +1,244 @@
-"""One response of /v1/responses, built piece by piece: its items, and the events that tell of them in OpenAI's order.
-
-Knows nothing of the request beyond what a response repeats of it.
-"""
+"""One response of /v1/responses, built piece by piece: its items, and the events that tell of them, as OpenAI's."""
 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from uuid import uuid4
 
 from fastapi import Request, Response
+from msgspec import UNSET, Struct, UnsetType
 
 from shuteye.errors import InternalError, ShuteyeError
 from shuteye.server.context import ServerContext
-from shuteye.server.generation.chunks import Usage, encode_json
+from shuteye.server.generation.answer import Usage
 from shuteye.server.generation.run import PromptOutput, first_of, run
+from shuteye.server.http.answers import JsonAnswer, encode_json
 from shuteye.server.http.events import BUG, EventStream, until_disconnect
 from shuteye.server.openai.conversation import ChatJob
 from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, Piece, Reasoning
 from shuteye.tasks.generate.requests import CompletionOutput, FinishReason
 
-Event = tuple[str, dict[str, Any]]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
+
+# --- the response ---------------------------------------------------------------------------------
+
+
+class OutputText(Struct, tag_field="type", tag="output_text"):
+    """The text of a message."""
+
+    text: str = ""
+    annotations: list[Any] = []
+    logprobs: list[Any] = []
+
+
+class ReasoningText(Struct, tag_field="type", tag="reasoning_text"):
+    """The text of a reasoning item."""
+
+    text: str = ""
+
+
+class MessageItem(Struct, tag_field="type", tag="message", kw_only=True):
+    """What the model said."""
+
+    prefix: ClassVar[str] = "msg"
+    id: str
+    content: list[OutputText] = []
+    role: Literal["assistant"] = "assistant"
+    status: ItemStatus = "in_progress"
+
+    def begin_text(self) -> OutputText:
+        """Its one part, empty."""
+        self.content.append(OutputText())
+        return self.content[0]
+
+
+class ReasoningItem(Struct, tag_field="type", tag="reasoning", kw_only=True):
+    """What the model wrote to itself."""
+
+    prefix: ClassVar[str] = "rs"
+    id: str
+    content: list[ReasoningText] = []
+    summary: list[Any] = []
+    status: ItemStatus = "in_progress"
+
+    def begin_text(self) -> ReasoningText:
+        """Its one part, empty."""
+        self.content.append(ReasoningText())
+        return self.content[0]
+
+
+class CallItem(Struct, tag_field="type", tag="function_call", kw_only=True):
+    """A call that the model made."""
+
+    id: str
+    call_id: str
+    name: str
+    arguments: str = ""
+    status: ItemStatus = "in_progress"
+
+
+Item = MessageItem | ReasoningItem | CallItem
+
+
+class InputTokensDetails(Struct):
+    """How many tokens of the prompt were computed before."""
+
+    cached_tokens: int
+    cache_write_tokens: int = 0
+
+
+class OutputTokensDetails(Struct):
+    """How many tokens were reasoning."""
+
+    reasoning_tokens: int
+
+
+class ResponseUsage(Struct):
+    """Token counts of one response."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class ResponseAnswer(Struct, kw_only=True):
+    """Answer of POST /v1/responses; what follows `model` is repeated of the request."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete", "failed"] = "in_progress"
+    error: dict[str, str] | None = None
+    incomplete_details: dict[str, str] | None = None
+    output: list[Item] = []
+    usage: ResponseUsage | None = None
+    model: str
+    instructions: str | None
+    max_output_tokens: int | None
+    temperature: float
+    top_p: float
+    tools: list[dict[str, Any]]
+    tool_choice: str | dict[str, Any]
+    parallel_tool_calls: bool
+    text: dict[str, Any]
+    reasoning: dict[str, str | None]
+    truncation: Literal["disabled"] = "disabled"
+    previous_response_id: None = None
+    background: bool = False
+    store: bool = False
+    metadata: dict[str, str]
+
+
+# --- events ---------------------------------------------------------------------------------------
+
+
+class Event(Struct, kw_only=True):
+    """One event of a stream; its number is known when it is sent."""
+
+    type: str
+    sequence_number: int = 0
+
+
+class ResponseEvent(Event, kw_only=True):
+    """Tells of the whole response as it stands."""
+
+    response: ResponseAnswer
+
+
+class ItemEvent(Event, kw_only=True):
+    """Tells of an item that begins or ends."""
+
+    output_index: int
+    item: Item
+
+
+class PartEvent(Event, kw_only=True):
+    """Tells of what is in an item: of a new part, of more of it, or of its end."""
+
+    item_id: str
+    output_index: int
+    content_index: int | UnsetType = UNSET
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+    delta: str | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    logprobs: list[Any] | UnsetType = UNSET
+    part: OutputText | ReasoningText | UnsetType = UNSET
 
 
 class ResponseItems:
     """Reasoning, message and calls, in the order in which they were begun; at most one is open.
+
+    Events show items themselves, which change: encode one before the next is taken.
 
     Args:
         one_call: calls after the first are left out.
     """
 
     def __init__(self, *, one_call: bool = False) -> None:
-        self.items: list[dict[str, Any]] = []
+        self.items: list[Item] = []
         self._one_call = one_call
-        self._open = False
+        self._open: Item | None = None
 
     def add(self, pieces: Iterable[Piece]) -> Iterator[Event]:
         """Take pieces; the events that tell of them."""
         for piece in pieces:
             match piece:
                 case Content(text):
-                    yield from self._more_text(text, "message")
+                    yield from self._more_text(text, MessageItem)
                 case Reasoning(text):
-                    yield from self._more_text(text, "reasoning")
+                    yield from self._more_text(text, ReasoningItem)
                 case CallBegin(index, name) if index == 0 or not self._one_call:
-                    yield from self._begin_call(name)
+                    yield from self._begin(CallItem(id=_new_id("fc"), call_id=_new_id("call"), name=name))
                 case CallArguments(index, text) if index == 0 or not self._one_call:
-                    self.items[-1]["arguments"] += text
-                    yield "response.function_call_arguments.delta", self._at() | {"delta": text}
+                    assert isinstance(self._open, CallItem)
+                    self._open.arguments += text
+                    yield self._part("response.function_call_arguments.delta", delta=text)
 
     def finish(self, status: ItemStatus) -> Iterator[Event]:
         """Close what is open; nothing may be added after that."""
-        if self._open:
-            yield from self._close(status)
-
-    # --- items ----------------------------------------------------------------------------------
-
-    def _more_text(self, text: str, kind: Literal["message", "reasoning"]) -> Iterator[Event]:
-        if not self._open or self.items[-1]["type"] != kind:
-            yield from self._begin_text(kind)
-        self.items[-1]["content"][0]["text"] += text
-        if kind == "message":
-            yield "response.output_text.delta", self._at_part() | {"delta": text, "logprobs": []}
+        item = self._open
+        if item is None:
+            return
+        if isinstance(item, CallItem):
+            done = {"name": item.name, "arguments": item.arguments}
+            yield self._part("response.function_call_arguments.done", **done)
         else:
-            yield "response.reasoning_text.delta", self._at_part() | {"delta": text}
-
-    def _begin_text(self, kind: Literal["message", "reasoning"]) -> Iterator[Event]:
-        if kind == "message":
-            head: dict[str, Any] = {"role": "assistant"}
-            part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        else:
-            head, part = {"summary": []}, {"type": "reasoning_text", "text": ""}
-        yield from self._begin(
-            {"id": _new_id("msg" if kind == "message" else "rs"), "type": kind, "content": [], **head}
-        )
-        self.items[-1]["content"].append(part)
-        yield "response.content_part.added", self._at_part() | {"part": part.copy()}
-
-    def _begin_call(self, name: str) -> Iterator[Event]:
-        ids = {"id": _new_id("fc"), "call_id": _new_id("call")}
-        yield from self._begin({**ids, "type": "function_call", "name": name, "arguments": ""})
-
-    def _begin(self, item: dict[str, Any]) -> Iterator[Event]:
-        if self._open:
-            yield from self._close("completed")
-        self.items.append(item | {"status": "in_progress"})
-        self._open = True
-        yield "response.output_item.added", {"output_index": len(self.items) - 1, "item": _copy(self.items[-1])}
-
-    def _close(self, status: ItemStatus) -> Iterator[Event]:
-        item = self.items[-1]
-        self._open = False
-        if item["type"] == "function_call":
-            done = {"name": item["name"], "arguments": item["arguments"]}
-            yield "response.function_call_arguments.done", self._at() | done
-        else:
-            part = item["content"][0]
-            if item["type"] == "message":
-                yield "response.output_text.done", self._at_part() | {"text": part["text"], "logprobs": []}
+            part = item.content[0]
+            if isinstance(part, OutputText):
+                yield self._part("response.output_text.done", content_index=0, text=part.text, logprobs=[])
             else:
-                yield "response.reasoning_text.done", self._at_part() | {"text": part["text"]}
-            yield "response.content_part.done", self._at_part() | {"part": part.copy()}
-        item["status"] = status
-        yield "response.output_item.done", {"output_index": len(self.items) - 1, "item": _copy(item)}
+                yield self._part("response.reasoning_text.done", content_index=0, text=part.text)
+            yield self._part("response.content_part.done", content_index=0, part=part)
+        item.status = status
+        self._open = None
+        yield ItemEvent(type="response.output_item.done", output_index=len(self.items) - 1, item=item)
 
-    def _at(self) -> dict[str, Any]:
-        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
+    def _more_text(self, text: str, kind: type[MessageItem] | type[ReasoningItem]) -> Iterator[Event]:
+        item = self._open
+        if not isinstance(item, kind):
+            item = kind(id=_new_id(kind.prefix))
+            yield from self._begin(item)
+            yield self._part("response.content_part.added", content_index=0, part=item.begin_text())
+        item.content[0].text += text
+        if kind is MessageItem:
+            yield self._part("response.output_text.delta", content_index=0, delta=text, logprobs=[])
+        else:
+            yield self._part("response.reasoning_text.delta", content_index=0, delta=text)
 
-    def _at_part(self) -> dict[str, Any]:
-        return self._at() | {"content_index": 0}
+    def _begin(self, item: Item) -> Iterator[Event]:
+        yield from self.finish("completed")
+        self.items.append(item)
+        self._open = item
+        yield ItemEvent(type="response.output_item.added", output_index=len(self.items) - 1, item=item)
 
-
-def _copy(item: dict[str, Any]) -> dict[str, Any]:
-    """The item as it is now, since it will change before the event about it is read."""
-    return item | ({"content": [part.copy() for part in item["content"]]} if "content" in item else {})
+    def _part(self, kind: str, **fields: Any) -> PartEvent:
+        return PartEvent(type=kind, item_id=self.items[-1].id, output_index=len(self.items) - 1, **fields)
 
 
 def _new_id(prefix: str) -> str:
@@ -125,24 +246,28 @@ def _new_id(prefix: str) -> str:
 
 
 _ABORTED = "The request was aborted before it was finished, as when the model is put to sleep with mode=abort."
+_STATUS: dict[FinishReason, Literal["completed", "incomplete", "failed"]] = {
+    "stop": "completed",
+    "length": "incomplete",
+    "abort": "failed",
+}
 
 
-class ResponseAnswer:
+class ResponseInProgress:
     """One response on its way.
 
     Args:
-        about: what the response repeats of its request.
+        answer: as it is before anything was generated.
     """
 
-    def __init__(self, chat: ChatJob, about: dict[str, Any], *, one_call: bool) -> None:
-        self._chat = chat
-        self._about = about
+    def __init__(self, chat: ChatJob, answer: ResponseAnswer, *, one_call: bool) -> None:
+        self.job = chat.job
+        self.answer = answer
         self._reader = chat.reading.reader()
         self._items = ResponseItems(one_call=one_call)
         self._usage = Usage.of(chat.job)
         self._num_reasoning_tokens = 0
-        self._created_at = int(time.time())
-        self._finish_reason: FinishReason | None = None
+        answer.output = self._items.items
 
     def take(self, step: PromptOutput) -> Iterator[Event]:
         """What a step adds."""
@@ -155,98 +280,87 @@ class ResponseAnswer:
         pieces = self._reader.feed(completion.text)
         if any(isinstance(piece, Reasoning) for piece in pieces):
             self._num_reasoning_tokens += len(completion.token_ids)
-        if completion.finish_reason is not None:
-            pieces += self._reader.finish()
-            self._finish_reason = completion.finish_reason
-        yield from self._items.add(pieces)
-        if completion.finish_reason is not None:
-            yield from self._items.finish("completed" if completion.finish_reason == "stop" else "incomplete")
+        if completion.finish_reason is None:
+            yield from self._items.add(pieces)
+            return
+        yield from self._items.add([*pieces, *self._reader.finish()])
+        yield from self._items.finish("completed" if completion.finish_reason == "stop" else "incomplete")
+        self._finish(completion.finish_reason)
 
-    def body(self, error: ShuteyeError | None = None) -> dict[str, Any]:
-        """The response as it stands."""
-        status = "failed" if error else _status(self._finish_reason)
-        message = error.message if error else _ABORTED
-        return {
-            "id": self._chat.job.request_id,
-            "object": "response",
-            "created_at": self._created_at,
-            "status": status,
-            "error": {"code": "server_error", "message": message} if status == "failed" else None,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "output": self._items.items,
-            "usage": self._usage_json() if status in {"completed", "incomplete"} else None,
-            **self._about,
-        }
-
-    def _usage_json(self) -> dict[str, Any]:
+    def _finish(self, reason: FinishReason) -> None:
+        if reason == "abort":
+            self.fail(_ABORTED)
+            return
+        self.answer.status = _STATUS[reason]
+        if reason == "length":
+            self.answer.incomplete_details = {"reason": "max_output_tokens"}
         usage = self._usage
-        return {
-            "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": sum(usage.cached_tokens.values()), "cache_write_tokens": 0},
-            "output_tokens": usage.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": self._num_reasoning_tokens},
-            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        }
+        self.answer.usage = ResponseUsage(
+            usage.prompt_tokens,
+            InputTokensDetails(sum(usage.cached_tokens.values())),
+            usage.completion_tokens,
+            OutputTokensDetails(self._num_reasoning_tokens),
+            usage.prompt_tokens + usage.completion_tokens,
+        )
+
+    def fail(self, message: str) -> None:
+        """The response ends here."""
+        self.answer.status = "failed"
+        self.answer.error = {"code": "server_error", "message": message}
 
 
-def _status(reason: FinishReason | None) -> str:
-    if reason is None:
-        return "in_progress"
-    return {"stop": "completed", "length": "incomplete", "abort": "failed"}[reason]
-
-
-async def answer_response(request: Request, context: ServerContext, chat: ChatJob, answer: ResponseAnswer) -> Response:
+async def answer_response(request: Request, context: ServerContext, response: ResponseInProgress) -> Response:
     """One JSON object, once everything is generated.
 
     Raises:
         ClientDisconnected: the client went first; the job was aborted.
         ShuteyeError: the engine refused or failed.
     """
-    await until_disconnect(request.receive, _collect(context, chat, answer))
-    return Response(encode_json(answer.body()), media_type="application/json")
+    await until_disconnect(request.receive, _collect(context, response))
+    return JsonAnswer(response.answer)
 
 
-async def _collect(context: ServerContext, chat: ChatJob, answer: ResponseAnswer) -> None:
-    async with aclosing(run(context, chat.job)) as steps:
+async def _collect(context: ServerContext, response: ResponseInProgress) -> None:
+    async with aclosing(run(context, response.job)) as steps:
         async for step in steps:
-            for _event in answer.take(step):
+            for _event in response.take(step):
                 pass
 
 
-async def stream_response(request: Request, context: ServerContext, chat: ChatJob, answer: ResponseAnswer) -> Response:
+async def stream_response(request: Request, context: ServerContext, response: ResponseInProgress) -> Response:
     """A stream of events, begun only once the engine has admitted the job and given its first output.
 
     Raises:
         ClientDisconnected: the client went before that.
         ShuteyeError: the engine refused the job.
     """
-    steps = run(context, chat.job)
+    steps = run(context, response.job)
     first = await until_disconnect(request.receive, first_of(steps))
-    return EventStream(_events(first, steps, answer), source=steps)
+    return EventStream(_events(first, steps, response), source=steps)
 
 
 async def _events(
-    first: PromptOutput, rest: AsyncGenerator[PromptOutput, None], answer: ResponseAnswer
+    first: PromptOutput, rest: AsyncGenerator[PromptOutput, None], response: ResponseInProgress
 ) -> AsyncGenerator[bytes, None]:
     numbers = itertools.count()
+    answer = response.answer
 
-    def frame(kind: str, fields: dict[str, Any]) -> bytes:
-        payload = encode_json({"type": kind, "sequence_number": next(numbers), **fields})
-        return b"event: " + kind.encode() + b"\ndata: " + payload + b"\n\n"
+    def frame(event: Event) -> bytes:
+        event.sequence_number = next(numbers)
+        return b"event: " + event.type.encode() + b"\ndata: " + encode_json(event) + b"\n\n"
 
-    yield frame("response.created", {"response": answer.body()})
-    yield frame("response.in_progress", {"response": answer.body()})
+    yield frame(ResponseEvent(type="response.created", response=answer))
+    yield frame(ResponseEvent(type="response.in_progress", response=answer))
     step: PromptOutput | None = first
     try:
         while step is not None:
-            for kind, fields in answer.take(step):
-                yield frame(kind, fields)
+            for event in response.take(step):
+                yield frame(event)
             step = await anext(rest, None)
     except ShuteyeError as error:
-        yield frame("response.failed", {"response": answer.body(error)})
+        response.fail(error.message)
     except Exception:
-        yield frame("response.failed", {"response": answer.body(InternalError(BUG))})
+        response.fail(InternalError(BUG).message)
+        yield frame(ResponseEvent(type="response.failed", response=answer))
         raise
-    else:
-        body = answer.body()
-        yield frame(f"response.{body['status']}", {"response": body})
+    yield frame(ResponseEvent(type=f"response.{answer.status}", response=answer))

@@ -5,6 +5,7 @@ Nothing is stored: what refers to earlier responses is refused.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -14,12 +15,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from shuteye.errors import InvalidRequest
 from shuteye.server.context import Context, ServerContext
 from shuteye.server.generation.answer import new_request_id
+from shuteye.server.generation.run import Job
 from shuteye.server.http.admission import ModelRoute, require_task
 from shuteye.server.http.errors import invalid_request
 from shuteye.server.openai.conversation import ChatBody, ChatJob, chat_job
 from shuteye.server.openai.fields import Many, one_message
-from shuteye.server.openai.response_events import ResponseAnswer, answer_response, stream_response
-from shuteye.tasks.generate.requests import SamplingParams
+from shuteye.server.openai.response_events import ResponseAnswer, ResponseInProgress, answer_response, stream_response
 
 HARMLESS = frozenset({"user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
 """Fields that change nothing in what is generated."""
@@ -283,11 +284,11 @@ async def responses(request: Request, body: ResponsesBody, context: Context) -> 
     require_task(context, "generate", request.url.path)
     model = context.served_name(body.model)
     chat = await _chat_job(context, body)
-    about = _about(body, model, chat.job.params)
-    answer = ResponseAnswer(chat, about, one_call=body.parallel_tool_calls is False)
+    answer = _unanswered(body, model, chat.job)
+    response = ResponseInProgress(chat, answer, one_call=body.parallel_tool_calls is False)
     if body.stream:
-        return await stream_response(request, context, chat, answer)
-    return await answer_response(request, context, chat, answer)
+        return await stream_response(request, context, response)
+    return await answer_response(request, context, response)
 
 
 async def _chat_job(context: ServerContext, body: ResponsesBody) -> ChatJob:
@@ -308,23 +309,21 @@ _PARAMS = {
 """Fields of the chat route, and what they are called here."""
 
 
-def _about(body: ResponsesBody, model: str, params: SamplingParams) -> dict[str, Any]:
-    """What a response repeats of its request."""
+def _unanswered(body: ResponsesBody, model: str, job: Job) -> ResponseAnswer:
+    """The response before anything is generated: what it repeats of its request."""
     given = body.model_dump(by_alias=True, exclude_none=True)
-    return {
-        "model": model,
-        "instructions": body.instructions,
-        "max_output_tokens": body.max_output_tokens,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "tools": given.get("tools", []),
-        "tool_choice": given.get("tool_choice", "auto"),
-        "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "text": given.get("text") or {"format": {"type": "text"}},
-        "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
-        "truncation": "disabled",
-        "previous_response_id": None,
-        "background": False,
-        "store": False,
-        "metadata": body.metadata or {},
-    }
+    return ResponseAnswer(
+        id=job.request_id,
+        created_at=int(time.time()),
+        model=model,
+        instructions=body.instructions,
+        max_output_tokens=body.max_output_tokens,
+        temperature=job.params.temperature,
+        top_p=job.params.top_p,
+        tools=given.get("tools", []),
+        tool_choice=given.get("tool_choice", "auto"),
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        text=given.get("text") or {"format": {"type": "text"}},
+        reasoning={"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+        metadata=body.metadata or {},
+    )

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response, UploadFile
+from msgspec import Struct
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from starlette.datastructures import FormData
 from starlette.requests import ClientDisconnect
@@ -20,9 +21,9 @@ from starlette.requests import ClientDisconnect
 from shuteye.audio import SAMPLE_BYTES, SAMPLE_RATE, decode
 from shuteye.errors import InvalidRequest
 from shuteye.server.context import Context, ServerContext
-from shuteye.server.generation.chunks import encode_json
 from shuteye.server.generation.run import first_of
 from shuteye.server.http.admission import ModelRoute, require_task
+from shuteye.server.http.answers import JsonAnswer, encode_json
 from shuteye.server.http.errors import ClientDisconnected, invalid_request
 from shuteye.server.http.events import EventStream, event, until_disconnect
 from shuteye.tasks.base import OutputKind
@@ -149,60 +150,101 @@ FORM_SCHEMA: Mapping[str, Any] = {
 # --- answers ------------------------------------------------------------------------------------
 
 
-def written(found: Transcription, response_format: ResponseFormat) -> dict[str, Any] | str:
-    """A finished transcript: an object for the formats in JSON, else the text of the whole answer."""
+class DurationUsage(Struct, kw_only=True):
+    """What the audio counts for: its length in whole seconds."""
+
+    type: Literal["duration"] = "duration"
+    seconds: int
+
+
+class TranscriptionAnswer(Struct):
+    """Answer of POST /v1/audio/transcriptions; `verbose_json` has more, the other formats are text."""
+
+    text: str
+    usage: DurationUsage
+
+
+class SegmentAnswer(Struct):
+    """A piece of the transcript, with times in seconds."""
+
+    id: int
+    seek: int
+    start: float
+    end: float
+    text: str
+    tokens: Sequence[int]
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+
+
+class VerboseAnswer(Struct, kw_only=True):
+    """The same with times, for `verbose_json`."""
+
+    task: Literal["transcribe"] = "transcribe"
+    language: str | None
+    duration: float
+    text: str
+    segments: list[SegmentAnswer]
+    usage: DurationUsage
+
+
+class TextDelta(Struct, tag_field="type", tag="transcript.text.delta"):
+    """New text of a stream."""
+
+    delta: str
+
+
+class TextDone(Struct, tag_field="type", tag="transcript.text.done"):
+    """The end of a stream: the whole text again."""
+
+    text: str
+    usage: DurationUsage
+
+
+def _answer(found: Transcription, response_format: ResponseFormat) -> Response:
+    """A finished transcript in the wanted format."""
     match response_format:
         case "json":
-            return {"text": found.text, "usage": usage(found)}
+            return JsonAnswer(TranscriptionAnswer(found.text, _usage(found)))
         case "verbose_json":
-            return _verbose(found)
+            segments = [_segment(each) for each in found.segments]
+            return JsonAnswer(
+                VerboseAnswer(
+                    language=found.language,
+                    duration=found.duration,
+                    text=found.text,
+                    segments=segments,
+                    usage=_usage(found),
+                )
+            )
         case "text":
-            return f"{found.text}\n"
+            text = f"{found.text}\n"
         case "srt":
-            return "".join(f"{index}\n{_cue(each, ',')}\n\n" for index, each in enumerate(found.segments, start=1))
+            text = "".join(f"{index}\n{_cue(each, ',')}\n\n" for index, each in enumerate(found.segments, start=1))
         case "vtt":
-            return "WEBVTT\n\n" + "".join(f"{_cue(each, '.')}\n\n" for each in found.segments)
+            text = "WEBVTT\n\n" + "".join(f"{_cue(each, '.')}\n\n" for each in found.segments)
+    return Response(text, media_type=MEDIA_TYPES[response_format])
 
 
-def usage(found: Transcription) -> dict[str, Any]:
-    """What the recording counts for: its length in whole seconds."""
-    return {"type": "duration", "seconds": math.ceil(found.duration)}
+def _usage(found: Transcription) -> DurationUsage:
+    return DurationUsage(seconds=math.ceil(found.duration))
 
 
-def delta_event(text: str) -> dict[str, Any]:
-    """New text of a stream."""
-    return {"type": "transcript.text.delta", "delta": text}
-
-
-def done_event(text: str, found: Transcription) -> dict[str, Any]:
-    """The end of a stream: the whole text again."""
-    return {"type": "transcript.text.done", "text": text, "usage": usage(found)}
-
-
-def _verbose(found: Transcription) -> dict[str, Any]:
-    return {
-        "task": "transcribe",
-        "language": found.language,
-        "duration": found.duration,
-        "text": found.text,
-        "segments": [_segment(each) for each in found.segments],
-        "usage": usage(found),
-    }
-
-
-def _segment(segment: TranscriptSegment) -> dict[str, Any]:
-    return {
-        "id": segment.id,
-        "seek": segment.seek,
-        "start": round(segment.start, 2),
-        "end": round(segment.end, 2),
-        "text": segment.text,
-        "tokens": list(segment.token_ids),
-        "temperature": segment.temperature,
-        "avg_logprob": segment.avg_logprob,
-        "compression_ratio": segment.compression_ratio,
-        "no_speech_prob": segment.no_speech_prob,
-    }
+def _segment(segment: TranscriptSegment) -> SegmentAnswer:
+    return SegmentAnswer(
+        id=segment.id,
+        seek=segment.seek,
+        start=round(segment.start, 2),
+        end=round(segment.end, 2),
+        text=segment.text,
+        tokens=segment.token_ids,
+        temperature=segment.temperature,
+        avg_logprob=segment.avg_logprob,
+        compression_ratio=segment.compression_ratio,
+        no_speech_prob=segment.no_speech_prob,
+    )
 
 
 def _cue(segment: TranscriptSegment, point: str) -> str:
@@ -247,9 +289,7 @@ async def transcriptions(request: Request, context: Context) -> Response:
         first = await until_disconnect(request.receive, first_of(steps))
         return EventStream(_events(first, steps), source=steps, with_done=True)
     found = await until_disconnect(request.receive, _last(_run(context, job, "final_only")))
-    answer = written(found, form.response_format)
-    content = answer.encode() if isinstance(answer, str) else encode_json(answer)
-    return Response(content, media_type=MEDIA_TYPES[form.response_format])
+    return _answer(found, form.response_format)
 
 
 async def _read_form(request: Request) -> TranscriptionForm:
@@ -318,7 +358,7 @@ async def _events(first: Transcription, rest: AsyncGenerator[Transcription, None
     while output is not None:
         if output.text:
             texts.append(output.text)
-            yield event(encode_json(delta_event(output.text)))
+            yield event(encode_json(TextDelta(output.text)))
         if output.finished:
-            yield event(encode_json(done_event("".join(texts), output)))
+            yield event(encode_json(TextDone("".join(texts), _usage(output))))
         output = await anext(rest, None)
