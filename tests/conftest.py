@@ -1,7 +1,9 @@
 """Fixtures of the whole suite: a tiny checkpoint for most tests, the real one for those marked `model`."""
 
+import copy
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -148,18 +150,40 @@ def smollm2_options(smollm2):
 
 
 @pytest.fixture(scope="session")
-def smollm2_reference(smollm2):
+def gguf_read_once():
+    """Within `gguf_read_once()`, transformers parses a GGUF file once: seconds for the real one, at every load."""
+    import gguf
+
+    read = functools.cache(gguf.GGUFReader)
+
+    @contextmanager
+    def reading():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gguf, "GGUFReader", read)
+            yield
+
+    return reading
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2, gguf_read_once):
     """The real model as transformers loads and runs it by itself, once per dtype."""
 
     @functools.cache
     def load(dtype):
         from transformers import AutoModelForCausalLM, GgufConfig
 
-        return AutoModelForCausalLM.from_pretrained(
-            smollm2.path.parent,
-            gguf_file=smollm2.path.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=dtype,
-        ).eval()
+        if dtype == torch.float32:
+            with gguf_read_once():
+                return AutoModelForCausalLM.from_pretrained(
+                    smollm2.path.parent,
+                    gguf_file=smollm2.path.name,
+                    quantization_config=GgufConfig(dequantize=True),
+                    dtype=dtype,
+                ).eval()
+        model = copy.deepcopy(load(torch.float32))  # what loading in `dtype` gives, without dequantizing again
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model
 
     return load

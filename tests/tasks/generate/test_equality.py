@@ -32,8 +32,8 @@ def prompts(llm):
 
 
 @pytest.fixture(scope="module")
-def reference(smollm2_reference, prompts):
-    """What transformers generates, one prompt at a time."""
+def transformers_answers(smollm2_reference, prompts):
+    """What transformers generates in float32, one prompt at a time: tokens, and the logits of the first."""
     model = smollm2_reference(torch.float32)
     answers = []
     for prompt in prompts:
@@ -44,9 +44,16 @@ def reference(smollm2_reference, prompts):
             eos_token_id=None,
             do_sample=False,
             pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
-        answers.append(tuple(generated[0, len(prompt) :].tolist()))
+        answers.append((tuple(generated.sequences[0, len(prompt) :].tolist()), generated.logits[0][0]))
     return answers
+
+
+@pytest.fixture(scope="module")
+def reference(transformers_answers):
+    return [tokens for tokens, _logits in transformers_answers]
 
 
 def tokens_of(outputs):
@@ -81,23 +88,22 @@ def test_without_a_prefix_cache_in_small_chunks(smollm2_options, prompts, refere
         assert all(output.num_cached_tokens == 0 for output in llm.generate(prompts[:3], GREEDY))
 
 
-def test_bfloat16_logprobs_agree_within_rounding(smollm2_options, smollm2_reference, prompts):
+def test_bfloat16_logprobs_agree_within_rounding(smollm2_options, smollm2_reference, transformers_answers, prompts):
     """The next-token distribution of every prompt, against transformers at the same precision.
 
     Two bfloat16 computations differ by rounding: the bound is how far transformers' own bfloat16 is from float32.
     """
-    short = [prompt for prompt in prompts if len(prompt) <= 400]
-    exact, rounded = smollm2_reference(torch.float32), smollm2_reference(torch.bfloat16)
+    exact = [logits.log_softmax(-1) for _tokens, logits in transformers_answers]
+    short = [(prompt, logprobs) for prompt, logprobs in zip(prompts, exact, strict=True) if len(prompt) <= 400]
+    model = smollm2_reference(torch.bfloat16)
     params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=20, ignore_eos=True)
     with LLM(**smollm2_options, dtype="bfloat16", max_model_len=2048, kv_cache_memory=128 << 20) as llm:
-        ours = llm.generate(short, params)
-    for prompt, output in zip(short, ours, strict=True):
+        ours = llm.generate([prompt for prompt, _logprobs in short], params)
+    for (prompt, expected), output in zip(short, ours, strict=True):
         reported = output.outputs[0].logprobs[0]
         ids = torch.tensor(list(reported))
         found = torch.tensor([entry.logprob for entry in reported.values()])
         with torch.inference_mode():
-            expected, bound = (
-                model(torch.tensor([prompt])).logits[0, -1].float().log_softmax(-1)[ids] for model in (exact, rounded)
-            )
-        allowed = 2.0 * (bound - expected).abs().max() + 0.02
-        assert (found - bound).abs().max() <= allowed, len(prompt)
+            rounded = model(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1].float().log_softmax(-1)[ids]
+        allowed = 2.0 * (rounded - expected[ids]).abs().max() + 0.02
+        assert (found - rounded).abs().max() <= allowed, len(prompt)
