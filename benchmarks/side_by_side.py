@@ -4,6 +4,7 @@ The engine that is not asked is idle; one that spins while idle spoils the other
 
     python benchmarks/side_by_side.py shuteye shuteye-plain     what does sleep mode cost while awake?
     python benchmarks/side_by_side.py shuteye vllm --pause 0.5
+    SHUTEYE_BEFORE=../before python benchmarks/side_by_side.py shuteye shuteye-before      what did a change cost?
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from checkpoints import LOGS, MODELS, prepare
 from peers import ENGINES
 from peers.base import Burst, Engine, EngineFailure
 from peers.process import ending_engines
+from peers.shuteye import Shuteye, before
 from prompts import Prompts
 from report import machine
 from rounds import ASK_TIMEOUT_S, PROMPT_TOKENS
 
 NEW_TOKENS = 64
+CHOICES = ENGINES | {"shuteye-before": before}
 
 
 def main() -> None:
     arguments = parse()
     checkpoint = prepare(arguments.model)
     names = (arguments.first, arguments.second)
-    engines = [ENGINES[name](checkpoint, arguments.logs / name) for name in names]
+    engines = [CHOICES[name](checkpoint, arguments.logs / name) for name in names]
     for engine in engines:
         if missing := engine.missing():
             sys.exit(missing)
@@ -41,7 +44,7 @@ def main() -> None:
         for engine in engines:
             engine.start(prompts.write(32))
         print(f"{arguments.first} and {arguments.second}, {arguments.model}, {arguments.rounds} pairs; {machine()}")
-        for title, measure in measures().items():
+        for title, measure in measures(sleep_too=all(isinstance(engine, Shuteye) for engine in engines)).items():
             show(title, pairs(engines, prompts, measure, arguments))
     except EngineFailure as failure:
         sys.exit(str(failure))
@@ -50,7 +53,7 @@ def main() -> None:
             engine.stop()
 
 
-def measures() -> dict[str, Callable[[Engine, Prompts], float]]:
+def measures(*, sleep_too: bool) -> dict[str, Callable[[Engine, Prompts], float]]:
     """What is asked → a figure of which more is better."""
 
     def ask(engine: Engine, prompts: Prompts, streams: int, length: int, new_tokens: int) -> Burst:
@@ -62,8 +65,22 @@ def measures() -> dict[str, Callable[[Engine, Prompts], float]]:
     def decode(streams: int) -> Callable[[Engine, Prompts], float]:
         return lambda engine, prompts: ask(engine, prompts, streams, PROMPT_TOKENS, NEW_TOKENS).decode_rate
 
+    def sleep(engine: Engine, prompts: Prompts) -> float:
+        seconds = engine.sleep()
+        first_token(32)(engine, prompts)
+        return 1 / seconds
+
+    def wake(engine: Engine, prompts: Prompts) -> float:
+        engine.sleep()
+        return first_token(32)(engine, prompts)
+
     firsts = {f"first tokens of {length}-token prompts, 1/s": first_token(length) for length in (32, 512, 2048)}
-    return firsts | {f"decode, {streams} streams, tok/s": decode(streams) for streams in (1, 8, 16)}
+    naps = {"sleep calls, 1/s": sleep, "first tokens of 32-token prompts after a sleep, 1/s": wake}
+    return (
+        (naps if sleep_too else {})
+        | firsts
+        | {f"decode, {streams} streams, tok/s": decode(streams) for streams in (1, 8, 16)}
+    )
 
 
 def pairs(
@@ -91,8 +108,8 @@ def show(title: str, found: list[tuple[float, float]]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("first", choices=sorted(ENGINES))
-    parser.add_argument("second", choices=sorted(ENGINES))
+    parser.add_argument("first", choices=sorted(CHOICES))
+    parser.add_argument("second", choices=sorted(CHOICES))
     parser.add_argument("--model", choices=MODELS, default="smollm2", help="default smollm2")
     parser.add_argument("--rounds", type=int, default=12, help="pairs of each measure; default 12")
     parser.add_argument(

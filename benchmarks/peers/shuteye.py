@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,16 +11,28 @@ from peers.base import CONTEXT, KV_BYTES
 from peers.http_engine import HttpEngine
 from shuteye import __version__
 
+BEFORE = "SHUTEYE_BEFORE"
+"""Names another checkout, whose native library has been built: what `shuteye-before` serves with."""
+
 
 class Shuteye(HttpEngine):
-    """`shuteye serve`; a request to a sleeping model wakes it, as with the peers."""
+    """`shuteye serve`; a request to a sleeping model wakes it, as with the peers.
 
-    def __init__(self, checkpoint: Checkpoint, logs: Path, *, sleep_mode: bool = True) -> None:
+    Args:
+        source: the `src` of another checkout.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, logs: Path, *, sleep_mode: bool = True, source: Path | None = None
+    ) -> None:
         super().__init__(checkpoint, logs)
         self._sleep_mode = sleep_mode
+        self._source = source
         self.sleeps = "POST /sleep, level 1" if sleep_mode else None
 
     def missing(self) -> str | None:
+        if self._source is not None and not (self._source / "shuteye").is_dir():
+            return f"{self._source} has no package shuteye; set {BEFORE} to the other checkout."
         return None
 
     def version(self) -> str:
@@ -28,7 +41,9 @@ class Shuteye(HttpEngine):
     def arguments(self) -> list[str]:
         flags = ["--dtype", "bfloat16", "--max-model-len", str(CONTEXT), "--kv-cache-memory", f"{KV_BYTES >> 20}MiB"]
         sleeping = ["--enable-sleep-mode", "--dev-mode", "--on-sleeping-request", "wake"] if self._sleep_mode else []
+        path = [] if self._source is None else ["env", f"PYTHONPATH={self._source}"]
         return [
+            *path,
             sys.executable,
             "-m",
             "shuteye",
@@ -51,3 +66,8 @@ class Shuteye(HttpEngine):
 
     def sleep(self) -> float:
         return self.timed_call("/sleep?level=1")
+
+
+def before(checkpoint: Checkpoint, logs: Path) -> Shuteye:
+    """shuteye as another checkout has it, to compare two of them: `side_by_side.py shuteye shuteye-before`."""
+    return Shuteye(checkpoint, logs, source=Path(os.environ.get(BEFORE, ".")).resolve() / "src")
