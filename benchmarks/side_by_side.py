@@ -75,9 +75,9 @@ def measures(*, sleep_too: bool) -> dict[str, Callable[[Engine, Prompts], float]
         engine.sleep()
         return first_token(32)(engine, prompts)
 
-    found = (
-        {"sleep calls, 1/s": sleep, "first tokens of 32-token prompts after a sleep, 1/s": wake} if sleep_too else {}
-    )
+    found: dict[str, Callable[[Engine, Prompts], float]] = {}
+    if sleep_too:
+        found = {"sleep calls, 1/s": sleep, "first tokens of 32-token prompts after a sleep, 1/s": wake}
     found |= {f"first tokens of {length}-token prompts, 1/s": first_token(length) for length in (32, 512, 2048)}
     return found | {f"decode, {streams} streams, tok/s": decode(streams) for streams in (1, 8, 16)}
 

@@ -221,8 +221,7 @@ def test_markers_that_are_special_tokens_are_seen_and_forced_as_such(chat):
     tokenizer = byte_tokenizer()
     tokenizer._backend.add_special_tokens(["<tool_call>", "</tool_call>"])
     special = type(tokenizer)(tokenizer._backend, chat_templates={"default": NATIVE})
-    from shuteye.server.openai.messages import Tool
-    from shuteye.server.openai.tool_calls import forced_call
+    from shuteye.server.openai.tools import Tool, forced_call
     from shuteye.server.parsing.parser import ReadingPlan
 
     assert ReadingPlan(tools="hermes").needs_special_tokens(special)

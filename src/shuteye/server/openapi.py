@@ -1,6 +1,6 @@
 """The OpenAPI document: FastAPI's, with the answers, errors and keys that routes really have.
 
-Knows nothing of engines. A route that is not listed here keeps what FastAPI says of its answer.
+A route that is not listed here keeps what FastAPI says of its answer.
 """
 
 from __future__ import annotations

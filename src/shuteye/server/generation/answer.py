@@ -163,7 +163,7 @@ async def answer_whole(
 
 
 def _best_of(job: Job, transcripts: Mapping[int, ChoiceAccumulator]) -> list[ChoiceAccumulator]:
-    """The wanted choices in order of prompts; where only the best are, the likeliest per token come first."""
+    """The wanted choices in order of prompts; where only the best are, by their mean log-probability."""
     ordered = [transcripts[index] for index in sorted(transcripts)]
     if job.best is None:
         return ordered

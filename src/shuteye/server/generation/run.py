@@ -1,6 +1,6 @@
 """Runs one HTTP request's prompts on the engine and merges their outputs, timed.
 
-Knows nothing of OpenAI's shapes, nor of how a client is answered.
+Knows nothing of OpenAI's API, nor of how a client is answered.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from shuteye.errors import PromptTooLong
 from shuteye.frontend.mailbox import Backlog
 from shuteye.server.context import ServerContext
 from shuteye.tasks.generate.requests import RequestOutput, SamplingParams
@@ -43,7 +42,7 @@ class Job:
     `run` tells two HTTP requests apart that carry the same X-Request-Id.
 
     Attributes:
-        best: how many of each prompt's `params.n` completions are wanted, the likeliest; None means all.
+        best: how many of each prompt's `params.n` completions are wanted, by mean log-probability; None means all.
         echoes_only: what is generated, a single token, is not wanted.
     """
 
@@ -53,23 +52,6 @@ class Job:
     best: int | None = None
     echoes_only: bool = False
     run: str = field(default_factory=lambda: f"{next(_RUNS):x}")
-
-
-def require_room(num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> None:
-    """Refuse what the context can never hold.
-
-    Raises:
-        PromptTooLong: says how many tokens there are, were asked for, and fit.
-    """
-    wanted = num_prompt_tokens + (1 if max_tokens is None else max_tokens)
-    if wanted <= max_model_len:
-        return
-    asked = "" if max_tokens is None else f" and {max_tokens} were asked for"
-    raise PromptTooLong(
-        f"The context is {max_model_len} tokens, but the prompt has {num_prompt_tokens}{asked}. "
-        "Shorten the prompt or lower max_tokens.",
-        param="max_tokens" if num_prompt_tokens < max_model_len else "prompt",
-    )
 
 
 def run(context: ServerContext, job: Job) -> AsyncGenerator[PromptOutput, None]:
@@ -138,7 +120,7 @@ async def _pump(
 
 
 async def first_of(steps: AsyncGenerator[T, None]) -> T:
-    """The first step, which comes before any byte is sent, so that errors of admission can be told by a status."""
+    """The first step, which comes before any byte is sent, so that errors of admission have a status."""
     try:
         return await anext(steps)
     except StopAsyncIteration:

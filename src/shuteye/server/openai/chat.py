@@ -1,19 +1,18 @@
-"""POST /v1/chat/completions: OpenAI's request, answer and chunks, with vLLM's additions.
-
-Knows nothing of how tokens are made.
-"""
+"""POST /v1/chat/completions: OpenAI's request, what it asks of the engine, answer and chunks, with vLLM's additions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from uuid import uuid4
 
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, Struct, UnsetType
+from pydantic import Field, field_validator, model_validator
 
-from shuteye.server.context import Context
+from shuteye.errors import InvalidRequest
+from shuteye.server.context import Context, ServerContext
 from shuteye.server.generation.answer import (
     ChoiceAccumulator,
     ResponseWriter,
@@ -22,28 +21,172 @@ from shuteye.server.generation.answer import (
     answer_whole,
     new_request_id,
 )
-from shuteye.server.http.admission import ModelRoute, require_task
-from shuteye.server.openai.conversation import ChatBody, ChatJob, chat_job
+from shuteye.server.generation.run import Job, Prompt
+from shuteye.server.http.admission import ModelRoute, require_prompt_tokens, require_sequences, require_task
+from shuteye.server.openai.fields import GenerationBody, Many, one_message
 from shuteye.server.openai.logprobs import ChatLogprobs, PromptLogprobs, TokenNames, chat_logprobs, prompt_logprobs
-from shuteye.server.openai.messages import NamedToolChoice
-from shuteye.server.parsing.parser import ReadingPlan
+from shuteye.server.openai.prompts import Message, encode, render_chat, require_room, require_tokens
+from shuteye.server.openai.tools import (
+    CalledFunctionAnswer,
+    FunctionDelta,
+    NamedToolChoice,
+    Tool,
+    ToolCallAnswer,
+    ToolCallDelta,
+    ToolChoice,
+    available_tools,
+    forced_call,
+    required_tools,
+)
+from shuteye.server.parsing.parser import END, ReadingPlan, begins_inside
 from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, OutputParser, Piece, Reasoning
-from shuteye.tasks.generate.requests import CompletionOutput, FinishReason, Logprob
+from shuteye.server.parsing.tool_formats import ToolFormat, format_of
+from shuteye.tasks.generate.requests import CompletionOutput, FinishReason, SamplingParams
+from shuteye.tokenizer import Tokenizer
+
+CHOICES = "'none', 'auto', 'required' or a function's name in an object"
 
 
-class CalledFunctionAnswer(Struct):
-    """What the model calls, with arguments as JSON text."""
+class ChatBody(GenerationBody):
+    """The request, with vLLM's extra fields."""
 
-    name: str
-    arguments: str
+    messages: Many[Message] = Field(min_length=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    tools: Many[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    reasoning_effort: str | None = None
+    documents: Many[dict[str, str]] | None = None
+    echo: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    _choice_message = field_validator("tool_choice", mode="wrap")(one_message(CHOICES))
+
+    @model_validator(mode="after")
+    def _check_chat_fields_that_go_together(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs is only allowed when logprobs is true.", param="top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt cannot both be true.", param="continue_final_message"
+            )
+        if self.tools and self.tool_choice != "none" and self.structure is not None:
+            raise InvalidRequest(
+                "The output's structure cannot be given together with tools that may be called; "
+                "send tool_choice 'none', or no tools.",
+                param="tools",
+            )
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """`max_completion_tokens`, or its older name `max_tokens`; None means what is left of the context.
+
+        Raises:
+            InvalidRequest: both are given and differ.
+        """
+        limits = {limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None}
+        if len(limits) > 1:
+            raise InvalidRequest(
+                f"max_tokens ({self.max_tokens}) and max_completion_tokens ({self.max_completion_tokens}) mean the "
+                "same and differ; send one of them.",
+                param="max_completion_tokens",
+            )
+        return next(iter(limits), None)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives per token to report; None reports nothing."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class ToolCallAnswer(Struct):
-    """A call that the model made."""
+# --- from a body to the engine's work -----------------------------------------------------------
 
-    id: str
-    type: Literal["function"]
-    function: CalledFunctionAnswer
+
+async def chat_job(context: ServerContext, request_id: str, body: ChatBody) -> tuple[Job, ReadingPlan]:
+    """What one conversation asks of the engine, and how the answers are read.
+
+    Raises:
+        InvalidRequest: a field is wrong, or asks for what this model cannot do; `param` names it.
+    """
+    info, tokenizer, config = context.engine.info, context.engine.tokenizer, context.config
+    # the prompt
+    tools = available_tools(body.tools, body.tool_choice)
+    text = await render_chat(
+        tokenizer,
+        body.messages,
+        add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+        template_kwargs=_template_kwargs(body, tokenizer),
+        tools=tools,
+        continue_final_message=body.continue_final_message is True,
+    )
+    token_ids = await encode(tokenizer, text, add_special_tokens=body.add_special_tokens is True)
+    require_tokens(token_ids, param="messages")
+    limit, n = body.token_limit, body.n or 1
+    kept = body.truncated(token_ids, room=info.max_model_len - (limit or 1))
+    require_room(len(kept), limit, info.max_model_len)
+    require_sequences(config, n, param="n")
+    require_prompt_tokens(len(kept) * n, param="n")
+    # how the answers are read
+    tool_format: ToolFormat | None = None
+    if tools:
+        template = tokenizer.template_source(with_tools=True)
+        tool_format = config.tool_call_parser if config.tool_call_parser != "auto" else format_of(template)
+    reasons = config.reasoning_parser != "none"
+    reading = ReadingPlan(tool_format, reasons, reasons and begins_inside(config.reasoning_parser, text))
+    # how tokens are chosen
+    params = body.sampling_params(info.default_sampling, max_tokens=limit, logprobs=body.num_logprobs)
+    if required := required_tools(tools, body.tool_choice):
+        assert tool_format is not None
+        several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedToolChoice)
+        params = replace(params, structured_outputs=forced_call(required, tool_format, tokenizer, several=several))
+    if reading.needs_special_tokens(tokenizer):
+        params = replace(params, skip_special_tokens=False)
+    if reasons and not text.rstrip().endswith(END):
+        params = _after_reasoning(params, tokenizer)
+    return Job(request_id, (Prompt(kept),), params), reading
+
+
+def _template_kwargs(body: ChatBody, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the template gets beside the messages; a field that it would not look at is refused."""
+    kwargs = dict(body.chat_template_kwargs or {})
+    given = {"documents": body.documents or None, "reasoning_effort": body.reasoning_effort}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if tokenizer.template_reads(name):
+            kwargs[name] = value
+        elif value != "none":
+            raise InvalidRequest(
+                f"'{name}' is not supported with this model: its chat template has no place for it.", param=name
+            )
+        elif tokenizer.template_reads("enable_thinking"):
+            kwargs.setdefault("enable_thinking", False)
+    return kwargs
+
+
+def _after_reasoning(params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
+    """A structure, if there is one, holds for what follows the reasoning."""
+    structure = params.structured_outputs
+    if structure is None:
+        return params
+    end = tokenizer.token_to_id(END)
+    if end is None:
+        raise InvalidRequest(
+            f"{structure.param} is not supported together with reasoning here: {END} is no token of this model.",
+            param=structure.param,
+        )
+    return replace(params, structured_outputs=replace(structure, starts_after=end))
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+ChatFinishReason = FinishReason | Literal["tool_calls"]
 
 
 class ChatMessageAnswer(Struct, kw_only=True):
@@ -62,7 +205,7 @@ class ChatChoiceAnswer(Struct):
     index: int
     message: ChatMessageAnswer
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | Literal["tool_calls"] | None
+    finish_reason: ChatFinishReason | None
     stop_reason: str | int | None
     token_ids: Sequence[int] | UnsetType = UNSET
 
@@ -80,24 +223,8 @@ class ChatAnswer(Struct, kw_only=True):
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
-class FunctionDelta(Struct, omit_defaults=True, kw_only=True):
-    """More of a call; the name stands in its first delta alone."""
-
-    name: str | None = None
-    arguments: str
-
-
-class ToolCallDelta(Struct, omit_defaults=True, kw_only=True):
-    """One entry of a streamed `tool_calls`; id and type stand in a call's first alone."""
-
-    index: int
-    id: str | None = None
-    type: Literal["function"] | None = None
-    function: FunctionDelta
-
-
 class ChatDelta(Struct, omit_defaults=True):
-    """What is new of a message; what is not there is not told."""
+    """What is new of a message; fields without news are left out."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -111,7 +238,7 @@ class ChatChunkChoice(Struct):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | Literal["tool_calls"] | None
+    finish_reason: ChatFinishReason | None
     token_ids: Sequence[int] | UnsetType = UNSET
     stop_reason: str | int | UnsetType | None = UNSET
 
@@ -193,10 +320,13 @@ class ChatWriter(ResponseWriter):
                 )
                 for call in said.tool_calls
             ]
+        logprobs = None
+        if self.num_top is not None:
+            logprobs = chat_logprobs(self.names, transcript.token_ids, transcript.logprobs, num_top=self.num_top)
         return ChatChoiceAnswer(
             index,
             message,
-            self._logprobs(transcript.token_ids, transcript.logprobs),
+            logprobs,
             self._finish_reason(transcript.finish_reason, has_calls=bool(said.tool_calls)),
             transcript.stop_reason,
             transcript.token_ids if self.shows_token_ids else UNSET,
@@ -209,7 +339,9 @@ class ChatWriter(ResponseWriter):
     def delta(self, index: int, delta: CompletionOutput) -> ChatChunkChoice | None:
         """What is new of a choice; the chunk that ends it may have no text, and there may be nothing to tell yet."""
         said, finish_reason = self._new(index, delta)
-        logprobs = None if self.num_top is None else self._logprobs(delta.token_ids, delta.logprobs or ())
+        logprobs = None
+        if self.num_top is not None:
+            logprobs = chat_logprobs(self.names, delta.token_ids, delta.logprobs or (), num_top=self.num_top)
         choice = ChatChunkChoice(index, said, logprobs, finish_reason)
         if self.shows_token_ids:
             choice.token_ids = delta.token_ids
@@ -219,9 +351,7 @@ class ChatWriter(ResponseWriter):
             return None
         return choice
 
-    def _new(
-        self, index: int, delta: CompletionOutput
-    ) -> tuple[ChatDelta, FinishReason | Literal["tool_calls"] | None]:
+    def _new(self, index: int, delta: CompletionOutput) -> tuple[ChatDelta, ChatFinishReason | None]:
         if self.reading.is_plain:
             return ChatDelta(None, delta.text if delta.text or delta.token_ids else None), delta.finish_reason
         choice = self._choices.setdefault(index, _Choice(self.reading.reader()))
@@ -252,16 +382,11 @@ class ChatWriter(ResponseWriter):
             said.tool_calls = list(calls.values())
         return said
 
-    def _finish_reason(
-        self, reason: FinishReason | None, *, has_calls: bool
-    ) -> FinishReason | Literal["tool_calls"] | None:
+    def _finish_reason(self, reason: FinishReason | None, *, has_calls: bool) -> ChatFinishReason | None:
         return "tool_calls" if reason == "stop" and has_calls and not self.named_call else reason
 
-    def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]]) -> ChatLogprobs | None:
-        if self.num_top is None:
-            return None
-        return chat_logprobs(self.names, token_ids, logprobs, num_top=self.num_top)
 
+# --- the route ----------------------------------------------------------------------------------
 
 router = APIRouter(route_class=ModelRoute)
 
@@ -271,22 +396,26 @@ async def chat_completions(request: Request, body: ChatBody, context: Context) -
     """Answers a conversation, whole or streamed."""
     require_task(context, "generate", request.url.path)
     model = context.served_name(body.model)
-    chat = await chat_job(context, new_request_id("chatcmpl"), body)
-    writer = _writer(body, chat, names=TokenNames(context.engine.tokenizer, body.return_tokens_as_token_ids is True))
-    if body.stream:
-        return await answer_stream(request, context, chat.job, writer=writer, model=model, usage_in=body.usage_in)
-    return await answer_whole(request, context, chat.job, writer=writer, model=model)
-
-
-def _writer(body: ChatBody, chat: ChatJob, *, names: TokenNames) -> ChatWriter:
-    return ChatWriter(
-        names=names,
+    job, reading = await chat_job(context, new_request_id("chatcmpl"), body)
+    writer = ChatWriter(
+        prompts=job.prompts,
+        shows_token_ids=body.return_token_ids is True,
+        names=TokenNames(context.engine.tokenizer, body.return_tokens_as_token_ids is True),
         num_top=body.num_logprobs,
-        reading=chat.reading,
-        echo=chat.echo,
+        reading=reading,
+        echo=_echo(body),
         named_call=isinstance(body.tool_choice, NamedToolChoice),
         one_call=body.parallel_tool_calls is False,
         show_reasoning=body.include_reasoning is not False,
-        prompts=chat.job.prompts,
-        shows_token_ids=body.return_token_ids is True,
     )
+    if body.stream:
+        return await answer_stream(request, context, job, writer=writer, model=model, usage_in=body.usage_in)
+    return await answer_whole(request, context, job, writer=writer, model=model)
+
+
+def _echo(body: ChatBody) -> str:
+    """The final message's text, if the answer continues it and the caller wants to see it."""
+    final = body.messages[-1]
+    if not body.echo or final.role != "assistant":
+        return ""
+    return final.content if isinstance(final.content, str) else "\n".join(part.text for part in final.content)

@@ -1,7 +1,4 @@
-"""POST /v1/completions: OpenAI's request, answer and chunks, with vLLM's additions.
-
-Knows nothing of how tokens are made.
-"""
+"""POST /v1/completions: OpenAI's request, what it asks of the engine, answer and chunks, with vLLM's additions."""
 
 from __future__ import annotations
 
@@ -23,11 +20,11 @@ from shuteye.server.generation.answer import (
     answer_whole,
     new_request_id,
 )
-from shuteye.server.generation.run import Job, Prompt, require_room
+from shuteye.server.generation.run import Job, Prompt
 from shuteye.server.http.admission import ModelRoute, require_prompt_tokens, require_sequences, require_task
 from shuteye.server.openai.fields import GenerationBody, Many, one_message
 from shuteye.server.openai.logprobs import CompletionLogprobs, PromptLogprobs, TextOffset, TokenNames, prompt_logprobs
-from shuteye.server.openai.prompts import prompt_of, truncation_of
+from shuteye.server.openai.prompts import encode, require_known, require_room, require_tokens
 from shuteye.tasks.generate.requests import MAX_LOGPROBS, CompletionOutput, FinishReason, Logprob, SamplingParams
 from shuteye.tokenizer import LONG_TEXT
 
@@ -194,9 +191,8 @@ class CompletionWriter(ResponseWriter):
             return self._offsets.setdefault(index, TextOffset(self.names)).logprobs(token_ids, logprobs)
         self._offsets[index] = TextOffset(self.names)
         prompt = self._prompt(index).token_ids
-        known = self.prompt_logprobs.get(
-            index // self.num_choices, [None] * len(prompt)
-        )  # none, if aborted before it was computed
+        # nothing is known of a prompt that was aborted before it was computed
+        known = self.prompt_logprobs.get(index // self.num_choices, [None] * len(prompt))
         return self._offsets[index].logprobs([*prompt, *token_ids], [*known, *logprobs])
 
 
@@ -233,7 +229,8 @@ async def _job(body: CompletionBody, context: ServerContext) -> Job:
     n = max(body.n or 1, body.best_of or 1)
     given = body.prompts
     require_sequences(context.config, len(given) * n, param="n" if len(given) == 1 else "prompt")
-    prompts = await _prompts(body, given, context)
+    many = sum(map(len, given)) > LONG_TEXT
+    prompts = tuple([await _prompt(body, context, each, one_of_many=many) for each in given])
     require_prompt_tokens(sum(len(prompt.token_ids) for prompt in prompts) * n, param="prompt")
     longest = max(len(prompt.token_ids) for prompt in prompts)
     max_tokens = 1 if body.echoes_only else body.max_tokens
@@ -254,24 +251,17 @@ def _ranked(body: CompletionBody, params: SamplingParams) -> tuple[SamplingParam
     return replace(params, n=body.best_of, logprobs=params.logprobs or 0), params.n
 
 
-async def _prompts(
-    body: CompletionBody, given: Sequence[str | list[int]], context: ServerContext
-) -> tuple[Prompt, ...]:
-    truncation = truncation_of(
-        body, max_model_len=context.engine.info.max_model_len, max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS
-    )
-    many = sum(map(len, given)) > LONG_TEXT
-    return tuple(
-        [
-            await prompt_of(
-                context.engine.tokenizer,
-                prompt,
-                vocab_size=context.engine.info.vocab_size,
-                add_special_tokens=body.add_special_tokens is not False,
-                want_text=body.echo is True,
-                truncation=truncation,
-                one_of_many=many,
-            )
-            for prompt in given
-        ]
-    )
+async def _prompt(body: CompletionBody, context: ServerContext, given: str | list[int], *, one_of_many: bool) -> Prompt:
+    """A prompt as the engine takes it; if it is echoed, one that came as ids, or was cut, is decoded."""
+    info, tokenizer = context.engine.info, context.engine.tokenizer
+    if isinstance(given, str):
+        special = body.add_special_tokens is not False
+        token_ids = await encode(tokenizer, given, add_special_tokens=special, one_of_many=one_of_many)
+        require_tokens(token_ids)
+    else:
+        require_known(given, info.vocab_size, param="prompt")
+        token_ids = given
+    kept = body.truncated(token_ids, room=info.max_model_len - (body.max_tokens or DEFAULT_MAX_TOKENS))
+    if isinstance(given, str) and kept is token_ids:
+        return Prompt(kept, given)
+    return Prompt(kept, tokenizer.decode(kept, skip_special_tokens=False) if body.echo else None)

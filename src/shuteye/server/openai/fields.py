@@ -8,7 +8,7 @@ is compiled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -280,6 +280,12 @@ class GenerationBody(StructureFields):
                 "tokens are shown as the tokenizer decodes them.",
                 param="spaces_between_special_tokens",
             )
+        if self.truncation_side is not None and self.truncate_prompt_tokens is None:
+            raise InvalidRequest("truncation_side requires truncate_prompt_tokens.", param="truncation_side")
+        if self.truncate_prompt_tokens == 0:
+            raise InvalidRequest(
+                "truncate_prompt_tokens must be -1 or at least 1, got 0.", param="truncate_prompt_tokens"
+            )
         return self
 
     @property
@@ -289,6 +295,13 @@ class GenerationBody(StructureFields):
         if options is None or not options.include_usage:
             return "no chunk"
         return "every chunk" if options.continuous_usage_stats else "last chunk"
+
+    def truncated(self, token_ids: Sequence[int], *, room: int) -> Sequence[int]:
+        """At most `truncate_prompt_tokens` tokens of a prompt; -1 keeps as many as there is `room` for."""
+        kept = max(1, room) if self.truncate_prompt_tokens == -1 else self.truncate_prompt_tokens
+        if kept is None or len(token_ids) <= kept:
+            return token_ids
+        return token_ids[:kept] if self.truncation_side == "right" else token_ids[len(token_ids) - kept :]
 
     def sampling_params(
         self, defaults: Mapping[str, float], *, max_tokens: int | None, logprobs: int | None

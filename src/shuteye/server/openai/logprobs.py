@@ -70,7 +70,7 @@ class TopLogprob(Struct):
 
 
 class ChatLogprob(Struct):
-    """A token, and the likeliest ones in its place."""
+    """A token, and the top k in its place."""
 
     token: str
     logprob: float
@@ -92,12 +92,12 @@ def chat_logprobs(
     content = []
     for token_id, position in zip(token_ids, logprobs, strict=True):
         ranked = sorted(position.items(), key=lambda item: item[1].rank)
-        top = [TopLogprob(*_told(names, other, found)) for other, found in ranked[:num_top]]
-        content.append(ChatLogprob(*_told(names, token_id, position[token_id]), top))
+        top_k = [TopLogprob(*_entry(names, other, found)) for other, found in ranked[:num_top]]
+        content.append(ChatLogprob(*_entry(names, token_id, position[token_id]), top_k))
     return ChatLogprobs(content)
 
 
-def _told(names: TokenNames, token_id: int, found: Logprob) -> tuple[str, float, list[int]]:
+def _entry(names: TokenNames, token_id: int, found: Logprob) -> tuple[str, float, list[int]]:
     name, raw = names.name_and_bytes(token_id)
     return name, max(found.logprob, SMALLEST), list(raw)
 
@@ -111,7 +111,7 @@ class PromptLogprob(Struct):
 
 
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
-"""`prompt_logprobs`: per token of the prompt, by token id, it and likelier ones; null for the first."""
+"""`prompt_logprobs`: per token of the prompt, by token id, that token and likelier ones; null for the first."""
 
 
 def prompt_logprobs(logprobs: Sequence[Mapping[int, Logprob] | None]) -> PromptLogprobs:

@@ -15,8 +15,7 @@ from shuteye.server.context import Context, ServerContext
 from shuteye.server.http.answers import JsonAnswer
 from shuteye.server.http.auth import InferenceRoute
 from shuteye.server.openai.fields import Many
-from shuteye.server.openai.messages import Message
-from shuteye.server.openai.prompts import encode, render_chat, require_known
+from shuteye.server.openai.prompts import Message, encode, render_chat, require_known
 from shuteye.tokenizer import LONG_TEXT, Tokenizer
 
 router = APIRouter(route_class=InferenceRoute)

@@ -1,6 +1,6 @@
 """POST /v1/embeddings, /pooling, /score and /rerank: OpenAI's, Cohere's and Jina's shapes, with vLLM's extra fields.
 
-Knows nothing of how vectors or scores are made. As with generation, a field is used, known to be harmless, or refused.
+As with generation, a field is used, known to be harmless, or refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Makes token ids of what callers send, without keeping the event loop from other requests.
+"""Makes token ids of texts and conversations without holding up the event loop; refuses what is no prompt.
 
 Knows nothing of sampling or engines.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from shuteye.errors import InvalidRequest
-from shuteye.server.generation.run import Prompt
-from shuteye.server.openai.fields import GenerationBody
-from shuteye.server.openai.messages import Message, Tool
-from shuteye.server.openai.tool_calls import fallback_tool_prompt
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from shuteye.errors import InvalidRequest, PromptTooLong
+from shuteye.server.http.bodies import parsed
+from shuteye.server.openai.fields import Many, one_message
+from shuteye.server.openai.tools import Tool, ToolCall, fallback_tool_prompt
 from shuteye.tokenizer import LONG_TEXT, Tokenizer
 
 
@@ -23,63 +23,6 @@ async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, o
     if one_of_many or len(text) > LONG_TEXT:
         return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
     return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Truncation:
-    """How many tokens of a prompt to keep at most, and which: its last ones, or its first (`side` is "right")."""
-
-    max_tokens: int | None
-    side: Literal["left", "right"] = "left"
-
-    def of(self, token_ids: Sequence[int]) -> Sequence[int]:
-        """The tokens that are kept."""
-        if self.max_tokens is None or len(token_ids) <= self.max_tokens:
-            return token_ids
-        return token_ids[: self.max_tokens] if self.side == "right" else token_ids[len(token_ids) - self.max_tokens :]
-
-
-def truncation_of(body: GenerationBody, *, max_model_len: int, max_tokens: int | None) -> Truncation:
-    """What the caller asked for; `truncate_prompt_tokens=-1` keeps what leaves room for the output.
-
-    Raises:
-        InvalidRequest: nothing of the prompt would be left.
-    """
-    wanted = body.truncate_prompt_tokens
-    if wanted is None and body.truncation_side is not None:
-        raise InvalidRequest("truncation_side requires truncate_prompt_tokens.", param="truncation_side")
-    if wanted == 0:
-        raise InvalidRequest("truncate_prompt_tokens must be -1 or at least 1, got 0.", param="truncate_prompt_tokens")
-    if wanted == -1:
-        wanted = max(1, max_model_len - (max_tokens or 1))
-    return Truncation(wanted, body.truncation_side or "left")
-
-
-async def prompt_of(
-    tokenizer: Tokenizer,
-    given: str | Sequence[int],
-    *,
-    vocab_size: int,
-    add_special_tokens: bool,
-    want_text: bool,
-    truncation: Truncation,
-    one_of_many: bool = False,
-) -> Prompt:
-    """A prompt as the engine takes it; `want_text` decodes one that came as ids, or was cut.
-
-    Raises:
-        InvalidRequest: it has no tokens, or a token id that the model does not know.
-    """
-    if isinstance(given, str):
-        encoded = await encode(tokenizer, given, add_special_tokens=add_special_tokens, one_of_many=one_of_many)
-        require_tokens(encoded)
-        kept = truncation.of(encoded)
-        if kept is encoded:
-            return Prompt(encoded, given)
-    else:
-        require_known(given, vocab_size, param="prompt")
-        kept = truncation.of(given)
-    return Prompt(kept, tokenizer.decode(kept, skip_special_tokens=False) if want_text else None)
 
 
 def require_tokens(token_ids: Sequence[int], *, param: str = "prompt") -> None:
@@ -106,6 +49,119 @@ def require_known(token_ids: Sequence[int], vocab_size: int, *, param: str) -> N
     )
 
 
+def require_room(num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> None:
+    """Refuse what the context can never hold.
+
+    Raises:
+        PromptTooLong: says how many tokens there are, were asked for, and fit.
+    """
+    wanted = num_prompt_tokens + (1 if max_tokens is None else max_tokens)
+    if wanted <= max_model_len:
+        return
+    asked = "" if max_tokens is None else f" and {max_tokens} were asked for"
+    raise PromptTooLong(
+        f"The context is {max_model_len} tokens, but the prompt has {num_prompt_tokens}{asked}. "
+        "Shorten the prompt or lower max_tokens.",
+        param="max_tokens" if num_prompt_tokens < max_model_len else "prompt",
+    )
+
+
+# --- conversations ------------------------------------------------------------------------------
+
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "function_call": (), "audio": (), "refusal": (), "annotations": ([],), "reasoning_details": ([],),
+    "prefix": (False,), "tool_calls": ([],),
+}  # fmt: skip
+"""What clients send along with an assistant's message, and the values that say nothing; null is always one."""
+
+_SHOWN = frozenset({"tool_calls"})
+"""Those of them that are shown to the model when they say something."""
+
+
+class TextPart(BaseModel):
+    """One part of a message's content."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, part: Any) -> Any:
+        kind = part.get("type") if isinstance(part, Mapping) else "text"
+        if isinstance(kind, str) and kind != "text":
+            raise InvalidRequest(
+                f"Content of type '{kind}' is not supported: this model reads text only.", param="messages"
+            )
+        return part
+
+
+class Message(BaseModel):
+    """One message of a conversation. `reasoning` (or `reasoning_content`) is shown if the template shows it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: Role
+    content: str | Many[TextPart]
+    name: str | None = None
+    tool_calls: Many[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+    _content_message = field_validator("content", mode="wrap")(one_message("a string or a list of text parts"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_shown(cls, message: Any) -> Any:
+        if not isinstance(message, Mapping):
+            return message
+        kept = {name: value for name, value in message.items() if not _says_nothing(name, value)}
+        if kept.get("tool_calls") and kept.get("content") is None:
+            kept["content"] = ""
+        return kept
+
+    @model_validator(mode="after")
+    def _calls_are_the_assistants(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise InvalidRequest(f"tool_calls in a message of role '{self.role}'.", param="messages")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates read it; `developer` is what `system` was called before OpenAI's o1.
+
+        Raises:
+            InvalidRequest: the arguments of a call are not JSON.
+        """
+        role = "system" if self.role == "developer" else self.role
+        message = {**self.model_dump(exclude_none=True), "role": role}
+        for call in message.get("tool_calls", ()):
+            call.pop("index", None)
+            call["function"]["arguments"] = _arguments(call["function"]["arguments"])
+        return message
+
+
+def _arguments(text: str) -> Any:
+    """Arguments as an object, which templates write in their own way."""
+    try:
+        return parsed((text or "{}").encode(), what="The text of a tool call's arguments")
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, param="messages") from error
+
+
+def _says_nothing(name: str, value: object) -> bool:
+    if name not in _NEUTRAL:
+        return False
+    if value is None or value in _NEUTRAL[name]:
+        return True
+    if name in _SHOWN:
+        return False
+    raise InvalidRequest(f"'{name}' in a message is not supported by this server.", param="messages")
+
+
 async def render_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
@@ -118,7 +174,7 @@ async def render_chat(
     """The prompt text of a conversation, by the checkpoint's template; tools in plain words if it has none for them.
 
     Raises:
-        InvalidRequest: the template refuses the messages, or is told twice about one thing.
+        InvalidRequest: the template refuses the messages, or one of its fields is given twice.
     """
     reserved = {"messages", "add_generation_prompt", "tokenize"} & template_kwargs.keys()
     if reserved:

@@ -14,10 +14,10 @@ from msgspec import UNSET, Struct, UnsetType
 from shuteye.errors import InternalError, ShuteyeError
 from shuteye.server.context import ServerContext
 from shuteye.server.generation.answer import Usage
-from shuteye.server.generation.run import PromptOutput, first_of, run
+from shuteye.server.generation.run import Job, PromptOutput, first_of, run
 from shuteye.server.http.answers import JsonAnswer, encode_json
 from shuteye.server.http.events import BUG, EventStream, until_disconnect
-from shuteye.server.openai.conversation import ChatJob
+from shuteye.server.parsing.parser import ReadingPlan
 from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, Piece, Reasoning
 from shuteye.tasks.generate.requests import CompletionOutput, FinishReason
 
@@ -260,12 +260,12 @@ class ResponseInProgress:
         answer: as it is before anything was generated.
     """
 
-    def __init__(self, chat: ChatJob, answer: ResponseAnswer, *, one_call: bool) -> None:
-        self.job = chat.job
+    def __init__(self, job: Job, reading: ReadingPlan, answer: ResponseAnswer, *, one_call: bool) -> None:
+        self.job = job
         self.answer = answer
-        self._reader = chat.reading.reader()
+        self._reader = reading.reader()
         self._items = ResponseItems(one_call=one_call)
-        self._usage = Usage.of(chat.job)
+        self._usage = Usage.of(job)
         self._num_reasoning_tokens = 0
         answer.output = self._items.items
 

@@ -18,9 +18,10 @@ from shuteye.server.generation.answer import new_request_id
 from shuteye.server.generation.run import Job
 from shuteye.server.http.admission import ModelRoute, require_task
 from shuteye.server.http.errors import invalid_request
-from shuteye.server.openai.conversation import ChatBody, ChatJob, chat_job
+from shuteye.server.openai.chat import ChatBody, chat_job
 from shuteye.server.openai.fields import Many, one_message
 from shuteye.server.openai.response_events import ResponseAnswer, ResponseInProgress, answer_response, stream_response
+from shuteye.server.parsing.parser import ReadingPlan
 
 HARMLESS = frozenset({"user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
 """Fields that change nothing in what is generated."""
@@ -283,15 +284,15 @@ async def responses(request: Request, body: ResponsesBody, context: Context) -> 
     """Answers a conversation, whole or streamed, in the shape of OpenAI's Responses API."""
     require_task(context, "generate", request.url.path)
     model = context.served_name(body.model)
-    chat = await _chat_job(context, body)
-    answer = _unanswered(body, model, chat.job)
-    response = ResponseInProgress(chat, answer, one_call=body.parallel_tool_calls is False)
+    job, reading = await _chat_job(context, body)
+    answer = _unanswered(body, model, job)
+    response = ResponseInProgress(job, reading, answer, one_call=body.parallel_tool_calls is False)
     if body.stream:
         return await stream_response(request, context, response)
     return await answer_response(request, context, response)
 
 
-async def _chat_job(context: ServerContext, body: ResponsesBody) -> ChatJob:
+async def _chat_job(context: ServerContext, body: ResponsesBody) -> tuple[Job, ReadingPlan]:
     try:
         return await chat_job(context, new_request_id("resp"), body.as_chat())
     except ValidationError as error:

@@ -1,6 +1,6 @@
 """POST /v1/audio/transcriptions: the form, the five formats of an answer, and the events of a stream.
 
-Knows nothing of models. SRT and WebVTT as OpenAI writes them; WebVTT's standard is https://www.w3.org/TR/webvtt1/.
+SRT and WebVTT as OpenAI writes them; WebVTT's standard is https://www.w3.org/TR/webvtt1/.
 """
 
 from __future__ import annotations
