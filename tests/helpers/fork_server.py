@@ -1,7 +1,7 @@
 """Programs that begin with a second of imports, begun as forks of a process that has imported all of it once.
 
-Run as a program, it is that process: each message on its socket is a program, and comes with two descriptors: one for what
-the program prints, one on which its id is told, and then how it ended.
+Run as a program, it is that process: each message on its socket is a program, and comes with two descriptors: one for
+what the program prints, one on which its id is told, and then how it ended.
 """
 
 from __future__ import annotations
