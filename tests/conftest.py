@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_harness import CoreHarness
+from core_harness import CoreHarness, fake_backend
 
 import shuteye
 from shuteye import LLM, AsyncEngine, EngineConfig
@@ -17,6 +17,8 @@ from shuteye.engine.core import EngineCore
 from shuteye.executors.inproc import InprocExecutor
 from shuteye.memory.backends.fake import FakeBackend
 from shuteye.models import converter
+from shuteye.models.converter import Order, obtain_image
+from shuteye.models.progress import no_progress
 from shuteye.models.sources import ModelSource, resolve_source
 from shuteye.testing import tiny_model, tiny_speech_model
 
@@ -52,14 +54,22 @@ def smollm2() -> ModelSource:
     return resolve_source("smollm2-135m", cache_dir=default_cache_dir())
 
 
+@pytest.fixture(scope="session")
+def core_cache(tiny_checkpoint, tmp_path_factory):
+    """A cache with the image of the tiny checkpoint: a process of its own would take seconds to make it."""
+    cache_dir = tmp_path_factory.getbasetemp() / "core-cache"
+    obtain_image(Order(str(tiny_checkpoint), str(cache_dir), dtype="float32"), no_progress).close()
+    return cache_dir
+
+
 @pytest.fixture
-def tiny_options(tiny_checkpoint, tmp_path_factory):
+def tiny_options(core_cache):
     """Settings that make any model of the docs a tiny one."""
     return {
         "kv_cache_memory": 1 << 20,
         "max_model_len": 256,
         "num_threads": 1,
-        "cache_dir": tmp_path_factory.getbasetemp() / "core-cache",
+        "cache_dir": core_cache,
     }
 
 
@@ -106,13 +116,12 @@ def whisper_checkpoints(tmp_path_factory):
 
 
 @pytest.fixture
-def make_harness(tiny_checkpoint, tmp_path_factory):
+def make_harness(tiny_checkpoint, core_cache):
     """Harnesses over one shared image; closed when the test ends."""
-    cache_dir = tmp_path_factory.getbasetemp() / "core-cache"
     harnesses = []
 
     def make(backend=None, **options):
-        backend = backend or FakeBackend()
+        backend = backend or fake_backend()
         config = EngineConfig(
             **{
                 "model": str(tiny_checkpoint),
@@ -122,7 +131,7 @@ def make_harness(tiny_checkpoint, tmp_path_factory):
                 "max_model_len": 256,
                 "verify_wake": "full",
                 "num_threads": 1,
-                "cache_dir": cache_dir,
+                "cache_dir": core_cache,
             }
             | options
         )

@@ -83,7 +83,7 @@ def one_cycle(harness, number, chooser):
             harness.call(WakeCall(("kv_cache",)))
 
 
-@pytest.mark.parametrize("cycles", [50, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cycles", [30, pytest.param(300, marks=pytest.mark.slow)])
 def test_cycles_under_requests(real, cycles):
     """Would catch a leak per cycle, a moved tensor, a wrong token after a wake, or a request in flight that is lost.
 
@@ -106,5 +106,5 @@ def test_cycles_under_requests(real, cycles):
         resident.append(process_rss())
     assert [harness.generate(prompt, HELD) for prompt in PROMPTS] == expected
     assert [tensor.data_ptr() for tensor in harness.tensors().values()] == addresses
-    early, late = statistics.median(resident[10:25]), statistics.median(resident[-20:])
-    assert late - early < 4 << 20, f"{(late - early) / cycles:.0f} bytes are lost per cycle"
+    early, late = statistics.median(resident[5:15]), statistics.median(resident[-12:])
+    assert late - early < min(4 << 20, cycles * 80_000), f"{(late - early) / cycles:.0f} bytes are lost per cycle"

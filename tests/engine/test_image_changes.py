@@ -14,6 +14,8 @@ from shuteye import LLM
 from shuteye.calls import ReloadCall, SleepCall, UpdateCall, WakeCall
 from shuteye.cli import main as cli
 from shuteye.errors import EngineFaulted, SleepFailed, VerificationFailed, WakeFailed
+from shuteye.models.converter import Order, obtain_image
+from shuteye.models.progress import no_progress
 
 PROMPT = tuple(range(5, 45))
 
@@ -236,6 +238,7 @@ TRUNCATED = """
 
 def test_a_truncated_image_does_not_kill_the_process(tiny_checkpoint, tmp_path):
     """Would catch SIGBUS, with which the kernel answers whoever touches a page that the file no longer has."""
+    obtain_image(Order(str(tiny_checkpoint), str(tmp_path), dtype="float32"), no_progress).close()
     code = textwrap.dedent(TRUNCATED)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path])}
     command = [sys.executable, "-c", code, str(tiny_checkpoint), str(tmp_path)]

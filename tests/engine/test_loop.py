@@ -24,7 +24,7 @@ class Script:
 
 
 @pytest.fixture
-def config(tiny_checkpoint, tmp_path_factory):
+def config(tiny_checkpoint, core_cache):
     return EngineConfig(
         model=str(tiny_checkpoint),
         dtype="float32",
@@ -33,7 +33,7 @@ def config(tiny_checkpoint, tmp_path_factory):
         kv_cache_memory=1 << 20,
         max_model_len=256,
         num_threads=1,
-        cache_dir=tmp_path_factory.getbasetemp() / "core-cache",
+        cache_dir=core_cache,
     )
 
 

@@ -26,8 +26,8 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
 
 
-@pytest.fixture
-def config(tiny_checkpoint, tmp_path_factory):
+@pytest.fixture(scope="module")
+def config(tiny_checkpoint, core_cache):
     return EngineConfig(
         model=str(tiny_checkpoint),
         dtype="float32",
@@ -35,8 +35,38 @@ def config(tiny_checkpoint, tmp_path_factory):
         kv_cache_memory=1 << 20,
         max_model_len=256,
         num_threads=1,
-        cache_dir=tmp_path_factory.getbasetemp() / "core-cache",
+        cache_dir=core_cache,
     )
+
+
+class Shared:
+    """One engine in a process of its own for many tests, on a loop that goes on between them."""
+
+    def __init__(self, config):
+        self.runner = asyncio.Runner()
+        self.engine = AsyncEngine(config)
+        self.run(self.engine.start())
+
+    def run(self, scenario, limit_s=60):
+        return self.runner.run(asyncio.wait_for(scenario, limit_s))
+
+    def close(self):
+        self.run(self.engine.close())
+        self.runner.close()
+
+
+@pytest.fixture(scope="module")
+def shared_engine(config):
+    shared = Shared(config)
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def shared(shared_engine):
+    """The shared engine; it has the image's weights again after each test."""
+    yield shared_engine
+    shared_engine.run(shared_engine.engine.reload_weights())
 
 
 def variant(config, **changes):
@@ -78,53 +108,53 @@ def test_it_generates_sleeps_and_wakes(config, in_process):
     asyncio.run(scenario())
 
 
-def test_weights_travel_between_processes(config, tiny_checkpoint):
+def test_weights_travel_between_processes(shared, tiny_checkpoint):
     async def scenario():
         import torch
         from safetensors import safe_open
 
-        async with AsyncEngine(config) as engine:
-            before = await complete(engine)
-            await engine.sleep(2)
-            await engine.wake_up(["weights"])
-            missing = engine.state.missing
-            assert missing
-            with safe_open(tiny_checkpoint / "model.safetensors", framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            last = tensors.popitem()
-            assert len((await engine.update_weights(tensors.items())).missing) == 1
-            assert (await engine.update_weights([last])).missing == ()
-            await engine.wake_up(["kv_cache"])
-            assert (await complete(engine)).outputs == before.outputs
-            with pytest.raises(InvalidRequest, match="shape"):
-                await engine.update_weights([(last[0], torch.ones(3))])
+        engine = shared.engine
+        before = await complete(engine)
+        await engine.sleep(2)
+        await engine.wake_up(["weights"])
+        missing = engine.state.missing
+        assert missing
+        with safe_open(tiny_checkpoint / "model.safetensors", framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        last = tensors.popitem()
+        assert len((await engine.update_weights(tensors.items())).missing) == 1
+        assert (await engine.update_weights([last])).missing == ()
+        await engine.wake_up(["kv_cache"])
+        assert (await complete(engine)).outputs == before.outputs
+        with pytest.raises(InvalidRequest, match="shape"):
+            await engine.update_weights([(last[0], torch.ones(3))])
 
-    asyncio.run(scenario())
+    shared.run(scenario())
 
 
-def test_a_dead_engine_process_is_noticed_at_once_and_can_be_restarted(config):
+def test_a_dead_engine_process_is_noticed_at_once_and_can_be_restarted(shared):
     async def scenario():
-        async with AsyncEngine(config) as engine:
-            before = await complete(engine)
-            stream = engine.generate(PROMPT, ENDLESS)
-            await anext(stream)
-            sleeping = asyncio.create_task(engine.sleep(1, mode="wait"))
-            await asyncio.sleep(0)
-            killed = time.monotonic()
-            os.kill(engine.engine_pid, signal.SIGKILL)
-            with pytest.raises(EngineDead, match="SIGKILL"):
-                async for _ in stream:
-                    pass
-            with pytest.raises(EngineDead):
-                await sleeping
-            assert time.monotonic() - killed < 2.0
-            assert engine.status == "dead"
-            with pytest.raises(EngineDead):
-                await complete(engine)
-            await engine.restart()
-            assert (await complete(engine)).outputs == before.outputs
+        engine = shared.engine
+        before = await complete(engine)
+        stream = engine.generate(PROMPT, ENDLESS)
+        await anext(stream)
+        sleeping = asyncio.create_task(engine.sleep(1, mode="wait"))
+        await asyncio.sleep(0)
+        killed = time.monotonic()
+        os.kill(engine.engine_pid, signal.SIGKILL)
+        with pytest.raises(EngineDead, match="SIGKILL"):
+            async for _ in stream:
+                pass
+        with pytest.raises(EngineDead):
+            await sleeping
+        assert time.monotonic() - killed < 2.0
+        assert engine.status == "dead"
+        with pytest.raises(EngineDead):
+            await complete(engine)
+        await engine.restart()
+        assert (await complete(engine)).outputs == before.outputs
 
-    asyncio.run(scenario())
+    shared.run(scenario())
 
 
 def test_a_live_engine_is_not_restarted(config):
@@ -249,45 +279,45 @@ def test_an_abort_from_elsewhere_ends_the_stream(config):
     asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
-def test_values_that_cannot_travel_are_refused_and_the_engine_lives(config):
+def test_values_that_cannot_travel_are_refused_and_the_engine_lives(shared):
     """Would catch one caller's typo that ends the engine process of all."""
 
     async def scenario():
-        async with AsyncEngine(config) as engine:
-            for bad in (SamplingParams(seed=2**70), SamplingParams(stop_token_ids=[2**70])):
-                with pytest.raises(InvalidRequest):
-                    await complete(engine, bad)
-            for level in ("1", 2**70):
-                with pytest.raises(InvalidRequest):
-                    await engine.sleep(level)
-            with pytest.raises(InvalidRequest, match="timeout"):
-                await engine.sleep(1, mode="wait", timeout_s=float("nan"))
-            assert (await complete(engine)).finished
+        engine = shared.engine
+        for bad in (SamplingParams(seed=2**70), SamplingParams(stop_token_ids=[2**70])):
+            with pytest.raises(InvalidRequest):
+                await complete(engine, bad)
+        for level in ("1", 2**70):
+            with pytest.raises(InvalidRequest):
+                await engine.sleep(level)
+        with pytest.raises(InvalidRequest, match="timeout"):
+            await engine.sleep(1, mode="wait", timeout_s=float("nan"))
+        assert (await complete(engine)).finished
 
-    asyncio.run(asyncio.wait_for(scenario(), 20))
+    shared.run(scenario(), 20)
 
 
-def test_tensors_that_share_memory_travel(config, tiny_checkpoint):
+def test_tensors_that_share_memory_travel(shared, tiny_checkpoint):
     """Would catch tied weights, or slices of a fused one, that the file format refuses."""
 
     async def scenario():
         import torch
         from safetensors import safe_open
 
-        async with AsyncEngine(config) as engine:
-            with safe_open(tiny_checkpoint / "model.safetensors", framework="pt") as file:
-                norm = file.get_tensor("model.norm.weight")
-            layer = "model.layers.0.input_layernorm.weight"
-            both = torch.cat([norm, norm[1:]])
-            report = await engine.update_weights([("model.norm.weight", norm), (layer, norm)])
-            assert report.updated == 2
-            overlapping = [("model.norm.weight", both[: len(norm)]), (layer, both[len(norm) - 1 :])]
-            assert (await engine.update_weights(overlapping)).updated == 2
+        engine = shared.engine
+        with safe_open(tiny_checkpoint / "model.safetensors", framework="pt") as file:
+            norm = file.get_tensor("model.norm.weight")
+        layer = "model.layers.0.input_layernorm.weight"
+        both = torch.cat([norm, norm[1:]])
+        report = await engine.update_weights([("model.norm.weight", norm), (layer, norm)])
+        assert report.updated == 2
+        overlapping = [("model.norm.weight", both[: len(norm)]), (layer, both[len(norm) - 1 :])]
+        assert (await engine.update_weights(overlapping)).updated == 2
 
-    asyncio.run(scenario())
+    shared.run(scenario())
 
 
-def test_tensors_travel_in_a_file_without_a_name(config, tiny_checkpoint, monkeypatch):
+def test_tensors_travel_in_a_file_without_a_name(shared, tiny_checkpoint, monkeypatch):
     """Would catch shared memory that is never given back because the server was killed during an update."""
     links = []
     call = EngineClient.call
@@ -302,18 +332,18 @@ def test_tensors_travel_in_a_file_without_a_name(config, tiny_checkpoint, monkey
     async def scenario():
         from safetensors import safe_open
 
-        async with AsyncEngine(config) as engine:
-            with safe_open(tiny_checkpoint / "model.safetensors", framework="pt") as file:
-                norm = file.get_tensor("model.norm.weight")
-            open_before = len(os.listdir("/proc/self/fd"))
-            assert (await engine.update_weights([("model.norm.weight", norm)])).updated == 1
-            update = asyncio.create_task(engine.update_weights([("model.norm.weight", norm)]))
-            await asyncio.sleep(0)
-            update.cancel()  # the engine opens the file all the same
-            assert (await complete(engine)).finished
-            assert len(os.listdir("/proc/self/fd")) == open_before
+        engine = shared.engine
+        with safe_open(tiny_checkpoint / "model.safetensors", framework="pt") as file:
+            norm = file.get_tensor("model.norm.weight")
+        open_before = len(os.listdir("/proc/self/fd"))
+        assert (await engine.update_weights([("model.norm.weight", norm)])).updated == 1
+        update = asyncio.create_task(engine.update_weights([("model.norm.weight", norm)]))
+        await asyncio.sleep(0)
+        update.cancel()  # the engine opens the file all the same
+        assert (await complete(engine)).finished
+        assert len(os.listdir("/proc/self/fd")) == open_before
 
-    asyncio.run(asyncio.wait_for(scenario(), 60))
+    shared.run(scenario())
     assert links == [0, 0]
 
 
@@ -343,19 +373,19 @@ def test_entering_twice_leaves_the_running_engine_alone(config):
     asyncio.run(scenario())
 
 
-def test_two_who_restart_at_once_start_one_engine(config):
+def test_two_who_restart_at_once_start_one_engine(shared):
     """Would catch an engine that nobody owns, started by the second of them, or a conflict told as a bad value."""
 
     async def scenario():
-        async with AsyncEngine(config) as engine:
-            os.kill(engine.engine_pid, signal.SIGKILL)
-            while engine.failure is None:
-                await asyncio.sleep(0.01)
-            outcomes = await asyncio.gather(engine.restart(), engine.restart(), return_exceptions=True)
-            assert [type(outcome) for outcome in outcomes] == [type(None), TransitionConflict]
-            assert (await complete(engine)).finished
+        engine = shared.engine
+        os.kill(engine.engine_pid, signal.SIGKILL)
+        while engine.failure is None:
+            await asyncio.sleep(0.01)
+        outcomes = await asyncio.gather(engine.restart(), engine.restart(), return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [type(None), TransitionConflict]
+        assert (await complete(engine)).finished
 
-    asyncio.run(asyncio.wait_for(scenario(), 30))
+    shared.run(scenario(), 30)
 
 
 async def first_of(outputs):

@@ -8,16 +8,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from shuteye.models.converter import Order, make
-from shuteye.models.progress import no_progress
-
 FORKING = Path(__file__).parents[1] / "helpers" / "fork_scenarios.py"
 
 
 @pytest.mark.parametrize("kind", ["llm", "thread", "process"])
 def test_a_fork_has_no_engine_and_harms_none(kind, tiny_checkpoint, tiny_options):
     """Would catch a call in a fork that never returns, and a fork whose end takes the parent's engine along."""
-    make(Order(str(tiny_checkpoint), str(tiny_options["cache_dir"]), dtype="float32"), no_progress)
     options = tiny_options | {"model": str(tiny_checkpoint), "enable_sleep_mode": True, "dtype": "float32"}
     config = msgspec.json.encode(options, enc_hook=os.fspath).decode()
     done = subprocess.run(

@@ -14,14 +14,14 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def options(tiny_checkpoint, tmp_path_factory):
+def options(tiny_checkpoint, core_cache):
     return {
         "model": str(tiny_checkpoint),
         "dtype": "float32",
         "kv_cache_memory": 1 << 20,
         "max_model_len": 256,
         "num_threads": 1,
-        "cache_dir": tmp_path_factory.getbasetemp() / "core-cache",
+        "cache_dir": core_cache,
     }
 
 

@@ -19,8 +19,8 @@ from shuteye.tasks.generate.requests import GenerateRequest, StructuredOutputsPa
 
 
 @pytest.fixture
-def config(tiny_checkpoint, tmp_path):
-    return EngineConfig(model=str(tiny_checkpoint), cache_dir=tmp_path, num_threads=1)
+def config(tiny_checkpoint, core_cache):
+    return EngineConfig(model=str(tiny_checkpoint), cache_dir=core_cache, num_threads=1)
 
 
 def test_a_process_that_cannot_be_started_is_told_and_closed(config, monkeypatch):
@@ -110,12 +110,11 @@ def test_nowhere_to_put_the_socket_is_told_and_closed(config, tmp_path, monkeypa
 HANGING = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
 
 
-def test_a_stopped_engine_is_noticed_goes_on_and_can_be_restarted(config, tmp_path_factory):
+def test_a_stopped_engine_is_noticed_goes_on_and_can_be_restarted(config):
     """Would catch requests that wait for ever for an engine that is stopped, and one that cannot be ended."""
-    cache_dir = tmp_path_factory.getbasetemp() / "core-cache"
 
     async def scenario():
-        async with AsyncEngine(replace(config, hang_timeout_s=1.0, cache_dir=cache_dir)) as engine:
+        async with AsyncEngine(replace(config, hang_timeout_s=1.0)) as engine:
             pid = engine.engine_pid
             stream = engine.generate([5, 6], HANGING)
             await anext(stream)
@@ -164,12 +163,11 @@ def test_what_cannot_be_sent_refuses_its_request(config, params):
         link.post(AddRequests((GenerateRequest("r", (1,), SamplingParams(**params)),)))
 
 
-def test_a_start_without_descriptors_says_so_and_can_be_tried_again(config, tmp_path_factory):
+def test_a_start_without_descriptors_says_so_and_can_be_tried_again(config):
     """Would catch `[Errno -1]`, and ZeroMQ's abort of the whole server."""
-    cache_dir = tmp_path_factory.getbasetemp() / "core-cache"
 
     async def scenario():
-        engine = AsyncEngine(replace(config, cache_dir=cache_dir))
+        engine = AsyncEngine(config)
         with none_left():
             for begin in (engine.start, engine.restart):
                 with pytest.raises(

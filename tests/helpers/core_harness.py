@@ -1,6 +1,8 @@
 """A core over a real model, stepped by hand, and what its requests have received."""
 
+import mmap
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -8,10 +10,24 @@ from shuteye.calls import ControlCall, WakeCall
 from shuteye.engine.core import EngineCore
 from shuteye.errors import ShuteyeError, VerificationFailed, rebuild
 from shuteye.memory.backends import MemoryBackend
+from shuteye.memory.backends.fake import FakeBackend
+from shuteye.memory.backends.linux import LinuxBackend
 from shuteye.state import VerifyResult
 from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+class QuickBackend(LinuxBackend):
+    """Takes the process's memory from statm: smaps_rollup walks all of pytest's mappings, at every sleep."""
+
+    def process_resident_bytes(self):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def fake_backend():
+    """Memory that is poisoned when fresh, and fails where it is told to."""
+    return FakeBackend(QuickBackend())
 
 
 @dataclass

@@ -93,7 +93,8 @@ class Reader:
     def _environment(self):
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SHUTEYE_", "VLLM_"))}
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        return kept | {"PATH": path, "SHUTEYE_URL": self._url, "COLUMNS": "200", "CHECKPOINT": str(self._checkpoint)}
+        own = {"SHUTEYE_URL": self._url, "COLUMNS": "200", "CHECKPOINT": str(self._checkpoint)}
+        return kept | own | {"PATH": path, "OMP_NUM_THREADS": "1"}  # as conftest.py: no barriers on a busy machine
 
     def _shell(self, block):
         done = subprocess.run(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 import time
 
@@ -34,26 +31,24 @@ def wait_for(condition, what, seconds=10.0):
         time.sleep(0.01)
 
 
+IMPORTED = ("fake_engine", "shuteye.server.run")
+"""What takes most of the time of a start; nothing of it runs before `SERVE` does."""
+
+
 class Process:
     """`serve_engine` in a process of its own.
 
     Args:
+        fork_server: has imported `IMPORTED`.
         options: what its `FakeEngine` is made with, as it stands in the source.
         before: statements to run first.
         config: fields of `ServerConfig`.
     """
 
-    def __init__(self, options="{}", *, grace=10, before="", sleep_mode=True, **config):
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
+    def __init__(self, fork_server, options="{}", *, grace=10, before="", sleep_mode=True, **config):
         config = {"port": 0, "shutdown_grace_s": grace} | config
         source = SERVE.format(options=options, before=before, sleep_mode=sleep_mode, config=config)
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", source],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
+        self.process = fork_server.begin(source)
         self.log = ""
         self.reader = threading.Thread(target=self._read)
         self.reader.start()

@@ -12,7 +12,8 @@ from typing import Any
 import httpx2
 import pytest
 from fake_engine import FakeEngine
-from fake_engine_server import Process
+from fake_engine_server import IMPORTED, Process
+from fork_server import ForkServer
 from starlette.testclient import TestClient
 
 from shuteye.config import EngineConfig
@@ -107,13 +108,20 @@ def live() -> Iterator[Callable[..., LiveServer]]:
         server.stop()
 
 
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    server = ForkServer(*IMPORTED)
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Process]]:
+def serve(fork_server: ForkServer) -> Iterator[Callable[..., Process]]:
     """Starts servers in processes of their own; kills those that a test leaves."""
     started: list[Process] = []
 
     def start(options: str = "{}", **config: Any) -> Process:
-        started.append(Process(options, **config))
+        started.append(Process(fork_server, options, **config))
         return started[-1]
 
     yield start

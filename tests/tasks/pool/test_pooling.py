@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from core_harness import CoreHarness
+from core_harness import CoreHarness, fake_backend
 from faults import TRANSITIONS, inject
 
 from shuteye import LLM, AsyncEngine
@@ -16,7 +16,6 @@ from shuteye.config import EngineConfig, default_cache_dir
 from shuteye.engine.core import EngineCore
 from shuteye.errors import InvalidRequest, ModelSleeping, PromptTooLong, RequestAborted, ShuteyeError, rebuild
 from shuteye.executors.inproc import InprocExecutor
-from shuteye.memory.backends.fake import FakeBackend
 from shuteye.tasks.generate.requests import GenerateRequest
 from shuteye.tasks.pool.requests import PooledDelta, PoolingParams, PoolInput, PoolRequest
 from shuteye.testing import poison, tiny_encoder
@@ -83,7 +82,7 @@ def make_pool_rig(encoder_checkpoint, options):
     harnesses = []
 
     def make(**changes):
-        backend = FakeBackend()
+        backend = fake_backend()
         config = EngineConfig(**{"model": str(encoder_checkpoint)} | options | changes)
         harnesses.append(PoolHarness(EngineCore(config, InprocExecutor(config, backend=backend)), backend))
         return harnesses[-1]

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from core_harness import fake_backend
 from speech_harness import Reference, SpeechHarness
 
 from shuteye.audio import decode
 from shuteye.config import EngineConfig
 from shuteye.engine.core import EngineCore
 from shuteye.executors.inproc import InprocExecutor
-from shuteye.memory.backends.fake import FakeBackend
 
 SPEECH = Path(__file__).parents[2] / "data" / "speech.ogg"
 
@@ -32,7 +32,7 @@ def make_harness(whisper_checkpoints, tmp_path_factory):
             "cache_dir": cache_dir,
         }
         config = EngineConfig(**settings | options)
-        harness = SpeechHarness(EngineCore(config, InprocExecutor(config, backend=FakeBackend())))
+        harness = SpeechHarness(EngineCore(config, InprocExecutor(config, backend=fake_backend())))
         harnesses.append(harness)
         return harness
 
