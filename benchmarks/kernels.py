@@ -23,8 +23,8 @@ from torch.nn.functional import linear
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
 from shuteye.models.fused import FusedDecoder, FusedSpec, FusedWeights, Layer, Projection, decoder_spec
-from shuteye.tasks.generate.batch import PackedBatch
 from shuteye.tasks.generate.plans import Chunk, StepPlan
+from shuteye.tasks.generate.runner import PackedBatch
 
 BLOCK_SIZE = 16
 SHAPES: dict[str, dict[str, int]] = {

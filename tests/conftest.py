@@ -1,18 +1,24 @@
 """Fixtures of the whole suite: a tiny checkpoint for most tests, the real one for those marked `model`."""
 
+import copy
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from core_harness import CoreHarness
 
 import shuteye
 from shuteye import LLM, AsyncEngine, EngineConfig
 from shuteye.config import default_cache_dir
+from shuteye.engine.core import EngineCore
+from shuteye.executors.inproc import InprocExecutor
+from shuteye.memory.backends.fake import FakeBackend
 from shuteye.models import converter
 from shuteye.models.sources import ModelSource, resolve_source
-from shuteye.testing import tiny_model
+from shuteye.testing import tiny_model, tiny_speech_model
 
 NUM_THREADS = 1
 
@@ -53,7 +59,7 @@ def tiny_options(tiny_checkpoint, tmp_path_factory):
         "kv_cache_memory": 1 << 20,
         "max_model_len": 256,
         "num_threads": 1,
-        "cache_dir": tmp_path_factory.getbasetemp() / "rig-cache",
+        "cache_dir": tmp_path_factory.getbasetemp() / "core-cache",
     }
 
 
@@ -82,3 +88,102 @@ def minilm() -> ModelSource:
 def whisper():
     """The real whisper-tiny.en, fetched and converted once per user; a failure to get it fails the test."""
     return resolve_source("whisper-tiny.en", cache_dir=default_cache_dir())
+
+
+@pytest.fixture(scope="session")
+def whisper_checkpoints(tmp_path_factory):
+    """Tiny Whispers by (seed, multilingual); read only."""
+    directory = tmp_path_factory.mktemp("whispers")
+
+    @functools.cache
+    def make(seed=0, multilingual=False):
+        return tiny_speech_model(directory / f"{seed}-{multilingual}", seed=seed, multilingual=multilingual)
+
+    return make
+
+
+# --- engine cores: on memory that is poisoned when fresh, and fails where it is told to ----------
+
+
+@pytest.fixture
+def make_harness(tiny_checkpoint, tmp_path_factory):
+    """Harnesses over one shared image; closed when the test ends."""
+    cache_dir = tmp_path_factory.getbasetemp() / "core-cache"
+    harnesses = []
+
+    def make(backend=None, **options):
+        backend = backend or FakeBackend()
+        config = EngineConfig(
+            **{
+                "model": str(tiny_checkpoint),
+                "dtype": "float32",
+                "enable_sleep_mode": True,
+                "kv_cache_memory": 1 << 20,
+                "max_model_len": 256,
+                "verify_wake": "full",
+                "num_threads": 1,
+                "cache_dir": cache_dir,
+            }
+            | options
+        )
+        executor = InprocExecutor(config, backend=backend)
+        harness = CoreHarness(EngineCore(config, executor), backend)
+        harnesses.append(harness)
+        return harness
+
+    yield make
+    for harness in harnesses:
+        if isinstance(harness.backend, FakeBackend):
+            harness.backend.clear()
+        harness.core._executor.close()
+
+
+@pytest.fixture
+def harness(make_harness):
+    return make_harness()
+
+
+@pytest.fixture(scope="session")
+def smollm2_options(smollm2):
+    """What `LLM` needs to serve the real model from the user's cache."""
+    return {"model": str(smollm2.path), "cache_dir": default_cache_dir(), "num_threads": 2}
+
+
+@pytest.fixture(scope="session")
+def gguf_read_once():
+    """Within `gguf_read_once()`, transformers parses a GGUF file once: seconds for the real one, at every load."""
+    import gguf
+
+    read = functools.cache(gguf.GGUFReader)
+
+    @contextmanager
+    def reading():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gguf, "GGUFReader", read)
+            yield
+
+    return reading
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2, gguf_read_once):
+    """The real model as transformers loads and runs it by itself, once per dtype."""
+
+    @functools.cache
+    def load(dtype):
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        if dtype == torch.float32:
+            with gguf_read_once():
+                return AutoModelForCausalLM.from_pretrained(
+                    smollm2.path.parent,
+                    gguf_file=smollm2.path.name,
+                    quantization_config=GgufConfig(dequantize=True),
+                    dtype=dtype,
+                ).eval()
+        model = copy.deepcopy(load(torch.float32))  # what loading in `dtype` gives, without dequantizing again
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model
+
+    return load

@@ -3,8 +3,7 @@
 import re
 
 import pytest
-
-from guide import ROOT, Reader, blocks_of
+from docs_reader import ROOT, Reader, blocks_of
 
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 PAGES = [ROOT / "README.md", *GUIDES]

@@ -6,8 +6,8 @@ import os
 import resource
 
 import pytest
+from descriptor_limits import limited, none_left
 
-from few_descriptors import limited, none_left
 from shuteye import processes as descriptors
 
 
@@ -37,7 +37,7 @@ def test_a_limit_that_is_higher_already_or_cannot_be_raised_stays(monkeypatch):
             assert descriptors.raise_limit() == 512
 
 
-def test_whether_any_are_left():
+def test_running_out_of_descriptors_is_noticed():
     """A start that is tried where libraries would abort; descriptors lost by looking."""
     before = sorted(os.listdir("/proc/self/fd"))
     assert descriptors.are_left(8)

@@ -282,11 +282,12 @@ class TestChatTemplate:
 
 
 @pytest.fixture(scope="session")
-def theirs(smollm2):
+def theirs(smollm2, gguf_read_once):
     """The real tokenizer as transformers loads it."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(smollm2.path.parent, gguf_file=smollm2.path.name)
+    with gguf_read_once():
+        return AutoTokenizer.from_pretrained(smollm2.path.parent, gguf_file=smollm2.path.name)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,18 @@ BEGIN, END = "<!-- modules: written by `make docs` -->\n", "<!-- end of modules 
 
 LAYERS = {
     "Vocabulary: what every side speaks; no torch": (
-        *("errors", "typed_fields", "keys", "state", "model_info", "config", "processes", "logs", "tokenizer", "audio"),
+        *(
+            "errors",
+            "typed_fields",
+            "state",
+            "model_info",
+            "calls",
+            "config",
+            "processes",
+            "logs",
+            "tokenizer",
+            "audio",
+        ),
     ),
     "memory/: bytes and addresses": ("memory",),
     "native/: kernels for what torch does badly at small batch; C++ sources in `native/csrc/`": ("native",),

@@ -1,4 +1,4 @@
-"""shuteye: an LLM engine whose models can be put to sleep and woken again, proven to be the same.
+"""shuteye: an LLM engine whose models can be put to sleep and woken again, verified to be the same.
 
 Public names are imported on first use, so that `import shuteye` costs nothing.
 """

@@ -1,6 +1,6 @@
 """The `shuteye` command, and `python -m shuteye`: what must be in place before anything else is imported.
 
-Knows nothing of subcommands but that one of them is asked to stop by a signal.
+`serve` may be asked to stop by a signal before it has been imported.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Audio files → samples as speech models take them: one channel, 16 kHz, float32.
 
-Knows nothing of models or requests. Formats are libsndfile's: wav, flac, mp3, ogg (Vorbis, Opus) and others like them.
+Formats are libsndfile's: wav, flac, mp3, ogg (Vorbis, Opus) and others like them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAMPLE_BYTES = 4
 
 READABLE = "wav, flac, mp3 and ogg (Vorbis or Opus)"
 MIN_RATE, MAX_RATE = 1_000, 768_000
-"""Rates that recordings have; a file that says 2 Hz would become 8,000 times its size."""
+"""Rates that audio has; a file that says 2 Hz would become 8,000 times its size."""
 _BLOCK_SAMPLES = 1 << 16
 """Read at once, all channels together."""
 
@@ -46,7 +46,7 @@ def decode(file: bytes, *, max_seconds: float | None = None) -> bytes:
 
 
 def samples_from(audio: Audio) -> bytes:
-    """The samples of whatever a caller calls a recording: a path, the bytes of a file, or an array at 16 kHz.
+    """The samples of audio in any form that a caller may give: a path, the bytes of a file, or an array at 16 kHz.
 
     Raises:
         InvalidRequest: there is no such file, or as `decode` and `samples_of`.

@@ -6,6 +6,7 @@ A new verb is a Struct here, listed in `ControlCall`; where it is carried out, s
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from typing import (
     Annotated,
@@ -14,7 +15,6 @@ from typing import (
     Concatenate,
     Generic,
     ParamSpec,
-    Protocol,
     TypeVar,
     get_args,
     get_type_hints,
@@ -208,22 +208,6 @@ def _fix_tags(call: SleepCall | WakeCall) -> None:
 # --- methods made of calls ----------------------------------------------------------------------
 
 
-class Controls(Protocol):
-    """Whoever carries out calls while its caller waits."""
-
-    def control(self, call: Call[R], /) -> R:
-        """Carry out a call."""
-        ...
-
-
-class AsyncControls(Protocol):
-    """Whoever carries out calls, awaitable."""
-
-    async def control(self, call: Call[R], /) -> R:
-        """Carry out a call."""
-        ...
-
-
 def blocking(kind: Callable[P, Call[R]], **aliases: str) -> Callable[Concatenate[Any, P], R]:
     """A method with the parameters of a call; its class has `control`.
 
@@ -231,8 +215,9 @@ def blocking(kind: Callable[P, Call[R]], **aliases: str) -> Callable[Concatenate
         aliases: older names of parameters, each with the present one.
     """
 
-    def method(self: Controls, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.control(kind(*args, **_renamed(kwargs, aliases)))
+    def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        report: R = self.control(kind(*args, **_renamed(kwargs, aliases)))
+        return report
 
     return _documented(method, kind)
 
@@ -240,8 +225,9 @@ def blocking(kind: Callable[P, Call[R]], **aliases: str) -> Callable[Concatenate
 def awaitable(kind: Callable[P, Call[R]], **aliases: str) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]:
     """`blocking`, awaitable."""
 
-    async def method(self: AsyncControls, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await self.control(kind(*args, **_renamed(kwargs, aliases)))
+    async def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        report: R = await self.control(kind(*args, **_renamed(kwargs, aliases)))
+        return report
 
     return _documented(method, kind)
 
@@ -271,3 +257,37 @@ def notes_of(kind: type[Call[Any]]) -> dict[str, msgspec.Meta]:
     """What is said of a call's fields: a description, and in `extra` the `choices` if there are few."""
     hints = get_type_hints(kind, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+
+
+class Controls(ABC):
+    """The control calls as methods, for callers who wait."""
+
+    @abstractmethod
+    def control(self, call: Call[R]) -> R:
+        """Carry out a call."""
+
+    sleep = blocking(SleepCall, drain_timeout_s="timeout_s")
+    wake_up = blocking(WakeCall)
+    pause = blocking(PauseCall, drain_timeout_s="timeout_s")
+    resume = blocking(ResumeCall)
+    update_weights_from_file = blocking(UpdateFromFileCall)
+    reload_weights = blocking(ReloadCall)
+    reset_prefix_cache = blocking(ResetPrefixCacheCall)
+    collective_rpc = blocking(RpcCall)
+
+
+class AsyncControls(ABC):
+    """The control calls as methods, awaitable."""
+
+    @abstractmethod
+    async def control(self, call: Call[R]) -> R:
+        """Carry out a call."""
+
+    sleep = awaitable(SleepCall, drain_timeout_s="timeout_s")
+    wake_up = awaitable(WakeCall)
+    pause = awaitable(PauseCall, drain_timeout_s="timeout_s")
+    resume = awaitable(ResumeCall)
+    update_weights_from_file = awaitable(UpdateFromFileCall)
+    reload_weights = awaitable(ReloadCall)
+    reset_prefix_cache = awaitable(ResetPrefixCacheCall)
+    collective_rpc = awaitable(RpcCall)

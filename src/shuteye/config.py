@@ -130,7 +130,7 @@ class EngineConfig:
                 f"kv_cache_memory must be 0 or more, got {self.kv_cache_memory}.", param="kv_cache_memory"
             )
 
-    def resolve(self, facts: ModelSpec) -> EngineConfig:
+    def resolve(self, spec: ModelSpec) -> EngineConfig:
         """A complete copy: dtype, context length and KV cache size decided from what was loaded.
 
         Raises:
@@ -138,28 +138,28 @@ class EngineConfig:
             PromptTooLong: the KV cache cannot hold one sequence of `max_model_len`.
             MemoryExhausted: not even one block fits in free memory.
         """
-        wanted = self.max_model_len or facts.context_length
-        if wanted > facts.context_length:
+        wanted = self.max_model_len or spec.context_length
+        if wanted > spec.context_length:
             raise InvalidRequest(
-                f"max_model_len {wanted} exceeds the checkpoint's context of {facts.context_length} tokens.",
+                f"max_model_len {wanted} exceeds the checkpoint's context of {spec.context_length} tokens.",
                 param="max_model_len",
             )
-        dtype: DType = "float32" if facts.dtype == "float32" else "bfloat16"
-        if facts.kv_bytes_per_token == 0:
-            return replace(self, dtype=dtype, max_model_len=wanted, kv_cache_memory=self._no_kv_cache(facts))
-        block_bytes = facts.kv_bytes_per_token * self.block_size
+        dtype: DType = "float32" if spec.dtype == "float32" else "bfloat16"
+        if spec.kv_bytes_per_token == 0:
+            return replace(self, dtype=dtype, max_model_len=wanted, kv_cache_memory=self._no_kv_cache(spec))
+        block_bytes = spec.kv_bytes_per_token * self.block_size
         blocks_per_sequence = -(-wanted // self.block_size)
         if self.kv_cache_memory is None:
             useful = blocks_per_sequence * self.max_num_seqs + RESERVED_BLOCKS
-            num_blocks = min(int(facts.available_bytes * KV_SHARE_OF_FREE_MEMORY) // block_bytes, useful)
+            num_blocks = min(int(spec.available_bytes * KV_SHARE_OF_FREE_MEMORY) // block_bytes, useful)
         else:
             num_blocks = self.kv_cache_memory // block_bytes
-            self._check_available(facts)
+            self._check_available(spec)
         num_usable = num_blocks - RESERVED_BLOCKS
         if num_usable < 1:
             raise MemoryExhausted(
                 f"No room for a KV cache of two blocks: one takes {block_bytes:,} bytes, "
-                f"{facts.available_bytes:,} are free and kv_cache_memory is {self.kv_cache_memory}."
+                f"{spec.available_bytes:,} are free and kv_cache_memory is {self.kv_cache_memory}."
             )
         if num_usable < blocks_per_sequence:
             if self.max_model_len is not None:
@@ -171,17 +171,17 @@ class EngineConfig:
             wanted = num_usable * self.block_size
         return replace(self, dtype=dtype, max_model_len=wanted, kv_cache_memory=num_blocks * block_bytes)
 
-    def _check_available(self, facts: ModelSpec) -> None:
+    def _check_available(self, spec: ModelSpec) -> None:
         """Raise MemoryExhausted if the KV cache that was asked for could never be filled."""
         assert self.kv_cache_memory is not None
-        if self.kv_cache_memory > facts.available_bytes:
+        if self.kv_cache_memory > spec.available_bytes:
             raise MemoryExhausted(
-                f"A KV cache of {self.kv_cache_memory:,} bytes was asked for, and {facts.available_bytes:,} are "
+                f"A KV cache of {self.kv_cache_memory:,} bytes was asked for, and {spec.available_bytes:,} are "
                 "available once the weights are loaded. Ask for less, or leave it out to use a share of what is there.",
                 param="kv_cache_memory",
             )
 
-    def _no_kv_cache(self, facts: ModelSpec) -> int:
+    def _no_kv_cache(self, spec: ModelSpec) -> int:
         """0: the model computes without one.
 
         Raises:
@@ -189,7 +189,7 @@ class EngineConfig:
         """
         if self.kv_cache_memory:
             raise InvalidRequest(
-                f"kv_cache_memory is {self.kv_cache_memory:,}, but {facts.architecture} (task '{facts.task}') has no "
+                f"kv_cache_memory is {self.kv_cache_memory:,}, but {spec.architecture} (task '{spec.task}') has no "
                 "KV cache; leave it out.",
                 param="kv_cache_memory",
             )

@@ -3,7 +3,7 @@
 Knows nothing of HTTP libraries: `server/http/errors.py` turns these into OpenAI-shaped bodies.
 
     ShuteyeError
-    ├── ClientError                     the caller can mend it (4xx)
+    ├── ClientError                     the caller can fix it (4xx)
     │   ├── InvalidRequest              400  a bad value; `param` names the field
     │   │   ├── PromptTooLong           400  the request can never fit
     │   │   └── UnsupportedModel        400  the checkpoint cannot be served correctly
@@ -12,7 +12,7 @@ Knows nothing of HTTP libraries: `server/http/errors.py` turns these into OpenAI
     │   ├── ModelNotFound               404
     │   ├── SleepModeDisabled           404  a sleep call without `enable_sleep_mode`
     │   └── TransitionConflict          409  the transition table forbids the move
-    └── ServerError                     we, or the machine, must mend it (5xx)
+    └── ServerError                     the server or the machine is at fault (5xx)
         ├── InternalError               500  a bug of ours
         ├── SleepFailed                 503  rolled back: still awake
         ├── WakeFailed                  503  rolled back: still asleep
@@ -20,7 +20,7 @@ Knows nothing of HTTP libraries: `server/http/errors.py` turns these into OpenAI
         ├── ModelSleeping               503  weights are needed and are not resident
         ├── ModelPaused                 503  a pause is in force that takes no new requests
         ├── RequestAborted              503  ended before there was a result
-        ├── DrainTimeout                503  requests outlasted the deadline of `mode=wait`
+        ├── DrainTimeout                503  requests still running at the deadline of `mode=wait`
         ├── QueueFull                   503
         ├── EngineNotReady              503  still loading
         ├── ServerStopping              503  told to stop: what runs is finished, nothing new is begun
@@ -54,7 +54,7 @@ class ShuteyeError(Exception):
 
 
 class ClientError(ShuteyeError):
-    """The caller can mend it."""
+    """The caller can fix it."""
 
     status_code = 400
     error_type = "BadRequestError"
@@ -108,7 +108,7 @@ class TransitionConflict(ClientError):
 
 
 class ServerError(ShuteyeError):
-    """We, or the machine, must mend it."""
+    """The server or the machine is at fault."""
 
 
 class InternalError(ServerError):
@@ -168,7 +168,7 @@ class RequestAborted(ServerError):
 
 
 class DrainTimeout(ServerError):
-    """Requests in flight outlasted the deadline of `mode="wait"`; nothing was put to sleep."""
+    """Requests were still running at the deadline of `mode="wait"`; the model stays awake."""
 
     status_code = 503
     error_type = "DrainTimeoutError"

@@ -1,6 +1,6 @@
 """What log lines look like, as text or JSON, and which HTTP request each one belongs to.
 
-Knows nothing of what is logged. An engine process is told to log as the process that started it does (`settings`).
+An engine process is told to log as the process that started it does (`settings`).
 """
 
 from __future__ import annotations

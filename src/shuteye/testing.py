@@ -1,6 +1,6 @@
 """What tests need: tiny random checkpoints, and memory that shows whether it was rewritten.
 
-Knows nothing of pytest; shipped, so that plug-in authors can test too.
+Shipped, so that plug-in authors can test too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Holds the fields of a value that users construct to their annotations; what is of another type is refused by name.
+"""Checks of what users give: fields are held to their annotations, and what is of another type is refused by name.
 
-Knows nothing of ranges, which each value checks itself. Nothing is guessed: `True` is no number, `"no"` is no `False`,
+Ranges are checked by each value itself. Nothing is guessed: `True` is no number, `"no"` is no `False`,
 and where an integer is meant a float is refused, even 16.0. Numbers of other libraries (numpy) become Python's own: no
 others can be sent to an engine in another process.
 """
@@ -194,3 +194,19 @@ def require(ok: bool, param: str, expected: str, seen: object) -> None:
     """
     if not ok:
         raise InvalidRequest(f"{param} must be {expected}, got {reprlib.repr(seen)}.", param=param)
+
+
+def require_sendable(name: str, key: str) -> None:
+    """Refuse an API key that does not fit into a header as it is. No message ever holds a key.
+
+    Raises:
+        InvalidRequest: it is empty, or has spaces around it or a line break in it; `param` is `name`.
+    """
+    if not key.strip():
+        raise InvalidRequest(f"{name} must not be empty; leave it out to use no key.", param=name)
+    if key != key.strip() or not key.isprintable():
+        raise InvalidRequest(
+            f"{name} begins or ends with a space, or holds a line break or the like, which no client can send; "
+            "was it read from a file with its last line break?",
+            param=name,
+        )

@@ -143,7 +143,7 @@ def test_after_a_hang_nothing_more_is_asked_and_the_engine_is_ended():
     assert engine.calls[-1] == "stop"
 
 
-def test_who_cannot_be_prepared_does_not_stop_the_others():
+def test_an_engine_that_cannot_be_prepared_does_not_stop_the_others():
     broken, healthy = measure(broken=FakeEngine(fails={0: EngineFailure("no disk")}), healthy=FakeEngine())
     assert broken.notes == {"": "could not be prepared: no disk"}
     assert healthy.median("decode_1") is not None
@@ -413,7 +413,7 @@ def test_ratios_are_of_rounds_and_above_one_is_better(a_report):
     assert report.ratio(mine, llama, by_key["decode_1"]) == "2.00 (1.10–2.00)"
 
 
-def test_who_frees_nothing_does_not_win_at_waking(a_report):
+def test_an_engine_that_frees_nothing_is_never_the_best_at_waking(a_report):
     by_key = {metric.key: metric for metric in rounds.METRICS}
     assert rounds.best_peer(a_report.results[1:], by_key["wake"]).name == "llama.cpp"
     assert report.cell(a_report.results[2], by_key["wake"]) == "1.0, nothing freed"

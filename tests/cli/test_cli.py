@@ -74,7 +74,7 @@ class TestServe:
             assert served("--kv-cache-memory", text)[0].kv_cache_memory == nbytes
 
     @pytest.mark.parametrize("text", ["", "MiB", "-1", "1 parsec", "1.5", "0x10", "nan"])
-    def test_sizes_that_are_none(self, text, capsys, served):
+    def test_invalid_sizes_are_refused(self, text, capsys, served):
         """Catches a typo becoming some other size."""
         assert cli.run(["serve", "--kv-cache-memory", text]) == 2
         assert "--kv-cache-memory" in capsys.readouterr().err
@@ -209,6 +209,15 @@ def test_pull_offline_fetches_nothing(tmp_path, capsys):
     assert "cannot be fetched in offline mode" in capsys.readouterr().err
 
 
+def test_server_process_is_free_of_torch():
+    """Catches an import that makes the API process, which holds no model, carry torch through every sleep."""
+    code = (
+        "import sys, shuteye.server.run, shuteye.frontend.process_link; "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_help_is_fast_to_reach_and_free_of_torch():
     """Catches an import that makes every `shuteye --help` wait for torch."""
     code = (
@@ -291,7 +300,7 @@ def test_an_image_of_an_older_version_is_listed_in_one_line(two_images, tmp_path
     assert cli.run(["images", "ls", "--cache-dir", str(tmp_path)]) == 0
     _, line, _, hint = capsys.readouterr().out.splitlines()
     assert line.endswith("cannot be used: another version of shuteye made it (format 1, this one reads 2)")
-    assert "made anew when its model is next loaded" in hint
+    assert "rebuilt when its model is next loaded" in hint
 
 
 def test_one_image_that_cannot_be_removed_does_not_keep_the_others(two_images, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from served import Served, stop_all
+from shuteye_server import Served, stop_all
 
 from shuteye.tokenizer import Tokenizer
 

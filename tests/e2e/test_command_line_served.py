@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from served import SLEEPING_BODY, shuteye
+from shuteye_server import SLEEPING_BODY, shuteye
 
 from shuteye.cli import main as cli
 

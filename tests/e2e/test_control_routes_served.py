@@ -5,7 +5,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from served import SLEEPING_BODY, wait_for
+from shuteye_server import SLEEPING_BODY, wait_for
 
 CONTROL_ROUTES = (
     "POST /sleep",
@@ -269,7 +269,7 @@ class TestKeys:
             ("sk-admin", 200, 200),
         ],
     )
-    def test_matrix(self, holding, statuses, key, control, inference):
+    def test_every_key_opens_its_routes_and_no_others(self, holding, statuses, key, control, inference):
         """An inference key that opens a control route, or one that opens nothing."""
         assert statuses(key, CONTROL_ROUTES[2:] if control == 200 else CONTROL_ROUTES) == {control}
         assert statuses(key, INFERENCE_ROUTES) == {inference}

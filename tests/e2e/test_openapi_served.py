@@ -8,7 +8,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, strategies
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
-from served import ANSWER_S, SLEEPING_BODY, Served
+from shuteye_server import ANSWER_S, SLEEPING_BODY, Served
 
 from shuteye.testing import tiny_encoder, tiny_speech_model
 

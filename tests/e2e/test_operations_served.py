@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from served import Served, children_of, is_running, shuteye, stop_all, wait_for
+from shuteye_server import Served, children_of, is_running, shuteye, stop_all, wait_for
 
 from shuteye.client import Client
 

@@ -6,11 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from served import Served, clean_environment
+from shuteye_server import Served, clean_environment
 
 from shuteye.config import default_cache_dir
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 ENVIRONMENTS = Path(os.environ.get("SHUTEYE_TEST_CLIENTS", default_cache_dir() / "clients"))
 ROUNDING = {"rel": 1e-4, "abs": 1e-3}
 
@@ -22,7 +22,7 @@ def run(client, script, *arguments):
     python = ENVIRONMENTS / client / "bin" / "python"
     assert python.exists(), f"{python} is missing; `make test-clients` sets it up"
     done = subprocess.run(
-        [python, HERE / script, *map(str, arguments)],
+        [python, HELPERS / script, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=500,

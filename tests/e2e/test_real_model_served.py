@@ -3,7 +3,7 @@
 import httpx2
 import openai
 import pytest
-from served import SLEEPING_BODY, Served
+from shuteye_server import SLEEPING_BODY, Served
 
 from shuteye.client import WakingTransport
 

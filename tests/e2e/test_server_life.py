@@ -6,8 +6,8 @@ import signal
 import time
 
 import pytest
-from asking import ask, asking, in_flight
-from served import Served, children_of, is_running, shuteye, stop_all, wait_for
+from http_helpers import ask, asking, in_flight
+from shuteye_server import Served, children_of, is_running, shuteye, stop_all, wait_for
 
 LONG = 400
 AT_ONCE_S = 3.0

@@ -5,8 +5,8 @@ import random
 import time
 
 import pytest
-from asking import ask, asking, in_flight
-from served import SLEEPING_BODY, wait_for
+from http_helpers import ask, asking, in_flight
+from shuteye_server import SLEEPING_BODY, wait_for
 
 LONG = 400
 PROMPTS = ["a river", "two rivers that meet", "3", "the sea"]
@@ -296,7 +296,7 @@ CALLS = (
 )
 
 
-def test_two_operators_at_odds_and_clients_that_leave(any_server, right):
+def test_conflicting_sleeps_and_disconnects_lose_nothing(any_server, right):
     """Any state from which one cannot come back, any blocks or requests lost on the way, any wrong text."""
     chance = random.Random(1)
     stop = asyncio.Event()

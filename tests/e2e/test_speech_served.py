@@ -8,7 +8,7 @@ import numpy as np
 import openai
 import pytest
 import soundfile
-from served import SLEEPING_BODY, Served, wait_for
+from shuteye_server import SLEEPING_BODY, Served, wait_for
 
 from shuteye.audio import SAMPLE_RATE, decode
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from served import ANSWER_S
+from shuteye_server import ANSWER_S
 
 from shuteye.client import AsyncWakingTransport, WakingTransport
 

@@ -19,10 +19,10 @@ PROMPTS = [tuple(range(start, start + length)) for start, length in ((500, 5), (
 
 
 @pytest.fixture
-def real(make_rig, smollm2_options):
+def real(make_harness, smollm2_options):
     def make(**options):
         sizes = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory": 64 << 20}
-        return make_rig(**smollm2_options | sizes | options)
+        return make_harness(**smollm2_options | sizes | options)
 
     return make
 
@@ -47,15 +47,15 @@ def process_rss():
 
 def test_asleep_the_kernel_agrees_that_the_memory_is_gone(real):
     """Would catch a report of bytes that never came back."""
-    rig = real(backend=LinuxBackend())
+    harness = real(backend=LinuxBackend())
     for token in (7, 9, 11):
-        rig.add(f"fill-{token}", [token] * 900, SHORT)
-    rig.run()
-    residency = rig.core._executor._worker.residency
+        harness.add(f"fill-{token}", [token] * 900, SHORT)
+    harness.run()
+    residency = harness.core._executor._worker.residency
     arenas = residency._weights_arena, residency._kv_arena
     before = smaps_rss(*arenas)
     assert before > arenas[0].nbytes + 0.9 * arenas[1].nbytes, "the test must fill the KV cache"
-    report = rig.call(SleepCall(1))
+    report = harness.call(SleepCall(1))
     after = smaps_rss(*arenas)
     assert before - after >= 0.98 * (arenas[0].nbytes + arenas[1].nbytes * 0.9)
     assert after <= 0.02 * before
@@ -63,24 +63,24 @@ def test_asleep_the_kernel_agrees_that_the_memory_is_gone(real):
     assert abs(report.residual_bytes - process_rss()) < 4 << 20
 
 
-def one_cycle(rig, number, chooser):
+def one_cycle(harness, number, chooser):
     """A sleep and a wake, each kind in turn."""
     match number % 5:
         case 0 | 1:
-            rig.call(SleepCall(1, mode=chooser.choice(["wait", "keep"])))
-            rig.call(WakeCall())
+            harness.call(SleepCall(1, mode=chooser.choice(["wait", "keep"])))
+            harness.call(WakeCall())
         case 2:
-            rig.call(SleepCall(2, mode="keep"))
-            rig.call(WakeCall())
+            harness.call(SleepCall(2, mode="keep"))
+            harness.call(WakeCall())
         case 3:
-            rig.call(SleepCall(1, mode="keep"))
+            harness.call(SleepCall(1, mode="keep"))
             for tag in chooser.sample(["weights", "kv_cache"], 2):
-                rig.call(WakeCall((tag,)))
+                harness.call(WakeCall((tag,)))
         case 4:
-            rig.call(SleepCall(2, mode="keep"))
-            rig.call(WakeCall(("weights",)))
-            rig.call(ReloadCall())
-            rig.call(WakeCall(("kv_cache",)))
+            harness.call(SleepCall(2, mode="keep"))
+            harness.call(WakeCall(("weights",)))
+            harness.call(ReloadCall())
+            harness.call(WakeCall(("kv_cache",)))
 
 
 @pytest.mark.parametrize("cycles", [50, pytest.param(300, marks=pytest.mark.slow)])
@@ -90,21 +90,21 @@ def test_cycles_under_requests(real, cycles):
     Fresh memory is poisoned: KV that was not recomputed, or weights that were not mapped, give other tokens. In
     float32, because a held request is recomputed in one chunk, which bfloat16 rounds differently than token by token.
     """
-    rig = real()
+    harness = real()
     chooser = random.Random(0)
-    addresses = [tensor.data_ptr() for tensor in rig.tensors().values()]
-    expected = [rig.generate(prompt, HELD) for prompt in PROMPTS]
+    addresses = [tensor.data_ptr() for tensor in harness.tensors().values()]
+    expected = [harness.generate(prompt, HELD) for prompt in PROMPTS]
     resident = []
     for cycle in range(cycles):
         in_flight = f"in-flight-{cycle}"
-        rig.add(in_flight, PROMPTS[cycle % 3], HELD)
-        rig.step()
-        rig.step()
-        one_cycle(rig, cycle, chooser)
-        rig.run()
-        assert rig.tokens[in_flight] == expected[cycle % 3], cycle
+        harness.add(in_flight, PROMPTS[cycle % 3], HELD)
+        harness.step()
+        harness.step()
+        one_cycle(harness, cycle, chooser)
+        harness.run()
+        assert harness.tokens[in_flight] == expected[cycle % 3], cycle
         resident.append(process_rss())
-    assert [rig.generate(prompt, HELD) for prompt in PROMPTS] == expected
-    assert [tensor.data_ptr() for tensor in rig.tensors().values()] == addresses
+    assert [harness.generate(prompt, HELD) for prompt in PROMPTS] == expected
+    assert [tensor.data_ptr() for tensor in harness.tensors().values()] == addresses
     early, late = statistics.median(resident[10:25]), statistics.median(resident[-20:])
     assert late - early < 4 << 20, f"{(late - early) / cycles:.0f} bytes are lost per cycle"

@@ -6,8 +6,8 @@ Each layer is tried by itself, and then with the others broken on purpose: a req
 from dataclasses import replace
 
 import pytest
-from rigs import GREEDY
-from test_faults import bring_awake
+from core_harness import GREEDY
+from faults import bring_awake
 
 from shuteye.cache.blocks import BlockPool
 from shuteye.calls import ReloadCall, ResetPrefixCacheCall, SleepCall, UpdateCall, WakeCall
@@ -24,30 +24,30 @@ NAME = "model.layers.0.self_attn.v_proj.weight"
 NUM_BEFORE = 4
 
 
-def negate(rig):
-    names = [name for name in rig.tensors() if name.endswith("v_proj.weight")]
-    rig.call(UpdateCall(named_tensors=[(name, -rig.tensors()[name].clone()) for name in names]))
+def negate(harness):
+    names = [name for name in harness.tensors() if name.endswith("v_proj.weight")]
+    harness.call(UpdateCall(named_tensors=[(name, -harness.tensors()[name].clone()) for name in names]))
 
 
-def fault_and_recover(rig):
-    rig.core._sleep.fault("a test says so")
-    rig.call(WakeCall())
+def fault_and_recover(harness):
+    harness.core._sleep.fault("a test says so")
+    harness.call(WakeCall())
 
 
 def sleep_and_wake(level, tags=None):
-    def change(rig):
-        rig.call(SleepCall(level, tags=tags, mode="keep"))
-        rig.call(WakeCall())
+    def change(harness):
+        harness.call(SleepCall(level, tags=tags, mode="keep"))
+        harness.call(WakeCall())
 
     return change
 
 
-def rewrite_after_level_2(rig):
-    tensors = [(name, tensor.clone()) for name, tensor in rig.tensors().items()]
-    rig.call(SleepCall(2, mode="keep"))
-    rig.call(WakeCall(("weights",)))
-    rig.call(UpdateCall(named_tensors=tensors))
-    rig.call(WakeCall())
+def rewrite_after_level_2(harness):
+    tensors = [(name, tensor.clone()) for name, tensor in harness.tensors().items()]
+    harness.call(SleepCall(2, mode="keep"))
+    harness.call(WakeCall(("weights",)))
+    harness.call(UpdateCall(named_tensors=tensors))
+    harness.call(WakeCall())
 
 
 CHANGES = {
@@ -57,51 +57,51 @@ CHANGES = {
     "sleep 1 weights": (sleep_and_wake(1, ("weights",)), ("image", "negated")),
     "sleep 2": (sleep_and_wake(2), ("image", "image")),
     "update": (negate, ("negated", "image")),
-    "reload": (lambda rig: rig.call(ReloadCall()), ("image", "image")),
+    "reload": (lambda harness: harness.call(ReloadCall()), ("image", "image")),
     "rewrite after level 2": (rewrite_after_level_2, ("image", "negated")),
     "fault and recovery": (fault_and_recover, ("image", "image")),
 }
 
 
 @pytest.fixture
-def truth(make_rig):
+def truth(make_harness):
     """What a fresh engine without a prefix cache says on some weights: `truth(weights, prompt, num_tokens)`."""
 
     def generate(weights, prompt, num_tokens):
-        rig = make_rig(enable_prefix_caching=False)
+        harness = make_harness(enable_prefix_caching=False)
         if weights == "negated":
-            negate(rig)
-        return rig.generate(prompt, replace(GREEDY, max_tokens=num_tokens))
+            negate(harness)
+        return harness.generate(prompt, replace(GREEDY, max_tokens=num_tokens))
 
     return generate
 
 
-def run_through(rig, apply, *, negated):
+def run_through(harness, apply, *, negated):
     """A request before, one in flight during, and one after `apply`, of the same prompt; the tokens until then."""
     if negated:
-        negate(rig)
-    rig.generate(PROMPT)  # leaves its blocks for others to find
-    rig.add("in flight", PROMPT)
-    while len(rig.tokens["in flight"]) < NUM_BEFORE:
-        rig.step()
-    before = list(rig.tokens["in flight"])
-    apply(rig)
-    rig.add("new", PROMPT)
-    rig.run()
+        negate(harness)
+    harness.generate(PROMPT)  # leaves its blocks for others to find
+    harness.add("in flight", PROMPT)
+    while len(harness.tokens["in flight"]) < NUM_BEFORE:
+        harness.step()
+    before = list(harness.tokens["in flight"])
+    apply(harness)
+    harness.add("new", PROMPT)
+    harness.run()
     return before
 
 
 @pytest.mark.parametrize("negated", [False, True], ids=["image", "negated"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_nothing_computed_before_a_change_is_used_after_it(make_rig, truth, name, negated):
+def test_nothing_computed_before_a_change_is_used_after_it(make_harness, truth, name, negated):
     """Would catch blocks or prefixes that outlive the memory or the weights they were computed with."""
     apply, leads_to = CHANGES[name]
-    rig = make_rig()
-    before = run_through(rig, apply, negated=negated)
+    harness = make_harness()
+    before = run_through(harness, apply, negated=negated)
     weights = leads_to[negated]
-    assert rig.tokens["new"] == truth(weights, PROMPT, GREEDY.max_tokens)
+    assert harness.tokens["new"] == truth(weights, PROMPT, GREEDY.max_tokens)
     rest = GREEDY.max_tokens - NUM_BEFORE
-    assert rig.tokens["in flight"] == before + truth(weights, (*PROMPT, *before), rest)
+    assert harness.tokens["in flight"] == before + truth(weights, (*PROMPT, *before), rest)
 
 
 _call = Worker.call
@@ -122,60 +122,62 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 @pytest.mark.parametrize("name", CHANGES)
-def test_without_one_of_the_guards_a_request_fails_but_no_token_is_wrong(make_rig, monkeypatch, truth, name, mutation):
+def test_without_one_of_the_guards_a_request_fails_but_no_token_is_wrong(
+    make_harness, monkeypatch, truth, name, mutation
+):
     """Would catch a design whose right answers depend on somebody who remembers to reset something."""
     apply, (weights, _) = CHANGES[name]
     right = truth(weights, PROMPT, GREEDY.max_tokens)
-    rig = make_rig()
+    harness = make_harness()
 
-    def apply_broken(rig):
+    def apply_broken(harness):
         monkeypatch.setattr(*MUTATIONS[mutation])
-        apply(rig)
+        apply(harness)
 
     if mutation == "nothing is preempted":
         with pytest.raises(AssertionError, match="another epoch"):
-            run_through(rig, apply_broken, negated=False)
+            run_through(harness, apply_broken, negated=False)
         return
-    before = run_through(rig, apply_broken, negated=False)
+    before = run_through(harness, apply_broken, negated=False)
     monkeypatch.undo()
     continued = before + truth(weights, (*PROMPT, *before), GREEDY.max_tokens - NUM_BEFORE)
     for request_id, expected in [("new", right), ("in flight", continued)]:
-        ended, tokens = rig.ended[request_id], rig.tokens[request_id]
+        ended, tokens = harness.ended[request_id], harness.tokens[request_id]
         refused = isinstance(ended, InternalError)
         assert not refused or "epoch" in ended.message
         assert tokens == expected[: len(tokens)], "tokens of another epoch were served"
         assert refused or len(tokens) == len(expected)
 
 
-def test_a_request_that_was_refused_over_an_epoch_does_not_stop_the_next_one(rig):
+def test_a_request_that_was_refused_over_an_epoch_does_not_stop_the_next_one(harness):
     """Would catch an engine that never looks again where its memory is, once it was wrong about it."""
-    before = rig.generate(PROMPT)
-    rig.worker.residency.release(SleepPlan(kv_cache="discard"))  # behind the engine's back
-    rig.worker.residency.restore(WakePlan(kv_cache="commit"))
+    before = harness.generate(PROMPT)
+    harness.worker.residency.release(SleepPlan(kv_cache="discard"))  # behind the engine's back
+    harness.worker.residency.restore(WakePlan(kv_cache="commit"))
     with pytest.raises(InternalError, match="epoch"):
-        rig.generate(PROMPT)
-    assert rig.generate(PROMPT) == before
+        harness.generate(PROMPT)
+    assert harness.generate(PROMPT) == before
 
 
-def test_an_update_that_was_refused_leaves_requests_where_they_are(rig):
+def test_an_update_that_was_refused_leaves_requests_where_they_are(harness):
     """Would catch work that is thrown away although nothing was written."""
-    rig.add("in flight", PROMPT)
-    while len(rig.tokens["in flight"]) < 4:
-        rig.step()
+    harness.add("in flight", PROMPT)
+    while len(harness.tokens["in flight"]) < 4:
+        harness.step()
     with pytest.raises(Exception, match="not a tensor"):
-        rig.call(UpdateCall(named_tensors=[("no such", rig.tensors()[NAME])]))
-    rig.run()
-    assert rig.core.stats.num_preemptions_total == 0
-    assert rig.tokens["in flight"] == rig.generate(PROMPT, GREEDY)
+        harness.call(UpdateCall(named_tensors=[("no such", harness.tensors()[NAME])]))
+    harness.run()
+    assert harness.core.stats.num_preemptions_total == 0
+    assert harness.tokens["in flight"] == harness.generate(PROMPT, GREEDY)
 
 
-def test_resetting_the_prefix_cache_is_no_other_epoch(rig):
+def test_resetting_the_prefix_cache_is_no_other_epoch(harness):
     """Would catch running requests that are computed again because somebody cleared what others may share."""
-    rig.add("in flight", PROMPT)
-    rig.step()
-    rig.call(ResetPrefixCacheCall())
-    rig.run()
-    assert rig.core.stats.num_preemptions_total == 0
+    harness.add("in flight", PROMPT)
+    harness.step()
+    harness.call(ResetPrefixCacheCall())
+    harness.run()
+    assert harness.core.stats.num_preemptions_total == 0
 
 
 @pytest.mark.parametrize(
@@ -192,15 +194,17 @@ def test_resetting_the_prefix_cache_is_no_other_epoch(rig):
         ((SleepCall(1, tags=("kv_cache",), mode="keep"),), WakeCall(), "canary_agrees"),
     ],
 )
-def test_requests_in_flight_outlive_a_rank_that_fails_after_it_did_everything(make_rig, monkeypatch, setup, call, verb):
+def test_requests_in_flight_outlive_a_rank_that_fails_after_it_did_everything(
+    make_harness, monkeypatch, setup, call, verb
+):
     """Would catch running requests that go on with blocks which the recovery has thrown away."""
-    rig = make_rig()
-    before = rig.generate(PROMPT)
-    rig.add("in flight", PROMPT)
-    while len(rig.tokens["in flight"]) < NUM_BEFORE:
-        rig.step()
+    harness = make_harness()
+    before = harness.generate(PROMPT)
+    harness.add("in flight", PROMPT)
+    while len(harness.tokens["in flight"]) < NUM_BEFORE:
+        harness.step()
     for one in setup:
-        rig.call(one)
+        harness.call(one)
 
     def fail_once(worker, called, *args):
         done = _call(worker, called, *args)
@@ -211,11 +215,11 @@ def test_requests_in_flight_outlive_a_rank_that_fails_after_it_did_everything(ma
 
     monkeypatch.setattr(Worker, "call", fail_once)
     with pytest.raises(ShuteyeError, match="a test says so"):
-        rig.call(call)
-    bring_awake(rig)
-    rig.run()
-    assert (rig.ended["in flight"], rig.tokens["in flight"]) == ("length", before)
-    assert rig.generate(PROMPT) == before
+        harness.call(call)
+    bring_awake(harness)
+    harness.run()
+    assert (harness.ended["in flight"], harness.tokens["in flight"]) == ("length", before)
+    assert harness.generate(PROMPT) == before
 
 
 class TestResidency:
@@ -233,23 +237,23 @@ class TestResidency:
         ],
         ids=["release kv", "discard", "offload", "commit", "reload", "blank", "write", "reset"],
     )
-    def test_whatever_changes_memory_raises_the_epoch(self, rig, setup, act):
+    def test_whatever_changes_memory_raises_the_epoch(self, harness, setup, act):
         """A change that raises nothing would let what was computed before it be used."""
-        residency = rig.worker.residency
+        residency = harness.worker.residency
         for one in setup:
             one(residency)
         before = residency.epoch()
         act(residency)
         assert residency.epoch() > before
 
-    def test_a_release_that_fails_raises_it_all_the_same(self, rig):
+    def test_a_release_that_fails_raises_it_all_the_same(self, harness):
         """Half of the memory may be gone: blocks that were in it must not be trusted."""
-        residency = rig.worker.residency
+        residency = harness.worker.residency
         before = residency.epoch()
-        rig.backend.clear()
-        rig.backend.fail_at(0, when="after")
+        harness.backend.clear()
+        harness.backend.fail_at(0, when="after")
         with pytest.raises(Exception, match="Injected"):
             residency.release(SleepPlan(kv_cache="discard"))
         assert residency.epoch() > before
-        rig.backend.clear()
+        harness.backend.clear()
         residency.reset()

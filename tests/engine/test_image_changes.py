@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
@@ -20,14 +19,14 @@ PROMPT = tuple(range(5, 45))
 
 
 @pytest.fixture
-def weights_file(rig):
-    return rig.worker._image.path / "weights.rank0.bin"
+def weights_file(harness):
+    return harness.worker._image.path / "weights.rank0.bin"
 
 
 @pytest.fixture
-def rig(make_rig, tmp_path):
+def harness(make_harness, tmp_path):
     """With an image of its own, to be spoilt."""
-    return make_rig(cache_dir=tmp_path, verify_wake="off")
+    return make_harness(cache_dir=tmp_path, verify_wake="off")
 
 
 @contextlib.contextmanager
@@ -46,35 +45,35 @@ def overwritten(path, begin=0, end=None):
             file.write(content)
 
 
-def beside_an_update(rig):
+def beside_an_update(harness):
     """Write a tensor; where its extent begins, and up to where the file still lies under that extent."""
-    layout = rig.worker._image.layout
+    layout = harness.worker._image.layout
     extent = max(layout.extents, key=lambda extent: extent.nbytes)
     slot = max((slot for slot in layout.slots.values() if slot.end <= extent.end), key=lambda slot: slot.offset)
     assert extent.offset + mmap.PAGESIZE < slot.offset
-    rig.call(UpdateCall(named_tensors=[(slot.name, rig.tensors()[slot.name].clone())]))
+    harness.call(UpdateCall(named_tensors=[(slot.name, harness.tensors()[slot.name].clone())]))
     return extent.offset, extent.offset + mmap.PAGESIZE
 
 
-def test_an_image_overwritten_while_it_is_served(rig, weights_file):
+def test_an_image_overwritten_while_it_is_served(harness, weights_file):
     """Would catch garbage that is served until the next sleep, and a recovery that trusts a sample."""
-    before = rig.generate(PROMPT)
+    before = harness.generate(PROMPT)
     with overwritten(weights_file):
         with pytest.raises(VerificationFailed, match=r"was changed while in use.*differ from their checksums"):
-            rig.generate(PROMPT)
-        assert "was changed while in use" in rig.core.state.faulted
+            harness.generate(PROMPT)
+        assert "was changed while in use" in harness.core.state.faulted
         with pytest.raises(EngineFaulted):
-            rig.generate(PROMPT)
+            harness.generate(PROMPT)
         with pytest.raises(WakeFailed, match="was changed while in use"):
-            rig.call(WakeCall())
-        assert rig.core.state.gate == "closed"
-    assert rig.call(WakeCall()).verified == "full"
-    assert rig.generate(PROMPT) == before
+            harness.call(WakeCall())
+        assert harness.core.state.gate == "closed"
+    assert harness.call(WakeCall()).verified == "full"
+    assert harness.generate(PROMPT) == before
 
 
-def test_an_image_overwritten_in_the_middle_of_a_step(rig, weights_file, monkeypatch):
+def test_an_image_overwritten_in_the_middle_of_a_step(harness, weights_file, monkeypatch):
     """Would catch tokens of a step that began on good memory."""
-    runner = rig.worker._runner
+    runner = harness.worker._runner
     execute = runner.execute
 
     def spoiling(plan, *, prove=None):
@@ -84,110 +83,110 @@ def test_an_image_overwritten_in_the_middle_of_a_step(rig, weights_file, monkeyp
     with contextlib.ExitStack() as stack:
         monkeypatch.setattr(runner, "execute", spoiling)
         with pytest.raises(VerificationFailed):
-            rig.generate(PROMPT)
-    assert rig.tokens["generate-0"] == []
-    assert rig.core.state.faulted
+            harness.generate(PROMPT)
+    assert harness.tokens["generate-0"] == []
+    assert harness.core.state.faulted
 
 
-def test_pages_beside_an_update_are_the_image_s_too(rig, weights_file):
+def test_an_overwritten_page_beside_an_updated_one_is_noticed(harness, weights_file):
     """Would catch a look that skips whole extents because one page of them was written."""
-    with overwritten(weights_file, *beside_an_update(rig)), pytest.raises(VerificationFailed):
-        rig.generate(PROMPT)
+    with overwritten(weights_file, *beside_an_update(harness)), pytest.raises(VerificationFailed):
+        harness.generate(PROMPT)
 
 
-def test_a_file_that_is_only_looked_at_is_no_fault(rig, weights_file):
+def test_reading_or_touching_the_image_file_is_no_fault(harness, weights_file):
     """Would catch a server that goes down because somebody ran chmod, touch or a backup."""
-    before = rig.generate(PROMPT)
+    before = harness.generate(PROMPT)
     for change in (lambda: weights_file.chmod(0o600), weights_file.touch, lambda: os.link(weights_file, "linked")):
         with contextlib.chdir(weights_file.parent.parent):
             change()
-        assert rig.generate(PROMPT) == before
+        assert harness.generate(PROMPT) == before
 
 
 @pytest.mark.parametrize("repaired", ["before anybody looked", "after a step had failed", "before a sleep"])
-def test_updates_that_went_with_the_file_are_not_taken_for_there(rig, weights_file, repaired):
+def test_updates_lost_with_a_truncated_image_are_noticed(harness, weights_file, repaired):
     """Would catch the image's weights under an update's name: cutting a file short takes written pages along, too,
 
     and `cp` of the very same bytes begins with that.
     """
-    from_image = rig.generate(PROMPT)
+    from_image = harness.generate(PROMPT)
     name = "model.norm.weight"
-    rig.call(UpdateCall(named_tensors=[(name, -rig.tensors()[name].clone())]))
-    assert rig.generate(PROMPT) != from_image
+    harness.call(UpdateCall(named_tensors=[(name, -harness.tensors()[name].clone())]))
+    assert harness.generate(PROMPT) != from_image
     content = weights_file.read_bytes()
     weights_file.chmod(0o644)
     if repaired == "after a step had failed":
         os.truncate(weights_file, 0)
         with pytest.raises(VerificationFailed):
-            rig.generate(PROMPT)
+            harness.generate(PROMPT)
     weights_file.write_bytes(content)
     if repaired == "before a sleep":
         with pytest.raises(SleepFailed, match="updates"):
-            rig.call(SleepCall(1))
+            harness.call(SleepCall(1))
     with pytest.raises((VerificationFailed, EngineFaulted)):
-        rig.generate(PROMPT)
-    report = rig.call(WakeCall())
+        harness.generate(PROMPT)
+    report = harness.call(WakeCall())
     assert (report.verified, "+" in report.weights_source) == ("full", False)
-    assert rig.generate(PROMPT) == from_image
+    assert harness.generate(PROMPT) == from_image
 
 
-def test_an_updated_model_goes_on_when_its_file_is_only_looked_at(rig, weights_file):
+def test_an_updated_model_goes_on_when_its_image_file_is_read_or_touched(harness, weights_file):
     """Would catch updates that are given up because of a chmod."""
     name = "model.norm.weight"
-    rig.call(UpdateCall(named_tensors=[(name, -rig.tensors()[name].clone())]))
-    updated = rig.generate(PROMPT)
+    harness.call(UpdateCall(named_tensors=[(name, -harness.tensors()[name].clone())]))
+    updated = harness.generate(PROMPT)
     weights_file.chmod(0o600)
-    assert rig.generate(PROMPT) == updated
-    rig.call(SleepCall(1))
+    assert harness.generate(PROMPT) == updated
+    harness.call(SleepCall(1))
     weights_file.touch()
-    rig.call(WakeCall())
-    assert rig.generate(PROMPT) == updated
+    harness.call(WakeCall())
+    assert harness.generate(PROMPT) == updated
 
 
-def test_an_image_overwritten_while_asleep(rig, weights_file):
+def test_an_image_overwritten_while_asleep(harness, weights_file):
     """Would catch a wake without verification that serves what it found."""
-    before = rig.generate(PROMPT)
-    rig.call(SleepCall(1))
+    before = harness.generate(PROMPT)
+    harness.call(SleepCall(1))
     with overwritten(weights_file):
         with pytest.raises(WakeFailed, match="was changed while in use"):
-            rig.call(WakeCall())
-        assert rig.core.state.level == 1
-        assert not rig.core.state.faulted
-    rig.call(WakeCall())
-    assert rig.generate(PROMPT) == before
+            harness.call(WakeCall())
+        assert harness.core.state.level == 1
+        assert not harness.core.state.faulted
+    harness.call(WakeCall())
+    assert harness.generate(PROMPT) == before
 
 
-def test_an_overwritten_image_is_not_reloaded_and_the_weights_stay(rig, weights_file):
+def test_an_overwritten_image_is_not_reloaded_and_the_weights_stay(harness, weights_file):
     """Would catch a reload that gives the weights up before it looks at what is to replace them."""
-    before = rig.generate(PROMPT)
+    before = harness.generate(PROMPT)
     with overwritten(weights_file), pytest.raises(EngineFaulted, match="was changed while in use"):
-        rig.call(ReloadCall())
-    assert rig.core.state.level is None
-    rig.call(WakeCall())
-    assert rig.generate(PROMPT) == before
+        harness.call(ReloadCall())
+    assert harness.core.state.level is None
+    harness.call(WakeCall())
+    assert harness.generate(PROMPT) == before
 
 
-def test_what_is_not_the_image_s_alone_is_not_saved_from_it(rig, weights_file):
+def test_an_overwritten_page_beside_an_updated_one_is_not_saved(harness, weights_file):
     """Would catch a sleep that makes a checksummed copy of garbage."""
-    place = beside_an_update(rig)
+    place = beside_an_update(harness)
     with overwritten(weights_file, *place), pytest.raises(SleepFailed, match="was changed while in use"):
-        rig.call(SleepCall(1))
-    assert rig.core.state.gate == "open"
+        harness.call(SleepCall(1))
+    assert harness.core.state.gate == "open"
 
 
-def test_nothing_is_written_over_an_image_that_was_changed(rig, weights_file):
+def test_nothing_is_written_over_an_image_that_was_changed(harness, weights_file):
     """Would catch an update of a few pages beside garbage, or beside pages that are no more."""
-    place = beside_an_update(rig)
-    before = rig.core._executor.call("weights_source")
+    place = beside_an_update(harness)
+    before = harness.core._executor.call("weights_source")
     with overwritten(weights_file, *place), pytest.raises(EngineFaulted):
-        rig.call(UpdateCall(named_tensors=[("model.norm.weight", rig.tensors()["model.norm.weight"].clone())]))
-    assert rig.core._executor.call("weights_source") == before
+        harness.call(UpdateCall(named_tensors=[("model.norm.weight", harness.tensors()["model.norm.weight"].clone())]))
+    assert harness.core._executor.call("weights_source") == before
 
 
 TRUNCATED = """
     import os, sys
     from pathlib import Path
-    from rigs import Rig
+    from core_harness import CoreHarness
     from shuteye.config import EngineConfig
     from shuteye.engine.core import EngineCore
     from shuteye.calls import RpcCall, SleepCall, UpdateCall, WakeCall
@@ -200,8 +199,8 @@ TRUNCATED = """
         num_threads=1, cache_dir=Path(sys.argv[2]), verify_wake="full",
     )
     backend = LinuxBackend()
-    rig = Rig(EngineCore(config, InprocExecutor(config, backend=backend)), backend)
-    path = rig.worker._image.path / "weights.rank0.bin"
+    harness = CoreHarness(EngineCore(config, InprocExecutor(config, backend=backend)), backend)
+    path = harness.worker._image.path / "weights.rank0.bin"
     path.chmod(0o644)
     content, prompt = path.read_bytes(), range(5, 45)
 
@@ -214,31 +213,31 @@ TRUNCATED = """
 
     for updated in (False, True):
         if updated:
-            one = [(name, tensor.clone()) for name, tensor in rig.tensors().items() if "layers.0" in name][:1]
-            rig.call(UpdateCall(named_tensors=one))
-        before = rig.generate(prompt)
+            one = [(name, tensor.clone()) for name, tensor in harness.tensors().items() if "layers.0" in name][:1]
+            harness.call(UpdateCall(named_tensors=one))
+        before = harness.generate(prompt)
         os.truncate(path, 4096)
         if updated:
-            print(refused(lambda: rig.call(RpcCall("verify", ("full",)))))
-        print(refused(lambda: rig.generate(prompt)), bool(rig.core.state.faulted))
-        print(refused(lambda: rig.call(WakeCall())))
+            print(refused(lambda: harness.call(RpcCall("verify", ("full",)))))
+        print(refused(lambda: harness.generate(prompt)), bool(harness.core.state.faulted))
+        print(refused(lambda: harness.call(WakeCall())))
         path.write_bytes(content)
-        rig.call(WakeCall())
-        assert rig.generate(prompt) == before
-    rig.call(SleepCall(1))
+        harness.call(WakeCall())
+        assert harness.generate(prompt) == before
+    harness.call(SleepCall(1))
     os.truncate(path, 4096)
-    print(refused(lambda: rig.call(WakeCall())), rig.core.state.level)
+    print(refused(lambda: harness.call(WakeCall())), harness.core.state.level)
     path.write_bytes(content)
-    rig.call(WakeCall())
-    assert rig.generate(prompt) == before
-    rig.core.close()
+    harness.call(WakeCall())
+    assert harness.generate(prompt) == before
+    harness.core._executor.close()
 """
 
 
-def test_a_truncated_image_is_no_end_of_the_process(tiny_checkpoint, tmp_path):
+def test_a_truncated_image_does_not_kill_the_process(tiny_checkpoint, tmp_path):
     """Would catch SIGBUS, with which the kernel answers whoever touches a page that the file no longer has."""
     code = textwrap.dedent(TRUNCATED)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path])}
     command = [sys.executable, "-c", code, str(tiny_checkpoint), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=110, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -249,7 +248,7 @@ def test_a_truncated_image_is_no_end_of_the_process(tiny_checkpoint, tmp_path):
     ]
 
 
-def test_the_advice_about_a_damaged_image_works_as_it_is_written(tiny_checkpoint, tiny_options, tmp_path, capsys):
+def test_the_advice_about_a_damaged_image_works_as_written(tiny_checkpoint, tiny_options, tmp_path, capsys):
     """Would catch advice that the engine itself stands in the way of, and a fault that hides before it is mended."""
     options = tiny_options | {"cache_dir": tmp_path / "a cache", "enable_sleep_mode": True}
     with LLM(str(tiny_checkpoint), **options) as llm:
@@ -278,15 +277,15 @@ def test_the_advice_about_a_damaged_image_works_as_it_is_written(tiny_checkpoint
         assert llm.state.faulted is None
 
 
-def test_a_wake_that_found_a_changed_image_does_not_close_the_other_ways(rig, weights_file):
+def test_a_wake_that_found_a_changed_image_does_not_close_the_other_ways(harness, weights_file):
     """Would catch weights that are at hand, and cannot be written over an image that is needed no more."""
-    before = rig.generate(PROMPT)
-    tensors = {name: tensor.clone() for name, tensor in rig.tensors().items()}
-    rig.call(SleepCall(2))
+    before = harness.generate(PROMPT)
+    tensors = {name: tensor.clone() for name, tensor in harness.tensors().items()}
+    harness.call(SleepCall(2))
     with overwritten(weights_file):
         with pytest.raises(WakeFailed, match="was changed while in use"):
-            rig.call(WakeCall())
-        rig.call(WakeCall(tags=("weights",)))
-        rig.call(UpdateCall(named_tensors=list(tensors.items())))
-        rig.call(WakeCall())
-        assert rig.generate(PROMPT) == before
+            harness.call(WakeCall())
+        harness.call(WakeCall(tags=("weights",)))
+        harness.call(UpdateCall(named_tensors=list(tensors.items())))
+        harness.call(WakeCall())
+        assert harness.generate(PROMPT) == before

@@ -33,7 +33,7 @@ def config(tiny_checkpoint, tmp_path_factory):
         kv_cache_memory=1 << 20,
         max_model_len=256,
         num_threads=1,
-        cache_dir=tmp_path_factory.getbasetemp() / "rig-cache",
+        cache_dir=tmp_path_factory.getbasetemp() / "core-cache",
     )
 
 

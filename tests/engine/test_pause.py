@@ -11,98 +11,100 @@ LONG = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
 
 
 @pytest.mark.parametrize("mode", ["abort", "wait"])
-def test_a_pause_that_ends_requests_refuses_new_ones_until_resume(rig, mode):
+def test_a_pause_that_ends_requests_refuses_new_ones_until_resume(harness, mode):
     """Requests that are held for ever by a pause after which the contract promises 503."""
-    expected = rig.generate(PROMPT)
-    rig.call(PauseCall(mode))
-    assert rig.core.state.refusing
+    expected = harness.generate(PROMPT)
+    harness.call(PauseCall(mode))
+    assert harness.core.state.refusing
     with pytest.raises(ModelPaused, match="/resume"):
-        rig.generate(PROMPT)
-    rig.call(WakeCall())
+        harness.generate(PROMPT)
+    harness.call(WakeCall())
     with pytest.raises(ModelPaused):
-        rig.generate(PROMPT)
-    rig.call(ResumeCall())
-    assert not rig.core.state.refusing
-    assert rig.generate(PROMPT) == expected
+        harness.generate(PROMPT)
+    harness.call(ResumeCall())
+    assert not harness.core.state.refusing
+    assert harness.generate(PROMPT) == expected
 
 
-def test_a_pause_that_waits_refuses_while_it_waits_and_no_longer_if_it_gives_up(rig):
+def test_a_pause_that_waits_refuses_while_it_waits_and_no_longer_if_it_gives_up(harness):
     """A drain that lets in what it will never finish; or one that gave up and refuses all the same."""
-    rig.add("running", PROMPT, LONG)
-    rig.step()
-    answers = rig.submit(PauseCall("wait"))
-    rig.step()
+    harness.add("running", PROMPT, LONG)
+    harness.step()
+    answers = harness.submit(PauseCall("wait"))
+    harness.step()
     assert not answers
-    rig.add("late", PROMPT)
-    rig.run()
-    assert isinstance(rig.ended["late"], ModelPaused)
-    assert rig.ended["running"] == "length"
-    rig.call(ResumeCall())
-    rig.add("another", PROMPT, LONG)
-    rig.step()
+    harness.add("late", PROMPT)
+    harness.run()
+    assert isinstance(harness.ended["late"], ModelPaused)
+    assert harness.ended["running"] == "length"
+    harness.call(ResumeCall())
+    harness.add("another", PROMPT, LONG)
+    harness.step()
     with pytest.raises(DrainTimeout):
-        rig.call(PauseCall("wait", 0))
-    assert not rig.core.state.refusing
-    assert rig.generate(PROMPT)
+        harness.call(PauseCall("wait", 0))
+    assert not harness.core.state.refusing
+    assert harness.generate(PROMPT)
 
 
-def test_the_last_pause_decides(rig):
+def test_the_mode_of_the_last_pause_counts(harness):
     """A pause that keeps requests, and refuses them because another one did before; or the reverse."""
-    rig.call(PauseCall("abort"))
-    rig.call(PauseCall("keep"))
-    rig.add("held", PROMPT)
-    rig.run()
-    assert "held" not in rig.ended
-    rig.call(PauseCall("wait"))
-    assert "held" not in rig.ended, "nothing can finish while paused: what is held stays held"
+    harness.call(PauseCall("abort"))
+    harness.call(PauseCall("keep"))
+    harness.add("held", PROMPT)
+    harness.run()
+    assert "held" not in harness.ended
+    harness.call(PauseCall("wait"))
+    assert "held" not in harness.ended, "nothing can finish while paused: what is held stays held"
     with pytest.raises(ModelPaused):
-        rig.generate(PROMPT)
-    rig.call(ResumeCall())
-    rig.run()
-    assert rig.ended["held"] == "length"
+        harness.generate(PROMPT)
+    harness.call(ResumeCall())
+    harness.run()
+    assert harness.ended["held"] == "length"
 
 
 @pytest.mark.parametrize(
     ("policy", "refusal"), [("reject", ModelSleeping), ("hold", ModelPaused), ("wake", ModelPaused)]
 )
-def test_asleep_and_paused(make_rig, policy, refusal):
+def test_asleep_and_paused(make_harness, policy, refusal):
     """A model woken for a request that cannot run then either."""
-    rig = make_rig(on_sleeping_request=policy)
-    rig.call(PauseCall("abort"))
-    rig.call(SleepCall(1))
+    harness = make_harness(on_sleeping_request=policy)
+    harness.call(PauseCall("abort"))
+    harness.call(SleepCall(1))
     with pytest.raises(refusal):
-        rig.generate(PROMPT)
-    assert rig.core.state.is_sleeping
+        harness.generate(PROMPT)
+    assert harness.core.state.is_sleeping
 
 
 @pytest.mark.parametrize("again", [PauseCall("abort"), SleepCall(0, mode="abort"), SleepCall(1, mode="abort")])
 @pytest.mark.parametrize("first", ["pause", "doze", "sleep"])
-def test_abort_ends_what_is_held_even_if_nothing_else_changes(make_rig, first, again):
+def test_abort_ends_what_is_held_even_if_nothing_else_changes(make_harness, first, again):
     """Requests that stay held although the answer of a call with mode=abort has come."""
-    rig = make_rig(on_sleeping_request="hold")
-    rig.add("kept", PROMPT, LONG)
-    rig.step()
-    rig.call({"pause": PauseCall("keep"), "doze": SleepCall(0, mode="keep"), "sleep": SleepCall(1, mode="keep")}[first])
-    rig.add("held", PROMPT)
-    rig.run()
+    harness = make_harness(on_sleeping_request="hold")
+    harness.add("kept", PROMPT, LONG)
+    harness.step()
+    harness.call(
+        {"pause": PauseCall("keep"), "doze": SleepCall(0, mode="keep"), "sleep": SleepCall(1, mode="keep")}[first]
+    )
+    harness.add("held", PROMPT)
+    harness.run()
     if first == "sleep" and again == SleepCall(0, mode="abort"):
         return  # a conflict, which touches nothing
-    report = rig.call(again)
-    assert rig.ended == {"kept": "abort", "held": "abort"}
+    report = harness.call(again)
+    assert harness.ended == {"kept": "abort", "held": "abort"}
     if isinstance(again, SleepCall):
         assert report.aborted_requests == 2
         assert report.changed == ((first, again.level) not in {("doze", 0), ("sleep", 1)})
 
 
-def test_keep_holds_what_is_held(rig):
+def test_keep_holds_what_is_held(harness):
     """A second call that changes nothing, and loses what the first one kept."""
-    rig.call(PauseCall("keep"))
-    rig.add("held", PROMPT)
-    rig.run()
-    rig.call(PauseCall("keep"))
-    rig.call(SleepCall(0, mode="keep"))
-    assert rig.call(SleepCall(0, mode="keep")).held_requests == 1
-    assert "held" not in rig.ended
-    rig.call(ResumeCall())
-    rig.run()
-    assert rig.ended["held"] == "length"
+    harness.call(PauseCall("keep"))
+    harness.add("held", PROMPT)
+    harness.run()
+    harness.call(PauseCall("keep"))
+    harness.call(SleepCall(0, mode="keep"))
+    assert harness.call(SleepCall(0, mode="keep")).held_requests == 1
+    assert "held" not in harness.ended
+    harness.call(ResumeCall())
+    harness.run()
+    assert harness.ended["held"] == "length"

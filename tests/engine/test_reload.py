@@ -35,65 +35,65 @@ def other(tiny_checkpoint, tmp_path):
     return shutil.copytree(tiny_checkpoint, tmp_path / "other")
 
 
-def state_of(rig):
-    return rig.core.state, rig.core._executor.call("weights_source"), rig.worker._image.path
+def state_of(harness):
+    return harness.core.state, harness.core._executor.call("weights_source"), harness.worker._image.path
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_another_model_of_the_same_layout_is_refused_by_name(rig, other, name):
+def test_another_model_of_the_same_layout_is_refused_by_name(harness, other, name):
     """Would catch new weights that run with the old model's rotation, norms, ends or sampling, and are called good."""
     file, keys, named = CHANGES[name]
     edit(other / file, **keys)
-    expected, before = rig.generate(PROMPT), state_of(rig)
+    expected, before = harness.generate(PROMPT), state_of(harness)
     with pytest.raises(InvalidRequest, match=named) as caught:
-        rig.call(ReloadCall(str(other)))
+        harness.call(ReloadCall(str(other)))
     assert caught.value.param == "path"
-    assert state_of(rig) == before
-    assert rig.generate(PROMPT) == expected
+    assert state_of(harness) == before
+    assert harness.generate(PROMPT) == expected
 
 
-def test_another_tokenizer_is_refused(rig, other):
+def test_another_tokenizer_is_refused(harness, other):
     """Would catch prompts whose tokens mean something else to the new weights."""
     path = other / "tokenizer.json"
     path.write_text(path.read_text().replace("filler_0", "other_0"))
     with pytest.raises(InvalidRequest, match=r"tokenizer\.json of the tokenizer"):
-        rig.call(ReloadCall(str(other)))
+        harness.call(ReloadCall(str(other)))
 
 
-def test_other_weights_of_the_same_model_are_taken(rig, make_rig, tmp_path):
+def test_other_weights_of_the_same_model_are_taken(harness, make_harness, tmp_path):
     """Would catch a refusal of what reloading is for, such as for who wrote the files, and with what dtype in mind."""
     other = tiny_model(tmp_path / "other", seed=1)
     edit(other / "config.json", use_cache=False, dtype="bfloat16", transformers_version="4.50.0")
     edit(other / "generation_config.json", transformers_version="4.50.0")
-    before = rig.generate(PROMPT)
-    rig.call(ReloadCall(str(other)))
-    after = rig.generate(PROMPT)
+    before = harness.generate(PROMPT)
+    harness.call(ReloadCall(str(other)))
+    after = harness.generate(PROMPT)
     assert after != before
-    assert after == make_rig(model=str(other)).generate(PROMPT)
-    rig.call(SleepCall(2))
-    rig.call(WakeCall())
-    assert rig.generate(PROMPT) == after
+    assert after == make_harness(model=str(other)).generate(PROMPT)
+    harness.call(SleepCall(2))
+    harness.call(WakeCall())
+    assert harness.generate(PROMPT) == after
 
 
-def test_another_model_is_refused_after_level_2_too(rig, other, tmp_path):
+def test_another_model_is_refused_after_level_2_too(harness, other, tmp_path):
     """Would catch blank weights that are filled by another model, or a refusal from which no way leads back."""
-    before = rig.generate(PROMPT)
+    before = harness.generate(PROMPT)
     edit(other / "config.json", rms_norm_eps=1e-3)
-    rig.call(SleepCall(2))
-    rig.call(WakeCall(("weights",)))
+    harness.call(SleepCall(2))
+    harness.call(WakeCall(("weights",)))
     with pytest.raises(InvalidRequest, match="rms_norm_eps"):
-        rig.call(ReloadCall(str(other)))
-    assert [tag.residency for tag in rig.core.state.tags] == ["blank", "discarded"]
-    rig.call(ReloadCall())
-    rig.call(WakeCall())
-    assert rig.generate(PROMPT) == before
+        harness.call(ReloadCall(str(other)))
+    assert [tag.residency for tag in harness.core.state.tags] == ["blank", "discarded"]
+    harness.call(ReloadCall())
+    harness.call(WakeCall())
+    assert harness.generate(PROMPT) == before
 
 
-def test_a_reload_of_an_encoder_that_pools_otherwise_is_refused(make_rig, tmp_path):
+def test_a_reload_of_an_encoder_that_pools_otherwise_is_refused(make_harness, tmp_path):
     """Would catch embeddings that are pooled as the old model's were."""
     paths = [tiny_encoder(tmp_path / name, pooling=name, seed=0) for name in ("mean", "cls")]
     paths.append(tiny_encoder(tmp_path / "trained", pooling="mean", seed=1))
-    rig = make_rig(model=str(paths[0]), max_model_len=128, kv_cache_memory=None)
+    harness = make_harness(model=str(paths[0]), max_model_len=128, kv_cache_memory=None)
     with pytest.raises(InvalidRequest, match="pooling mean → cls"):
-        rig.call(ReloadCall(str(paths[1])))
-    assert rig.call(ReloadCall(str(paths[2]))).updated > 0
+        harness.call(ReloadCall(str(paths[1])))
+    assert harness.call(ReloadCall(str(paths[2]))).updated > 0

@@ -45,7 +45,7 @@ def end(process):
     process.stdout.close()
 
 
-def test_it_is_gone_with_close(directory):
+def test_the_socket_directory_is_removed_by_close(directory):
     meeting = Rendezvous()
     (found,) = directory.iterdir()
     assert meeting.endpoint == f"ipc://{found}/engine"
@@ -95,7 +95,7 @@ def test_a_directory_swept_while_it_was_made_is_made_again(directory, monkeypatc
     meeting.close()
 
 
-def test_many_at_once_each_keep_their_own(directory):
+def test_engines_started_at_once_keep_their_own_socket_directories(directory):
     """Would catch the race of two starts."""
     processes = [holder(directory) for _ in range(3)]
     try:

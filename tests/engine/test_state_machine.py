@@ -18,31 +18,31 @@ LENGTH = 16
 
 
 class Truth:
-    """One rig for all examples, and what its model says with the image's weights and with updated ones."""
+    """One engine core for all examples, and what its model says with the image's weights and with updated ones."""
 
-    def __init__(self, rig):
-        self.rig = rig
+    def __init__(self, harness):
+        self.harness = harness
         self.seen = Counter()  # (call, whether it was legal)
         self.params = SamplingParams(temperature=0.0, max_tokens=LENGTH, ignore_eos=True)
-        self.image = {name: tensor.clone() for name, tensor in rig.tensors().items()}
+        self.image = {name: tensor.clone() for name, tensor in harness.tensors().items()}
         self.updated_tensors = self.image | {"model.norm.weight": -self.image["model.norm.weight"]}
         self.expected = {False: self.answers()}
-        rig.call(UpdateCall(named_tensors=list(self.updated_tensors.items())))
+        harness.call(UpdateCall(named_tensors=list(self.updated_tensors.items())))
         self.expected[True] = self.answers()
         assert self.expected[True] != self.expected[False]
 
     def answers(self):
-        return [self.rig.generate(prompt, self.params) for prompt in PROMPTS]
+        return [self.harness.generate(prompt, self.params) for prompt in PROMPTS]
 
     def begin(self):
         """Awake, open, idle, with the image's weights, whatever the last example left behind."""
-        self.rig.call(PauseCall("abort"))
-        self.rig.call(SleepCall(2))
-        self.rig.call(WakeCall())
-        self.rig.call(ResumeCall())
-        self.rig.run()
-        self.rig.tokens.clear()
-        self.rig.ended.clear()
+        self.harness.call(PauseCall("abort"))
+        self.harness.call(SleepCall(2))
+        self.harness.call(WakeCall())
+        self.harness.call(ResumeCall())
+        self.harness.run()
+        self.harness.tokens.clear()
+        self.harness.ended.clear()
 
 
 class Machine(RuleBasedStateMachine):
@@ -52,7 +52,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize()
     def start(self):
-        self.rig, self.params = self.truth.rig, self.truth.params
+        self.harness, self.params = self.truth.harness, self.truth.params
         self.truth.begin()
         self.weights, self.kv = "resident", "resident"
         self.updated = False  # whether the true weights are the updated ones
@@ -74,7 +74,7 @@ class Machine(RuleBasedStateMachine):
         """Run a call: True if it was served, False on a conflict."""
         legal = True
         try:
-            self.rig.call(call)
+            self.harness.call(call)
         except TransitionConflict:
             legal = False
         self.truth.seen[type(call).__name__, legal] += 1
@@ -84,7 +84,7 @@ class Machine(RuleBasedStateMachine):
         """What a drain did to the requests on their way."""
         if mode == "abort":
             for request_id in self.held:
-                assert self.rig.ended.pop(request_id) == "abort"
+                assert self.harness.ended.pop(request_id) == "abort"
             self.held.clear()
 
     # --- calls ----------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(mode=MODES)
     def pause(self, mode):
-        self.rig.call(PauseCall(mode))
+        self.harness.call(PauseCall(mode))
         self.settle(mode)
         self.paused, self.refusing = True, mode != "keep"
 
@@ -189,20 +189,20 @@ class Machine(RuleBasedStateMachine):
     def request(self, index, steps):
         self.count += 1
         request_id = f"request-{self.count}"
-        self.rig.add(request_id, PROMPTS[index], self.params)
+        self.harness.add(request_id, PROMPTS[index], self.params)
         for _ in range(steps):
-            self.rig.step()
+            self.harness.step()
         if self.awake and not self.refusing:
             self.held[request_id] = index
         else:
-            self.rig.step()
-            assert isinstance(self.rig.ended.pop(request_id), ModelPaused if self.awake else ModelSleeping)
+            self.harness.step()
+            assert isinstance(self.harness.ended.pop(request_id), ModelPaused if self.awake else ModelSleeping)
 
     @invariant()
     def the_engine_agrees_with_the_model(self):
-        if not hasattr(self, "rig"):
+        if not hasattr(self, "harness"):
             return
-        state = self.rig.core.state
+        state = self.harness.core.state
         assert {tag.tag: tag.residency for tag in state.tags} == {"weights": self.weights, "kv_cache": self.kv}
         assert (state.gate == "open") == self.open
         assert state.is_sleeping == (not self.awake)
@@ -213,29 +213,29 @@ class Machine(RuleBasedStateMachine):
             if tag.residency not in ("resident", "blank"):
                 assert tag.resident_bytes == 0
         if self.open:
-            self.rig.run()
+            self.harness.run()
         self.check_ended()
 
     def check_ended(self):
         for request_id in list(self.held):
-            ended = self.rig.ended.get(request_id)
+            ended = self.harness.ended.get(request_id)
             if ended is None:
                 assert not self.open, "a request was lost"
                 continue
             index = self.held.pop(request_id)
             assert not isinstance(ended, ShuteyeError), ended
             if ended == "length":
-                assert len(self.rig.tokens[request_id]) == LENGTH
+                assert len(self.harness.tokens[request_id]) == LENGTH
             if ended == "length" and index is not None:
                 expected = [self.truth.expected[updated][index] for updated in (False, True)]
-                assert self.rig.tokens[request_id] in expected
+                assert self.harness.tokens[request_id] in expected
                 if request_id == f"request-{self.count}":
-                    assert self.rig.tokens[request_id] == self.truth.expected[self.updated][index]
+                    assert self.harness.tokens[request_id] == self.truth.expected[self.updated][index]
 
 
-def test_random_sequences_follow_the_table(rig):
+def test_random_sequences_follow_the_table(harness):
     """Would catch any order of calls and requests after which the engine does something the table does not say."""
-    Machine.truth = Truth(rig)
+    Machine.truth = Truth(harness)
     run_state_machine_as_test(
         Machine,
         settings=settings(

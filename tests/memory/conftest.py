@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from memory_world import KV_BYTES, WAKE, World, build_image
+from memory_harness import KV_BYTES, WAKE, World, build_image
 
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends.fake import FakeBackend

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_world import PAGE
+from memory_harness import PAGE
 
 from shuteye.memory.arena import Arena, dtype_name, torch_dtype
 from shuteye.memory.backends.linux import LinuxBackend

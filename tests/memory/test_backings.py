@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from memory_world import PAGE, open_fds
+from memory_harness import PAGE, open_fds
 
 from shuteye.errors import BackendFailure, MemoryExhausted
 from shuteye.memory.arena import Arena

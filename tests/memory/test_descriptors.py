@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from memory_world import build_image, open_fds
+from memory_harness import build_image, open_fds
 
 from shuteye.errors import BackendFailure, ShuteyeError
 from shuteye.memory.backends.linux import LinuxBackend

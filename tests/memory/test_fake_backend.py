@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from memory_world import PAGE
+from memory_harness import PAGE
 
 from shuteye.errors import BackendFailure, MemoryExhausted
 from shuteye.memory.arena import Arena
@@ -35,7 +35,7 @@ def test_every_verb_is_recorded_in_order(backend: FakeBackend, arena: Arena) -> 
     assert backend.steps == ["reserve", "commit", "resident_bytes", "release"]
 
 
-def test_before_means_that_nothing_happened_and_after_that_all_of_it_did(backend: FakeBackend, arena: Arena) -> None:
+def test_a_fault_before_a_step_leaves_it_undone_and_a_fault_after_it_done(backend: FakeBackend, arena: Arena) -> None:
     arena.commit()
     backend.fail_at(0, when="before")
     with pytest.raises(BackendFailure, match="Injected at 0"):
@@ -47,7 +47,7 @@ def test_before_means_that_nothing_happened_and_after_that_all_of_it_did(backend
     assert arena.resident_bytes() == 0
 
 
-def test_steps_count_from_now_and_a_failure_comes_once(backend: FakeBackend, arena: Arena) -> None:
+def test_an_injected_fault_counts_steps_from_now_and_fires_once(backend: FakeBackend, arena: Arena) -> None:
     arena.commit()
     backend.fail_at(1)
     arena.resident_bytes()
@@ -71,7 +71,7 @@ def test_memory_can_be_made_scarce(backend: FakeBackend, arena: Arena) -> None:
     assert backend.available_bytes() == PAGE
 
 
-def test_everything_else_is_the_real_thing(backend: FakeBackend, arena: Arena, tmp_path) -> None:
+def test_mapping_and_written_ranges_are_those_of_linux(backend: FakeBackend, arena: Arena, tmp_path) -> None:
     with (tmp_path / "file").open("w+b") as file:
         file.write(b"a" * arena.nbytes)
         file.flush()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_world import PAGE, SPECS, TEMPLATE, open_fds, unseal
+from memory_harness import PAGE, SPECS, TEMPLATE, open_fds, unseal
 
 from shuteye.errors import ImageFailure
 from shuteye.memory.image import (
@@ -176,7 +176,7 @@ def test_of_many_bad_files_some_are_named_and_all_are_counted(path: Path) -> Non
         WeightImage.open(path)
 
 
-def test_hidden_files_are_nobodys_damage(path: Path) -> None:
+def test_hidden_files_do_not_count_as_damage(path: Path) -> None:
     """Would catch an image that is rebuilt because a backup or a file system left a mark in it."""
     (path / ".nfs0001").touch()
     WeightImage.open(path).close()

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from memory_world import PAGE, TEMPLATE, build_image, unseal
+from memory_harness import PAGE, TEMPLATE, build_image, unseal
 
 from shuteye.errors import ImageFailure
 from shuteye.memory.cache_dir import find_orphans
@@ -82,7 +82,7 @@ CRASHING_BUILDER = """
     import sys, time
     from pathlib import Path
     sys.path.insert(0, sys.argv[2])
-    from memory_world import build_image, unseal
+    from memory_harness import build_image, unseal
     from shuteye.memory.image import ImageIdentity
     from shuteye.memory.image_store import ImageStore
 
@@ -98,7 +98,7 @@ CRASHING_BUILDER = """
 def test_a_builder_killed_before_the_end_leaves_no_image_and_the_next_one_sweeps(
     store: ImageStore, tmp_path: Path
 ) -> None:
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1] / "helpers")
     command = [sys.executable, "-c", textwrap.dedent(CRASHING_BUILDER), str(tmp_path), here]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -116,7 +116,7 @@ SLOW_BUILDER = """
     import sys, time
     from pathlib import Path
     sys.path.insert(0, sys.argv[2])
-    from memory_world import build_image, unseal
+    from memory_harness import build_image, unseal
     from shuteye.memory.image import ImageIdentity
     from shuteye.memory.image_store import ImageStore
 
@@ -151,7 +151,13 @@ def test_an_image_is_sealed_and_can_yet_be_removed_and_replaced(store: ImageStor
 def test_a_second_process_waits_for_the_one_that_builds_and_opens_what_it_built(
     store: ImageStore, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(SLOW_BUILDER), str(tmp_path), str(Path(__file__).parent)]
+    command = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(SLOW_BUILDER),
+        str(tmp_path),
+        str(Path(__file__).parents[1] / "helpers"),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "building\n"
@@ -249,7 +255,7 @@ def test_an_image_of_another_identity_under_the_same_key_is_not_served(store: Im
         store.open(other)
 
 
-def test_the_list_tells_what_people_ask(store: ImageStore) -> None:
+def test_list_reports_source_size_times_and_use(store: ImageStore) -> None:
     started = time.time()
     image = store.open_or_build(IDENTITY, build_image(1))
     (summary,) = store.list()
@@ -323,7 +329,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(tmp_path: Path) -> No
         import resource, sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
-        from memory_world import build_image, unseal
+        from memory_harness import build_image, unseal
         from shuteye.errors import ImageFailure
         from shuteye.memory.image import ImageIdentity
         from shuteye.memory.image_store import ImageStore
@@ -334,7 +340,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(tmp_path: Path) -> No
         except ImageFailure as failure:
             print(failure.message)
     """
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1] / "helpers")
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), here]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "File too large" in result.stdout, result.stderr

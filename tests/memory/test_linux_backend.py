@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from memory_world import PAGE
+from memory_harness import PAGE
 
 from shuteye.errors import BackendFailure, InvalidRequest, MemoryExhausted
 from shuteye.memory.arena import Arena

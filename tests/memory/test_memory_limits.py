@@ -26,11 +26,11 @@ def machine(tmp_path: Path) -> Path:
     return write(tmp_path, {"proc/meminfo": meminfo, "proc/self/cgroup": ""})
 
 
-def test_without_groups_the_machine_decides(machine: Path) -> None:
+def test_without_cgroups_the_machines_memory_is_the_limit(machine: Path) -> None:
     assert available_bytes(machine) == 8 * GIB
 
 
-def test_version_2_counts_reclaimable_page_cache_as_free(machine: Path) -> None:
+def test_cgroup_v2_reclaimable_page_cache_counts_as_free(machine: Path) -> None:
     write(machine, {
         "proc/self/cgroup": "0::/job\n",
         "sys/fs/cgroup/job/memory.max": f"{4 * GIB}\n",
@@ -51,7 +51,7 @@ def test_a_tighter_ancestor_decides(machine: Path) -> None:
     assert available_bytes(machine) == GIB
 
 
-def test_inside_a_container_the_mount_itself_is_the_group(machine: Path) -> None:
+def test_inside_a_container_the_cgroup_mount_itself_is_read(machine: Path) -> None:
     write(machine, {
         "proc/self/cgroup": "0::/only/known/outside\n",
         "sys/fs/cgroup/memory.max": f"{GIB}\n",
@@ -61,7 +61,7 @@ def test_inside_a_container_the_mount_itself_is_the_group(machine: Path) -> None
     assert available_bytes(machine) == GIB
 
 
-def test_version_1_has_its_own_names_and_its_own_word_for_no_limit(machine: Path) -> None:
+def test_cgroup_v1_file_names_and_its_value_for_no_limit_are_understood(machine: Path) -> None:
     write(machine, {
         "proc/self/cgroup": "9:name=systemd:/\n4:cpu,memory:/job\n0::/\n",
         "sys/fs/cgroup/memory/job/memory.limit_in_bytes": f"{3 * GIB}\n",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from memory_world import PAGE
+from memory_harness import PAGE
 
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends.kernel import IoctlScanner, PagemapScanner, PageQuery, merge, open_page_scanner
@@ -72,7 +72,7 @@ def test_resident_is_the_rss_of_smaps_for_a_file_a_change_and_a_hole(scanner, ar
 
 
 @pytest.mark.parametrize("scanner", SCANNERS)
-def test_the_shared_zero_page_is_nobodys_memory(scanner, arena: Arena) -> None:
+def test_the_shared_zero_page_does_not_count_as_resident(scanner, arena: Arena) -> None:
     arena.commit()
     assert sum(arena.bytes_view(0, 20 * PAGE)) == 0
     assert scanner.ranges(arena.address, arena.nbytes, PageQuery.RESIDENT) == ()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_world import KV_BYTES, LEVEL_1, LEVEL_2, PAGE, RELOAD, WAKE, World, open_fds
+from memory_harness import KV_BYTES, LEVEL_1, LEVEL_2, PAGE, RELOAD, WAKE, World, open_fds
 
 from shuteye.errors import (
     BackendFailure,
@@ -142,7 +142,7 @@ def test_level_2_then_reload_brings_the_image_not_the_update(world: World) -> No
 
 
 @pytest.mark.parametrize("end", ["level 2", "deeper", "reset"])
-def test_what_was_saved_gives_its_room_back_once_it_is_worth_nothing(world: World, end: str) -> None:
+def test_saved_extents_free_their_disk_space_once_they_are_obsolete(world: World, end: str) -> None:
     """Would catch a spill file that fills the disk for as long as the process lives."""
     before = open_fds()
     world.write(0, 1)
@@ -159,7 +159,7 @@ def test_what_was_saved_gives_its_room_back_once_it_is_worth_nothing(world: Worl
     assert open_fds() == before
 
 
-def test_a_copy_that_a_reload_superseded_takes_no_room_beside_the_next(world: World) -> None:
+def test_a_saved_copy_that_a_reload_made_obsolete_is_freed_before_the_next_save(world: World) -> None:
     """Would catch a spill file that keeps every extent that was ever saved."""
     world.write(PAGE, 1)
     world.sleep(LEVEL_1)
@@ -511,7 +511,7 @@ def test_running_out_of_file_space_while_saving_leaves_it_awake(tmp_path) -> Non
         import resource, sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
-        from memory_world import LEVEL_1, PAGE, build_image
+        from memory_harness import LEVEL_1, PAGE, build_image
         from shuteye.errors import ShuteyeError
         from shuteye.memory.arena import Arena
         from shuteye.memory.backends.linux import LinuxBackend
@@ -541,6 +541,6 @@ def test_running_out_of_file_space_while_saving_leaves_it_awake(tmp_path) -> Non
         assert bytes(arena.bytes_view(0, arena.nbytes)) == before
         print("woke the same")
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), str(Path(__file__).parents[1] / "helpers")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.stdout.splitlines() == ["MemoryExhausted resident", "woke the same"], result.stderr

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
-from memory_world import LEVEL_1, LEVEL_2, RELOAD, WAKE, World
+from memory_harness import LEVEL_1, LEVEL_2, RELOAD, WAKE, World
 
 from shuteye.errors import BackendFailure, EngineFaulted
 from shuteye.memory.image import WeightImage

@@ -16,8 +16,8 @@ from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.models.image_builder import LoadedModel, bind, open_image
 from shuteye.models.sources import ModelSource, resolve_source
-from shuteye.tasks.generate.batch import PackedBatch
 from shuteye.tasks.generate.plans import Chunk, StepPlan
+from shuteye.tasks.generate.runner import PackedBatch
 from shuteye.testing import poison
 
 BLOCK_SIZE = 16

@@ -8,8 +8,8 @@ import torch
 from shuteye.cache.kv_cache import KVCache
 from shuteye.errors import UnsupportedModel
 from shuteye.models.attention import AttentionContext, attending, paged_attention
-from shuteye.tasks.generate.batch import PackedBatch
 from shuteye.tasks.generate.plans import Chunk, StepPlan
+from shuteye.tasks.generate.runner import PackedBatch
 
 MODULE = SimpleNamespace(layer_idx=0)
 

@@ -32,7 +32,7 @@ ENGINE = """
 """
 
 
-def test_nothing_of_a_conversion_stays_in_the_process_that_wanted_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_conversion_leaves_no_transformers_in_the_engines_process(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Would catch an engine that sleeps with hundreds of megabytes of transformers and its leftovers."""
     command = [sys.executable, "-c", textwrap.dedent(ENGINE), str(tiny_checkpoint), str(tmp_path)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout.splitlines()
@@ -113,7 +113,7 @@ def test_an_image_with_another_file_in_it_is_refused(tiny_checkpoint, tmp_path, 
     obtain_image(order, no_progress).close()
 
 
-def test_orphans_are_swept_by_whoever_wants_an_image(tiny_checkpoint, tmp_path) -> None:
+def test_orphans_are_swept_when_an_image_is_opened(tiny_checkpoint, tmp_path) -> None:
     """Would catch what a killed build left or fetch left that stays until the same model is wanted again."""
     left = [tmp_path / "images" / ".other-bfloat16-0123.abcd", tmp_path / "wheels" / ".fetch-killed"]
     for directory in left:
@@ -128,7 +128,7 @@ def test_offline_a_model_that_is_not_here_is_refused_at_once(tmp_path, monkeypat
         obtain_image(Order("no-one/nothing", str(tmp_path), offline=True), no_progress)
 
 
-def test_what_is_told_is_passed_on_up_to_the_end() -> None:
+def test_progress_of_the_process_is_passed_on_up_to_its_end() -> None:
     lines = [Started("Reading", None), Finished(), Started("Writing", 7), Advanced(7), Failed("full"), Done("key")]
     told: list[ProgressEvent] = []
     file = io.BytesIO(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))

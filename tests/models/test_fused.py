@@ -10,8 +10,8 @@ from shuteye.memory.layout import Slot
 from shuteye.models import fused
 from shuteye.models.decoder import ModuleDecoder
 from shuteye.models.fused import FusedDecoder
-from shuteye.tasks.generate.batch import PackedBatch
 from shuteye.tasks.generate.plans import Chunk, StepPlan
+from shuteye.tasks.generate.runner import PackedBatch
 from shuteye.testing import tiny_model
 
 RECOGNISED = {
@@ -64,7 +64,7 @@ def test_the_loop_computes_what_the_modules_compute(checkpoint, load, native):
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
-def test_in_bfloat16_the_loop_is_as_true_as_the_modules(checkpoint, load, native):
+def test_in_bfloat16_the_loop_is_as_accurate_as_the_modules(checkpoint, load, native):
     """Against the same weights in float32: each rounds in places of its own, and may be no worse for it."""
     loop = load(checkpoint, dtype="bfloat16", native=native)
     modules = load(checkpoint, dtype="bfloat16", modules=True)

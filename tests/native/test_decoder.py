@@ -10,8 +10,8 @@ import torch
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
 from shuteye.models.fused import FusedDecoder, FusedSpec, FusedWeights, Layer, Projection, decoder_spec
-from shuteye.tasks.generate.batch import PackedBatch
 from shuteye.tasks.generate.plans import Chunk, Scoring, StepPlan
+from shuteye.tasks.generate.runner import PackedBatch
 
 BLOCK_SIZE, NUM_BLOCKS, HIDDEN, INNER, VOCAB, NUM_LAYERS = 8, 65, 72, 104, 131, 3
 

@@ -12,14 +12,14 @@ from typing import Any
 import httpx2
 import pytest
 from fake_engine import FakeEngine
-from served_process import Process
+from fake_engine_server import Process
 from starlette.testclient import TestClient
 
 from shuteye.config import EngineConfig
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
+from shuteye.server.connections import open_listener
 from shuteye.server.run import _Server
-from shuteye.server.sockets import open_listener
 
 ENGINE_FIELDS = frozenset(EngineConfig.__dataclass_fields__)
 MODEL = "tiny"

@@ -11,12 +11,12 @@ from typing import ClassVar
 import httpx2
 import pytest
 import uvloop
-from served_process import wait_for
-from stalling import HALF_A_HEAD, Client
+from fake_engine_server import wait_for
+from stalling_clients import HALF_A_HEAD, Client
 
 from shuteye import processes as descriptors
-from shuteye.server import sockets as module
-from shuteye.server.sockets import RESERVED_DESCRIPTORS, Acceptor
+from shuteye.server import connections as module
+from shuteye.server.connections import RESERVED_DESCRIPTORS, Acceptor
 
 
 class Listener(socket.socket):
@@ -73,7 +73,7 @@ def greeted(count, *, failures=(), leaving=0):
 
 
 @pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EPROTO])
-def test_it_goes_on_after_an_error(error, caplog, monkeypatch):
+def test_accepting_goes_on_after_an_error(error, caplog, monkeypatch):
     """A server that never accepts again; one that says nothing, or says it ten times a second."""
     monkeypatch.setattr(module, "PAUSE_S", 0.01)
     assert greeted(3, failures=[error] * 4) == 3
@@ -81,7 +81,7 @@ def test_it_goes_on_after_an_error(error, caplog, monkeypatch):
     assert ("file descriptors" in caplog.text) is (error in (errno.EMFILE, errno.ENFILE))
 
 
-def test_a_connection_that_went_meanwhile_is_no_trouble(caplog):
+def test_a_connection_reset_before_it_was_accepted_is_ignored(caplog):
     """A pause because of one client."""
     assert greeted(2, failures=[errno.ECONNABORTED, errno.EAGAIN]) == 2
     assert not caplog.text
@@ -95,12 +95,12 @@ def test_some_descriptors_are_left_to_the_server(caplog, monkeypatch):
     assert "2 are open, as many as there are file descriptors for" in caplog.text
 
 
-def test_a_server_out_of_descriptors_hears_again(serve):
+def test_a_server_out_of_descriptors_accepts_again_once_some_are_free(serve):
     """Silence, once a hundred connections stall: nobody is answered, and nothing is logged."""
     limit = 60
     before = (
         f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
-        "import shuteye.server.sockets as acceptor; acceptor.RESERVED_DESCRIPTORS = 20"
+        "import shuteye.server.connections as connections; connections.RESERVED_DESCRIPTORS = 20"
     )
     server = serve(before=before, header_timeout_s=0.5)
     url = server.url_when_ready()

@@ -18,6 +18,6 @@ from shuteye.server.run import _worth_logging
         ('127.0.0.1:1 - "GET /readyness HTTP/1.1" 404', True),
     ],
 )
-def test_only_polling_is_left_out(line, kept):
+def test_the_access_log_leaves_out_only_polling(line, kept):
     """Would catch a log that hides who put the model to sleep, or one that drowns it in probes."""
     assert _worth_logging(logging.makeLogRecord({"msg": line})) == kept

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from test_chat_route import error
+from http_answers import error
 
 from shuteye.server.generation import run as generation
-from shuteye.server.http import budget
+from shuteye.server.http import admission
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -57,7 +57,7 @@ def test_the_number_of_sequences_is_configured(make_engine, client_of, task, pat
 
 def test_a_query_counts_once_for_every_document(make_engine, client_of, monkeypatch):
     """A long query that a cross-encoder reads thousands of times."""
-    monkeypatch.setattr(budget, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(admission, "MAX_CHARACTERS", 1000)
     body = {"query": "q" * 100, "documents": ["d"] * 20}
     response = client_of(make_engine(task="score")).post("/rerank", json=body)
     assert response.status_code == 400
@@ -67,7 +67,7 @@ def test_a_query_counts_once_for_every_document(make_engine, client_of, monkeypa
 
 def test_prompt_tokens_count_for_every_sequence(client, monkeypatch):
     """Copies of a long prompt on their way to the engine."""
-    monkeypatch.setattr(budget, "MAX_PROMPT_TOKENS", 100)
+    monkeypatch.setattr(admission, "MAX_PROMPT_TOKENS", 100)
     for path, body in (("/v1/completions", {"prompt": "a" * 30}), ("/v1/chat/completions", {"messages": CHAT})):
         assert client.post(path, json=body | {"max_tokens": 1}).status_code == 200
         response = client.post(path, json=body | {"max_tokens": 1, "n": 10})

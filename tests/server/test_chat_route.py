@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from http_answers import error, events
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -12,21 +11,6 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 BAD_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}
 PROPERTIES = "structured_outputs.disable_additional_properties"
-
-
-def events(response):
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"].startswith("text/event-stream")
-    lines = response.text.split("\n\n")
-    assert lines.pop() == ""
-    assert lines.pop() == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines]
-
-
-def error(response):
-    assert response.headers["content-type"] == "application/json"
-    assert response.json().keys() == {"error"}
-    return response.json()["error"]
 
 
 def test_answer_has_openais_shape(client):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from http_answers import error, events
 from openai.types import Completion
-from test_chat_route import error, events
 
 from shuteye.tasks.generate.requests import StructuredOutputsParams, TokenLogprobs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_chat_route import error
+from http_answers import error
 
 BODILESS = ["/resume", "/reset_prefix_cache", "/restart_engine"]
 ANY = ["/sleep", "/wake_up", "/pause", "/reload_weights", *BODILESS]
@@ -173,3 +173,10 @@ def test_what_was_measured_of_each_tag_has_a_key_of_its_own(client):
     woken = client.post("/wake_up?tags=weights,kv_cache").json()
     assert [tag["residency"] for tag in woken["tag_reports"]] == ["resident", "resident"]
     assert woken["tags"] == ["weights", "kv_cache"]
+
+
+def test_a_missing_body_is_refused_where_there_must_be_one(client):
+    """A call without the field that it needs, taken for a bug of ours."""
+    response = client.post("/collective_rpc")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "method")
+    assert client.post("/reload_weights").status_code == 200

@@ -7,10 +7,10 @@ import time
 
 import httpx2
 import pytest
-from stalling import HALF_A_BODY, HALF_A_CONTROL_CALL, HALF_A_HEAD, WHOLE, Client, head
+from stalling_clients import HALF_A_BODY, HALF_A_CONTROL_CALL, HALF_A_HEAD, WHOLE, Client, head
 from starlette.exceptions import HTTPException
 
-from shuteye.server.http.deadlines import MIN_BYTES_PER_S, BodyDeadline, PendingBodies
+from shuteye.server.http.middleware import MIN_BYTES_PER_S, BodyDeadline, PendingBodies
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_half_a_head_is_answered_and_closed(address, before):
         assert b"connection: close" in answer.lower()
 
 
-def test_who_says_nothing_is_told_nothing(address):
+def test_a_silent_connection_is_closed_without_an_answer(address):
     """A connection that is opened and left; an answer to a question that nobody asked."""
     with Client(address) as client:
         assert client.answer() == b""
@@ -136,7 +136,7 @@ def test_a_body_that_stalls_or_trickles_is_ended(parts):
     assert ended.value.status_code == 408
 
 
-def test_nothing_is_waited_for_once_the_server_gives_up():
+def test_open_connections_are_dropped_once_the_server_gives_up_waiting():
     """Bodies that begin to be read after the grace."""
     pending = PendingBodies()
     pending.give_up()

@@ -41,7 +41,7 @@ def test_the_page_says_which_routes_need_a_key(client_of, engine):
     assert page.count("needs a key") == page.count("<details>") - len(["health", "ping", "ready", "version"])
 
 
-def test_what_stands_in_the_document_is_escaped():
+def test_text_of_the_openapi_document_is_escaped():
     """A description that becomes markup."""
     operation = {"description": "<b>&", "responses": {"200": {"description": "<i>"}}}
     page = render({"info": {"title": "<x>", "version": "1"}, "paths": {"/<p>": {"get": operation}}})

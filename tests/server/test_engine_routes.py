@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import anyio
 import pytest
-from test_chat_route import error
+from http_answers import error
 
 from shuteye.errors import ImageFailure
 

@@ -7,7 +7,7 @@ import json
 import socket
 
 import pytest
-from test_chat_route import error
+from http_answers import error
 
 GZIPPED = gzip.compress(json.dumps({"prompt": "abc", "max_tokens": 2}).encode())
 PLAIN = {"content-type": "application/json"}

@@ -13,7 +13,7 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
-from hostile import RAW, requests_of
+from hostile_requests import RAW, requests_of
 
 from shuteye import AsyncEngine, EngineConfig
 from shuteye.tasks import table
@@ -102,8 +102,8 @@ class Target:
             kept["scheduler"] = stats
         if any(not each.is_idle for each in self.grammars):
             kept["grammars"] = self.grammars
-        if self.server.server._context.audio.seconds:
-            kept["audio"] = self.server.server._context.audio
+        if self.server.server.context.audio.seconds:
+            kept["audio"] = self.server.server.context.audio
         return kept
 
     def wait_until_empty(self):

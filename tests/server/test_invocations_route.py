@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
+from http_answers import error
 from route_table import _hears
-from test_chat_route import error
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 BODIES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_chat_route import error
+from http_answers import error
 
 from shuteye.errors import InvalidRequest
 from shuteye.server.http.bodies import MAX_CONTAINERS, MAX_DEPTH, parsed

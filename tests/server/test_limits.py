@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_chat_route import error
+from http_answers import error
 
 from shuteye.errors import InvalidRequest
 from shuteye.server.config import ServerConfig

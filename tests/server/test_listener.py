@@ -10,11 +10,11 @@ import pytest
 
 from shuteye.errors import InvalidRequest
 from shuteye.server.config import ServerConfig
-from shuteye.server.sockets import open_listener
+from shuteye.server.connections import open_listener
 
 
 @pytest.mark.parametrize("host", ["300.1.1.1", "a..b", "x" * 70, "no\0name", "no-such-name.invalid"])
-def test_a_host_that_is_none_is_named(host):
+def test_a_host_that_does_not_resolve_is_named(host):
     """A traceback, or advice about the port, for a name that nobody has."""
     with pytest.raises(InvalidRequest, match="neither an address nor a name") as refused:
         open_listener(ServerConfig(host=host, port=0))
@@ -23,7 +23,7 @@ def test_a_host_that_is_none_is_named(host):
 
 def test_a_host_that_is_another_machine_s():
     """Advice to stop what listens there."""
-    with pytest.raises(InvalidRequest, match="no address of this machine") as refused:
+    with pytest.raises(InvalidRequest, match="not an address of this machine") as refused:
         open_listener(ServerConfig(host="192.0.2.1", port=0))  # RFC 5737: nobody's
     assert refused.value.param == "host"
 

@@ -6,8 +6,8 @@ import pytest
 
 from shuteye.config import EngineConfig
 from shuteye.errors import EngineDead, InvalidRequest
+from shuteye.server.app import log_notices, with_flag
 from shuteye.server.config import ServerConfig
-from shuteye.server.notices import log_notices, with_flag
 
 KEY = {"admin_api_key": "sk-admin"}
 

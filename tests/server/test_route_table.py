@@ -143,7 +143,7 @@ def test_wake_wakes_and_serves(make_engine, client_of, row, level):
 
 @pytest.mark.parametrize("policy", ["reject", "hold", "wake"])
 @pytest.mark.parametrize("row", OTHERS, ids=lambda row: row.name)
-def test_other_routes_do_not_notice(make_engine, client_of, row, policy):
+def test_routes_without_weights_answer_the_same_while_asleep(make_engine, client_of, row, policy):
     """A route that needs no weights refused, held, or waking the model."""
     client = client_of(make_engine(on_sleeping_request=policy))
     awake = send(client, row)

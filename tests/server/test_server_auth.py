@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from fastapi.routing import iter_route_contexts
-from test_chat_route import error
+from http_answers import error
 
 from shuteye.errors import InvalidRequest
 from shuteye.server.config import ServerConfig
@@ -73,7 +73,9 @@ def test_the_guide_lists_every_route_under_the_key_that_opens_it(client):
 @pytest.mark.parametrize("sleep_mode", [False, True])
 @pytest.mark.parametrize("with_admin_key", [False, True])
 @pytest.mark.parametrize("with_api_key", [False, True])
-def test_matrix(make_engine, client_of, *, dev_mode, sleep_mode, with_admin_key, with_api_key):
+def test_every_key_opens_its_routes_and_no_others(
+    make_engine, client_of, *, dev_mode, sleep_mode, with_admin_key, with_api_key
+):
     """Any route open to a key that must not open it, or closed to one that must."""
     client = client_of(
         make_engine(enable_sleep_mode=sleep_mode),
@@ -178,7 +180,7 @@ def test_without_a_key_only_names_of_this_machine_control_it(client, host, code,
         ({"admin_api_key": ADMIN}, "evil.example", 200),
     ],
 )
-def test_whoever_listens_elsewhere_is_called_by_address_or_by_names_that_were_given(
+def test_a_server_on_another_address_answers_to_that_address_and_to_allowed_hosts(
     make_engine, client_of, config, host, code
 ):
     """A server on purpose reachable by another name that cannot be controlled by it, or by every name."""

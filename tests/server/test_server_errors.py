@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_chat_route import error, events
+from http_answers import error, events
 
 from shuteye.errors import EngineDead, QueueFull, ShuteyeError, WakeFailed, _all_errors
 from shuteye.server.http.errors import error_body, error_response
@@ -113,7 +113,7 @@ def test_an_error_of_one_of_many_prompts_fails_the_whole_answer(make_engine, cli
 
 
 @pytest.mark.parametrize("kind", [QueueFull, WakeFailed])
-def test_what_is_worth_a_retry_says_when(make_engine, client_of, kind):
+def test_errors_that_allow_a_retry_have_retry_after(make_engine, client_of, kind):
     """Clients that hammer, or give up, for want of Retry-After."""
     engine = make_engine(breakage=kind("busy"), break_after=0)
     response = client_of(engine).post("/v1/completions", json=COMPLETION)

@@ -10,7 +10,7 @@ import time
 import httpx2
 import openai
 import pytest
-from served_process import streaming, wait_for
+from fake_engine_server import streaming, wait_for
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 
 import pytest
-from test_chat_route import error
+from http_answers import error
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 COMPLETION = {"prompt": "abc", "max_tokens": 2}
@@ -76,7 +76,7 @@ def test_a_sleep_between_the_check_and_the_engine_is_refused_alike(client, engin
 
 @pytest.mark.parametrize("how", ["/sleep?level=1", "/sleep?level=2", "/pause"])
 @pytest.mark.parametrize(("method", "path", "body"), UNPROTECTED)
-def test_other_routes_do_not_notice(client, method, path, body, how):
+def test_unprotected_routes_answer_the_same_while_asleep_or_paused(client, method, path, body, how):
     """A route that needs no weights refused while asleep or paused."""
     awake = client.request(method, path, json=body)
     assert awake.status_code == 200

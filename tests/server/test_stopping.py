@@ -8,8 +8,8 @@ import signal
 import time
 
 import httpx2
-from served_process import wait_for
-from stalling import HALF_A_BODY, HALF_A_CONTROL_CALL, HALF_A_HEAD, WHOLE, Client, request
+from fake_engine_server import wait_for
+from stalling_clients import HALF_A_BODY, HALF_A_CONTROL_CALL, HALF_A_HEAD, WHOLE, Client, request
 
 from shuteye.server import run
 
@@ -18,7 +18,7 @@ LAST_ANSWERS_S = 0.3
 HURRY = f"import shuteye.server.run as run; run.LAST_ANSWERS_S = {LAST_ANSWERS_S}"
 
 
-def test_whoever_stalls_holds_up_a_stop_no_longer_than_the_grace(serve):
+def test_stalled_clients_delay_a_stop_no_longer_than_the_grace_period(serve):
     """A second grace after the first one, and a supervisor that kills; a status or traceback that looks like a bug."""
     server = serve("{'token_delay_s': 0.0001}", grace=0.5, dev_mode=True, before=HURRY)
     server.url_when_ready()

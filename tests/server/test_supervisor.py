@@ -17,7 +17,7 @@ from shuteye.server.control import supervisor as module
 from shuteye.server.control.supervisor import Supervisor
 
 
-class Rig:
+class Harness:
     """A supervised engine, and the delays before each restart, which take no time."""
 
     def __init__(self, monkeypatch, **config):
@@ -52,19 +52,19 @@ class Rig:
             await asyncio.sleep(0)
 
 
-def test_later_and_later_and_then_no_more(monkeypatch, caplog):
+def test_restarts_back_off_and_stop_at_the_limit(monkeypatch, caplog):
     """A dead engine that stays dead; one restarted for ever; a server that stays without an engine."""
 
     async def scenario():
-        async with Rig(monkeypatch, engine_restarts=3, engine_restart_delay_s=2.0) as rig:
+        async with Harness(monkeypatch, engine_restarts=3, engine_restart_delay_s=2.0) as harness:
             for count in (1, 2, 3):
-                await rig.die()
-                assert (rig.engine.status, rig.engine.restarts) == ("ready", count)
-            assert rig.delays == [2.0, 4.0, 8.0]
-            await rig.die()
-            assert (rig.engine.status, rig.engine.restarts) == ("dead", 3)
-            assert rig.supervisor.gave_up
-            assert rig.task.done()
+                await harness.die()
+                assert (harness.engine.status, harness.engine.restarts) == ("ready", count)
+            assert harness.delays == [2.0, 4.0, 8.0]
+            await harness.die()
+            assert (harness.engine.status, harness.engine.restarts) == ("dead", 3)
+            assert harness.supervisor.gave_up
+            assert harness.task.done()
 
     asyncio.run(scenario())
     assert "--engine-restarts" in caplog.text
@@ -75,24 +75,24 @@ def test_restarts_of_long_ago_are_forgotten(monkeypatch):
     """A server ended by the fourth death within a year; a delay that only ever grows."""
 
     async def scenario():
-        async with Rig(monkeypatch, engine_restarts=1) as rig:
+        async with Harness(monkeypatch, engine_restarts=1) as harness:
             for count in (1, 2, 3):
-                await rig.die()
-                assert rig.engine.restarts == count
-                rig.now += module.WINDOW_S
-            assert rig.delays == [1.0, 1.0, 1.0]
-            assert not rig.supervisor.gave_up
+                await harness.die()
+                assert harness.engine.restarts == count
+                harness.now += module.WINDOW_S
+            assert harness.delays == [1.0, 1.0, 1.0]
+            assert not harness.supervisor.gave_up
 
     asyncio.run(scenario())
 
 
-def test_0_never_restarts(monkeypatch):
+def test_a_limit_of_0_never_restarts(monkeypatch):
     """A setting that means something else than it says."""
 
     async def scenario():
-        async with Rig(monkeypatch, engine_restarts=0) as rig:
-            await rig.die()
-            assert (rig.engine.restarts, rig.supervisor.gave_up) == (0, True)
+        async with Harness(monkeypatch, engine_restarts=0) as harness:
+            await harness.die()
+            assert (harness.engine.restarts, harness.supervisor.gave_up) == (0, True)
 
     asyncio.run(scenario())
 
@@ -101,10 +101,10 @@ def test_a_restart_that_fails_counts(monkeypatch, caplog):
     """A model that cannot be loaded any more, tried for ever or once."""
 
     async def scenario():
-        async with Rig(monkeypatch, engine_restarts=3) as rig:
-            rig.engine.start_error = ImageFailure("the image is damaged")
-            await rig.die()
-            assert (rig.engine.restarts, rig.supervisor.gave_up) == (3, True)
+        async with Harness(monkeypatch, engine_restarts=3) as harness:
+            harness.engine.start_error = ImageFailure("the image is damaged")
+            await harness.die()
+            assert (harness.engine.restarts, harness.supervisor.gave_up) == (3, True)
 
     asyncio.run(scenario())
     assert caplog.text.count("could not be restarted: the image is damaged") == 3
@@ -114,56 +114,56 @@ def test_a_start_without_descriptors_does_not_count(monkeypatch, caplog):
     """A server that ends, and drops everyone, because too many are connected to it."""
 
     async def scenario():
-        async with Rig(monkeypatch, engine_restarts=2) as rig:
-            rig.engine.start_error = DescriptorsExhausted("all file descriptors are in use")
-            await rig.engine.die()
-            while len(rig.delays) < 8:
+        async with Harness(monkeypatch, engine_restarts=2) as harness:
+            harness.engine.start_error = DescriptorsExhausted("all file descriptors are in use")
+            await harness.engine.die()
+            while len(harness.delays) < 8:
                 await asyncio.sleep(0)
-            assert rig.delays[:8] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
-            assert not rig.supervisor.gave_up
-            rig.engine.start_error = None
-            while rig.engine.status != "ready":
+            assert harness.delays[:8] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+            assert not harness.supervisor.gave_up
+            harness.engine.start_error = None
+            while harness.engine.status != "ready":
                 await asyncio.sleep(0)
-            rig.delays.clear()
-            await rig.die()
-            assert rig.delays == [2.0]
+            harness.delays.clear()
+            await harness.die()
+            assert harness.delays == [2.0]
 
     asyncio.run(scenario())
     assert "all file descriptors are in use Restart 1 of 2 follows in 8 s." in caplog.text
 
 
 @pytest.mark.parametrize("how", ["stopping", "loading", "hung"])
-def test_what_is_left_alone(monkeypatch, how):
+def test_an_engine_that_stops_loads_or_hangs_is_not_restarted(monkeypatch, how):
     """A restart of an engine that is being stopped, that never was there, or that somebody looks at in a debugger."""
 
     async def scenario():
-        async with Rig(monkeypatch) as rig:
-            rig.context.stopping.begun = how == "stopping"
-            rig.context.loading.done = how != "loading"
+        async with Harness(monkeypatch) as harness:
+            harness.context.stopping.begun = how == "stopping"
+            harness.context.loading.done = how != "loading"
             if how == "hung":
-                rig.engine.status, rig.engine.hang = "hung", "no sign of life"
+                harness.engine.status, harness.engine.hang = "hung", "no sign of life"
                 await asyncio.sleep(0.01)
             else:
-                await rig.die()
-            assert (rig.engine.restarts, rig.supervisor.gave_up) == (0, False)
+                await harness.die()
+            assert (harness.engine.restarts, harness.supervisor.gave_up) == (0, False)
 
     asyncio.run(scenario())
 
 
-def test_it_does_not_interfere_with_a_restart_by_hand(monkeypatch):
+def test_an_engine_restarted_by_hand_is_not_restarted_again(monkeypatch):
     """Two engines, or a restart of the engine that somebody has just restarted."""
 
     async def scenario():
-        async with Rig(monkeypatch) as rig:
-            by_hand = rig._sleep
+        async with Harness(monkeypatch) as harness:
+            by_hand = harness._sleep
 
             async def meanwhile(seconds):
                 if seconds == 1.0:
-                    await rig.engine.restart()
+                    await harness.engine.restart()
                 await by_hand(seconds)
 
             monkeypatch.setattr(module, "asyncio", SimpleNamespace(sleep=meanwhile))
-            await rig.die()
-            assert (rig.engine.restarts, rig.engine.status) == (1, "ready")
+            await harness.die()
+            assert (harness.engine.restarts, harness.engine.status) == (1, "ready")
 
     asyncio.run(scenario())

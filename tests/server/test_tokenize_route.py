@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def test_there_and_back(client, engine):
+def test_tokenize_and_detokenize_are_inverse(client, engine):
     """Ids that do not give the text again, or a wrong count."""
     body = client.post("/tokenize", json={"prompt": "<|im_start|>é x"}).json()
     assert (body["count"], body["max_model_len"]) == (len(body["tokens"]), engine.info.max_model_len)

@@ -104,7 +104,7 @@ def test_a_stream_says_the_same_and_says_it_early(chat):
 
 
 @pytest.mark.parametrize("script", ["a <tool", "a \n", '<tool_call>{"na'])
-def test_what_was_held_back_is_told_at_the_end(chat, script):
+def test_text_held_back_is_sent_at_the_end(chat, script):
     """The last words of a stream lost, since they might have become a call."""
     _engine, response = chat(script, tools=TOOLS, stream=True)
     assert streamed(response)["content"] == script

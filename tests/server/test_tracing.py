@@ -18,7 +18,7 @@ from shuteye.errors import EngineDead
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
 from shuteye.server.telemetry.timing import RequestTiming
-from shuteye.server.telemetry.tracing import OpenTelemetryTracer
+from shuteye.server.telemetry.tracing import Tracer
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 COMPLETION = {"prompt": "abc", "max_tokens": 4}
@@ -35,7 +35,7 @@ def traced(make_engine, exporter):
     clients = []
 
     def open_client(**options):
-        tracer = OpenTelemetryTracer(exporter, "tiny", batched=False)
+        tracer = Tracer(exporter, "tiny", batched=False)
         app = create_app(make_engine(**options), ServerConfig(dev_mode=True), tracer=tracer)
         client = TestClient(app, "http://localhost", raise_server_exceptions=False)
         client.__enter__()

@@ -6,9 +6,9 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from test_chat_route import error
+from http_answers import error
 
-from shuteye.server.http.events import unabandoned
+from shuteye.server.http.events import run_to_completion
 
 UPLOAD = {"Content-Type": "application/octet-stream"}
 
@@ -20,7 +20,7 @@ def file(tmp_path):
     return path
 
 
-def test_from_a_path(client, engine, file):
+def test_weights_are_updated_from_a_path(client, engine, file):
     """An update that answers 200 and writes nothing, or something else."""
     response = client.post("/update_weights", json={"path": str(file)})
     assert (response.status_code, response.json()["updated_bytes"]) == (200, 7)
@@ -51,7 +51,7 @@ def test_uploaded_in_pieces(client, engine, monkeypatch):
     assert not Path(path).exists()
 
 
-def test_what_does_not_fit_is_503(client, engine, monkeypatch):
+def test_an_upload_without_room_is_503(client, engine, monkeypatch):
     """A bare OSError, and no word of the other way."""
 
     def full(*_args):
@@ -76,7 +76,7 @@ def test_an_upload_outlives_whoever_waited_for_its_update():
 
         async def handler():
             try:
-                await unabandoned(work())
+                await run_to_completion(work())
             finally:
                 events.append("closed")
 
@@ -126,7 +126,7 @@ def test_what_cannot_be_read_is_400(client, engine, request_, param):
     assert engine.updated == []
 
 
-def test_asleep_it_is_a_conflict(client, engine, file):
+def test_updating_weights_while_asleep_is_a_conflict(client, engine, file):
     """Weights written to memory that is not there."""
     client.post("/sleep")
     assert client.post("/update_weights", json={"path": str(file)}).status_code == 409

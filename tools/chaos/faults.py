@@ -118,7 +118,7 @@ def run(checkpoint: Path, cache_dir: Path, *, seconds: float, seed: int) -> tupl
             found = faulty.tokens[name]
             if found != truth[index][: len(found)]:
                 violations.append(f"wrong tokens in round {number} (errno {code}): {found} for {truth[index]}")
-    faulty.core.close()
+    faulty.core._executor.close()
     return faulty.ends, violations
 
 

@@ -1,7 +1,4 @@
-"""`shuteye bench`: put load on a running server, time its tokens, and how fast it sleeps and wakes.
-
-Knows nothing of how requests are sent; `client/load.py` does.
-"""
+"""`shuteye bench`: put load on a running server, time its tokens, and how fast it sleeps and wakes."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from shuteye.cli.terminal import format_seconds, format_size, show, show_json, t
 from shuteye.cli.values import INTEGER
 from shuteye.client.load import Cycle, LoadGenerator, LoadPlan, LoadResult, percentile
 from shuteye.errors import InvalidRequest
-from shuteye.keys import require_sendable
+from shuteye.typed_fields import require_sendable
 
 SHARES = (0.5, 0.9, 0.99)
 FAILED = 1

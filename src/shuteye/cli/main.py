@@ -1,6 +1,6 @@
 """The `shuteye` command: its subcommands, where their values come from, and how errors end it.
 
-Knows nothing of what a subcommand does; each is imported only when it is called.
+Each subcommand is imported only when it is called.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KEYS = {
 
 app = App(
     name="shuteye",
-    help="An LLM engine and OpenAI-compatible server whose models can sleep, and prove that they woke the same.",
+    help="An LLM engine and OpenAI-compatible server whose models can sleep and wake, verified to be the same.",
     version=__version__,
     help_epilogue="Begin with: shuteye serve",
 )
@@ -41,7 +41,7 @@ _COMMANDS = {
     "wake": ("Wake a served model.", "shuteye wake --url http://127.0.0.1:8000"),
     "pause": ("Stop a served model's requests, keeping its memory.", "shuteye pause --mode keep"),
     "resume": ("Let a paused model's requests run again.", "shuteye resume"),
-    "restart": ("Start a server's dead or hung engine anew.", "shuteye restart"),
+    "restart": ("Restart a server's dead or hung engine.", "shuteye restart"),
     "ps": (
         "Show whether served models sleep, and where their memory is.",
         "shuteye ps http://127.0.0.1:8000 http://127.0.0.1:8001",
@@ -50,10 +50,11 @@ _COMMANDS = {
 }
 """What each command is for, and an example of it."""
 
-_IN_CONTROL = ("sleep", "wake", "pause", "resume", "restart")
+_MODULES = dict.fromkeys(("sleep", "wake", "pause", "resume", "restart"), "control") | {"pull": "images"}
+"""Where the function of a command is, if not in a module of its own name."""
 
 for _name, (_help, _example) in _COMMANDS.items():
-    _module = "control" if _name in _IN_CONTROL else _name
+    _module = _MODULES.get(_name, _name)
     app.command(f"shuteye.cli.{_module}:{_name}", name=_name, help=_help, help_epilogue=f"Example: {_example}")
 app.command("shuteye.cli.images:app", name="images", help="List, remove and verify weight images.")
 

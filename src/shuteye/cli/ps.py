@@ -1,7 +1,4 @@
-"""`shuteye ps`: what servers are doing, where their memory is, and what waking them would take.
-
-Knows nothing of how a server found out.
-"""
+"""`shuteye ps`: what servers are doing, where their memory is, and what waking them would take."""
 
 from __future__ import annotations
 
@@ -79,7 +76,7 @@ def _ps_one(remote: Remote, *, as_json: bool) -> int:
         return 0
     show(f"{seen.url}  shuteye {seen.version}  {', '.join(server.models)}  {_status(server)}")
     if server.status in ENDED:
-        show("Its engine is gone, and the model's memory with it: `shuteye restart` starts it anew.")
+        show("Its engine is gone, and the model's memory with it: `shuteye restart` loads it again.")
         return 0
     if server.model is not None:
         show(f"Weights: {server.model.weights_are}")

@@ -120,9 +120,9 @@ SERVER_FLAGS = {
     "max_request_sequences": Flag(
         "Most sequences (prompts times n), inputs to embed or pairs to score of a request; more are answered with 400."
     ),
-    "max_audio_s": Flag("Longer recordings, in seconds, are answered with 400."),
+    "max_audio_s": Flag("Longer audio, in seconds, is answered with 400."),
     "max_waiting_audio_s": Flag(
-        "Recordings at work and waiting, in seconds all together (64 kB each); more are answered with 503."
+        "Audio being transcribed or waiting, in seconds all together (64 kB each); more are answered with 503."
     ),
     "max_header_count": Flag("More request headers are answered with 431."),
     "max_header_bytes": Flag(

@@ -1,7 +1,4 @@
-"""What a server's error answers mean: the exception each one stands for.
-
-Knows nothing of routes or of how answers arrive.
-"""
+"""What a server's error answers mean: the exception each one stands for."""
 
 from __future__ import annotations
 

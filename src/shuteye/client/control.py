@@ -12,23 +12,21 @@ import httpx2
 import msgspec
 
 from shuteye.calls import (
+    AsyncControls,
     Call,
+    Controls,
     PauseCall,
     ReloadCall,
-    ResetPrefixCacheCall,
-    ResumeCall,
     RpcCall,
     SleepCall,
     UpdateFromFileCall,
     WakeCall,
-    awaitable,
-    blocking,
 )
 from shuteye.client.answers import error_from_response
 from shuteye.errors import InternalError, InvalidRequest, ModelNotFound, ServerUnreachable, SleepModeDisabled
-from shuteye.keys import require_sendable
 from shuteye.model_info import ModelInfo
 from shuteye.state import EngineState, SchedulerStats, SleepReport, UpdateReport, WakeReport
+from shuteye.typed_fields import require_sendable
 
 T = TypeVar("T")
 
@@ -256,7 +254,7 @@ def server_root(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-class Client:
+class Client(Controls):
     """The control routes of one server. Every method raises the `ShuteyeError` that the server answered with.
 
     Args:
@@ -294,14 +292,7 @@ class Client:
         """Have the server carry out a control call."""
         return self.ask(route_of(call))
 
-    sleep = blocking(SleepCall, drain_timeout_s="timeout_s")
-    wake_up = blocking(WakeCall)
-    pause = blocking(PauseCall, drain_timeout_s="timeout_s")
-    resume = blocking(ResumeCall)
-    update_weights = blocking(UpdateFromFileCall)
-    reload_weights = blocking(ReloadCall)
-    reset_prefix_cache = blocking(ResetPrefixCacheCall)
-    collective_rpc = blocking(RpcCall)
+    update_weights = Controls.update_weights_from_file
 
     is_sleeping = _blocking(_IS_SLEEPING)
     is_paused = _blocking(_IS_PAUSED)
@@ -328,7 +319,7 @@ class Client:
         self.close()
 
 
-class AsyncClient:
+class AsyncClient(AsyncControls):
     """`Client`, awaitable."""
 
     def __init__(
@@ -354,14 +345,7 @@ class AsyncClient:
         """Have the server carry out a control call."""
         return await self.ask(route_of(call))
 
-    sleep = awaitable(SleepCall, drain_timeout_s="timeout_s")
-    wake_up = awaitable(WakeCall)
-    pause = awaitable(PauseCall, drain_timeout_s="timeout_s")
-    resume = awaitable(ResumeCall)
-    update_weights = awaitable(UpdateFromFileCall)
-    reload_weights = awaitable(ReloadCall)
-    reset_prefix_cache = awaitable(ResetPrefixCacheCall)
-    collective_rpc = awaitable(RpcCall)
+    update_weights = AsyncControls.update_weights_from_file
 
     is_sleeping = _awaitable(_IS_SLEEPING)
     is_paused = _awaitable(_IS_PAUSED)

@@ -1,6 +1,6 @@
 """Load on an OpenAI-compatible server: many streamed completions at once, every token timed; sleeps and wakes, too.
 
-Knows nothing of how figures are shown. Sleeps and wakes need a shuteye server, or one with vLLM's routes.
+Sleeps and wakes need a shuteye server, or one with vLLM's routes.
 """
 
 from __future__ import annotations

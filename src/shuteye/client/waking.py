@@ -1,6 +1,6 @@
 """Transports for httpx2 that wake a sleeping model and send the request again.
 
-Know nothing of what requests mean; wrap any other transport, so that any client built on httpx2 can use them.
+They wrap any other transport, so that any client built on httpx2 can use them.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _retry_after_s(response: httpx2.Response) -> float:
 
 
 def _fits_into_memory(request: httpx2.Request) -> bool:
-    """True for a body of known and moderate length, such as a form with a recording."""
+    """True for a body of known and moderate length, such as a form with an audio file."""
     length = request.headers.get("Content-Length", "")
     return length.isdigit() and int(length) <= MAX_KEPT_BODY
 

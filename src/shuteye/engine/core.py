@@ -50,31 +50,30 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, executor: Executor) -> None:
         self._executor = executor
-        facts: ModelSpec = executor.call("facts")[0]
-        self.config = config = config.resolve(facts)
+        spec: ModelSpec = executor.call("facts")[0]
+        self.config = config = config.resolve(spec)
         assert config.kv_cache_memory is not None
-        assert config.max_model_len is not None
-        block_bytes = facts.kv_bytes_per_token * config.block_size
+        block_bytes = spec.kv_bytes_per_token * config.block_size
         num_blocks = config.kv_cache_memory // block_bytes if block_bytes else 0
         executor.call("allocate_kv_cache", num_blocks)
-        self.info = model_info(config, facts, num_blocks)
-        self._deltas: list[Delta] = []
-        self._scheduler = TASKS[facts.task].open_scheduler(
-            SchedulerSetup(config, facts, num_blocks, report=lambda refusal: self._tell([refusal]))
-        )
+        self.info = model_info(config, spec, num_blocks)
+        self._scheduler = TASKS[spec.task].open_scheduler(SchedulerSetup(config, spec, num_blocks, report=self._tell))
+        self._held = HeldRequests(limit=config.hold_queue_size)
         self._sleep = SleepController(
             executor, verify=config.verify_wake, canary=config.canary and config.enable_sleep_mode
         )
         self._sleep.check_loaded()
-        self._refreshed_at = time.monotonic()
-        self._held = HeldRequests(limit=config.hold_queue_size)
         self._transitions = Transitions(
             config, executor, self._sleep, scheduler=self._scheduler, held=self._held, report=self._tell
         )
-        self._waking_for_requests = False
-        self._own_wakes: list[WakeReport | ShuteyeError] = []
+        # What has happened and was not yet given out by `step`, `take_started` and `take_auto_wakes`.
+        self._deltas: list[Delta] = []
         self._started: list[tuple[str, float]] = []
-        self._give_up_at: float | None = None
+        self._auto_wakes: list[WakeReport | ShuteyeError] = []
+        # Times are of the monotonic clock, in seconds.
+        self._refreshed_at = time.monotonic()
+        self._give_up_at: float | None = None  # what a fault has caught
+        self._waking_for_requests = False
 
     # --- what callers see -----------------------------------------------------------------------
 
@@ -102,8 +101,8 @@ class EngineCore:
         return min((one for one in deadlines if one is not None), default=None)
 
     def take_auto_wakes(self) -> list[WakeReport | ShuteyeError]:
-        """How the wakes ended that nobody asked for but the policy, since the last call of this."""
-        taken, self._own_wakes = self._own_wakes, []
+        """How wakes ended that the policy began for requests, since the last call of this."""
+        taken, self._auto_wakes = self._auto_wakes, []
         return taken
 
     def take_started(self) -> tuple[tuple[str, float], ...]:
@@ -117,7 +116,7 @@ class EngineCore:
             require_kind(self.info.task, request)
             self._scheduler.check(request)
             self._admit(request)
-        except Exception as error:  # noqa: BLE001 (whatever it is, it costs no more than this request, and is told)
+        except Exception as error:  # noqa: BLE001 (whatever it is, it refuses this request and no other)
             if not isinstance(error, ShuteyeError):  # ours come before anything has changed
                 self._held.abort([request.request_id])
                 self._scheduler.abort([request.request_id])
@@ -144,10 +143,6 @@ class EngineCore:
         deltas, self._deltas = self._deltas, []
         return deltas
 
-    def close(self) -> None:
-        """End every rank; unanswered control calls are not answered."""
-        self._executor.close()
-
     # --- requests -------------------------------------------------------------------------------
 
     def _tell(self, deltas: Iterable[Delta]) -> None:
@@ -158,9 +153,8 @@ class EngineCore:
         plan = self._scheduler.schedule()
         if plan is None:
             return
-        if starts := starts_of(plan):
-            now = time.monotonic()
-            self._started += [(request_id, now) for request_id in starts]
+        now = time.monotonic()
+        self._started += [(request_id, now) for request_id in starts_of(plan)]
         try:
             result = self._executor.execute(plan)
         except VerificationFailed as error:  # of the canary that went with the step, or of the image under it
@@ -195,23 +189,19 @@ class EngineCore:
             raise ModelSleeping
         if state.refusing:
             raise ModelPaused
-        if not asleep:
-            self._held.add(request, deadline=None)  # only paused: resume runs it
-        else:
-            self._held.add(request, deadline=time.monotonic() + self.config.hold_timeout_s)
-            if self.config.on_sleeping_request == "wake":
-                self._wake_for_requests()
+        # What is only paused waits for a resume, as long as that takes.
+        self._held.add(request, deadline=time.monotonic() + self.config.hold_timeout_s if asleep else None)
+        if asleep and self.config.on_sleeping_request == "wake" and not self._waking_for_requests:
+            self._wake_for_requests()
 
     def _wake_for_requests(self) -> None:
-        """Wake once, however many requests ask for it; if that fails, so do those it was meant for."""
-        if self._waking_for_requests:
-            return
+        """Wake once, however many requests wait for it; if that fails, so do they."""
         self._waking_for_requests = True
 
         def answer(outcome: Report | ShuteyeError) -> None:
             self._waking_for_requests = False
             assert isinstance(outcome, WakeReport | ShuteyeError), "a wake is answered with its report or an error"
-            self._own_wakes.append(outcome)
+            self._auto_wakes.append(outcome)
             if isinstance(outcome, TransitionConflict):
                 outcome = ModelSleeping()
             if isinstance(outcome, ShuteyeError):
@@ -220,7 +210,7 @@ class EngineCore:
         self._transitions.submit(WakeForRequests(), answer)
 
     def _give_up_after_fault(self) -> None:
-        """Requests in flight outlive a fault in hope of a recovery, but only for `hold_timeout_s`; then they fail."""
+        """Requests in flight wait for a fault to be recovered, but only for `hold_timeout_s`; then they fail."""
         reason = self._sleep.state.faulted
         if reason is None or not (self._scheduler.has_unfinished or self._held):
             self._give_up_at = None

@@ -1,15 +1,12 @@
-"""Requests that arrived while the gate was closed and wait for it to open: a bounded queue with deadlines.
-
-Knows nothing of why the gate is closed.
-"""
+"""Requests that arrived while the gate was closed and wait for it to open: a bounded queue with deadlines."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from shuteye.errors import ErrorInfo, InvalidRequest, ModelSleeping, QueueFull
-from shuteye.tasks.base import RequestDelta
+from shuteye.errors import ErrorInfo, ModelSleeping, QueueFull
+from shuteye.tasks.base import RequestDelta, id_in_use
 from shuteye.tasks.table import Request
 
 
@@ -42,10 +39,7 @@ class HeldRequests:
             QueueFull: as many are held as may be.
         """
         if request.request_id in self._held:
-            raise InvalidRequest(
-                f"Request id {request.request_id!r} is in use; wait for it to end or choose another.",
-                param="request_id",
-            )
+            raise id_in_use(request.request_id)
         if len(self._held) >= self._limit:
             raise QueueFull(f"{self._limit} requests are held already; try again once the model is awake.")
         self._held[request.request_id] = _Held(request, deadline)

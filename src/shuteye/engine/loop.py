@@ -72,7 +72,7 @@ class _Loop:
     def run(self) -> None:
         self._tell([])
         while True:
-            for message in self._channel.receive(self._patience_s()):
+            for message in self._channel.receive(self._poll_timeout_s()):
                 self._handle(message)
             if not self._running:
                 return
@@ -82,7 +82,7 @@ class _Loop:
             self.push_state()
             self._tell(deltas)
 
-    def _patience_s(self) -> float | None:
+    def _poll_timeout_s(self) -> float | None:
         """How long there is nothing to do but listen."""
         if self._core.can_step:
             return 0.0

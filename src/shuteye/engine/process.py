@@ -1,7 +1,7 @@
 """The engine in a process of its own: what that process runs.
 
-Knows nothing of HTTP. `python -m shuteye.engine.process ENDPOINT PARENT PULSE LOG_FORMAT LOG_LEVEL` reads its config,
-one frame, from stdin; PULSE is the descriptor of a `Pulse`.
+`python -m shuteye.engine.process ENDPOINT PARENT PULSE LOG_FORMAT LOG_LEVEL` reads its config, one frame, from
+stdin; PULSE is the descriptor of a `Pulse`.
 """
 
 from __future__ import annotations

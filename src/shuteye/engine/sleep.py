@@ -375,7 +375,7 @@ class SleepController:
             self._distrusted = True
             raise VerificationFailed(
                 f"{bad} extents of the weights differ from their checksums. `shuteye images verify` tells whether the "
-                "image is damaged; a restart refuses a damaged one and says how to rebuild it."
+                "image is damaged; a restart refuses a damaged one and says how to have it rebuilt."
             )
         if mode == "full":
             self._distrusted = False

@@ -11,18 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from shuteye.calls import (
-    Call,
-    PauseCall,
-    ReloadCall,
-    ResetPrefixCacheCall,
-    ResumeCall,
-    RpcCall,
-    SleepCall,
-    UpdateFromFileCall,
-    WakeCall,
-    awaitable,
-)
+from shuteye.calls import AsyncControls
 from shuteye.config import EngineConfig
 from shuteye.errors import ShuteyeError
 from shuteye.frontend.mailbox import Backlog
@@ -38,7 +27,6 @@ from shuteye.tasks.transcribe.outputs import TranscriptionJob
 from shuteye.tasks.transcribe.requests import TranscribeParams, Transcription
 from shuteye.tokenizer import Tokenizer
 
-R = TypeVar("R")
 OutputT = TypeVar("OutputT")
 
 Status = Literal["starting", "ready", "hung", "failed", "dead", "closed"]
@@ -145,8 +133,8 @@ def _ignore(_outcome: WakeReport | ShuteyeError) -> None:
     """Nobody wants to know."""
 
 
-class Engine(KnownEngine):
-    """Whatever serves a model to callers on one event loop.
+class Engine(KnownEngine, AsyncControls):
+    """Whatever serves a model to callers on one event loop; `control` carries out a call, see `shuteye.calls`.
 
     Attributes:
         on_auto_wake: told how each wake ended that policy `wake` began: nobody else gets its report.
@@ -193,21 +181,6 @@ class Engine(KnownEngine):
             RequestAborted: more deltas waited to be taken than may.
             ShuteyeError: refused or failed otherwise; before the first output if it never ran.
         """
-
-    @abstractmethod
-    async def control(self, call: Call[R]) -> R:
-        """Carry out a control call; see `shuteye.calls` for each, and what it raises."""
-
-    # --- control calls: what they take, do and raise is said in `shuteye.calls` -----------------
-
-    sleep = awaitable(SleepCall)
-    wake_up = awaitable(WakeCall)
-    pause = awaitable(PauseCall)
-    resume = awaitable(ResumeCall)
-    update_weights_from_file = awaitable(UpdateFromFileCall)
-    reload_weights = awaitable(ReloadCall)
-    reset_prefix_cache = awaitable(ResetPrefixCacheCall)
-    collective_rpc = awaitable(RpcCall)
 
     # --- requests: each raises as `stream` ------------------------------------------------------
 

@@ -8,18 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from shuteye.audio import Audio
-from shuteye.calls import (
-    Call,
-    PauseCall,
-    ReloadCall,
-    ResetPrefixCacheCall,
-    ResumeCall,
-    RpcCall,
-    SleepCall,
-    UpdateFromFileCall,
-    WakeCall,
-    blocking,
-)
+from shuteye.calls import Call, Controls
 from shuteye.config import DEFAULT_MODEL, EngineConfig
 from shuteye.errors import EngineDead, InvalidRequest
 from shuteye.frontend import batch
@@ -40,7 +29,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-class LLM(KnownEngine):
+class LLM(KnownEngine, Controls):
     """An engine with blocking calls, from any thread; a context manager. Its engine runs in a thread of this process.
 
     Args:
@@ -119,16 +108,7 @@ class LLM(KnownEngine):
         """How well each document goes with its query; see `Engine.score`."""
         return self._thread.run(self._engine.score(queries, documents, pooling_params))
 
-    # --- control calls: what they take, do and raise is said in `shuteye.calls` -----------------
-
-    sleep = blocking(SleepCall)
-    wake_up = blocking(WakeCall)
-    pause = blocking(PauseCall)
-    resume = blocking(ResumeCall)
-    update_weights_from_file = blocking(UpdateFromFileCall)
-    reload_weights = blocking(ReloadCall)
-    reset_prefix_cache = blocking(ResetPrefixCacheCall)
-    collective_rpc = blocking(RpcCall)
+    # --- control calls: see `shuteye.calls` -----------------------------------------------------
 
     def control(self, call: Call[R]) -> R:
         """Carry out a control call."""

@@ -18,7 +18,7 @@ from shuteye.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from shuteye.cache.kv_cache import KVCache
-    from shuteye.tasks.generate.batch import PackedBatch
+    from shuteye.tasks.generate.runner import PackedBatch
 
 IMPLEMENTATION = "shuteye_paged"
 """The name to set as `config._attn_implementation`."""

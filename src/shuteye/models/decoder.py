@@ -20,7 +20,7 @@ from shuteye.models.support import AttentionSpec, check
 
 if TYPE_CHECKING:
     from shuteye.cache.kv_cache import KVCache
-    from shuteye.tasks.generate.batch import PackedBatch
+    from shuteye.tasks.generate.runner import PackedBatch
 
 
 @dataclass(frozen=True, slots=True)

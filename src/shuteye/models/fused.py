@@ -23,7 +23,7 @@ from shuteye.native.decoder import unsupported_shape
 
 if TYPE_CHECKING:
     from shuteye.cache.kv_cache import KVCache
-    from shuteye.tasks.generate.batch import PackedBatch
+    from shuteye.tasks.generate.runner import PackedBatch
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Types whose layer is exactly the one below: pre-norm, rotary positions, gated SiLU; nothing scaled or clipped."""

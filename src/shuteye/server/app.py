@@ -1,6 +1,6 @@
-"""Builds the HTTP application around an engine: routes, errors, keys, limits, and the engine's start and end.
+"""Builds the HTTP application around an engine: routes, errors, keys, limits, the engine's start and end, and notices.
 
-Knows nothing of sockets or signals, and keeps no globals; `server/run.py` serves what this makes.
+Keeps no globals; `server/run.py` serves what this makes, on sockets and until signals that this knows nothing of.
 """
 
 from __future__ import annotations
@@ -10,28 +10,27 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from shuteye import __version__
+from shuteye.config import EngineConfig
 from shuteye.errors import InvalidRequest, ShuteyeError
 from shuteye.frontend.engine import Engine
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
 from shuteye.server.control import health, routes
 from shuteye.server.http import docs_page
-from shuteye.server.http.auth import control_routes_exist
-from shuteye.server.http.deadlines import BodyDeadline
 from shuteye.server.http.errors import install_error_handlers
-from shuteye.server.http.framing import BodyFraming, HeadRequests
-from shuteye.server.http.limits import BodyLimit, HeaderLimit
-from shuteye.server.http.request_ids import RequestIds
-from shuteye.server.notices import log_notices, with_flag
+from shuteye.server.http.middleware import BodyDeadline, BodyFraming, BodyLimit, HeaderLimit, HeadRequests, RequestIds
 from shuteye.server.openai import chat, completions, invocations, models, pooling, responses, transcriptions
 from shuteye.server.openapi import install_openapi
 from shuteye.server.telemetry.metrics import Metrics
-from shuteye.server.telemetry.timing import Tracer
+
+if TYPE_CHECKING:
+    from shuteye.server.telemetry.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ def create_app(engine: Engine, config: ServerConfig, *, tracer: Tracer | None = 
     the engine has sleep mode on, too.
 
     Args:
-        tracer: what makes spans, in place of the one that the config asks for.
+        tracer: used in place of the one that the config asks for.
 
     Raises:
         InvalidRequest: the config asks for spans, and OpenTelemetry is not installed.
@@ -69,7 +68,7 @@ def create_app(engine: Engine, config: ServerConfig, *, tracer: Tracer | None = 
     for module in (models, health, docs_page):
         app.include_router(module.router)
     app.include_router(health.keyed)
-    if control_routes_exist(config):
+    if config.has_control_routes:
         app.include_router(routes.restarting)
         if engine.config.enable_sleep_mode:
             app.include_router(routes.router)
@@ -92,12 +91,14 @@ def _configured_tracer(config: ServerConfig, model_name: str) -> Tracer | None:
 
 
 def _add_middleware(app: FastAPI, context: ServerContext) -> None:
-    """The last one added is the first that a request meets."""
+    """Add them from the inside out: a request passes through the last one first."""
     config = context.config
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, except_paths=frozenset({routes.UPDATE_PATH}))
     app.add_middleware(BodyDeadline, timeout_s=config.body_timeout_s, pending=context.bodies)
     if context.tracer is not None:
-        app.add_middleware(context.tracer.around)
+        from shuteye.server.telemetry.tracing import TraceRequests
+
+        app.add_middleware(TraceRequests, tracer=context.tracer)
     app.add_middleware(BodyFraming)
     app.add_middleware(HeaderLimit, max_count=config.max_header_count, max_bytes=config.max_header_bytes)
     app.add_middleware(RequestIds, on_answer=context.metrics.count_answer)
@@ -134,7 +135,7 @@ async def _start(context: ServerContext) -> None:
         await engine.start()
     except ShuteyeError as error:
         # the engine keeps its failure: every route answers with it, and `serve` stops because of it
-        if engine.status != "closed" and not context.stopping.begun:  # whoever stops us may stop the engine, too
+        if engine.status != "closed" and not context.stopping.begun:  # a stop may close the engine, too
             context.loading.failed = True
             logger.error("The model %r failed to load: %s", engine.config.model, with_flag(error))  # noqa: TRY400
     except Exception:
@@ -145,3 +146,46 @@ async def _start(context: ServerContext) -> None:
         context.loading.done = True
         seconds = time.perf_counter() - began
         logger.info("The model %r is ready after %.1f s: %s.", engine.config.model, seconds, engine.info.weights_are)
+
+
+# --- what an operator should know ---------------------------------------------------------------
+
+
+def log_notices(engine: EngineConfig, server: ServerConfig) -> None:
+    """One line for each setting that does less, or more, than its name suggests."""
+    if engine.memory_backend == "fake":
+        logger.warning(
+            "--memory-backend fake is a stand-in for tests, not for serving: it fills all memory that it takes with a "
+            "pattern, the whole KV cache at once, so that it costs more than it has to."
+        )
+    if engine.enable_sleep_mode and not server.has_control_routes:
+        logger.warning(
+            "--enable-sleep-mode without --admin-api-key: the control routes (/sleep, /wake_up, …) do not exist, and "
+            "nobody can put this model to sleep. Give a key, or --dev-mode to do without one."
+        )
+    if server.admin_api_key is not None and not engine.enable_sleep_mode:
+        logger.warning(
+            "--admin-api-key without --enable-sleep-mode: of the control routes only /restart_engine exists, not "
+            "/sleep, /wake_up and the others."
+        )
+    if server.admin_api_key is None and server.dev_mode:
+        _warn_of_open_control_routes(server, enable_sleep_mode=engine.enable_sleep_mode)
+
+
+def _warn_of_open_control_routes(config: ServerConfig, *, enable_sleep_mode: bool) -> None:
+    which = "routes (/sleep, /wake_up, …) are" if enable_sleep_mode else "route /restart_engine is"
+    logger.warning("Development mode: the control %s open to every caller, without a key.", which)
+    if not config.is_loopback:
+        logger.warning(
+            "DANGER: development mode on %s, which other machines can reach: anyone there can control "
+            "this model. Use --admin-api-key, or listen on 127.0.0.1.",
+            config.host,
+        )
+
+
+def with_flag(error: ShuteyeError) -> str:
+    """What an error says, beginning with the flag that it is about, if it is about one."""
+    fields = EngineConfig.__dataclass_fields__ | ServerConfig.__dataclass_fields__
+    if error.param not in fields:
+        return error.message
+    return f"--{error.param.replace('_', '-')}: {error.message}"

@@ -1,21 +1,20 @@
-"""How the HTTP server is to listen, whom it lets in, and how it stops.
+"""The HTTP server's configuration: where it listens, whom it lets in, what it limits, and how it stops.
 
-Knows nothing of engines; where values come from is the command line's business.
+Knows nothing of engines, nor where values come from: flags and environment are read in `cli/`.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 from shuteye.errors import InvalidRequest
-from shuteye.keys import require_sendable
 from shuteye.logs import LogFormat, LogLevel
-from shuteye.server.http.hosts import is_address, is_loopback_name
-from shuteye.server.parsing.reasoning import ReasoningParserName
+from shuteye.server.parsing.parser import ReasoningParserName
 from shuteye.server.parsing.tool_formats import ToolFormat
-from shuteye.typed_fields import settle_types
+from shuteye.typed_fields import require_sendable, settle_types
 
 ToolCallParser = Literal["auto"] | ToolFormat
 
@@ -36,14 +35,14 @@ class ServerConfig:
         dev_mode: control routes exist without an admin key.
         allowed_hosts: names by which control routes without a key may be called, besides localhost and addresses.
         served_model_name: names that requests may use; empty means the model string as given.
-        allowed_origins: web pages of these origins may call; empty: of none but the server's own. `*` is every origin.
+        allowed_origins: web pages of these origins may call; empty: only the server's own. `*` is every origin.
         allowed_methods, allowed_headers: what those pages may use.
         allow_credentials: whether those pages may send cookies and the like.
         max_body_bytes: larger request bodies are answered with 413.
-        max_json_bytes: larger bodies in JSON are, too: the event loop parses them, and does nothing else meanwhile.
-        max_request_sequences: prompts times n, inputs, or pairs, of one request.
-        max_audio_s: longer recordings are answered with 400.
-        max_waiting_audio_s: of all recordings that are at work or wait.
+        max_json_bytes: so are larger JSON bodies, as the event loop does nothing else while it parses them.
+        max_request_sequences: prompts times n, inputs, or pairs, of one request; more are answered with 400.
+        max_audio_s: longer audio is answered with 400.
+        max_waiting_audio_s: of all audio requests that run or wait; more is answered with 503.
         max_header_count, max_header_bytes: more or larger request headers are answered with 431.
         header_timeout_s: how long the head of a request may take; its connection is closed then, with 408.
         body_timeout_s: how long nothing of a body may come; it is answered with 408 then.
@@ -109,9 +108,9 @@ class ServerConfig:
                 raise InvalidRequest(f"{name} must be 0 or more, got {getattr(self, name)}.", param=name)
         if not all(self.served_model_name):
             raise InvalidRequest("served_model_name must not hold an empty name.", param="served_model_name")
-        self._check_strangers()
+        self._check_addresses()
 
-    def _check_strangers(self) -> None:
+    def _check_addresses(self) -> None:
         if self.allow_credentials and "*" in self.allowed_origins:
             raise InvalidRequest(
                 "allow_credentials with allowed_origins '*' would let any page act as its visitor: name the origins.",
@@ -127,13 +126,36 @@ class ServerConfig:
     @property
     def is_loopback(self) -> bool:
         """True if only this machine can reach the server."""
-        return is_loopback_name(self.host.lower())
+        return _is_loopback_name(self.host.lower())
+
+    @property
+    def has_control_routes(self) -> bool:
+        """True if there is anyone who may control the server; what needs sleep mode needs that, too."""
+        return self.admin_api_key is not None or self.dev_mode
 
     def may_be_called(self, name: str) -> bool:
         """Whether control routes without a key answer when the server is called by `name`, in lower case.
 
         Never by a name that somebody else's name server could have given to this machine.
         """
-        if is_loopback_name(name) or name in (allowed.lower() for allowed in self.allowed_hosts):
+        if _is_loopback_name(name) or name in (allowed.lower() for allowed in self.allowed_hosts):
             return True
-        return not self.is_loopback and (is_address(name) or name == self.host.lower())
+        return not self.is_loopback and (_is_address(name) or name == self.host.lower())
+
+
+def _is_loopback_name(name: str) -> bool:
+    """True for names and addresses that mean this machine wherever they are resolved."""
+    address = _address(name)
+    return name == "localhost" if address is None else address.is_loopback
+
+
+def _is_address(name: str) -> bool:
+    """True for an IP address: no name server can have made it mean this machine."""
+    return _address(name) is not None
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None

@@ -1,7 +1,4 @@
-"""What every route needs: the engine, the configuration, the metrics and the names of the model.
-
-Knows nothing of HTTP beyond where an app keeps its state.
-"""
+"""What every route needs: the engine, the configuration, the metrics and the names of the model."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 from fastapi import Depends
 from starlette.requests import HTTPConnection
@@ -17,9 +14,11 @@ from starlette.requests import HTTPConnection
 from shuteye.errors import ModelNotFound, QueueFull
 from shuteye.frontend.engine import Engine
 from shuteye.server.config import ServerConfig
-from shuteye.server.http.deadlines import PendingBodies
+from shuteye.server.http.middleware import PendingBodies
 from shuteye.server.telemetry.metrics import Metrics
-from shuteye.server.telemetry.timing import Tracer
+
+if TYPE_CHECKING:
+    from shuteye.server.telemetry.tracing import Tracer
 
 
 @dataclass(slots=True)
@@ -32,26 +31,26 @@ class Loading:
 
 @dataclass(slots=True)
 class Stopping:
-    """Whether the server was told to stop; from then on it begins nothing new."""
+    """Whether a stop has been requested; from then on the server begins nothing new."""
 
     begun: bool = False
 
 
 @dataclass(slots=True)
 class AudioInFlight:
-    """How much decoded audio requests hold; a small file may be an hour, which takes 230 MB."""
+    """How much decoded audio is held for requests; a small file may be an hour, which takes 230 MB."""
 
     seconds: float = 0.0
 
     @contextmanager
     def holding(self, seconds: float, *, limit_s: float) -> Iterator[None]:
-        """Count a recording for as long as this lasts.
+        """Count one audio request for as long as this lasts.
 
         Raises:
-            QueueFull: there is too much at work already; a recording alone is always taken.
+            QueueFull: together with what is held already, it is over the limit; one request alone never is.
         """
         if self.seconds > 0 and self.seconds + seconds > limit_s:
-            raise QueueFull(f"Recordings of {self.seconds:,.0f} seconds are waiting already; try again later.")
+            raise QueueFull(f"{self.seconds:,.0f} seconds of audio are being processed already; try again later.")
         self.seconds += seconds
         try:
             yield
@@ -61,7 +60,7 @@ class AudioInFlight:
 
 @dataclass(frozen=True, slots=True)
 class ServerContext:
-    """One app's share of the world; made by `create_app`, kept in `app.state.context`."""
+    """What one app works with; made by `create_app`, kept in `app.state.context`."""
 
     engine: Engine
     config: ServerConfig

@@ -1,6 +1,6 @@
 """Serves an engine on a socket until a signal says stop: binds, listens while the model loads, drains, closes.
 
-Knows nothing of routes. Exit codes: 0 stopped as asked, 1 could not listen or load or keep the engine alive, 130 forced
+Exit codes: 0 stopped as asked, 1 could not listen or load or keep the engine alive, 130 forced
 by a second signal.
 """
 
@@ -26,13 +26,11 @@ from shuteye import processes as descriptors
 from shuteye.config import EngineConfig
 from shuteye.errors import InvalidRequest, ServerStopping
 from shuteye.frontend.engine import Engine
-from shuteye.server.app import create_app
+from shuteye.server.app import create_app, with_flag
 from shuteye.server.config import ServerConfig
+from shuteye.server.connections import Acceptor, Connection, open_listener
 from shuteye.server.context import ServerContext
 from shuteye.server.control.supervisor import Supervisor
-from shuteye.server.http.deadlines import Connection
-from shuteye.server.notices import with_flag
-from shuteye.server.sockets import Acceptor, open_listener
 
 logger = logging.getLogger(__name__)
 
@@ -66,19 +64,20 @@ def serve_engine(engine: Engine, config: ServerConfig) -> int:
         _log_address(listener, config)
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(server.serve_until_stopped(listener))
-        _log_cause(engine, failed=server.exit_code == FAILED, was_loaded=server.was_loaded)
+        if server.exit_code == FAILED:
+            _log_cause(engine, was_loaded=server.context.loading.done)
         return server.exit_code
 
 
 def _worth_logging(record: logging.LogRecord) -> bool:
-    """False for the questions that probes and scrapers ask every second."""
+    """False for what probes and scrapers request every second."""
     message = record.getMessage()
     return not any(f'"{method} {path} ' in message for method in ("GET", "HEAD") for path in POLLED_PATHS)
 
 
-def _log_cause(engine: Engine, *, failed: bool, was_loaded: bool) -> None:
-    """Say last what ended the server, for whoever sees only the end of the log."""
-    if failed and engine.failure is not None:
+def _log_cause(engine: Engine, *, was_loaded: bool) -> None:
+    """Log last what ended the server, for readers of the end of the log."""
+    if engine.failure is not None:
         what = "could not be kept alive" if was_loaded else "failed to load"
         logger.error("Stopped, because the model %r %s: %s", engine.config.model, what, with_flag(engine.failure))
 
@@ -93,8 +92,8 @@ def _log_address(listener: socket.socket, config: ServerConfig) -> None:
 class _Server(uvicorn.Server):
     """uvicorn's server, which also stops when the model cannot be loaded or kept alive, and leaves exit codes to us.
 
-    After the first signal it goes on listening, so that probes and clients are told that it stops instead of finding
-    nobody; it ends once nothing is being answered any more, or when the grace is over.
+    After the first signal it goes on listening, so that probes and clients get an answer that says so instead of a
+    refused connection; it ends once nothing is being answered any more, or when the grace is over.
     """
 
     def __init__(self, engine: Engine, config: ServerConfig) -> None:
@@ -114,8 +113,8 @@ class _Server(uvicorn.Server):
         self._engine = engine
         self._config = config
         self._acceptor: Acceptor | None = None
-        self._context: ServerContext = app.state.context
-        self._supervisor = Supervisor(self._context)
+        self.context: ServerContext = app.state.context
+        self._supervisor = Supervisor(self.context)
         self._failed = False
         self._grace_ends: float | None = None  # monotonic seconds; from the first signal on
         self._waited_enough = asyncio.Event()
@@ -126,11 +125,6 @@ class _Server(uvicorn.Server):
         if self._failed:
             return FAILED
         return FORCED if self.force_exit else STOPPED
-
-    @property
-    def was_loaded(self) -> bool:
-        """Whether there was a model to serve at any time."""
-        return self._context.loading.done
 
     async def serve_until_stopped(self, listener: socket.socket) -> None:
         """Serve; whatever ends it, the engine is closed."""
@@ -145,7 +139,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""
-        self._failed = self._context.loading.failed or self._supervisor.gave_up
+        self._failed = self.context.loading.failed or self._supervisor.gave_up
         drained = self._grace_ends is not None and (not self.server_state.tasks or self._grace_left_s <= 0)
         return self._failed or drained or await super().on_tick(counter)
 
@@ -167,22 +161,22 @@ class _Server(uvicorn.Server):
         )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, except that whoever outlasts the grace is answered, and that a forced end is in order too."""
-        self._context.stopping.begun = True
+        """As uvicorn's, but answers requests that outlast the grace, and shuts the app down even when forced."""
+        self.context.stopping.begun = True
         if self._acceptor is not None:
             self._acceptor.close()
         self.config.timeout_graceful_shutdown = math.ceil(self._grace_left_s + LAST_ANSWERS_S + UVICORN_LATER_S)
-        ending = asyncio.create_task(self._end_what_outlasts_the_grace())
+        ending = asyncio.create_task(self._end_after_grace())
         await super().shutdown(sockets)
         self._waited_enough.set()
         await ending
         if isinstance(self.lifespan, LifespanOn) and not self.lifespan.shutdown_event.is_set():
             await self.lifespan.shutdown()
 
-    async def _end_what_outlasts_the_grace(self) -> None:
-        """An engine that closes answers its requests with an error; who does not take that in time is cut off."""
+    async def _end_after_grace(self) -> None:
+        """Close the engine, which answers its requests with an error; abort connections that do not take it in time."""
         await self._wait_at_most(self._grace_left_s)
-        self._context.bodies.give_up()
+        self.context.bodies.give_up()
         closing = asyncio.create_task(
             self._engine.close(
                 ServerStopping("The server was stopped before this request was finished; send it again to another one.")
@@ -211,7 +205,7 @@ class _Server(uvicorn.Server):
             signal.Signals(sig).name,
             self._config.shutdown_grace_s,
         )
-        self._context.stopping.begun = True
+        self.context.stopping.begun = True
         self._grace_ends = time.monotonic() + self._config.shutdown_grace_s
 
     @contextlib.contextmanager

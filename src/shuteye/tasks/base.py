@@ -1,16 +1,15 @@
-"""What all tasks have in common: what a step tells of a request, and the seams of schedulers and runners. No torch."""
+"""What all tasks have in common: what a step tells of a request, and what every scheduler and runner is. No torch."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import msgspec
 
-from shuteye.errors import ErrorInfo
-from shuteye.models.binding import BoundModel
+from shuteye.errors import ErrorInfo, InvalidRequest
 from shuteye.state import Epoch, SchedulerStats
 from shuteye.tasks.generate.requests import (
     FinishReason,
@@ -19,6 +18,14 @@ from shuteye.tasks.generate.requests import (
 )
 from shuteye.tasks.pool.requests import PooledDelta, PooledOutput
 from shuteye.tasks.transcribe.requests import TranscriptDelta, Transcription
+
+if TYPE_CHECKING:
+    import torch
+
+    from shuteye.memory.arena import Arena
+    from shuteye.models.binding import BoundModel
+    from shuteye.tasks.canary import Prove
+    from shuteye.tasks.table import Request, Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +70,6 @@ class Processed:
     errors: tuple[tuple[str, ErrorInfo], ...] = ()
 
 
-if TYPE_CHECKING:
-    import torch
-
-    from shuteye.memory.arena import Arena
-    from shuteye.tasks.canary import Prove
-    from shuteye.tasks.table import Request, Result
-
 JobT = TypeVar("JobT", bound=Job[Any])
 
 
@@ -109,77 +109,6 @@ class TaskOutputs(ABC, Generic[JobT]):
         """When requests, by their engine-side ids, began to be computed (monotonic seconds)."""
 
 
-class TaskScheduler(Protocol):
-    """Requests of one kind on their way through steps.
-
-    Use is strictly `schedule`, then `update` or `fail_step` with that plan. In between, `abort` and `preempt_all` are
-    allowed: what the step yields for those requests is then ignored. Plans, results and requests are of one kind each.
-    """
-
-    @property
-    def has_unfinished(self) -> bool:
-        """True while there is a request, running or waiting."""
-        ...
-
-    @property
-    def num_running(self) -> int:
-        """Requests that hold memory, or have results already."""
-        ...
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that hold nothing."""
-        ...
-
-    def add(self, request: Any) -> None:
-        """Queue a request; raises as `check` does."""
-        ...
-
-    def check(self, request: Any) -> None:
-        """Refuse what can never run, changing nothing.
-
-        Raises:
-            InvalidRequest: says why.
-        """
-        ...
-
-    def abort(self, request_ids: Iterable[str]) -> list[RequestDelta]:
-        """End requests with reason "abort" and free what they hold; unknown ids are ignored."""
-        ...
-
-    def abort_all(self) -> list[RequestDelta]:
-        """End every request."""
-        ...
-
-    def preempt_all(self) -> int:
-        """Undo what was computed for requests, which stay and are computed again; how many that were."""
-        ...
-
-    def reset_prefix_cache(self) -> None:
-        """Forget what other requests could have shared."""
-        ...
-
-    def enter_epoch(self, epoch: Epoch) -> None:
-        """What memory holds: if it is not what it was, nothing computed so far is used; later plans carry `epoch`."""
-        ...
-
-    def schedule(self) -> Any:
-        """The next step's plan, or None if there is no request at all."""
-        ...
-
-    def update(self, plan: Any, result: Any) -> Sequence[Delta]:
-        """Take the step's outcome."""
-        ...
-
-    def fail_step(self, plan: Any, error: ErrorInfo) -> Sequence[Delta]:
-        """The step was not computed: end its requests with `error`."""
-        ...
-
-    def stats(self) -> SchedulerStats:
-        """Gauges and counters."""
-        ...
-
-
 class RequestDelta(msgspec.Struct, frozen=True, tag=True):
     """What one engine step did for one request, and how requests of every kind are aborted or fail.
 
@@ -210,31 +139,163 @@ OutputKind = Literal["cumulative", "delta", "final_only"]
 """Whether each yielded output repeats everything so far, only what is new, or comes once at the end."""
 
 
-class ModelRunner(Protocol):
-    """One task's steps. Made while the weights are resident; used only while every tag is."""
+@dataclass(slots=True, eq=False)
+class ActiveRequest:
+    """A request on its way; each task adds how far it is."""
+
+    request: Any
 
     @property
-    def model(self) -> BoundModel[Any]:
-        """The bound model."""
-        ...
+    def request_id(self) -> str:
+        """Its name in the engine."""
+        return str(self.request.request_id)
+
+
+def id_in_use(request_id: str) -> InvalidRequest:
+    """The refusal of a request whose id another one has."""
+    return InvalidRequest(
+        f"Request id {request_id!r} is in use; wait for it to end or choose another.", param="request_id"
+    )
+
+
+class TaskScheduler(ABC):
+    """Requests of one kind on their way through steps.
+
+    Use is strictly `schedule`, then `update` or `fail_step` with that plan. In between, `abort` and `preempt_all` are
+    allowed: what the step yields for those requests is then ignored. Plans, results and requests are of one kind each.
+
+    A scheduler keeps every request in `_requests`, in order of arrival, and takes it out with `_remove` alone.
+    """
+
+    _requests: dict[str, Any]  # each an `ActiveRequest`
+
+    def __init__(self) -> None:
+        self._requests = {}
+        self._in_flight: tuple[Any, tuple[Any, ...]] | None = None  # a plan, and its parts, each with a `request_id`
+        self._epoch: Epoch = ()
+        self._num_prompt_tokens = 0
+        self._num_generation_tokens = 0
+        self._num_preemptions = 0
+
+    # --- requests in and out ---------------------------------------------------------------------
+
+    def check(self, request: Any) -> None:
+        """Refuse what can never run, changing nothing.
+
+        Raises:
+            InvalidRequest: says why.
+        """
+        if request.request_id in self._requests:
+            raise id_in_use(request.request_id)
+
+    @abstractmethod
+    def add(self, request: Any) -> None:
+        """Queue a request; raises as `check` does."""
+
+    def abort(self, request_ids: Iterable[str]) -> list[RequestDelta]:
+        """End requests with reason "abort" and free what they hold; unknown ids are ignored."""
+        return self._end(request_ids, reason="abort")
+
+    def abort_all(self) -> list[RequestDelta]:
+        """End every request, in order of arrival."""
+        return self.abort(tuple(self._requests))
+
+    def _end(
+        self, request_ids: Iterable[str], *, reason: FinishReason | None = None, error: ErrorInfo | None = None
+    ) -> list[RequestDelta]:
+        found = [request_id for request_id in dict.fromkeys(request_ids) if request_id in self._requests]
+        for request_id in found:
+            self._remove(self._requests[request_id])
+        return [RequestDelta(request_id, finish_reason=reason, error=error) for request_id in found]
+
+    def _remove(self, active: Any) -> None:
+        """Forget a request and free what it holds."""
+        del self._requests[active.request_id]
+
+    @abstractmethod
+    def preempt_all(self) -> int:
+        """Undo what was computed for requests, which stay and are computed again; how many that were."""
+
+    def reset_prefix_cache(self) -> None:  # noqa: B027 (for most tasks there is nothing to do)
+        """Forget what other requests could have shared."""
+
+    def enter_epoch(self, epoch: Epoch) -> None:
+        """What memory holds: if it is not what it was, nothing computed so far is used; later plans carry `epoch`."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self.preempt_all()
+
+    # --- a step ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def schedule(self) -> Any:
+        """The next step's plan, or None if there is no request at all."""
+
+    @abstractmethod
+    def update(self, plan: Any, result: Any) -> Sequence[Delta]:
+        """Take the step's outcome."""
+
+    def fail_step(self, plan: Any, error: ErrorInfo) -> list[RequestDelta]:
+        """The step was not computed: end its requests with `error`."""
+        return self._end((part.request_id for part in self._land(plan)), error=error)
+
+    def _land(self, plan: Any) -> tuple[Any, ...]:
+        """Take the plan's parts; nothing is in flight any more."""
+        assert self._in_flight is not None, "the outcome of a plan that is not in flight"
+        (in_flight, parts), self._in_flight = self._in_flight, None
+        assert plan is in_flight, "the outcome of a plan that is not in flight"
+        return parts
+
+    # --- what can be seen ------------------------------------------------------------------------
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """KV cache bytes of one token; 0 if the engine keeps no KV cache for this task."""
-        ...
+    def has_unfinished(self) -> bool:
+        """True while there is a request, running or waiting."""
+        return bool(self._requests)
+
+    @property
+    @abstractmethod
+    def num_running(self) -> int:
+        """Requests that hold memory, or have results already."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold nothing: new or preempted."""
+        return len(self._requests) - self.num_running
+
+    def stats(self) -> SchedulerStats:
+        """Gauges and counters; those of blocks are 0 where there are none."""
+        return SchedulerStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_prompt_tokens_total=self._num_prompt_tokens,
+            num_generation_tokens_total=self._num_generation_tokens,
+            num_preemptions_total=self._num_preemptions,
+        )
+
+
+class ModelRunner(ABC):
+    """One task's steps. Made while the weights are resident; used only while every tag is.
+
+    Attributes:
+        model: the bound model.
+        kv_bytes_per_token: KV cache bytes of one token; 0 if the engine keeps no KV cache for this task.
+    """
+
+    model: BoundModel[Any]
+    kv_bytes_per_token: int = 0
 
     def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
         """Look into the committed KV arena, of no bytes where `kv_bytes_per_token` is 0; called once, before steps."""
-        ...
+        assert arena.nbytes == num_blocks == 0, "a KV cache for a task that has none"
 
+    @abstractmethod
     def execute(self, plan: Any, *, prove: Prove | None = None) -> Result:
         """Run one step of this task's kind of plan; with `prove`, the canary too, before anything comes of the step."""
-        ...
 
-    def drop_computed(self) -> None:
-        """Memory is about to be released: let go of what was computed for requests, who will begin anew."""
-        ...
+    def drop_computed(self) -> None:  # noqa: B027 (for most tasks there is nothing to do)
+        """Memory is about to be released: let go of what was computed for requests and lies outside of the arenas."""
 
+    @abstractmethod
     def canary_pass(self) -> torch.Tensor:
         """The numbers (any shape) that a short fixed input gives; they depend on nothing but weights and buffers."""
-        ...

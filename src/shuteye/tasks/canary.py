@@ -1,7 +1,6 @@
 """A short fixed forward pass whose numbers were recorded when the weights were last known good.
 
-Knows nothing of when it is due, or of what the model computes; it notices what checksums cannot: a wrong address, a
-lost buffer, a stale view.
+It notices what checksums cannot: a wrong address, a lost buffer, a stale view.
 """
 
 from __future__ import annotations

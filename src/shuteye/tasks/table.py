@@ -5,14 +5,12 @@ The one place that chooses by task. No torch until a runner is opened.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shuteye.config import EngineConfig
 from shuteye.errors import ErrorInfo, InternalError, InvalidRequest
-from shuteye.memory.arena import Arena
-from shuteye.memory.image import WeightImage
 from shuteye.model_info import ModelInfo, ModelSpec
 from shuteye.tasks.base import Job, ModelRunner, RequestDelta, TaskOutputs, TaskScheduler
 from shuteye.tasks.generate.constraints import ConstrainedScheduler
@@ -20,7 +18,7 @@ from shuteye.tasks.generate.grammar import Grammars
 from shuteye.tasks.generate.outputs import GenerationJob, OutputProcessor
 from shuteye.tasks.generate.plans import StepPlan, StepResult
 from shuteye.tasks.generate.requests import GenerateRequest
-from shuteye.tasks.generate.scheduler import Scheduler
+from shuteye.tasks.generate.scheduler import Limits
 from shuteye.tasks.pool.outputs import PoolingJob, PoolOutputs
 from shuteye.tasks.pool.plans import PoolPlan, PoolResult
 from shuteye.tasks.pool.requests import PoolRequest
@@ -30,6 +28,10 @@ from shuteye.tasks.transcribe.plans import SpeechPlan, SpeechResult
 from shuteye.tasks.transcribe.requests import TranscribeRequest
 from shuteye.tasks.transcribe.scheduler import SpeechScheduler
 from shuteye.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from shuteye.memory.arena import Arena
+    from shuteye.memory.image import WeightImage
 
 Plan = StepPlan | PoolPlan | SpeechPlan
 Result = StepResult | PoolResult | SpeechResult
@@ -47,13 +49,13 @@ class SchedulerSetup:
     """What a scheduler is made of; `config` is complete.
 
     Attributes:
-        report: takes the refusal of a request that had been let in, whenever that is found.
+        report: takes refusals of requests that had been let in, whenever they are found.
     """
 
     config: EngineConfig
     spec: ModelSpec
     num_blocks: int
-    report: Callable[[RequestDelta], None]
+    report: Callable[[Iterable[RequestDelta]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +89,6 @@ def _generate_outputs(info: ModelInfo, tokenizer: Tokenizer, _why_aborted: WhyAb
 def _generate_scheduler(setup: SchedulerSetup) -> ConstrainedScheduler:
     config, spec = setup.config, setup.spec
     assert config.max_model_len is not None
-    scheduler = Scheduler(
-        num_blocks=setup.num_blocks,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=config.max_model_len,
-        eos_token_ids=spec.eos_token_ids,
-        enable_prefix_caching=config.enable_prefix_caching,
-    )
     grammars = Grammars(
         tokenizer_dir=spec.tokenizer_dir,
         vocab_size=spec.vocab_size,
@@ -103,7 +96,20 @@ def _generate_scheduler(setup: SchedulerSetup) -> ConstrainedScheduler:
         max_bytes=config.max_grammar_bytes,
         timeout_s=config.grammar_timeout_s,
     )
-    return ConstrainedScheduler(scheduler, grammars, report=setup.report)
+    limits = Limits(
+        num_blocks=setup.num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+    )
+    return ConstrainedScheduler(
+        limits,
+        grammars,
+        eos_token_ids=spec.eos_token_ids,
+        enable_prefix_caching=config.enable_prefix_caching,
+        report=setup.report,
+    )
 
 
 def _generate_runner(setup: RunnerSetup) -> ModelRunner:
@@ -146,7 +152,7 @@ def _transcribe_outputs(_info: ModelInfo, tokenizer: Tokenizer, why_aborted: Why
 def _transcribe_scheduler(setup: SchedulerSetup) -> SpeechScheduler:
     spec = setup.spec
     return SpeechScheduler(
-        facts=spec.speech, max_num_seqs=setup.config.max_num_seqs, available_bytes=spec.available_bytes
+        spec=spec.speech, max_num_seqs=setup.config.max_num_seqs, available_bytes=spec.available_bytes
     )
 
 

@@ -102,9 +102,9 @@ def requested(kind: type[C], *, in_query: bool = True) -> Any:
 
     async def read(query: BaseModel, request: Request) -> C:
         _refuse_repeated(query, request)
-        if not in_query:
-            return call_of(kind, await _body_of(request, fields) or fields())
         body = await _body_of(request, fields)
+        if not in_query:
+            return call_of(kind, _validated(fields, {}) if body is None else body)
         return call_of(kind, query if body is None else _merged(query, body))
 
     read.__annotations__["query"] = Annotated[fields if in_query else NoParameters, Query()]

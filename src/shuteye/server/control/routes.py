@@ -40,8 +40,8 @@ from shuteye.server.http.admission import refuse_if_stopping
 from shuteye.server.http.answers import JsonAnswer
 from shuteye.server.http.auth import ControlRoute
 from shuteye.server.http.bodies import received_file
-from shuteye.server.http.events import unabandoned
-from shuteye.server.http.limits import limited
+from shuteye.server.http.events import run_to_completion
+from shuteye.server.http.middleware import limited
 from shuteye.state import SleepReport, TagReport, UpdateReport, WakeReport
 
 R = TypeVar("R")
@@ -213,7 +213,8 @@ async def _uploaded(request: Request, context: ServerContext) -> UpdateReport:
     """No update can be larger than the model in its widest form: eight bytes for every two of bfloat16."""
     limit = 4 * context.engine.info.weights_bytes + SLACK_BYTES
     async with received_file(request, max_bytes=limit) as path:
-        return await unabandoned(_carried_out(context, UpdateFromFileCall(path)))  # its end is when nobody opens `path`
+        # its end is when nobody opens `path` any more
+        return await run_to_completion(_carried_out(context, UpdateFromFileCall(path)))
 
 
 @router.post("/reload_weights", response_model=None, openapi_extra=documented_body(ReloadCall))

@@ -1,7 +1,7 @@
 """Restarts an engine that died, later and later, and gives up after a number of times so that the server ends.
 
-A start for which there are no file descriptors says nothing against the engine: it is tried again and never counts.
-Knows nothing of processes. An engine that hangs is left alone: it may go on, and only people know why it was stopped.
+A start that fails for lack of file descriptors says nothing against the engine: it is retried and never counts.
+An engine that hangs is left alone: it may go on, and only people know why it was stopped.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Supervisor:
 
     @property
     def _is_needed(self) -> bool:
-        """True for an engine that was loaded and is no more; a restart by somebody else is not interfered with."""
+        """True for an engine that was loaded and is no more; a restart that somebody else began is left alone."""
         context = self._context
         return context.loading.done and not context.stopping.begun and context.engine.status in {"dead", "failed"}
 

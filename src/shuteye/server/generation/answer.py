@@ -20,7 +20,7 @@ from shuteye.server.context import ServerContext
 from shuteye.server.generation.run import Job, Prompt, PromptOutput, first_of, run
 from shuteye.server.http.answers import JsonAnswer, encode_json
 from shuteye.server.http.events import EventStream, event, until_disconnect
-from shuteye.server.http.request_ids import current_request_id
+from shuteye.server.http.middleware import current_request_id
 from shuteye.tasks.generate.requests import CompletionOutput, FinishReason, Logprob, RequestOutput
 
 UsageIn = Literal["no chunk", "last chunk", "every chunk"]

@@ -1,6 +1,7 @@
-"""Refuses work for the model as early as possible: while loading, asleep, paused, faulted, hung, dead or stopping.
+"""Refuses work for the model as early as possible: by the engine's state, the model's task, and what it would cost.
 
-Knows nothing of bodies or tokens; the engine core decides again, and for good, when a request reaches it.
+The engine core decides again, and for good, when a request reaches it. Other limits: of single fields in `openai/`, of
+bodies in `bodies.py`, of grammars and of the queue in the engine; docs/guides/production.md lists them all.
 """
 
 from __future__ import annotations
@@ -21,8 +22,15 @@ from shuteye.errors import (
     ServerStopping,
 )
 from shuteye.frontend.engine import Engine
+from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext, context_of
 from shuteye.server.http.auth import Handler, behind_inference_key
+
+MAX_CHARACTERS = 16 * 1024 * 1024
+"""Text that one request has encoded, counted as often as it is: a query that goes with every document, for one."""
+
+MAX_PROMPT_TOKENS = 4 * 1024 * 1024
+"""Prompt tokens that one request sends to the engine: each of its n sequences has a copy."""
 
 
 class ModelRoute(APIRoute):
@@ -117,3 +125,43 @@ def needs_task(*tasks: str) -> Any:
         require_task(context_of(request), tasks, request.url.path)
 
     return Depends(check)
+
+
+def require_sequences(config: ServerConfig, count: int, *, param: str) -> None:
+    """Refuse more sequences, or inputs, than one request may have.
+
+    Raises:
+        InvalidRequest: says how many there are and may be.
+    """
+    if count > config.max_request_sequences:
+        raise InvalidRequest(
+            f"The request asks for {count:,} sequences (prompts × n, inputs, or pairs); at most "
+            f"{config.max_request_sequences:,} are taken (--max-request-sequences). Send it in parts.",
+            param=param,
+        )
+
+
+def require_characters(count: int, *, param: str) -> None:
+    """Refuse more text than is encoded for one request.
+
+    Raises:
+        InvalidRequest: says how much there is and may be.
+    """
+    if count > MAX_CHARACTERS:
+        raise InvalidRequest(
+            f"The request has {count:,} characters to encode; at most {MAX_CHARACTERS:,} are taken.", param=param
+        )
+
+
+def require_prompt_tokens(count: int, *, param: str) -> None:
+    """Refuse more prompt tokens, over all sequences, than are sent to the engine for one request.
+
+    Raises:
+        InvalidRequest: says how many there are and may be.
+    """
+    if count > MAX_PROMPT_TOKENS:
+        raise InvalidRequest(
+            f"The request has {count:,} prompt tokens over all of its sequences; at most {MAX_PROMPT_TOKENS:,} are "
+            "taken. Lower n, or send it in parts.",
+            param=param,
+        )

@@ -1,11 +1,9 @@
-"""Decides which key opens which route, before the body is read.
-
-Knows nothing of what the routes do.
-"""
+"""Decides which key opens which route, before the body is read."""
 
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,9 +15,10 @@ from shuteye.errors import AuthenticationFailed, PermissionRefused
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import context_of
 from shuteye.server.http.bodies import JsonRequest
-from shuteye.server.http.hosts import host_name
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+_HOST = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[^\s:/@\[\]]+))(?::\d+)?")  # RFC 9110, 7.2
 
 
 class InferenceRoute(APIRoute):
@@ -60,11 +59,6 @@ def _with_json(request: Request, config: ServerConfig) -> JsonRequest:
     return JsonRequest(request.scope, request.receive, max_bytes=config.max_json_bytes)
 
 
-def control_routes_exist(config: ServerConfig) -> bool:
-    """True if there is anyone who may control the server; what needs sleep mode needs that, too."""
-    return config.admin_api_key is not None or config.dev_mode
-
-
 def _require_inference_key(request: Request, config: ServerConfig) -> None:
     if config.api_key is None:
         return
@@ -76,8 +70,8 @@ def _require_inference_key(request: Request, config: ServerConfig) -> None:
 def _require_admin_key(request: Request, config: ServerConfig) -> None:
     if config.admin_api_key is None:
         assert config.dev_mode, "control routes are registered only with an admin key or in development mode"
-        _refuse_strangers_names(request, config)
-        _refuse_other_origins(request)
+        _require_trusted_host(request, config)
+        _require_same_origin(request)
         return
     given = _bearer_token(request)
     if _same(given, config.admin_api_key):
@@ -87,10 +81,11 @@ def _require_admin_key(request: Request, config: ServerConfig) -> None:
     raise _unauthenticated(given, "admin key")
 
 
-def _refuse_strangers_names(request: Request, config: ServerConfig) -> None:
-    # a page whose name is resolved to this machine only after it was loaded is of the same origin as this server
+def _require_trusted_host(request: Request, config: ServerConfig) -> None:
+    # DNS rebinding: a page's own name, resolved to this machine after the page was loaded, makes it and this server the
+    # same origin to a browser; only the name in `Host` still tells
     host = request.headers.get("host")
-    name = host_name(host)
+    name = _host_name(host)
     if name is not None and config.may_be_called(name):
         return
     raise PermissionRefused(
@@ -100,7 +95,13 @@ def _refuse_strangers_names(request: Request, config: ServerConfig) -> None:
     )
 
 
-def _refuse_other_origins(request: Request) -> None:
+def _host_name(host: str | None) -> str | None:
+    """The name or address in a `Host` header, in lower case and without port; None if there is none to be read."""
+    match = _HOST.fullmatch(host or "")
+    return None if match is None else (match["v6"] or match["name"]).lower()
+
+
+def _require_same_origin(request: Request) -> None:
     # without a key, any web page open in a browser on this machine could otherwise put the model to sleep
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):

@@ -1,6 +1,6 @@
 """Request bodies as this server takes them: JSON of bounded length, depth and number of parts; large ones into a file.
 
-Knows nothing of fields. Whatever comes after may walk through a body, show it or send it on, without surprises.
+Knows nothing of fields. Code after these checks may recurse into a body, show it, or send it on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from shuteye.errors import InvalidRequest, MemoryExhausted
 from shuteye.frontend.handover import NamelessFile
 from shuteye.server.http.errors import ClientDisconnected
-from shuteye.server.http.limits import limited
+from shuteye.server.http.middleware import limited
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope
@@ -45,7 +45,7 @@ class JsonRequest(Request):
         self._max_bytes = max_bytes
 
     async def json(self) -> Any:
-        """The body; FastAPI passes on HTTP's own errors, and would turn ours into one without a reason."""
+        """The body. Errors are raised as HTTP's own: FastAPI would replace ours by one without a reason."""
         if not hasattr(self, "_json"):
             try:
                 self._json = parsed(await self.body(), max_bytes=self._max_bytes)
@@ -72,7 +72,7 @@ def parsed(body: bytes, *, max_bytes: int | None = None, what: str = "The body")
         raise InvalidRequest(f"{what} is not valid JSON: {error}.") from error
     except UnicodeEncodeError as error:
         raise InvalidRequest(
-            f"{what} has text that is no Unicode: half of a surrogate pair ({error.object[error.start]!r})."
+            f"{what} has text that is not Unicode: half of a surrogate pair ({error.object[error.start]!r})."
         ) from error
     except json.JSONDecodeError as error:
         raise InvalidRequest(f"{what} is not valid JSON: {error.msg} at character {error.pos}.") from error
@@ -82,11 +82,11 @@ def parsed(body: bytes, *, max_bytes: int | None = None, what: str = "The body")
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_structure(body: bytes, what: str) -> None:
-    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:  # most bodies: strings need not be told from structure
+    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:  # most bodies: too few brackets, even with those in strings
         return
     structure = _NOT_STRUCTURE.sub(b"", body)
     count = structure.count(b"[") + structure.count(b"{")
@@ -108,7 +108,7 @@ async def received_file(request: Request, *, max_bytes: int) -> AsyncIterator[st
     Raises:
         HTTPException: 413, it has more than `max_bytes`.
         MemoryExhausted: there is no room for it.
-        ClientDisconnected: the client went before it was whole.
+        ClientDisconnected: the client disconnected before it was complete.
     """
     nbytes = 0
     with contextlib.ExitStack() as stack:

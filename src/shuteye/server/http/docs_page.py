@@ -1,7 +1,4 @@
-"""GET /docs: the OpenAPI document as one page of HTML, which needs no script and nothing from elsewhere.
-
-Knows nothing of the routes but what the document says.
-"""
+"""GET /docs: the OpenAPI document as one page of HTML, which needs no script and nothing from elsewhere."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Turns every error into OpenAI's shape: ours, the framework's, a validator's, and the ones nobody expected.
-
-Knows nothing of routes or engines.
-"""
+"""Turns every error into OpenAI's shape: ours, the framework's, a validator's, and unexpected ones."""
 
 from __future__ import annotations
 
@@ -56,7 +53,7 @@ _HTTP_ERROR_TYPES = {
 
 
 class ClientDisconnected(Exception):
-    """Nobody is left to answer; the work has been cancelled."""
+    """The client disconnected; the work has been cancelled."""
 
 
 def error_body(error: ShuteyeError) -> dict[str, Any]:
@@ -103,7 +100,7 @@ def _json_response(status: int, body: Mapping[str, Any], headers: Mapping[str, s
 
 
 def invalid_request(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
-    """The first of a validator's complaints, as an error that names the field the caller knows."""
+    """A validator's first error, as one that names the field as the caller knows it."""
     first = errors[0]
     param = _param(first["loc"])
     return InvalidRequest(_message(first, param), param=param)

@@ -1,6 +1,6 @@
-"""Server-sent events, and work that stops when the client goes, so that nobody computes for nobody.
+"""Server-sent events, and work that stops when the client goes, so that nothing is computed for nobody.
 
-Knows nothing of what the events say. Format: https://html.spec.whatwg.org/multipage/server-sent-events.html
+Format: https://html.spec.whatwg.org/multipage/server-sent-events.html
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Response
 
@@ -24,12 +24,12 @@ T = TypeVar("T")
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled and awaited if the client goes first.
+    """The result of `work`, which is cancelled and awaited if the client disconnects first.
 
     Call it only after the request's body has been read.
 
     Raises:
-        ClientDisconnected: the client went.
+        ClientDisconnected: the client disconnected.
     """
     task = asyncio.create_task(work)
     listener = asyncio.create_task(_disconnected(receive))
@@ -44,7 +44,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, listener, return_exceptions=True)
 
 
-async def unabandoned(work: Coroutine[Any, Any, T]) -> T:
+async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is not cancelled with its caller: that one goes on only once the work has ended."""
     task = asyncio.create_task(work)
     try:
@@ -60,7 +60,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 TURN_S = 0.03
-"""How long a stream may work off what waits to be sent before others have their turn, and its client's end noticed.
+"""How long a stream may send what is waiting before it yields to others, and its client's end is noticed.
 
 Less than that leaves the loop to the engine's outputs, which then come faster than they are sent."""
 
@@ -71,14 +71,6 @@ BUG = "Internal server error: a bug of ours; the server's log has more."
 def event(payload: bytes) -> bytes:
     """One event; `payload` must hold no newline, as compact JSON does not."""
     return b"data: " + payload + b"\n\n"
-
-
-class Closable(Protocol):
-    """What can be told to stop."""
-
-    async def aclose(self) -> None:
-        """Stop; harmless if it has ended."""
-        ...
 
 
 class EventStream(Response):
@@ -92,7 +84,9 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, source: Closable, with_done: bool = False) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], *, source: AsyncGenerator[Any, None], with_done: bool = False
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
@@ -100,7 +94,7 @@ class EventStream(Response):
         self._with_done = with_done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Stream until the source ends or the client goes."""
+        """Stream until the source ends or the client disconnects."""
         async with aclosing(self._source), aclosing(self._events):
             with suppress(ClientDisconnected):
                 await until_disconnect(receive, self._send_all(send))
@@ -112,7 +106,7 @@ class EventStream(Response):
         try:
             while (chunk := await anext(self._events, None)) is not None:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                if time.monotonic() > turn_ends:  # neither sending nor taking what waits need have suspended
+                if time.monotonic() > turn_ends:  # neither sending nor receiving may have suspended
                     await asyncio.sleep(0)
                     turn_ends = time.monotonic() + TURN_S
         except ShuteyeError as error:

@@ -22,8 +22,7 @@ from shuteye.server.generation.answer import (
     new_request_id,
 )
 from shuteye.server.generation.run import Job, Prompt
-from shuteye.server.http.admission import ModelRoute, require_task
-from shuteye.server.http.budget import require_prompt_tokens, require_sequences
+from shuteye.server.http.admission import ModelRoute, require_prompt_tokens, require_sequences, require_task
 from shuteye.server.openai.fields import GenerationBody, Many, one_message
 from shuteye.server.openai.logprobs import ChatLogprobs, PromptLogprobs, TokenNames, chat_logprobs, prompt_logprobs
 from shuteye.server.openai.prompts import Message, encode, render_chat, require_room, require_tokens
@@ -39,9 +38,8 @@ from shuteye.server.openai.tools import (
     forced_call,
     required_tools,
 )
-from shuteye.server.parsing.parser import ReadingPlan
+from shuteye.server.parsing.parser import END, ReadingPlan, begins_inside
 from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, OutputParser, Piece, Reasoning
-from shuteye.server.parsing.reasoning import END, begins_inside
 from shuteye.server.parsing.tool_formats import ToolFormat, format_of
 from shuteye.tasks.generate.requests import CompletionOutput, FinishReason, SamplingParams
 from shuteye.tokenizer import Tokenizer

@@ -21,8 +21,7 @@ from shuteye.server.generation.answer import (
     new_request_id,
 )
 from shuteye.server.generation.run import Job, Prompt
-from shuteye.server.http.admission import ModelRoute, require_task
-from shuteye.server.http.budget import require_prompt_tokens, require_sequences
+from shuteye.server.http.admission import ModelRoute, require_prompt_tokens, require_sequences, require_task
 from shuteye.server.openai.fields import GenerationBody, Many, one_message
 from shuteye.server.openai.logprobs import CompletionLogprobs, PromptLogprobs, TextOffset, TokenNames, prompt_logprobs
 from shuteye.server.openai.prompts import encode, require_known, require_room, require_tokens

@@ -17,9 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from shuteye.errors import InvalidRequest
 from shuteye.server.context import Context, ServerContext
 from shuteye.server.generation.answer import new_request_id
-from shuteye.server.http.admission import ModelRoute, needs_task
+from shuteye.server.http.admission import ModelRoute, needs_task, require_characters, require_sequences
 from shuteye.server.http.answers import JsonAnswer
-from shuteye.server.http.budget import require_characters, require_sequences
 from shuteye.server.http.events import until_disconnect
 from shuteye.server.openai.fields import Many, one_message, settle_unsupported
 from shuteye.tasks.pool.inputs import as_list

@@ -1,4 +1,4 @@
-"""What a model's words turn out to be, piece by piece.
+"""What a model's output consists of, piece by piece, and the base of what parses it.
 
 Knows nothing of formats, nor of how an answer shows them.
 """
@@ -6,7 +6,6 @@ Knows nothing of formats, nor of how an answer shows them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,27 +41,15 @@ class CallArguments:
 Piece = Content | Reasoning | CallBegin | CallArguments
 
 
-class OutputParser(Protocol):
-    """Text in, pieces out; together they are the same however the text was cut."""
+class OutputParser:
+    """Text in, pieces out; together they are the same however the text was cut. This one takes all for content."""
 
     def feed(self, text: str) -> list[Piece]:
         """Pieces that are certain after this text."""
-        ...
-
-    def finish(self) -> list[Piece]:
-        """The pieces of what was held back; nothing may be fed after that."""
-        ...
-
-
-class PlainReader:
-    """Everything is content."""
-
-    def feed(self, text: str) -> list[Piece]:
-        """See `OutputParser`."""
         return [Content(text)] if text else []
 
     def finish(self) -> list[Piece]:
-        """See `OutputParser`."""
+        """The pieces of what was held back; nothing may be fed after that."""
         return []
 
 

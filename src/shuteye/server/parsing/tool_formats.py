@@ -1,14 +1,14 @@
-"""The ways in which models write tool calls, read as they come: Hermes and Qwen, Llama 3, Mistral.
+"""The ways in which models write tool calls, parsed as they come: Hermes and Qwen, Llama 3, Mistral.
 
 Knows nothing of which tools there are.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from shuteye.server.parsing.call_scanner import CallScanner, JsonValue
 from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, OutputParser, Piece, held_length
 
 ToolFormat = Literal["hermes", "llama3_json", "mistral"]
@@ -22,30 +22,33 @@ MARKERS: Mapping[ToolFormat, tuple[str, ...]] = {
     "llama3_json": (LLAMA_BEGIN,),
     "mistral": (MISTRAL_BEGIN, MISTRAL_ARGUMENTS),
 }
-"""What must be seen to read a format, even where a tokenizer has special tokens for it."""
+"""What must be seen to parse a format, even where a tokenizer has special tokens for it."""
+
+_ARGUMENTS = ("arguments", "parameters")
+_SPACE = " \t\r\n"
 
 
 def format_of(template: str) -> ToolFormat:
-    """The format that a chat template speaks; Hermes', which most share, if it does not tell."""
+    """The format that a chat template speaks; Hermes', which most share, if in doubt."""
     if MISTRAL_BEGIN in template:
         return "mistral"
     return "llama3_json" if LLAMA_BEGIN in template else "hermes"
 
 
-def tool_reader(name: ToolFormat) -> OutputParser:
-    """A reader of one answer."""
-    readers: Mapping[ToolFormat, Callable[[], OutputParser]] = {
-        "hermes": HermesReader,
-        "llama3_json": LlamaReader,
-        "mistral": MistralReader,
+def tool_parser(name: ToolFormat) -> OutputParser:
+    """A parser of one answer."""
+    parsers: Mapping[ToolFormat, Callable[[], OutputParser]] = {
+        "hermes": HermesParser,
+        "llama3_json": LlamaParser,
+        "mistral": MistralParser,
     }
-    return readers[name]()
+    return parsers[name]()
 
 
-class _MarkedReader:
-    """Content until a marker comes; then calls, which a subclass reads.
+class _MarkedParser(OutputParser):
+    """Content until a marker comes; then calls, which a subclass parses.
 
-    White space before a marker is no content. What turns out to be no call is content after all, marker included.
+    White space before a marker is not content. What turns out not to be a call is content, marker included.
     """
 
     begin: str
@@ -58,7 +61,6 @@ class _MarkedReader:
         self._in_calls = False
 
     def feed(self, text: str) -> list[Piece]:
-        """See `OutputParser`."""
         pieces: list[Piece] = []
         text, self._held = self._held + text, ""
         while text:
@@ -74,16 +76,16 @@ class _MarkedReader:
     def _read_content(self, text: str, pieces: list[Piece]) -> str:
         before, marker, after = text.partition(self.begin)
         if marker:
-            self._tell_content(before.rstrip(), pieces)
+            self._add_content(before.rstrip(), pieces)
             self._in_calls, self._raw = True, marker
             return after
         shown = len(text) - held_length(text, self.begin)
         shown = len(text[:shown].rstrip())
         self._held = text[shown:]
-        self._tell_content(text[:shown], pieces)
+        self._add_content(text[:shown], pieces)
         return ""
 
-    def _tell_content(self, text: str, pieces: list[Piece]) -> None:
+    def _add_content(self, text: str, pieces: list[Piece]) -> None:
         if text:
             pieces.append(Content(text))
 
@@ -91,8 +93,8 @@ class _MarkedReader:
         """After a marker, where a call begins, or the calls end."""
         raise NotImplementedError
 
-    def _tell_raw(self, pieces: list[Piece]) -> None:
-        """It was no call."""
+    def _raw_to_content(self, pieces: list[Piece]) -> None:
+        """It was not a call."""
         pieces.append(Content(self._raw))
         self._raw = ""
 
@@ -118,7 +120,6 @@ class _MarkedReader:
         self._call, self._raw, self._in_calls = None, "", False
 
     def finish(self) -> list[Piece]:
-        """See `OutputParser`."""
         pieces: list[Piece] = []
         if self._call is not None:
             self._give_up(self._call, pieces)
@@ -129,7 +130,7 @@ class _MarkedReader:
         return pieces
 
 
-class HermesReader(_MarkedReader):
+class HermesParser(_MarkedParser):
     """`<tool_call>{"name": …, "arguments": {…}}</tool_call>`, any number of times (Hermes, Qwen)."""
 
     begin = HERMES_BEGIN
@@ -150,7 +151,7 @@ class HermesReader(_MarkedReader):
         return ""
 
 
-class LlamaReader(_MarkedReader):
+class LlamaParser(_MarkedParser):
     """`{"name": …, "parameters": {…}}`, several with `;` between them; `<|python_tag|>` may come first (Llama 3)."""
 
     begin = LLAMA_BEGIN
@@ -182,11 +183,11 @@ class LlamaReader(_MarkedReader):
         self._in_calls = False
         if not self._raw:  # what follows a call
             return stripped
-        self._tell_raw(pieces)
+        self._raw_to_content(pieces)
         return text
 
 
-class MistralReader(_MarkedReader):
+class MistralParser(_MarkedParser):
     """`[TOOL_CALLS][{"name": …, "arguments": {…}}, …]`, or, since tokenizer v11, `[TOOL_CALLS]name[ARGS]{…}`."""
 
     begin = MISTRAL_BEGIN
@@ -233,7 +234,7 @@ class MistralReader(_MarkedReader):
         name = name.split("[", 1)[0].strip()
         if not name:
             self._in_calls = False
-            self._tell_raw(pieces)
+            self._raw_to_content(pieces)
             return text
         self._raw = ""
         self._arguments = JsonValue("{")
@@ -256,3 +257,156 @@ class MistralReader(_MarkedReader):
     def _give_up(self, call: CallScanner, pieces: list[Piece]) -> None:
         super()._give_up(call, pieces)
         self._in_list = False
+
+
+# --- one call -----------------------------------------------------------------------------------
+
+
+class JsonValue:
+    """Finds where one JSON value ends, given its first character and those that follow."""
+
+    def __init__(self, first: str) -> None:
+        self.done = False
+        self._chars: list[str] = []
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+        self.is_bare = first not in '"{['  # a number or a word, which only what follows ends
+        self.take(first)
+
+    @property
+    def text(self) -> str:
+        """Everything taken so far."""
+        return "".join(self._chars)
+
+    def take(self, char: str) -> bool:
+        """Take one character if it belongs to the value."""
+        if self.is_bare and char in _SPACE + ",}]":
+            self.done = True
+            return False
+        self._chars.append(char)
+        if self._in_string:
+            self._in_string = self._escaped or char != '"'
+            self._escaped = char == "\\" and not self._escaped
+        elif char == '"':
+            self._in_string = True
+        elif char in "{[":
+            self._depth += 1
+        elif char in "}]":
+            self._depth -= 1
+        self.done = not self.is_bare and not self._in_string and self._depth == 0
+        return True
+
+
+class CallScanner:
+    """Parses one `{"name": …, "arguments": {…}}`, character by character; `parameters` is another word for arguments.
+
+    Attributes:
+        done: the object is complete; what follows is not taken.
+        failed: this is no such object; what follows is not taken.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.done = False
+        self.failed = False
+        self._index = index
+        self._expected: Literal["open", "key", "colon", "value", "comma"] = "open"
+        self._key = ""
+        self._value: JsonValue | None = None  # of a key or of a value, as `_expected` says
+        self._name: str | None = None
+        self._streaming = False
+        self._has_arguments = False
+        self._unsent = ""  # arguments
+        self._pieces: list[Piece] = []
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the call's name is known."""
+        return self._name is not None
+
+    def feed(self, text: str) -> tuple[list[Piece], str]:
+        """The pieces that are certain now, and what of the text comes after the object."""
+        taken = 0
+        while taken < len(text) and not (self.done or self.failed):
+            self._take(text[taken])
+            taken += 1
+        if self.has_begun and self._unsent:
+            self._pieces.append(CallArguments(self._index, self._unsent))
+            self._unsent = ""
+        pieces, self._pieces = self._pieces, []
+        return pieces, text[taken:]
+
+    def _take(self, char: str) -> None:
+        if self._value is not None:
+            belongs = self._value.take(char)
+            if belongs and self._streaming:
+                self._unsent += char
+            if self._value.done:
+                self._end_value(self._value)
+            if belongs:
+                return
+        if char in _SPACE:
+            return
+        match self._expected, char:
+            case "open", "{":
+                self._expected = "key"
+            case "key", '"':
+                self._value = JsonValue(char)
+            case (("key" | "comma"), "}"):
+                self._end()
+            case "comma", ",":
+                self._expected = "key"
+            case "colon", ":":
+                self._expected = "value"
+            case "value", _ if char not in ",}]:":
+                self._begin_value(char)
+            case _:
+                self.failed = True
+
+    def _begin_value(self, char: str) -> None:
+        self._value = JsonValue(char)
+        self._streaming = self._key in _ARGUMENTS and char == "{" and not self._has_arguments
+        if self._streaming:
+            self._has_arguments = True
+            self._unsent += char
+
+    def _end_value(self, value: JsonValue) -> None:
+        self._value = None
+        if self._expected == "key":
+            self._key = str(_parsed(value.text))
+            self._expected = "colon"
+            return
+        self._expected = "comma"
+        if self._key == "name" and self._name is None:
+            self._take_name(_parsed(value.text))
+        elif self._key in _ARGUMENTS and not self._has_arguments:
+            self._has_arguments = True
+            self._unsent += _as_arguments(value.text)
+        self._streaming = False
+
+    def _take_name(self, name: object) -> None:
+        if isinstance(name, str) and name:
+            self._name = name
+            self._pieces.append(CallBegin(self._index, name))
+        else:
+            self.failed = True
+
+    def _end(self) -> None:
+        self.done, self.failed = self.has_begun, not self.has_begun
+        if not self._has_arguments:
+            self._unsent = "{}"
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _as_arguments(text: str) -> str:
+    """Arguments that are not an object: some models write them as JSON within a string, or null for none."""
+    value = _parsed(text)
+    if isinstance(value, str):
+        return value
+    return "{}" if value is None else text

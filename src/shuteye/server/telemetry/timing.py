@@ -1,20 +1,18 @@
-"""One prompt timed from its arrival to its last token, and the seam to whoever traces.
+"""One prompt timed from its arrival to its last token.
 
-Knows nothing of OpenTelemetry; without tracing, nothing of it is imported (`tracing.py` is).
+Knows nothing of what becomes of the times: `metrics.py` counts them, `tracing.py` makes spans of them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from shuteye.logs import REQUEST_ID
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
-
     from shuteye.tasks.generate.requests import RequestOutput
 
 
@@ -23,7 +21,7 @@ PHASES = ("queue", "prefill", "decode")
 
 @dataclass(frozen=True, slots=True)
 class RequestTiming:
-    """When one prompt passed through its phases, in seconds of the monotonic clock, and what came of it.
+    """When one prompt passed through its phases, in seconds of the monotonic clock, and how it ended.
 
     Attributes:
         scheduled: when it got its place in the batch; None if it never did.
@@ -45,7 +43,7 @@ class RequestTiming:
     def phases(self) -> dict[str, tuple[float, float]]:
         """`queue`, `prefill` and `decode`, as far as it came: when each began and ended.
 
-        None of what is not generated token by token, such as an embedding: nobody tells when it left the queue.
+        Empty for what is not generated token by token, such as an embedding: it is not known when it left the queue.
         """
         if self.scheduled is None:
             never_left = self.first_token is None and "stop" not in self.outcome
@@ -55,43 +53,19 @@ class RequestTiming:
         return {name: (begin, end) for name, begin, end in zip(PHASES, begins, ends, strict=False)}
 
 
-class Tracer(Protocol):
-    """Makes spans."""
-
-    def around(self, app: ASGIApp) -> ASGIApp:
-        """`app` with a span around each of its HTTP requests; spans made inside belong to it."""
-        ...
-
-    def prompt(self, served: RequestTiming) -> None:
-        """A prompt has ended."""
-        ...
-
-    def transition(self, kind: str, seconds: float, attributes: Mapping[str, str | int | float | bool]) -> None:
-        """A transition has just ended; it took `seconds`."""
-        ...
-
-    def close(self) -> None:
-        """Send what is left."""
-        ...
-
-
-class RequestObserver(Protocol):
-    """Who is told what was timed."""
-
-    def observe_inter_token(self, seconds: float, count: int) -> None:
-        """A choice's next `count` tokens came, each after `seconds`."""
-        ...
-
-    def observe_prompt(self, served: RequestTiming, *, failure: str | None) -> None:
-        """A prompt has ended, in order or because of `failure`."""
-        ...
-
-
 class RequestTimer:
-    """Turns the outputs of one prompt into times; tokens that come together share their interval."""
+    """Turns the outputs of one prompt into times; tokens that come together share their interval.
 
-    def __init__(self, told: RequestObserver) -> None:
-        self._told = told
+    Args:
+        on_tokens: called with an interval in seconds and how many tokens of a choice came, each after that time.
+        on_end: called once, with the times and why the prompt was lost, None if it ended in order.
+    """
+
+    def __init__(
+        self, on_tokens: Callable[[float, int], None], on_end: Callable[[RequestTiming, str | None], None]
+    ) -> None:
+        self._on_tokens = on_tokens
+        self._on_end = on_end
         self._arrived = time.monotonic()
         self._first_token: float | None = None
         self._last: dict[int, float] = {}
@@ -122,7 +96,7 @@ class RequestTimer:
             self._first_token = now
         previous = self._last.get(index)
         if previous is not None:
-            self._told.observe_inter_token((now - previous) / count, count)
+            self._on_tokens((now - previous) / count, count)
         self._last[index] = now
 
     def finish(self, *, num_prompt_tokens: int, scheduled_at: float | None = None) -> None:
@@ -152,4 +126,4 @@ class RequestTimer:
             num_cached_tokens=seen.num_cached_tokens if seen else 0,
             outcome=tuple(self._outcome),
         )
-        self._told.observe_prompt(served, failure=failure)
+        self._on_end(served, failure)

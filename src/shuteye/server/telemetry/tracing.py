@@ -25,23 +25,23 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 UNTRACED = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})
-"""Paths that are asked all the time."""
+"""Paths that probes and scrapers request all the time."""
 
 EXPORT_TIMEOUT_S = 3.0
-"""How long a collector that is away is tried again; a server that stops waits for it."""
+"""How long an unreachable collector is retried; a server that stops waits for it."""
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
-def otlp_tracer(endpoint: str, model_name: str) -> OpenTelemetryTracer:
+def otlp_tracer(endpoint: str, model_name: str) -> Tracer:
     """A tracer that sends spans in batches, from a thread of its own, as OTLP over HTTP."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-    return OpenTelemetryTracer(OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT_S), model_name)
+    return Tracer(OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_TIMEOUT_S), model_name)
 
 
-class OpenTelemetryTracer:
-    """The tracer of one app; see `spans.Tracer`.
+class Tracer:
+    """Makes the spans of one app.
 
     Args:
         batched: send spans later, many together; else each as it ends.
@@ -54,10 +54,6 @@ class OpenTelemetryTracer:
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("shuteye", __version__)
         self._model = model_name
-
-    def around(self, app: ASGIApp) -> ASGIApp:
-        """See `spans.Tracer`."""
-        return TraceRequests(app, tracer=self)
 
     @contextmanager
     def request(self, scope: Scope) -> Iterator[Span]:
@@ -133,9 +129,9 @@ def _ns(monotonic_s: float, offset: int) -> int:
 
 
 class TraceRequests:
-    """ASGI middleware: a span around every request that is no probe; nothing is done per chunk but one comparison."""
+    """ASGI middleware: a span around every request that is not a probe; costs one comparison per chunk."""
 
-    def __init__(self, app: ASGIApp, *, tracer: OpenTelemetryTracer) -> None:
+    def __init__(self, app: ASGIApp, *, tracer: Tracer) -> None:
         self.app = app
         self.tracer = tracer
 

@@ -1,7 +1,4 @@
-"""What changes logits before a token is drawn: penalties of what was seen, biases, allowed tokens, bad words, masks.
-
-Knows nothing of temperature, of how a token is drawn, or of requests' names.
-"""
+"""What changes logits before a token is drawn: penalties of what was seen, biases, allowed tokens, bad words, masks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The grammars of constrained requests: compiled in the background, followed token by token, told as token masks.
 
-Knows nothing of logits or scheduling. llguidance, and the tokenizer it needs, are loaded when the first such request
-comes, and dropped by a sleep that leaves none: most engines never need them.
+llguidance, and the tokenizer it needs, are loaded when the first such request comes, and dropped by a sleep that leaves
+none: most engines never need them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from shuteye.errors import InvalidRequest, QueueFull, ShuteyeError, info_of, refusal
 from shuteye.memory.backends.linux import return_free_heap
-from shuteye.tasks.base import RequestDelta
+from shuteye.tasks.base import RequestDelta, id_in_use
 from shuteye.tasks.generate.plans import StepPlan, TokenMask
 from shuteye.tasks.generate.requests import JSON_WHITESPACE, GenerateRequest, StructuredOutputsParams
 
@@ -151,10 +151,7 @@ class Grammars:
             InvalidRequest: the id is in use.
         """
         if request.request_id in self._compiling:
-            raise InvalidRequest(
-                f"Request id {request.request_id!r} is in use; wait for it to end or choose another.",
-                param="request_id",
-            )
+            raise id_in_use(request.request_id)
         wanted = request.params.structured_outputs
         assert wanted is not None, "a request without a grammar needs none compiled"
         if self._compiler is None:
@@ -164,14 +161,14 @@ class Grammars:
         matcher = self._thread.submit(self._compiler.matcher, wanted)
         self._compiling[request.request_id] = _Compiling(request, matcher, time.monotonic() + self._timeout_s)
 
-    def compiled(self, *, patience_s: float) -> list[tuple[GenerateRequest, ShuteyeError | None]]:
+    def compiled(self, *, wait_s: float) -> list[tuple[GenerateRequest, ShuteyeError | None]]:
         """Requests whose grammar is ready, and those whose grammar is wrong, with the error; each once.
 
         Args:
-            patience_s: how long to wait for the first of them.
+            wait_s: how long to wait for the first of them.
         """
-        if patience_s > 0:
-            wait([each.matcher for each in self._compiling.values()], patience_s, FIRST_COMPLETED)
+        if wait_s > 0:
+            wait([each.matcher for each in self._compiling.values()], wait_s, FIRST_COMPLETED)
         now = time.monotonic()
         over = [each for each in self._compiling.values() if each.matcher.done() or each.deadline <= now]
         return [(each.request, self._outcome(each)) for each in over]

@@ -1,10 +1,12 @@
-"""Steps of a model that generates: packed batches through the decoder, then the sampler.
-
-Knows nothing of scheduling or sleeping.
-"""
+"""Steps of a model that generates: chunks packed into a batch, through the decoder, then the sampler."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
 import torch
 
 from shuteye import native
@@ -14,51 +16,45 @@ from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.models.decoder import LoadedModel, bind
 from shuteye.state import SCRATCH_BLOCK
+from shuteye.tasks.base import ModelRunner
 from shuteye.tasks.canary import Prove, fixed_tokens
-from shuteye.tasks.generate.batch import PackedBatch
-from shuteye.tasks.generate.logprobs import split_scored
 from shuteye.tasks.generate.plans import Chunk, StepPlan, StepResult
 from shuteye.tasks.generate.requests import TokenLogprobs
-from shuteye.tasks.generate.sampler import Sampler
+from shuteye.tasks.generate.sampler import Sampler, token_logprobs
 
 MAX_SHARED_TOKENS = 63
 """Of a step that the canary may share: native kernels give it the same numbers then, whatever is beside it."""
 
 
-class GenerationRunner:
-    """See `ModelRunner`; owns the sampler's state of every request.
+class GenerationRunner(ModelRunner):
+    """Owns the KV cache, and the sampler's state of every request.
 
     Args:
         num_threads: compute threads, torch's and the native kernels'.
     """
 
+    model: LoadedModel
     _kv_cache: KVCache  # from `attach_kv_cache` on
     _canary: StepPlan
 
     def __init__(self, image: WeightImage, weights: Arena, config: EngineConfig, *, num_threads: int) -> None:
-        self.model: LoadedModel = bind(image, weights, native=config.kernels == "auto")
-        self._block_size = config.block_size
-        if self.model.decoder.native_tokens:
-            native.set_num_threads(num_threads)
-        if self.model.decoder.native_tokens >= config.max_num_batched_tokens:
-            torch.set_num_threads(1)  # its threads would spin on the cores that the kernels' own threads need
-        self._sampler = Sampler(
-            vocab_size=self.model.facts.vocab_size, eos_token_ids=self.model.eos_token_ids, seed=config.seed
-        )
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """KV cache bytes of one token, all layers."""
-        cached = self.model.facts.attention
-        return kv_bytes_per_token(
+        self.model = model = bind(image, weights, native=config.kernels == "auto")
+        cached = model.facts.attention
+        self.kv_bytes_per_token = kv_bytes_per_token(
             num_layers=cached.num_layers,
             num_kv_heads=cached.num_kv_heads,
             head_dim=cached.head_dim,
-            dtype=self.model.dtype,
+            dtype=model.dtype,
         )
+        self._block_size = config.block_size
+        if model.decoder.native_tokens:
+            native.set_num_threads(num_threads)
+        if model.decoder.native_tokens >= config.max_num_batched_tokens:
+            torch.set_num_threads(1)  # its threads would spin on the cores that the kernels' own threads need
+        self._sampler = Sampler(vocab_size=model.facts.vocab_size, eos_token_ids=model.eos_token_ids, seed=config.seed)
 
     def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
-        """See `ModelRunner`; the canary's tokens go to the scratch block."""
+        """Look into the KV arena; the canary's tokens go to the scratch block."""
         model, cached = self.model, self.model.facts.attention
         self._kv_cache = KVCache(
             arena,
@@ -77,7 +73,7 @@ class GenerationRunner:
         """Run the packed batch and sample."""
         self._sampler.forget(plan.forget)
         self._sampler.admit(plan.admissions)
-        logits = self._forward(plan) if prove is None else self._forward_proven(plan, prove)
+        logits = self._forward(plan) if prove is None else self._forward_with_canary(plan, prove)
         scored: tuple[tuple[TokenLogprobs, ...], ...] = ()
         if any(chunk.scoring is not None for chunk in plan.chunks):
             scored, logits = split_scored(plan, logits)
@@ -88,7 +84,7 @@ class GenerationRunner:
         batch = PackedBatch.from_plan(plan, block_size=self._block_size)
         return self.model.forward(batch, self._kv_cache)
 
-    def _forward_proven(self, plan: StepPlan, prove: Prove) -> torch.Tensor:
+    def _forward_with_canary(self, plan: StepPlan, prove: Prove) -> torch.Tensor:
         """The plan's logits; weights are read but once for it and the canary, if the canary comes out the same so."""
         if plan.num_tokens + self._canary.num_tokens > min(MAX_SHARED_TOKENS, self.model.decoder.native_tokens):
             prove(self.canary_pass())
@@ -97,9 +93,106 @@ class GenerationRunner:
         prove(logits[-1:])
         return logits[:-1]
 
-    def drop_computed(self) -> None:
-        """See `ModelRunner`: what was computed is in the KV arena; how a request samples is kept."""
-
     def canary_pass(self) -> torch.Tensor:
         """Logits [1, vocab_size] of the last of the fixed tokens."""
         return self._forward(self._canary)
+
+
+# --- a packed batch and its logits -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """The tokens of a step, sequence after sequence, in plan order.
+
+    Sequence i owns tokens [query_starts[i], query_starts[i + 1]); they are the last ones of the
+    context_lengths[i] tokens whose keys and values its blocks hold after the step's writes.
+
+    Attributes:
+        input_ids, positions: int64 [num_tokens].
+        slots: int64 [num_tokens]; block_id * block_size + offset of each token in the KV cache.
+        query_starts: [num_sequences + 1].
+        context_lengths: [num_sequences].
+        block_tables: per sequence, at least ceil(context_length / block_size) block ids.
+        logits_indices: int64 [num_wanted]; the tokens whose logits are wanted, in plan order: of each chunk those that
+            score its prompt, then the one that is sampled from.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    query_starts: tuple[int, ...]
+    context_lengths: tuple[int, ...]
+    block_tables: tuple[tuple[int, ...], ...]
+    logits_indices: torch.Tensor
+    block_size: int
+
+    @classmethod
+    def from_plan(cls, plan: StepPlan, *, block_size: int) -> PackedBatch:
+        """Pack the plan's chunks; the work is per chunk, not per token."""
+        chunks = plan.chunks
+        assert chunks, "an empty step has nothing to pack"
+        ends = np.cumsum([len(chunk.token_ids) for chunk in chunks])
+        num_tokens = int(ends[-1])
+        wanted = [index for chunk, end in zip(chunks, ends, strict=True) for index in _wanted(chunk, int(end))]
+        token_ids = chain.from_iterable(chunk.token_ids for chunk in chunks)
+        return cls(
+            input_ids=torch.from_numpy(np.fromiter(token_ids, np.int64, num_tokens)),
+            positions=torch.from_numpy(np.concatenate([_positions(chunk) for chunk in chunks])),
+            slots=torch.from_numpy(np.concatenate([_slots(chunk, block_size) for chunk in chunks])),
+            query_starts=(0, *ends.tolist()),
+            context_lengths=tuple(chunk.start + len(chunk.token_ids) for chunk in chunks),
+            block_tables=tuple(chunk.block_ids for chunk in chunks),
+            logits_indices=torch.from_numpy(np.asarray(wanted, dtype=np.int64)),
+            block_size=block_size,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed by this step."""
+        return self.query_starts[-1]
+
+
+def _wanted(chunk: Chunk, end: int) -> Iterable[int]:
+    """Which of the step's tokens, of which the chunk's end at `end`, need logits."""
+    sampled = (end - 1,) if chunk.sample else ()
+    if chunk.scoring is None:
+        return sampled
+    begin = end - len(chunk.token_ids) + chunk.scoring.offset
+    return (*range(begin, begin + len(chunk.scoring.targets)), *sampled)
+
+
+def _positions(chunk: Chunk) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.arange(chunk.start, chunk.start + len(chunk.token_ids), dtype=np.int64)
+
+
+def _slots(chunk: Chunk, block_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Only the blocks that the chunk writes are looked up: a table may be far longer than a chunk."""
+    positions = _positions(chunk)
+    first = chunk.start // block_size
+    last = (chunk.start + len(chunk.token_ids) - 1) // block_size
+    assert last < len(chunk.block_ids), f"{chunk.request_id}: {len(chunk.block_ids)} blocks do not cover the chunk"
+    written = np.asarray(chunk.block_ids[first : last + 1], dtype=np.int64)
+    return written[positions // block_size - first] * block_size + positions % block_size
+
+
+def split_scored(plan: StepPlan, logits: torch.Tensor) -> tuple[tuple[tuple[TokenLogprobs, ...], ...], torch.Tensor]:
+    """The scores of each scoring chunk, in plan order, and the logits of the sampling chunks.
+
+    Args:
+        logits: [num_wanted, vocab_size], the rows that `PackedBatch.logits_indices` asks for.
+    """
+    scored: list[tuple[TokenLogprobs, ...]] = []
+    sampled: list[int] = []
+    row = 0
+    for chunk in plan.chunks:
+        if chunk.scoring is not None:
+            targets = torch.tensor(chunk.scoring.targets, dtype=torch.long, device=logits.device)
+            rows = logits[row : row + len(targets)]
+            scored.append(tuple(token_logprobs(rows, targets, [chunk.scoring.num_top] * len(targets))))
+            row += len(targets)
+        if chunk.sample:
+            sampled.append(row)
+            row += 1
+    assert row == len(logits), f"{row} rows were wanted, {len(logits)} came"
+    return tuple(scored), logits[sampled]

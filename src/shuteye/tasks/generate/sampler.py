@@ -1,6 +1,6 @@
 """From logits to tokens: masks, penalties, temperature, filters, the draw and its log-probabilities.
 
-Knows nothing of the model, the batch's layout or when a request ends. Semantics and order are vLLM's.
+Semantics and order are vLLM's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from enum import IntEnum
 import torch
 
 from shuteye.tasks.generate.adjustments import PenaltyRows, TokenCounts, TokenRules, apply_mask, leave_some_token
-from shuteye.tasks.generate.logprobs import token_logprobs
 from shuteye.tasks.generate.plans import Admission, SampledToken, TokenMask
 from shuteye.tasks.generate.requests import SamplingParams, TokenLogprobs
 
@@ -21,7 +20,11 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would overflow float32."""
 
 SMALL_WIDTH, LARGE_WIDTH = 64, 1024
-"""Numbers of likeliest candidates that are looked at instead of sorting the whole vocabulary."""
+"""Numbers of most likely candidates that are looked at instead of sorting the whole vocabulary."""
+
+
+MAX_ROWS = 64
+"""Rows looked at together: a prompt's may be many, and each is as wide as the vocabulary."""
 
 
 class _Route(IntEnum):
@@ -238,12 +241,12 @@ class Sampler:
         if group.route is _Route.NUCLEUS:
             return self._draw_nucleus(scores, group)
         width = {_Route.TOP_SMALL: SMALL_WIDTH, _Route.TOP_LARGE: LARGE_WIDTH}.get(group.route, self._vocab_size)
-        return self._pick(truncate(likeliest(scores, width=width), group.filters), group.sampled)
+        return self._pick(truncate(top_k(scores, width=width), group.filters), group.sampled)
 
     def _draw_nucleus(self, scores: torch.Tensor, group: _Group) -> torch.Tensor:
         """Draw rows whose nucleus lies within LARGE_WIDTH tokens from those, and sort only the others."""
         log_total = scores.logsumexp(dim=-1, keepdim=True)
-        ranked = likeliest(scores, width=LARGE_WIDTH)
+        ranked = top_k(scores, width=LARGE_WIDTH)
         held = (ranked.scores - log_total).exp().sum(dim=-1, keepdim=True)  # [num_rows, 1]
         narrow = ((held >= group.filters.top_p) | (scores.shape[-1] <= LARGE_WIDTH)).squeeze(1)
         if narrow.all():
@@ -251,7 +254,7 @@ class Sampler:
         token_ids = torch.empty(len(scores), dtype=torch.long, device=self._device)
         for mask in (narrow, ~narrow):
             rows = mask.nonzero().squeeze(1)
-            part = ranked.rows(rows) if mask is narrow else likeliest(scores[rows], width=self._vocab_size)
+            part = ranked.rows(rows) if mask is narrow else top_k(scores[rows], width=self._vocab_size)
             kept = truncate(part, group.filters.rows(rows), log_total=log_total[rows])
             token_ids[rows] = self._pick(kept, [group.sampled[row] for row in rows.tolist()])
         return token_ids
@@ -301,15 +304,15 @@ def largest(scores: torch.Tensor) -> torch.Tensor:
 
 
 def mask_min_p(scores: torch.Tensor, filters: Filters) -> torch.Tensor:
-    """`scores` with -inf where a token is less than `min_p` times as likely as the likeliest."""
+    """`scores` with -inf where a token is less than `min_p` times as likely as the most likely one."""
     if filters.log_min_p is None:
         return scores
     threshold = scores.amax(dim=-1, keepdim=True) + filters.log_min_p
     return scores.masked_fill(scores < threshold, -math.inf)
 
 
-def likeliest(scores: torch.Tensor, *, width: int) -> Candidates:
-    """The `width` likeliest of `scores` [num_rows, vocab_size], in falling order."""
+def top_k(scores: torch.Tensor, *, width: int) -> Candidates:
+    """The `width` most likely of `scores` [num_rows, vocab_size], in falling order."""
     if width >= scores.shape[-1]:
         return Candidates(*scores.sort(dim=-1, descending=True, stable=True))
     return Candidates(*scores.topk(width, dim=-1))
@@ -346,14 +349,14 @@ def _effective_top_k(params: SamplingParams, vocab_size: int) -> int:
 
 
 def _route(params: SamplingParams, vocab_size: int) -> _Route:
-    top_k = _effective_top_k(params, vocab_size)
+    limit = _effective_top_k(params, vocab_size)
     if params.temperature < GREEDY_BELOW:
         return _Route.GREEDY
-    if top_k == vocab_size:
+    if limit == vocab_size:
         return _Route.NUCLEUS if params.top_p < 1.0 else _Route.FULL
-    if top_k <= SMALL_WIDTH:
+    if limit <= SMALL_WIDTH:
         return _Route.TOP_SMALL
-    return _Route.TOP_LARGE if top_k <= LARGE_WIDTH else _Route.SORTED
+    return _Route.TOP_LARGE if limit <= LARGE_WIDTH else _Route.SORTED
 
 
 def _mix(seed: int, position: int) -> int:
@@ -366,9 +369,42 @@ def _mix(seed: int, position: int) -> int:
 
 
 def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, batch: _Batch) -> dict[int, TokenLogprobs]:
-    """Log-probabilities of the raw logits, by row: the chosen token's first, then the likeliest."""
+    """Log-probabilities of the raw logits, by row: the chosen token's first, then the most likely ones."""
     if not batch.logprob_rows:
         return {}
     rows = list(batch.logprob_rows)
     wanted = [batch.sampled[row].params.logprobs or 0 for row in rows]
     return dict(zip(rows, token_logprobs(logits[rows], token_ids[rows], wanted), strict=True))
+
+
+def token_logprobs(logits: torch.Tensor, chosen: torch.Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
+    """Per row, the chosen token's log-probability first, then those of the most likely.
+
+    Args:
+        logits: [num_rows, vocab_size] float32, as the model gave them.
+        chosen: [num_rows] int64.
+        num_top: how many of the most likely each row wants.
+    """
+    found: list[TokenLogprobs] = []
+    for begin in range(0, len(logits), MAX_ROWS):
+        rows = slice(begin, begin + MAX_ROWS)
+        found += _of_few(logits[rows], chosen[rows], num_top[rows])
+    return found
+
+
+def _of_few(logits: torch.Tensor, chosen: torch.Tensor, num_top: Sequence[int]) -> list[TokenLogprobs]:
+    raw = logits.log_softmax(dim=-1)
+    chosen = chosen.unsqueeze(1)
+    value = raw.gather(1, chosen)
+    rank = (raw > value).sum(dim=-1, keepdim=True) + 1
+    best = raw.topk(min(max(num_top), raw.shape[-1]), dim=-1)
+    ids = torch.cat([chosen, best.indices], dim=1).tolist()
+    values = torch.cat([value, best.values], dim=1).tolist()
+    return [
+        TokenLogprobs(
+            token_ids=tuple(ids[row][: count + 1]),
+            logprobs=tuple(values[row][: count + 1]),
+            ranks=(int(rank[row]), *range(1, len(ids[row][: count + 1]))),
+        )
+        for row, count in enumerate(num_top)
+    ]

@@ -13,16 +13,98 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 from shuteye.cache.blocks import BlockPool, HashChain, PrefixCache
 from shuteye.errors import ErrorInfo, InvalidRequest, PromptTooLong
 from shuteye.state import RESERVED_BLOCKS, Epoch, SchedulerStats
-from shuteye.tasks.base import RequestDelta
-from shuteye.tasks.generate.plans import Admission, Chunk, SampledToken, StepPlan, StepResult
+from shuteye.tasks.base import ActiveRequest, RequestDelta, TaskScheduler
+from shuteye.tasks.generate.plans import Admission, Chunk, SampledToken, Scoring, StepPlan, StepResult
 from shuteye.tasks.generate.requests import FinishReason, GenerateRequest, TokenLogprobs
-from shuteye.tasks.generate.sequence import MAX_SCORED_CHUNK, ActiveSequence
+
+MAX_SCORED_CHUNK = 256
+"""Prompt tokens computed in one step if their logits are wanted, each of which is as wide as the vocabulary."""
+
+
+@dataclass(slots=True, eq=False)
+class ActiveSequence(ActiveRequest):
+    """A request on its way: waiting if it has no place in the batch, running otherwise.
+
+    Attributes:
+        token_ids: prompt, then output; it only grows, also across preemptions.
+        max_length: prompt plus output at which it finishes with "length".
+        block_ids: the block table, covering at least [0, num_computed); empty while waiting.
+        num_cached: prompt tokens found in the prefix cache when first scheduled; None before that.
+        epoch: in which its blocks were taken; only then do they hold its K/V.
+        scored: log-probabilities of the prompt's tokens are wanted.
+        num_scored: how many positions of the prompt have told what follows them.
+        max_chunk: most tokens computed in one step.
+    """
+
+    request: GenerateRequest
+    token_ids: list[int]
+    hashes: HashChain
+    stop_token_ids: frozenset[int]
+    max_length: int
+    block_ids: tuple[int, ...] = ()
+    num_computed: int = 0
+    num_cached: int | None = None
+    running: bool = False
+    epoch: Epoch = ()
+    scored: bool = False
+    num_scored: int = 0
+    max_chunk: int = sys.maxsize
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether its output has a structure, which allows an eos only where it may end."""
+        return self.request.params.structured_outputs is not None
+
+    @property
+    def to_be_scored(self) -> bool:
+        """Whether some of the prompt has yet to tell how likely it was."""
+        return self.scored and self.num_scored < self.num_prompt - 1
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    def scoring(self, start: int, end: int) -> Scoring | None:
+        """What is yet to be told of positions [start, end)."""
+        params = self.request.params
+        first, last = max(start, self.num_scored), min(end, self.num_prompt - 1)
+        targets = self.request.prompt_token_ids[first + 1 : last + 1]
+        return Scoring(first - start, targets, params.prompt_logprobs or 0) if targets else None
+
+    @property
+    def num_missing(self) -> int:
+        """Known tokens that have no K/V yet."""
+        return len(self.token_ids) - self.num_computed
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds a batch.
+
+    Attributes:
+        num_blocks: blocks of the KV cache, block 0 included.
+        max_num_seqs: requests in one batch.
+        max_num_batched_tokens: the token budget of one step.
+        max_model_len: longest prompt plus output in tokens; also bounded by what the blocks can hold.
+    """
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
 
 
 @dataclass(slots=True)
@@ -34,72 +116,45 @@ class _Batch:
     admissions: list[Admission] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class _Totals:
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    preemptions: int = 0
-
-
-class Scheduler:
+class Scheduler(TaskScheduler):
     """Continuous batching over one token budget, with chunked prefill, prefix sharing and preemption by recompute.
 
     Requests in the batch come first, in the order they were admitted; then waiting ones by priority, then arrival. When
     blocks run out, the most recently admitted request loses its blocks and returns to the head of the queue: its
     tokens stay and are computed again. The oldest request can thus always take a step, so that all of them finish.
 
-    Use is strictly `schedule`, then `update` or `fail_step` with that plan. In between, `abort` and `preempt_all` are
-    allowed: what the step yields for those requests is then ignored.
-
     Block 0 of the KV cache is reserved (the canary's scratch block) and never handed out, so that `num_blocks - 1`
     blocks hold requests.
 
     Args:
-        num_blocks: blocks of the KV cache, block 0 included.
-        max_num_seqs: requests in one batch.
-        max_num_batched_tokens: the token budget of one step.
-        max_model_len: longest prompt plus output in tokens; also bounded by what the blocks can hold.
         eos_token_ids: tokens that end a sequence unless `ignore_eos`.
 
     Raises:
         InvalidRequest: there is no block to hand out.
     """
 
-    def __init__(
-        self,
-        *,
-        num_blocks: int,
-        block_size: int,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
-        eos_token_ids: Collection[int],
-        enable_prefix_caching: bool,
-    ) -> None:
-        if num_blocks <= RESERVED_BLOCKS:
+    _requests: dict[str, ActiveSequence]
+
+    def __init__(self, limits: Limits, *, eos_token_ids: Collection[int], enable_prefix_caching: bool) -> None:
+        super().__init__()
+        if limits.num_blocks <= RESERVED_BLOCKS:
             raise InvalidRequest(
-                f"The KV cache has {num_blocks} blocks, of which {RESERVED_BLOCKS} is reserved: no request fits. "
-                "Raise kv_cache_memory.",
+                f"The KV cache has {limits.num_blocks} blocks, of which {RESERVED_BLOCKS} is reserved: "
+                "no request fits. Raise kv_cache_memory.",
                 param="kv_cache_memory",
             )
-        self._pool = BlockPool(num_blocks)
-        self._prefix = PrefixCache(self._pool, block_size=block_size, enabled=enable_prefix_caching)
-        self._block_size = block_size
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._limits = limits
+        self._pool = BlockPool(limits.num_blocks)
+        self._block_size = limits.block_size
+        self._prefix = PrefixCache(self._pool, block_size=limits.block_size, enabled=enable_prefix_caching)
         # The last token of a sequence is never computed, so it needs no place in the cache.
-        self._max_length = min(max_model_len, self._pool.num_usable * block_size + 1)
+        self._max_length = min(limits.max_model_len, self._pool.num_usable * limits.block_size + 1)
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._sequences: dict[str, ActiveSequence] = {}
         self._waiting: deque[ActiveSequence] = deque()
         self._running: list[ActiveSequence] = []
         self._forget: list[str] = []
-        self._in_flight: StepPlan | None = None
-        self._epoch: Epoch = ()
         self._num_resets = 0
-        self._totals = _Totals()
+        self._num_prefix_hits = 0
 
     # --- requests in and out ---------------------------------------------------------------------
 
@@ -122,7 +177,7 @@ class Scheduler:
             scored=params.prompt_logprobs is not None,
             max_chunk=sys.maxsize if params.prompt_logprobs is None else MAX_SCORED_CHUNK,
         )
-        self._sequences[request.request_id] = sequence
+        self._requests[request.request_id] = sequence
         self._waiting.insert(self._place_in_queue(params.priority), sequence)
 
     def _place_in_queue(self, priority: int) -> int:
@@ -135,29 +190,16 @@ class Scheduler:
 
     def check(self, request: GenerateRequest) -> None:
         """Refuse what can never run; raises as `add` does, and changes nothing."""
+        super().check(request)
         num_prompt = len(request.prompt_token_ids)
-        if request.request_id in self._sequences:
-            raise InvalidRequest(
-                f"Request id {request.request_id!r} is in use; wait for it to end or choose another.",
-                param="request_id",
-            )
         if num_prompt == 0:
-            raise InvalidRequest("The prompt has no tokens; at least one is needed.", param="prompt")
+            raise InvalidRequest("The prompt must not be empty: it has no tokens.", param="prompt")
         if num_prompt >= self._max_length:
             raise PromptTooLong(
                 f"The prompt has {num_prompt} tokens, but this engine's context is {self._max_length} tokens, of which "
                 "at least one is needed for the output. Shorten the prompt, or raise max_model_len or kv_cache_memory.",
                 param="prompt",
             )
-
-    def abort(self, request_ids: Iterable[str]) -> list[RequestDelta]:
-        """End requests with reason "abort" and free their blocks at once; ids not known are ignored."""
-        found = [self._sequences[request_id] for request_id in request_ids if request_id in self._sequences]
-        return [self._finish(sequence, reason="abort") for sequence in dict.fromkeys(found)]
-
-    def abort_all(self) -> list[RequestDelta]:
-        """Abort every request, in order of arrival."""
-        return self.abort(list(self._sequences))
 
     def preempt_all(self) -> int:
         """Send every running request back to the head of the queue, in order, and free all blocks.
@@ -174,24 +216,18 @@ class Scheduler:
         self._num_resets += 1
         self._pool.forget_all()
 
-    @property
-    def _root(self) -> bytes:
-        """What digests of blocks begin with: nothing from before the last reset, or of another epoch, has it."""
-        return repr((self._epoch, self._num_resets)).encode()
-
     def enter_epoch(self, epoch: Epoch) -> None:
         """If it is another one: preempt every request and forget all blocks, since memory holds something else now."""
         if epoch != self._epoch:
-            self._epoch = epoch
-            self.preempt_all()
-            self.reset_prefix_cache()
+            super().enter_epoch(epoch)
+            self._pool.forget_all()
 
     # --- a step ----------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is no request at all: while there is one, some request makes progress."""
         assert self._in_flight is None, "schedule() before update() or fail_step() of the previous plan"
-        batch = _Batch(budget=self._max_num_batched_tokens)
+        batch = _Batch(budget=self._limits.max_num_batched_tokens)
         if self._schedule_running(batch):
             self._schedule_waiting(batch)
         if not batch.chunks:
@@ -203,7 +239,7 @@ class Scheduler:
             epoch=self._epoch,
         )
         self._forget.clear()
-        self._in_flight = plan
+        self._in_flight = plan, plan.chunks
         return plan
 
     def _schedule_running(self, batch: _Batch) -> bool:
@@ -225,9 +261,11 @@ class Scheduler:
         return len(self._running) == num_running
 
     def _schedule_waiting(self, batch: _Batch) -> None:
-        while self._waiting and batch.budget > 0 and len(self._running) < self._max_num_seqs:
+        # Digests of blocks begin with this: nothing from before the last reset, or of another epoch, has it.
+        root = repr((self._epoch, self._num_resets)).encode()
+        while self._waiting and batch.budget > 0 and len(self._running) < self._limits.max_num_seqs:
             sequence = self._waiting[0]
-            sequence.hashes.restart(self._root)
+            sequence.hashes.restart(root)
             # what the cache holds has no logits any more
             matched = () if sequence.to_be_scored else self._prefix.match(sequence.hashes, sequence.token_ids)
             if not self._has_room(sequence, matched):
@@ -259,9 +297,8 @@ class Scheduler:
             batch.admissions.append(
                 Admission(sequence.request_id, sequence.request.params, sequence.request.prompt_token_ids)
             )
-            self._totals.prompt_tokens += sequence.num_prompt
-            self._totals.prefix_queries += sequence.num_prompt
-            self._totals.prefix_hits += sequence.num_cached
+            self._num_prompt_tokens += sequence.num_prompt
+            self._num_prefix_hits += sequence.num_cached
 
     def _append_chunk(self, batch: _Batch, sequence: ActiveSequence, end: int) -> None:
         """Plan tokens [num_computed, end): allocate their blocks and register those that the step will fill."""
@@ -301,7 +338,7 @@ class Scheduler:
             scores = next(scored) if chunk.scoring is not None else ()
             token = next(sampled) if chunk.sample else None
             assert token is None or token.request_id == chunk.request_id, "results are not in the order of the plan"
-            sequence = self._sequences.get(chunk.request_id)
+            sequence = self._requests.get(chunk.request_id)
             if sequence is None or not sequence.running:  # aborted or preempted while the step ran
                 continue
             sequence.num_computed = chunk.start + len(chunk.token_ids)
@@ -314,21 +351,15 @@ class Scheduler:
 
     def fail_step(self, plan: StepPlan, error: ErrorInfo) -> list[RequestDelta]:
         """The step was not computed: end its requests with `error` and forget the blocks it was to fill."""
-        self._land(plan)
         for chunk in plan.chunks:
             end = chunk.start + len(chunk.token_ids)
             self._prefix.forget(block_ids=chunk.block_ids, start=chunk.start, end=end)
-        found = [self._sequences[chunk.request_id] for chunk in plan.chunks if chunk.request_id in self._sequences]
-        return [self._finish(sequence, error=error) for sequence in found]
-
-    def _land(self, plan: StepPlan) -> None:
-        assert plan is self._in_flight, "the outcome of a plan that is not in flight"
-        self._in_flight = None
+        return super().fail_step(plan, error)
 
     def _advance(self, sequence: ActiveSequence, token: SampledToken) -> RequestDelta:
         is_first = sequence.num_output == 0
         sequence.token_ids.append(token.token_id)
-        self._totals.generation_tokens += 1
+        self._num_generation_tokens += 1
         reason = self._finish_reason(sequence, token.token_id)
         if reason is not None:
             self._remove(sequence)
@@ -359,7 +390,7 @@ class Scheduler:
         """Return a sequence, already taken out of `_running`, to the head of the queue without its blocks."""
         self._free(sequence)
         self._waiting.appendleft(sequence)
-        self._totals.preemptions += 1
+        self._num_preemptions += 1
 
     def _free(self, sequence: ActiveSequence) -> None:
         self._pool.release(sequence.block_ids)
@@ -367,49 +398,29 @@ class Scheduler:
         sequence.num_computed = 0
         sequence.running = False
 
-    def _remove(self, sequence: ActiveSequence) -> None:
-        if sequence.running:
-            self._running.remove(sequence)
-            self._free(sequence)
+    def _remove(self, active: ActiveSequence) -> None:
+        super()._remove(active)
+        if active.running:
+            self._running.remove(active)
+            self._free(active)
         else:
-            self._waiting.remove(sequence)
-        if sequence.num_cached is not None:  # a worker knows it
-            self._forget.append(sequence.request_id)
-        del self._sequences[sequence.request_id]
-
-    def _finish(
-        self, sequence: ActiveSequence, *, reason: FinishReason | None = None, error: ErrorInfo | None = None
-    ) -> RequestDelta:
-        self._remove(sequence)
-        return RequestDelta(request_id=sequence.request_id, finish_reason=reason, error=error)
+            self._waiting.remove(active)
+        if active.num_cached is not None:  # a worker knows it
+            self._forget.append(active.request_id)
 
     # --- what can be seen ------------------------------------------------------------------------
-
-    @property
-    def has_unfinished(self) -> bool:
-        """True while there is a request, running or waiting."""
-        return bool(self._sequences)
 
     @property
     def num_running(self) -> int:
         """Requests that own blocks."""
         return len(self._running)
 
-    @property
-    def num_waiting(self) -> int:
-        """Requests that own none: new or preempted."""
-        return len(self._waiting)
-
     def stats(self) -> SchedulerStats:
         """Gauges and counters; `num_blocks` leaves out the reserved block."""
-        return SchedulerStats(
-            num_running=self.num_running,
-            num_waiting=self.num_waiting,
+        return replace(
+            super().stats(),
             num_blocks=self._pool.num_usable,
             num_free_blocks=self._pool.num_free,
-            num_prompt_tokens_total=self._totals.prompt_tokens,
-            num_generation_tokens_total=self._totals.generation_tokens,
-            num_prefix_queries_total=self._totals.prefix_queries,
-            num_prefix_hits_total=self._totals.prefix_hits,
-            num_preemptions_total=self._totals.preemptions,
+            num_prefix_queries_total=self._num_prompt_tokens,  # every prompt is looked up once
+            num_prefix_hits_total=self._num_prefix_hits,
         )

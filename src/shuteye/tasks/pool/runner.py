@@ -1,6 +1,6 @@
 """Steps of a model that embeds or scores: whole inputs through the encoder, one row of numbers each.
 
-Knows nothing of scheduling or sleeping; nothing outlives a step.
+Nothing outlives a step.
 """
 
 from __future__ import annotations
@@ -10,27 +10,21 @@ import torch
 from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.models.encoder import LoadedEncoder, bind_encoder
+from shuteye.tasks.base import ModelRunner
 from shuteye.tasks.canary import NUM_TOKENS, Prove, fixed_tokens
 from shuteye.tasks.pool.plans import PoolPlan, PoolResult
 from shuteye.tasks.pool.requests import PoolingParams, PoolInput
 
 
-class PoolingRunner:
-    """See `ModelRunner`."""
+class PoolingRunner(ModelRunner):
+    """Runs whole inputs; nothing is kept of them."""
 
-    kv_bytes_per_token = 0
+    model: LoadedEncoder
 
     def __init__(self, image: WeightImage, weights: Arena) -> None:
-        self.model: LoadedEncoder = bind_encoder(image, weights)
+        self.model = bind_encoder(image, weights)
         limit = min(NUM_TOKENS, self.model.facts.context_length)
         self._canary = PoolInput(fixed_tokens(self.model.facts.vocab_size, limit=limit))
-
-    def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
-        """See `ModelRunner`: there is none."""
-        assert arena.nbytes == num_blocks == 0, "an encoder was given a KV cache"
-
-    def drop_computed(self) -> None:
-        """See `ModelRunner`: nothing outlives a step."""
 
     def execute(self, plan: PoolPlan, *, prove: Prove | None = None) -> PoolResult:
         """Run the batch; rows with the same wishes are finished together."""

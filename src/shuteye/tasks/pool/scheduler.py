@@ -8,14 +8,13 @@ like it in length, of whichever request, within one token budget: little is padd
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from shuteye.errors import ErrorInfo, InvalidRequest, PromptTooLong
+from shuteye.errors import InvalidRequest, PromptTooLong
 from shuteye.model_info import PoolingInfo
-from shuteye.state import Epoch, SchedulerStats
-from shuteye.tasks.base import RequestDelta
+from shuteye.tasks.base import ActiveRequest, TaskScheduler
 from shuteye.tasks.pool.plans import PoolItem, PoolPlan, PoolResult
 from shuteye.tasks.pool.requests import PooledDelta, PoolRequest
 
@@ -27,10 +26,10 @@ WINDOW = 4
 
 
 @dataclass(slots=True, eq=False)
-class _Pooling:
+class _Pooling(ActiveRequest):
     """A request on its way. `pending` has the indices of inputs without a row, longest first; `rows` the others' rows.
 
-    Beginning anew is another object: rows that arrive for this one are then ignored.
+    A restart makes another object: rows that arrive for this one are then ignored.
     """
 
     request: PoolRequest
@@ -38,14 +37,10 @@ class _Pooling:
     rows: dict[int, bytes] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, request: PoolRequest) -> _Pooling:
+    def start(cls, request: PoolRequest) -> _Pooling:
         """Nothing computed yet."""
         by_length = sorted(range(len(request.inputs)), key=lambda index: -len(request.inputs[index].token_ids))
         return cls(request, dict.fromkeys(by_length))
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
 
     @property
     def delta(self) -> PooledDelta:
@@ -61,6 +56,10 @@ class _Waiting:
     index: int
 
     @property
+    def request_id(self) -> str:
+        return self.pooling.request_id
+
+    @property
     def length(self) -> int:
         return len(self.pooling.request.inputs[self.index].token_ids)
 
@@ -70,8 +69,8 @@ class _Waiting:
         return PoolItem(request.inputs[self.index], request.params)
 
 
-class PoolScheduler:
-    """First come, first served, with inputs of similar length batched across requests; see `TaskScheduler`.
+class PoolScheduler(TaskScheduler):
+    """First come, first served, with inputs of similar length batched across requests.
 
     Args:
         max_num_seqs: inputs in one step.
@@ -80,19 +79,17 @@ class PoolScheduler:
         pooling: what the model makes of an input.
     """
 
+    _requests: dict[str, _Pooling]
+
     def __init__(
         self, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, pooling: PoolingInfo | None
     ) -> None:
+        super().__init__()
         assert pooling is not None, "a model that embeds or scores says what it makes of an input"
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._pooling = pooling
-        self._requests: dict[str, _Pooling] = {}
-        self._in_flight: tuple[PoolPlan, tuple[_Waiting, ...]] | None = None
-        self._epoch: Epoch = ()
-        self._num_prompt_tokens = 0
-        self._num_preemptions = 0
 
     # --- requests in and out ---------------------------------------------------------------------
 
@@ -104,24 +101,20 @@ class PoolScheduler:
             PromptTooLong: an input is longer than the context.
         """
         self.check(request)
-        self._requests[request.request_id] = _Pooling.begin(request)
+        self._requests[request.request_id] = _Pooling.start(request)
 
     def check(self, request: PoolRequest) -> None:
         """Refuse what can never run; raises as `add` does, and changes nothing."""
-        if request.request_id in self._requests:
-            raise InvalidRequest(
-                f"Request id {request.request_id!r} is in use; wait for it to end or choose another.",
-                param="request_id",
-            )
+        super().check(request)
         if not request.inputs:
-            raise InvalidRequest("There is no input; at least one is needed.", param="input")
+            raise InvalidRequest("input must not be empty.", param="input")
         for index, each in enumerate(request.inputs):
             self._check_length(index, len(each.token_ids))
         self._check_dimensions(request.params.dimensions)
 
     def _check_length(self, index: int, num_tokens: int) -> None:
         if num_tokens == 0:
-            raise InvalidRequest(f"Input {index} has no tokens; at least one is needed.", param="input")
+            raise InvalidRequest(f"Input {index} must not be empty: it has no tokens.", param="input")
         if num_tokens > self._max_model_len:
             raise PromptTooLong(
                 f"Input {index} has {num_tokens} tokens, but this model's context is {self._max_model_len} tokens. "
@@ -139,32 +132,14 @@ class PoolScheduler:
             param="dimensions",
         )
 
-    def abort(self, request_ids: Iterable[str]) -> list[RequestDelta]:
-        """End requests with reason "abort"; ids not known are ignored."""
-        found = [request_id for request_id in request_ids if self._requests.pop(request_id, None) is not None]
-        return [RequestDelta(request_id, finish_reason="abort") for request_id in found]
-
-    def abort_all(self) -> list[RequestDelta]:
-        """Abort every request, in order of arrival."""
-        return self.abort(list(self._requests))
-
     def preempt_all(self) -> int:
         """Forget the rows computed so far, so that no request mixes those of two sets of weights."""
-        in_flight = {each.pooling.request_id for each in self._in_flight[1]} if self._in_flight else set()
+        in_flight = {each.request_id for each in self._in_flight[1]} if self._in_flight else set()
         begun = [each for each in self._requests.values() if each.rows or each.request_id in in_flight]
         for pooling in begun:
-            self._requests[pooling.request_id] = _Pooling.begin(pooling.request)
+            self._requests[pooling.request_id] = _Pooling.start(pooling.request)
         self._num_preemptions += len(begun)
         return len(begun)
-
-    def reset_prefix_cache(self) -> None:
-        """Nothing is kept between requests."""
-
-    def enter_epoch(self, epoch: Epoch) -> None:
-        """If it is another one, forget the rows computed so far."""
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self.preempt_all()
 
     # --- a step ----------------------------------------------------------------------------------
 
@@ -174,10 +149,10 @@ class PoolScheduler:
         waiting = list(islice(self._waiting(), WINDOW * self._max_num_seqs))
         if not waiting:
             return None
-        chosen = self._choose(waiting)
-        starts = dict.fromkeys(each.pooling.request_id for each in chosen if not each.pooling.rows)
+        chosen = tuple(self._choose(waiting))
+        starts = dict.fromkeys(each.request_id for each in chosen if not each.pooling.rows)
         plan = PoolPlan(tuple(each.item for each in chosen), tuple(starts), self._epoch)
-        self._in_flight = plan, tuple(chosen)
+        self._in_flight = plan, chosen
         return plan
 
     def _waiting(self) -> Iterator[_Waiting]:
@@ -201,51 +176,23 @@ class PoolScheduler:
 
     def update(self, plan: PoolPlan, result: PoolResult) -> list[PooledDelta]:
         """Take the step's rows; one delta per request that has all of its rows now."""
+        chosen: tuple[_Waiting, ...] = self._land(plan)
         finished = []
-        for each, row in zip(self._land(plan), result.rows, strict=True):
+        for each, row in zip(chosen, result.rows, strict=True):
             pooling = each.pooling
-            if self._requests.get(pooling.request_id) is not pooling:  # aborted or begun anew meanwhile
+            if self._requests.get(each.request_id) is not pooling:  # aborted or restarted meanwhile
                 continue
             del pooling.pending[each.index]
             pooling.rows[each.index] = row
             self._num_prompt_tokens += each.length
             if not pooling.pending:
-                finished.append(self._requests.pop(pooling.request_id).delta)
+                self._remove(pooling)
+                finished.append(pooling.delta)
         return finished
 
-    def fail_step(self, plan: PoolPlan, error: ErrorInfo) -> list[RequestDelta]:
-        """The step was not computed: end its requests with `error`."""
-        failed = dict.fromkeys(each.pooling.request_id for each in self._land(plan))
-        return [RequestDelta(request_id, error=error) for request_id in failed if self._requests.pop(request_id, None)]
-
-    def _land(self, plan: PoolPlan) -> tuple[_Waiting, ...]:
-        assert self._in_flight is not None, "the outcome of a plan that is not in flight"
-        assert self._in_flight[0] is plan, "the outcome of a plan that is not in flight"
-        (_, chosen), self._in_flight = self._in_flight, None
-        return chosen
-
     # --- what can be seen ------------------------------------------------------------------------
-
-    @property
-    def has_unfinished(self) -> bool:
-        """True while there is a request."""
-        return bool(self._requests)
 
     @property
     def num_running(self) -> int:
         """Requests of which some rows are there."""
         return sum(bool(pooling.rows) for pooling in self._requests.values())
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests of which nothing is there yet."""
-        return len(self._requests) - self.num_running
-
-    def stats(self) -> SchedulerStats:
-        """Gauges and counters; there are no blocks."""
-        return SchedulerStats(
-            num_running=self.num_running,
-            num_waiting=self.num_waiting,
-            num_prompt_tokens_total=self._num_prompt_tokens,
-            num_preemptions_total=self._num_preemptions,
-        )

@@ -13,7 +13,7 @@ WindowRules = Literal["text", "timestamps", "language"]
 
 @dataclass(frozen=True, slots=True)
 class SpeechAdmission:
-    """A recording the worker does not have (any more). `pad`: it fits one window, and is filled up with silence."""
+    """Audio the worker does not have (any more). `pad`: it fits one window, and is filled up with silence."""
 
     request_id: str
     pcm: bytes
@@ -24,7 +24,7 @@ class SpeechAdmission:
 
 @dataclass(frozen=True, slots=True)
 class SpeechWindow:
-    """Hear frames [start_frame, start_frame + num_frames); sample the token after `prompt_token_ids` and `token_ids`.
+    """Encode frames [start_frame, start_frame + num_frames); sample the token after `prompt_token_ids` and `token_ids`.
 
     `token_ids` were sampled in this window before, by a worker that has forgotten. `num_sampled`: how many tokens were
     sampled for the request so far.

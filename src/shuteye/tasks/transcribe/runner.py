@@ -1,7 +1,7 @@
-"""Steps of a model that transcribes: windows heard, tokens decoded for all open windows at once, tokens chosen.
+"""Steps of a model that transcribes: windows encoded, all open windows decoded together, tokens chosen.
 
-Knows nothing of scheduling, of sleeping, or of what tokens mean. What it keeps of a request is small beside the weights
-and lives outside of the arenas; it is gone when the request is forgotten, and when memory is released.
+What it keeps of a request is small beside the weights and lives outside of the arenas; it is gone when the request is
+forgotten, and when memory is released.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from shuteye.memory.backends.linux import return_free_heap
 from shuteye.memory.image import WeightImage
 from shuteye.models.whisper import SpeechModel, bind_speech
 from shuteye.state import Epoch
+from shuteye.tasks.base import ModelRunner
 from shuteye.tasks.canary import Prove, fixed_tokens
 from shuteye.tasks.transcribe.plans import (
     SpeechAdmission,
@@ -30,12 +31,12 @@ from shuteye.tasks.transcribe.plans import (
 
 
 @dataclass(slots=True)
-class _Listening:
+class _AudioState:
     """What is kept of one request.
 
     Attributes:
-        features: [num_mel_bins, num_frames] of the whole recording.
-        heard: what the encoder made of a window whose language was asked for, until the window itself is opened.
+        features: [num_mel_bins, num_frames] of the whole audio.
+        encoder_output: of a window whose language was asked for, until the window itself is opened.
         cache: the decoder's memory of the window, which has `num_read` tokens, the last ones of which are `token_ids`.
     """
 
@@ -48,23 +49,20 @@ class _Listening:
     token_ids: list[int] = field(default_factory=list)
 
 
-class SpeechRunner:
-    """See `ModelRunner`; owns what the decoder keeps of every request."""
+class SpeechRunner(ModelRunner):
+    """Owns what the decoder keeps of every request."""
 
-    kv_bytes_per_token = 0
+    model: SpeechModel
 
     def __init__(self, image: WeightImage, weights: Arena) -> None:
-        self.model: SpeechModel = bind_speech(image, weights)
-        self._listening: dict[str, _Listening] = {}
+        self.model = bind_speech(image, weights)
+        self._states: dict[str, _AudioState] = {}
         self._epoch: Epoch = ()
 
-    def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
-        """See `ModelRunner`; the arena has no bytes."""
-
     def drop_computed(self) -> None:
-        """See `ModelRunner`: the scheduler admits again who is still to be served."""
-        if self._listening:
-            self._listening.clear()
+        """Forget every request: the scheduler admits again who is still to be served."""
+        if self._states:
+            self._states.clear()
             return_free_heap()
 
     def canary_pass(self) -> torch.Tensor:
@@ -79,26 +77,26 @@ class SpeechRunner:
             self._epoch = plan.epoch
             self.drop_computed()
         for request_id in plan.forget:
-            self._listening.pop(request_id, None)
+            self._states.pop(request_id, None)
         for admission in plan.admissions:
             features = self.model.features(admission.pcm, pad=admission.pad)
-            self._listening[admission.request_id] = _Listening(admission, features)
+            self._states[admission.request_id] = _AudioState(admission, features)
         opened = tuple(self._open(window) for window in plan.windows)
         return SpeechResult(tokens=opened + self._step(plan.steps))
 
     def _open(self, window: SpeechWindow) -> TranscribedToken:
-        state = self._listening[window.request_id]
+        state = self._states[window.request_id]
         if state.encoder_output is None:
             end = window.start_frame + window.num_frames
             state.encoder_output = self.model.encode(state.features[:, window.start_frame : end])
         read = [*window.prompt_token_ids, *window.token_ids]
         state.cache, hidden = self.model.begin(state.encoder_output, read)
         state.num_read, state.rules, state.token_ids = len(read), window.rules, list(window.token_ids)
-        facts = self.model.speech
+        spec = self.model.speech
         # Asked where OpenAI's implementation asks it: after the start token, before language and task are given.
-        begin = window.prompt_token_ids.index(facts.start_token_id)
+        begin = window.prompt_token_ids.index(spec.start_token_id)
         at_begin, at_end = self.model.logits(hidden[[begin, -1]])
-        no_speech = torch.softmax(at_begin, dim=-1)[facts.no_timestamps_token_id - 1]
+        no_speech = torch.softmax(at_begin, dim=-1)[spec.no_timestamps_token_id - 1]
         if window.rules != "language":
             state.encoder_output = None  # what the decoder needs of it is in its cache
         return self._choose(state, at_end, num_sampled=window.num_sampled, no_speech_prob=float(no_speech))
@@ -106,7 +104,7 @@ class SpeechRunner:
     def _step(self, steps: Sequence[SpeechStep]) -> tuple[TranscribedToken, ...]:
         if not steps:
             return ()
-        states = [self._listening[step.request_id] for step in steps]
+        states = [self._states[step.request_id] for step in steps]
         hidden = self.model.step(
             [step.token_id for step in steps], [state.num_read for state in states], [state.cache for state in states]
         )
@@ -120,7 +118,7 @@ class SpeechRunner:
         )
 
     def _choose(
-        self, state: _Listening, logits: torch.Tensor, *, num_sampled: int, no_speech_prob: float = 0.0
+        self, state: _AudioState, logits: torch.Tensor, *, num_sampled: int, no_speech_prob: float = 0.0
     ) -> TranscribedToken:
         """Greedy at temperature 0, else drawn: by seed and `num_sampled` alone, so that a sleep does not change it."""
         scores = self.model.token_rules.apply(logits, state.rules, state.token_ids)

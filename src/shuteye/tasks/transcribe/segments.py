@@ -1,10 +1,10 @@
 """What the tokens of one window of speech mean: which stretches were spoken, and where the next window begins.
 
-Knows nothing of requests or of text; the rules are those of transformers' long-form `generate`, after section 3.8 of
-the Whisper paper (https://cdn.openai.com/papers/whisper.pdf). No torch.
+The rules are those of transformers' long-form `generate`, after section 3.8 of the Whisper paper
+(https://cdn.openai.com/papers/whisper.pdf). No torch.
 
     <|0.00|> text <|2.40|> <|2.40|> text <|5.00|> <|5.00|> te
-             final        |pair              |pair    cut off: heard again, from 5.00 on
+             final        |pair              |pair    cut off: transcribed again, from 5.00 on
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SECONDS_PER_TIMESTAMP = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Speech between two points of time, in seconds of the recording. `token_ids` include the timestamps around it."""
+    """Speech between two points of time, in seconds of the audio. `token_ids` include the timestamps around it."""
 
     start: float
     end: float
@@ -36,18 +36,18 @@ def num_final(token_ids: Sequence[int], first_timestamp_id: int) -> int:
 
 
 def split_window(
-    token_ids: Sequence[int], *, facts: WhisperSpec, start_frame: int, num_frames: int
+    token_ids: Sequence[int], *, spec: WhisperSpec, start_frame: int, num_frames: int
 ) -> tuple[tuple[Stretch, ...], int]:
     """The stretches that are kept of a finished window, and how many frames on the next window begins.
 
     Args:
         token_ids: what was sampled, without the end token.
-        start_frame, num_frames: what was heard.
+        start_frame, num_frames: the window.
     """
-    is_timestamp = [token >= facts.first_timestamp_id for token in token_ids]
+    is_timestamp = [token >= spec.first_timestamp_id for token in token_ids]
     ends = [i + 1 for i in range(len(token_ids) - 1) if is_timestamp[i] and is_timestamp[i + 1]]
     if not ends:
-        return (_whole(token_ids, facts, start_frame, num_frames),), num_frames
+        return (_whole(token_ids, spec, start_frame, num_frames),), num_frames
     closes_alone = is_timestamp[-2:] == [False, True]  # no speech after the last timestamp
     if closes_alone:
         ends.append(len(token_ids))
@@ -58,26 +58,26 @@ def split_window(
         closing = end - 2 if end == ends[-1] and not closes_alone else end - 1
         stretches.append(
             Stretch(
-                start=_seconds(token_ids[begin], facts, start_frame),
-                end=_seconds(token_ids[closing], facts, start_frame),
+                start=_seconds(token_ids[begin], spec, start_frame),
+                end=_seconds(token_ids[closing], spec, start_frame),
                 token_ids=tuple(token_ids[begin:end]),
             )
         )
     if closes_alone:
         return tuple(stretches), num_frames
-    last = token_ids[ends[-1] - 2] - facts.first_timestamp_id
-    return tuple(stretches), last * facts.frames_per_timestamp
+    last = token_ids[ends[-1] - 2] - spec.first_timestamp_id
+    return tuple(stretches), last * spec.frames_per_timestamp
 
 
-def _whole(token_ids: Sequence[int], facts: WhisperSpec, start_frame: int, num_frames: int) -> Stretch:
+def _whole(token_ids: Sequence[int], spec: WhisperSpec, start_frame: int, num_frames: int) -> Stretch:
     """All that was sampled, up to its last timestamp if it has one that says something."""
-    timestamps = [token for token in token_ids if token >= facts.first_timestamp_id]
-    length = num_frames // facts.frames_per_timestamp * SECONDS_PER_TIMESTAMP
-    if timestamps and timestamps[-1] != facts.first_timestamp_id:
-        length = (timestamps[-1] - facts.first_timestamp_id) * SECONDS_PER_TIMESTAMP
+    timestamps = [token for token in token_ids if token >= spec.first_timestamp_id]
+    length = num_frames // spec.frames_per_timestamp * SECONDS_PER_TIMESTAMP
+    if timestamps and timestamps[-1] != spec.first_timestamp_id:
+        length = (timestamps[-1] - spec.first_timestamp_id) * SECONDS_PER_TIMESTAMP
     start = start_frame / FRAMES_PER_SECOND
     return Stretch(start, start + length, tuple(token_ids))
 
 
-def _seconds(timestamp: int, facts: WhisperSpec, start_frame: int) -> float:
-    return start_frame / FRAMES_PER_SECOND + (timestamp - facts.first_timestamp_id) * SECONDS_PER_TIMESTAMP
+def _seconds(timestamp: int, spec: WhisperSpec, start_frame: int) -> float:
+    return start_frame / FRAMES_PER_SECOND + (timestamp - spec.first_timestamp_id) * SECONDS_PER_TIMESTAMP
