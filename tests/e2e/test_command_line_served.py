@@ -1,6 +1,7 @@
 """The `shuteye` command as a user types it: against a running server, and on the images that it serves from."""
 
 import json
+import os
 
 import pytest
 from shuteye_server import SLEEPING_BODY, shuteye
@@ -9,27 +10,51 @@ from shuteye.cli import main as cli
 
 
 @pytest.fixture
-def command(server):
-    """Runs a command against the server; returns its exit status, and what it printed."""
+def in_process(capsys, monkeypatch):
+    """Runs a command line in this process, which has imported all of it; returns its status, and what it printed."""
 
     def run(*arguments, **environment):
-        ended = shuteye(*arguments, SHUTEYE_URL=server.url, **environment)
+        with monkeypatch.context() as patch:
+            for name in [name for name in os.environ if name.startswith(("SHUTEYE_", "VLLM_"))]:
+                patch.delenv(name)
+            for name, value in ({"COLUMNS": "200"} | environment).items():
+                patch.setenv(name, value)
+            capsys.readouterr()
+            status = cli.run([*map(str, arguments)])
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return run
+
+
+@pytest.fixture
+def command(server, in_process):
+    """Runs a command against the server, in this process."""
+    return lambda *arguments: in_process(*arguments, SHUTEYE_URL=server.url)
+
+
+@pytest.fixture
+def typed(server):
+    """Runs a command against the server, as a shell does."""
+
+    def run(*arguments):
+        ended = shuteye(*arguments, SHUTEYE_URL=server.url)
         assert "Traceback" not in ended.stderr
         return ended.returncode, ended.stdout + ended.stderr
 
     return run
 
 
-def test_sleep_ps_wake(server, command, right):
+def test_sleep_ps_wake(server, command, typed, right):
     """Commands that say one thing and do another."""
-    assert_says(command("ps"), 0, server.url, "awake, serving", "Nothing to wake")
-    assert_says(command("sleep", "--mode", "keep"), 0, "Asleep at level 1", "given back", "weights", "kv_cache")
+    assert_says(typed("ps"), 0, server.url, "awake, serving", "Nothing to wake")
+    assert_says(typed("sleep", "--mode", "keep"), 0, "Asleep at level 1", "given back", "weights", "kv_cache")
     assert server.get("/is_sleeping").json() == {"is_sleeping": True}
     assert_says(command("ps"), 0, "asleep at level 1", "weights are brought back", "image")
     assert_says(command("sleep"), 0, "Nothing to do: already asleep at level 1")
     status, printed = command("ps", "--json")
     assert (status, json.loads(printed)["state"]["level"]) == (0, 1)
-    assert_says(command("wake"), 0, "Woken in", "the canary gave the same logits")
+    assert_says(typed("wake"), 0, "Woken in", "the canary gave the same logits")
     assert_says(command("wake"), 0, "Nothing to do: already awake")
     assert server.complete("woken") == right("woken")
 
@@ -47,31 +72,22 @@ def test_level_2_and_tags(server, command):
     assert_says(command("wake", "--tags", "layers"), 2)
 
 
-def test_the_admin_key(holding):
+def test_the_admin_key(holding, in_process):
     """A key that is not sent, or not needed."""
     where = {"SHUTEYE_URL": holding.url}
-    refused = shuteye("sleep", **where)
-    assert (refused.returncode, holding.get("/is_sleeping").json()) == (1, {"is_sleeping": False})
-    assert shuteye("sleep", "--admin-api-key", holding.api_key, **where).returncode == 1
-    assert shuteye("sleep", "--admin-api-key", holding.admin_key, **where).returncode == 0
+    refused, _printed = in_process("sleep", **where)
+    assert (refused, holding.get("/is_sleeping").json()) == (1, {"is_sleeping": False})
+    assert in_process("sleep", "--admin-api-key", holding.api_key, **where)[0] == 1
+    assert in_process("sleep", "--admin-api-key", holding.admin_key, **where)[0] == 0
     assert holding.get("/is_sleeping").json() == {"is_sleeping": True}
     assert shuteye("wake", SHUTEYE_ADMIN_API_KEY=holding.admin_key, **where).returncode == 0
     assert holding.get("/is_sleeping").json() == {"is_sleeping": False}
 
 
 @pytest.fixture
-def images(capsys, monkeypatch):
-    """Runs `shuteye images …` in this process, which has loaded torch already; returns status and output."""
-
-    def run(*arguments, cache_dir):
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.delenv("SHUTEYE_CONFIG", raising=False)
-        capsys.readouterr()
-        status = cli.run(["images", *arguments, "--cache-dir", str(cache_dir)])
-        captured = capsys.readouterr()
-        return status, captured.out + captured.err
-
-    return run
+def images(in_process):
+    """Runs `shuteye images …` in this process."""
+    return lambda *arguments, cache_dir: in_process("images", *arguments, "--cache-dir", cache_dir)
 
 
 def test_images(tiny_checkpoint, tmp_path, images):

@@ -1,6 +1,7 @@
 """The OpenAPI document against the server that serves it: requests made up from it, answers compared with it."""
 
 import functools
+import json
 
 import hypothesis
 import pytest
@@ -10,6 +11,8 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 from shuteye_server import ANSWER_S, SLEEPING_BODY, Served
 
+from shuteye.models.converter import Order, obtain_image
+from shuteye.models.progress import no_progress
 from shuteye.testing import tiny_encoder, tiny_speech_model
 
 MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
@@ -38,9 +41,14 @@ MUST_BE_SERVED = {
 }
 
 
+@functools.cache
+def schema_of(document):
+    return schemathesis.openapi.from_dict(json.loads(document))
+
+
 def operations(server, *, control):
     """All operations of the server's document; of control routes only, or of the others."""
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    schema = schema_of(server.get("/openapi.json").text)
     found = [operation.ok() for operation in schema.get_all_operations()]
     return [operation for operation in found if is_control(operation) == control]
 
@@ -60,31 +68,52 @@ def fuzz(server, operation, examples, *, check, random=False):
     Returns the statuses that came.
     """
     statuses = set()
+
+    def ask(case, sensible):
+        if sensible and isinstance(case.body, dict):
+            case.body |= SENSIBLE.get(operation.path, {})
+            if isinstance(case.body.get("model"), str):
+                case.body["model"] = server.model
+        answer = case.call(base_url=server.url, timeout=ANSWER_S)
+        statuses.add(answer.status_code)
+        check(operation, answer)
+        case.validate_response(answer, checks=CHECKS)
+
     for mode in MODES if takes_something(operation) else MODES[:1]:
-        wanted = strategies.booleans() if mode is GenerationMode.POSITIVE else strategies.just(False)
-        settings = hypothesis.settings(
-            max_examples=examples,
-            deadline=None,
-            database=None,
-            derandomize=not random,
-            phases=[Phase.generate, Phase.shrink],
-            suppress_health_check=list(HealthCheck),
-        )
-
-        @settings
-        @hypothesis.given(case=operation.as_strategy(generation_mode=mode), sensible=wanted)
-        def ask(case, sensible):
-            if sensible and isinstance(case.body, dict):
-                case.body |= SENSIBLE.get(operation.path, {})
-                if isinstance(case.body.get("model"), str):
-                    case.body["model"] = server.model
-            answer = case.call(base_url=server.url, timeout=ANSWER_S)
-            statuses.add(answer.status_code)
-            check(operation, answer)
-            case.validate_response(answer, checks=CHECKS)
-
-        ask()
+        known = (id(operation.schema), operation.label, mode, examples)
+        if known in DRAWN and not random:
+            for case, sensible in DRAWN[known]:
+                ask(case, sensible)
+        else:
+            DRAWN[known] = draw_and_ask(operation, mode, examples, ask, random=random)
     return statuses
+
+
+DRAWN = {}
+"""What was drawn before; without chance, the same would be drawn again of the same document, which takes longer."""
+
+
+def draw_and_ask(operation, mode, examples, ask, *, random):
+    """Draw cases and ask them; returns them. To ask one again changes nothing of it but the name of the model."""
+    drawn = []
+    settings = hypothesis.settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=not random,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    wanted = strategies.booleans() if mode is GenerationMode.POSITIVE else strategies.just(False)
+
+    @settings
+    @hypothesis.given(case=operation.as_strategy(generation_mode=mode), sensible=wanted)
+    def draw(case, sensible):
+        drawn.append((case, sensible))
+        ask(case, sensible)
+
+    draw()
+    return drawn
 
 
 def served(operation, answer):
@@ -143,10 +172,11 @@ class TestFuzz:
     ("task", "examples"),
     [("embed", 10), *(pytest.param(task, 150, marks=MANY) for task in ("embed", "score", "transcribe"))],
 )
-def test_other_tasks(task, examples, tmp_path, image_cache):
+def test_other_tasks(task, examples, tmp_path):
     """As above, for models that do not generate; awake, then asleep."""
     model = MODELS[task](tmp_path / "model")
-    server = Served(model, "--enable-sleep-mode", "--dev-mode", "--num-threads", "1", cache_dir=image_cache)
+    obtain_image(Order(str(model), str(tmp_path)), no_progress).close()
+    server = Served(model, "--enable-sleep-mode", "--dev-mode", "--num-threads", "1", cache_dir=tmp_path)
     try:
         server.wait_until_ready()
         for operation in operations(server, control=False):

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from shuteye_server import Served, children_of, is_running, shuteye, stop_all, wait_for
+from shuteye_server import Served, children_of, shuteye, stop_all, wait_for
 
 from shuteye.client import Client
 
@@ -74,36 +74,6 @@ def test_collective_rpc(server):
         (result,) = server.done("/collective_rpc", method=method, args=args)["results"]
         assert result is not None
     assert server.refused("/collective_rpc", method="reset")[0] == 400
-
-
-def test_a_hung_engine_goes_on_or_is_restarted_by_command(launch, right):
-    """A server that has to be restarted because its engine hangs; a state of before that comes back to life."""
-    server = launch("--dev-mode", "--hang-timeout-s", "1").wait_until_ready()
-    pid = server.engine_pid
-    try:
-        assert shuteye("restart", "--url", server.url).returncode == 1
-        server.done("/sleep")
-        for goes_on in (True, False):
-            os.kill(pid, signal.SIGSTOP)
-            wait_for(lambda: server.get("/health").status_code == 503, "the hang to be noticed", 60)
-            assert server.get("/health").json()["status"] == "hung"
-            for path in ("/v1/completions", "/wake_up"):
-                body = server.request("x") if path == "/v1/completions" else {}
-                assert server.refused(path, **body)[:2] == (503, "EngineHungError")
-            if goes_on:
-                os.kill(pid, signal.SIGCONT)
-                wait_for(lambda: server.get("/health").status_code == 200, "the engine to go on", 60)
-        done = shuteye("restart", "--url", server.url)
-        assert done.returncode == 0, done.stderr
-        assert "The engine is loaded again after" in done.stdout
-        assert not is_running(pid)
-        state = server.get("/state").json()
-        assert (state["is_sleeping"], {tag["residency"] for tag in state["state"]["tags"]}) == (False, {"resident"})
-        assert server.complete("a prompt") == right("a prompt")
-        assert server.done("/sleep")["changed"]
-        assert server.done("/wake_up")["changed"]
-    finally:
-        stop_all([server])
 
 
 def test_a_killed_engine_is_restarted_by_itself_and_then_the_server_ends(tiny_checkpoint, image_cache, right):

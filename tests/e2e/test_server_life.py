@@ -19,7 +19,7 @@ def mortal_servers(launch):
     """Servers that their tests end, started together."""
     started = {
         "killed": launch("--dev-mode", "--engine-restart-delay-s", "60"),
-        "slain": launch("--dev-mode"),
+        "hung, then slain": launch("--dev-mode", "--hang-timeout-s", "1"),
         "interrupted": launch("--dev-mode", "--shutdown-grace-s", "10"),
         "stuck": launch("--dev-mode", "--shutdown-grace-s", "1", policy="hold"),
         "forced": launch("--dev-mode", "--shutdown-grace-s", "30", policy="hold"),
@@ -86,9 +86,37 @@ def test_an_engine_that_is_killed_is_noticed_at_once(mortal_servers, right):
     assert quickly(server.ended) == 0
 
 
+def test_a_hung_engine_goes_on_or_is_restarted_by_command(mortal_servers, right):
+    """A server that has to be restarted because its engine hangs; a state of before that comes back to life."""
+    server = mortal_servers["hung, then slain"]
+    pid = server.engine_pid
+    assert shuteye("restart", "--url", server.url).returncode == 1
+    server.done("/sleep")
+    for goes_on in (True, False):
+        os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: server.get("/health").status_code == 503, "the hang to be noticed", 60)
+        assert server.get("/health").json()["status"] == "hung"
+        for path in ("/v1/completions", "/wake_up"):
+            body = server.request("x") if path == "/v1/completions" else {}
+            assert server.refused(path, **body)[:2] == (503, "EngineHungError")
+        if goes_on:
+            os.kill(pid, signal.SIGCONT)
+            wait_for(lambda: server.get("/health").status_code == 200, "the engine to go on", 60)
+    done = shuteye("restart", "--url", server.url)
+    assert done.returncode == 0, done.stderr
+    assert "The engine is loaded again after" in done.stdout
+    assert not is_running(pid)
+    (server.engine_pid,) = children_of(server.process.pid)
+    state = server.get("/state").json()
+    assert (state["is_sleeping"], {tag["residency"] for tag in state["state"]["tags"]}) == (False, {"resident"})
+    assert server.complete("a prompt") == right("a prompt")
+    assert server.done("/sleep")["changed"]
+    assert server.done("/wake_up")["changed"]
+
+
 def test_a_killed_server_leaves_nothing(mortal_servers):
     """An engine that outlives its server, a socket's directory or shared memory that stays, for want of a last word."""
-    server = mortal_servers["slain"]
+    server = mortal_servers["hung, then slain"]
     server.kill()
     wait_for(lambda: not is_running(server.engine_pid), "the engine's end")
 

@@ -6,7 +6,7 @@ A new route, or a new field of one, is covered by being in the document.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
@@ -102,13 +102,17 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Request:
-    """One request; `what` says which field holds what."""
+    """One request; `what` says which field holds what. A body is made when it is sent: all together are gigabytes."""
 
     method: str
     path: str
     what: str
-    body: bytes = b""
+    make_body: Callable[[], bytes] = bytes
     content_type: str = ""
+
+    @property
+    def body(self) -> bytes:
+        return self.make_body()
 
 
 def requests_of(document: dict[str, Any]) -> Iterator[list[Request]]:
@@ -133,7 +137,9 @@ def _requests(document: dict[str, Any], method: str, path: str, operation: dict[
             for field in _resolved(document, schema)["properties"]:
                 yield [_with_form(blank, field, text) for text in TEXTS]
         else:
-            yield [replace(blank, what=f"body: {name}", body=text) for name, text in TEXTS.items()]
+            yield [
+                replace(blank, what=f"body: {name}", make_body=lambda text=text: text) for name, text in TEXTS.items()
+            ]
 
 
 def _resolved(document: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
@@ -178,8 +184,11 @@ def _fields(document: dict[str, Any], schema: dict[str, Any], above: Path = ()) 
 
 def _with_value(blank: Request, base: Any, field: Path, name: str) -> Request:
     where = ".".join(map(str, field)) or "body"
-    text = json.dumps(_put(base, field, MARK)).replace(json.dumps(MARK), VALUES[name])
-    return replace(blank, what=f"{where}: {name}", body=text.encode())
+
+    def body() -> bytes:
+        return json.dumps(_put(base, field, MARK)).replace(json.dumps(MARK), VALUES[name]).encode()
+
+    return replace(blank, what=f"{where}: {name}", make_body=body)
 
 
 def _put(into: Any, field: Path, value: Any) -> Any:
@@ -210,9 +219,8 @@ def _with_form(blank: Request, field: str, name: str) -> Request:
         file = b'; filename="f.wav"' if part == "file" else b""
         head = b'--x\r\nContent-Disposition: form-data; name="' + part.encode() + b'"' + file
         body += head + b"\r\n\r\n" + content + b"\r\n"
-    return replace(
-        blank, what=f"{field}: {name}", body=body + b"--x--\r\n", content_type="multipart/form-data; boundary=x"
-    )
+    content_type = "multipart/form-data; boundary=x"
+    return replace(blank, what=f"{field}: {name}", make_body=lambda: body + b"--x--\r\n", content_type=content_type)
 
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"

@@ -136,8 +136,11 @@ def test_random_text_parses_the_same_however_it_is_cut(make, parts, data):
     assert read(make, *[text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]) == read(make, text)
 
 
+JSON = st.recursive(st.none() | st.integers() | st.text(max_size=4), st.lists, max_leaves=20)
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.dictionaries(st.text(max_size=3), st.recursive(st.none() | st.integers() | st.text(max_size=4), st.lists)))
+@given(st.dictionaries(st.text(max_size=3), JSON))
 def test_any_arguments_come_through_as_they_are(arguments):
     """Braces or quotes within strings taken for JSON's own."""
     written = json.dumps(arguments)
