@@ -69,11 +69,11 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class WhisperSpec:
-    """What must be known of a Whisper model to lead it through a recording.
+    """What must be known of a Whisper model to lead it through audio.
 
     Attributes:
         hop_samples: samples per frame.
-        window_frames: frames that the model hears at once; audio is cut into such windows.
+        window_frames: frames that the model encodes at once; audio is cut into such windows.
         frames_per_timestamp: how many frames the next timestamp token is later.
         languages: ISO 639-1 code → token; empty if the model knows English alone.
         language_names: English name → code, of the languages it knows.

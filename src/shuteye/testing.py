@@ -163,7 +163,7 @@ def _write_sentence_files(path: Path, *, pooling: str, normalize: bool, size: in
 
 
 def tiny_speech_model(path: str | Path, *, seed: int = 0, multilingual: bool = False, **config: Any) -> Path:
-    """Write a tiny Whisper with random weights that hears one second at a time; under a second.
+    """Write a tiny Whisper with random weights that encodes one second at a time; under a second.
 
     Its tokenizer knows bytes, then the special tokens in Whisper's order, then timestamps up to 1.00 s.
 

@@ -121,7 +121,7 @@ def resume(*, remote: Remote | None = None) -> None:
 
 
 def restart(*, remote: Remote | None = None) -> None:
-    """Start a server's dead or hung engine anew; the server itself goes on listening all the while."""
+    """Start a server's dead or hung engine again; the server itself goes on listening all the while."""
     with (remote or Remote()).connect() as client:
         seconds = client.restart_engine()
     show(f"The engine is loaded again after {format_seconds(seconds)}.")

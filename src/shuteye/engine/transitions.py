@@ -284,11 +284,11 @@ class Transitions:
 
         While the gate is closed already, nothing runs: what is in the scheduler is held, not waited for.
         """
-        patience_s = parse_timeout(timeout_s, self._config.drain_timeout_s)
+        allowed_s = parse_timeout(timeout_s, self._config.drain_timeout_s)
         self._sleep.set_gate(draining=True)
         if mode != "wait" or self._sleep.state.gate == "closed":
             return
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + allowed_s
         while self._scheduler.has_unfinished:
             if time.monotonic() > deadline:
                 unfinished = self._scheduler.num_running + self._scheduler.num_waiting

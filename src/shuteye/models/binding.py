@@ -74,7 +74,7 @@ class BoundModel(Generic[SpecT]):
         eos_token_ids: the tokens that end an answer; none if the model does not write.
         default_sampling: what the checkpoint recommends; empty if nothing is sampled as requests say.
         pooling: what the model makes of an input, if it embeds or scores.
-        speech: how the model is led through a recording, if it transcribes.
+        speech: how the model is led through audio, if it transcribes.
     """
 
     eos_token_ids: tuple[int, ...] = ()

@@ -1,6 +1,6 @@
 """Whisper: examined, bound to an arena, and run: features, encoder, decoder steps, and what may be sampled.
 
-Knows nothing of requests, of windows in a recording, or of text.
+Knows nothing of requests, of windows of audio, or of text.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ FORM_SCHEMA: Mapping[str, Any] = {
         "file": {"type": "string", "format": "binary", "description": "wav, flac, mp3 or ogg (Vorbis, Opus)."},
         "model": {"type": "string"},
         "language": {"type": "string", "description": "ISO 639-1 code or English name of what is spoken."},
-        "prompt": {"type": "string", "description": "Taken for the text before the recording."},
+        "prompt": {"type": "string", "description": "Taken for the text before the audio."},
         "response_format": {"type": "string", "enum": list(MEDIA_TYPES), "default": "json"},
         "temperature": {"type": "number", "minimum": 0, "maximum": 1, "default": 0},
         "timestamp_granularities[]": {"type": "array", "items": {"enum": ["segment"]}},
@@ -267,7 +267,7 @@ _DOCUMENTED = {"requestBody": {"required": True, "content": {_MULTIPART: {"schem
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One recording as the engine takes it."""
+    """One piece of audio as the engine takes it."""
 
     pcm: bytes
     params: TranscribeParams

@@ -51,7 +51,7 @@ class TranscriptSegment:
     Attributes:
         id: its number in the transcript.
         compression_ratio: of its text by zlib; much above 2 means that the model repeats itself.
-        avg_logprob, no_speech_prob: of the whole window of audio that the model heard at once.
+        avg_logprob, no_speech_prob: of the whole window of audio that the model encoded at once.
     """
 
     id: int
@@ -68,12 +68,12 @@ class TranscriptSegment:
 
 @dataclass(frozen=True, slots=True)
 class Transcription:
-    """What was said in one recording, so far or for good.
+    """What was said in one piece of audio, so far or for good.
 
     Attributes:
         language: its English name, given or found out.
-        duration: of the recording, in seconds.
-        segments: none where they were not asked for and the recording is short, but for one that is all of it.
+        duration: of the audio, in seconds.
+        segments: none where they were not asked for and the audio is short, but for one that is all of it.
         num_tokens: tokens that the model sampled.
     """
 
@@ -111,7 +111,7 @@ class TranscribeParams:
 
 
 class TranscribeRequest(msgspec.Struct, frozen=True, tag=True):
-    """One recording to transcribe.
+    """One piece of audio to transcribe.
 
     Attributes:
         pcm: mono samples, float32, little-endian, at `audio.SAMPLE_RATE`.
