@@ -31,7 +31,7 @@ class Ended:
 class Ranks:
     """`size` processes that each call body(group, *arguments) on a group of `kind`; killed at the end whatever happens.
 
-    What is needed to abort them is `region`. A rank says "ready" once it has its group.
+    What is needed to abort them is `region`. A rank says "ready" once all have come.
     """
 
     def __init__(self, kind, size, body, *arguments, timeout_s=20.0, epoch=1, **region_options):
@@ -90,7 +90,9 @@ def _be_rank(pipe, options, body, arguments):
     torch.set_num_threads(1)
     try:
         make = ShmGroup if kind == "shm" else GlooGroup
-        group = make(source, rank, size, epoch=epoch, timeout_s=timeout_s)
+        group = make(source, rank, size, epoch=epoch, timeout_s=PATIENCE_S)
+        group.barrier()
+        group.timeout_s = timeout_s  # of what is tested; a busy machine may take longer to begin
         pipe.send("ready")
         pipe.send(_outcome(group, body, arguments))
         group.close()

@@ -5,6 +5,7 @@ import random
 import resource
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -279,7 +280,7 @@ def test_the_deadline_names_the_rank_that_is_stopped(how):
 
 def test_a_stopped_rank_finds_the_group_aborted_when_it_goes_on():
     """A rank that was taken for dead and enters the next round of a group that has gone on without it."""
-    with Ranks("shm", 3, reduce_until_aborted, timeout_s=0.5) as ranks:
+    with Ranks("shm", 3, reduce_until_aborted, timeout_s=1.0) as ranks:
         ranks.signal(2, signal.SIGSTOP)
         first, second = ranks.results([0, 1])
         ranks.signal(2, signal.SIGCONT)
@@ -345,10 +346,34 @@ def test_stale_epochs_and_taken_places_are_refused():
 def test_other_memory_is_refused():
     """Any file taken for a group's."""
     fd = os.memfd_create("other")
+    with pytest.raises(GroupAborted, match="too small"):
+        ShmGroup(fd, 0, 1, epoch=1)
     os.ftruncate(fd, 1 << 20)
     with pytest.raises(GroupAborted, match="not the memory of a group"):
         ShmGroup(fd, 0, 1, epoch=1)
     os.close(fd)
+
+
+def test_one_thread_of_a_rank_at_a_time():
+    """Two calls of one rank that share its slot, or a group that is unmapped under a call."""
+    region = ShmRegion(2, epoch=1)
+    group = ShmGroup(region.fd, 0, 2, epoch=1, timeout_s=20)
+    with ThreadPoolExecutor(2) as threads:
+        waiting = threads.submit(group.barrier)
+        while group._in_call.acquire(blocking=False):
+            group._in_call.release()
+        with pytest.raises(AssertionError, match="two threads of rank 0"):
+            group.barrier()
+        closing = threads.submit(group.close)
+        region.abort("enough")
+        with pytest.raises(GroupAborted, match="the engine: enough"):
+            waiting.result(5)
+        closing.result(5)
+    with pytest.raises(AssertionError, match="closed"):
+        group.barrier()
+    group.abort("nobody hears it")
+    region.close()
+    region.abort("nor this")
 
 
 def test_gloo_refuses_stale_epochs():

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shuteye.errors import GroupAborted, MemoryExhausted
+from shuteye.errors import GroupAborted
+from shuteye.memory.backends import closing_on_error, failure_of
 from shuteye.native import library as structs
 from shuteye.native.kernels import DTYPES, pointer
 from shuteye.native.library import load
@@ -42,7 +43,7 @@ class Group(ABC):
 
     Attributes:
         rank: of 0 … size - 1.
-        epoch: which group this is, of those that the same ranks have had.
+        epoch: which group this is, of those that the same ranks have had. Not that of memory (ADR 13).
         timeout_s: the longest wait; may be set.
     """
 
@@ -111,11 +112,17 @@ class _Mapping:
 
     def __init__(self, fd: int) -> None:
         self.nbytes = os.fstat(fd).st_size
-        self._memory = mmap.mmap(fd, self.nbytes)
+        if self.nbytes < ctypes.sizeof(structs.Region):
+            raise refused("its memory is too small")
+        try:
+            self._memory = mmap.mmap(fd, self.nbytes)
+        except OSError as error:
+            raise failure_of("mapping the shared memory of a group of ranks", error.errno) from error
         self._pin = ctypes.c_char.from_buffer(self._memory)
         self.address = ctypes.addressof(self._pin)
         self.region = structs.Region.from_address(self.address)
         self.handle = 0
+        self._closing = threading.Lock()
 
     def take_handle(self, rank: int) -> None:
         self.handle = load().shuteye_group_create(self.address, rank)
@@ -129,12 +136,19 @@ class _Mapping:
         by = fault.by if fault.by < region.size else None
         return aborted(region.epoch, by, fault.reason.decode(errors="replace"), missing)
 
+    def abort(self, reason: str) -> None:
+        """From any thread, also while another closes this; once that is done it tells nobody."""
+        with self._closing:
+            if self.handle:
+                load().shuteye_group_abort(self.handle, reason.encode())
+
     def close(self) -> None:
-        if self.handle:
-            load().shuteye_group_destroy(self.handle)
-        self.handle = 0
-        del self.region, self._pin
-        self._memory.close()
+        with self._closing:
+            if self.handle:
+                load().shuteye_group_destroy(self.handle)
+            self.handle = 0
+            del self.region, self._pin
+            self._memory.close()
 
 
 class ShmRegion:
@@ -145,7 +159,7 @@ class ShmRegion:
 
     Raises:
         NativeUnavailable: the native library cannot be used here.
-        MemoryExhausted: the system does not give a nameless file.
+        BackendFailure, MemoryExhausted: the system does not give the memory.
     """
 
     def __init__(
@@ -153,14 +167,10 @@ class ShmRegion:
     ) -> None:
         nbytes = load().shuteye_region_bytes(size, slot_bytes, message_bytes)
         assert nbytes, f"no group has {size} ranks with slots of {slot_bytes} and messages of {message_bytes} bytes"
-        try:
-            self.fd = os.memfd_create("shuteye-group", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        except OSError as error:
-            raise MemoryExhausted(f"No shared memory for a group of {size} ranks: {error}.") from error
-        os.ftruncate(self.fd, nbytes)
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self.fd = _make_file(nbytes)
+        with closing_on_error(self.fd):
+            self._mapping = _Mapping(self.fd)
         self.epoch = epoch
-        self._mapping = _Mapping(self.fd)
         load().shuteye_region_format(self._mapping.address, size, epoch, slot_bytes, message_bytes)
         self._mapping.take_handle(size)
         self._finalizer = weakref.finalize(self, _close_region, self._mapping, self.fd)
@@ -172,7 +182,7 @@ class ShmRegion:
 
     def abort(self, reason: str) -> None:
         """End every wait of every rank, now and later; from any thread. The first reason counts."""
-        load().shuteye_group_abort(self._mapping.handle, reason.encode())
+        self._mapping.abort(reason)
 
     def fault(self) -> GroupAborted | None:
         """The error that says why the group was aborted, if it was, by anyone."""
@@ -185,6 +195,18 @@ class ShmRegion:
     def close(self) -> None:
         """Give up this process' part; ranks keep theirs. Idempotent."""
         self._finalizer()
+
+
+def _make_file(nbytes: int) -> int:
+    """A nameless file in memory that keeps its size, so that no rank can make the others crash."""
+    try:
+        fd = os.memfd_create("shuteye-group", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with closing_on_error(fd):
+            os.ftruncate(fd, nbytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError as error:
+        raise failure_of("making the shared memory of a group of ranks", error.errno) from error
+    return fd
 
 
 def _close_region(mapping: _Mapping, fd: int) -> None:
@@ -244,7 +266,8 @@ class ShmGroup(Group):
 
     def all_reduce(self, x: Tensor) -> None:
         """Add the ranks' `x` in place, in pieces if it does not fit a slot; see `Group.all_reduce`."""
-        self.all_reduce_into(x.view(1, -1), x.view(1, -1))
+        dtype, address = DTYPES[x.dtype], pointer(x)
+        self._reduce(structs.Reduce(dtype, dtype, 1, x.numel(), address, None, None, None, address))
 
     def all_reduce_into(
         self,
@@ -268,10 +291,11 @@ class ShmGroup(Group):
         rows, width = out.shape
         assert part.shape == out.shape
         assert all(other is None or other.dtype == out.dtype for other in (bias, residual))
-        call = structs.Reduce(
-            DTYPES[out.dtype], DTYPES[part.dtype], rows, width,
-            *(pointer(tensor) for tensor in (part, bias, residual, residual_rows, out)),
-        )  # fmt: skip
+        assert residual_rows is None or residual_rows.dtype == torch.int64
+        pointers = (pointer(tensor) for tensor in (part, bias, residual, residual_rows, out))
+        self._reduce(structs.Reduce(DTYPES[out.dtype], DTYPES[part.dtype], rows, width, *pointers))
+
+    def _reduce(self, call: structs.Reduce) -> None:
         self._call(load().shuteye_group_reduce, ctypes.byref(call))
 
     def gather(self, x: Tensor, widths: Sequence[int], to: int = 0) -> Tensor | None:
@@ -298,7 +322,7 @@ class ShmGroup(Group):
 
     def abort(self, reason: str) -> None:
         """Write the reason where every wait looks, and wake who sleeps."""
-        load().shuteye_group_abort(self.handle, reason.encode())
+        self._mapping.abort(reason)
 
     def close(self) -> None:
         """Unmap the memory, once no call runs. Idempotent."""
