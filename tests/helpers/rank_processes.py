@@ -75,8 +75,7 @@ class Ranks:
             process.join()
             process.close()
             pipe.close()
-        if isinstance(self.region, ShmRegion):
-            self.region.close()
+        self.region.close()
 
 
 def run(kind, size, body, *arguments, **options):

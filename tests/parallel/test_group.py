@@ -300,6 +300,10 @@ def test_gloo_has_deadlines_too_and_notices_the_dead():
         ranks.signal(0, signal.SIGKILL)
         ((ended, _, _),) = ranks.results([1])
     assert "gloo says in recv" in ended.message
+    with Ranks("gloo", 2, wait_for_others, "recv", (0,)) as ranks:
+        ranks.region.close()
+        ((ended, _, _),) = ranks.results([1])
+    assert "its rendezvous is gone" in ended.message
 
 
 def test_a_long_wait_costs_no_cpu():

@@ -40,6 +40,10 @@ class GlooRendezvous:
         """End every wait of every rank, now and later. The first reason counts."""
         _tell_abort(self._store, by=None, reason=reason)
 
+    def close(self) -> None:
+        """End the rendezvous: ranks that have each other go on until they wait for long. Idempotent."""
+        self._store = None
+
 
 def _tell_abort(store: Any, *, by: int | None, reason: str, missing: Sequence[int] = ()) -> None:
     store.compare_set("aborted", "", json.dumps({"by": by, "reason": reason, "missing": list(missing)}))
@@ -141,18 +145,21 @@ class GlooGroup(Group):
         assert not self._busy, f"two threads of rank {self.rank} are in its group at once, or it was aborted"
         self._busy = True
         self._jobs.put(job)
+        try:
+            self._wait(what, waits_for, deadline)
+        except RuntimeError as error:  # of the store
+            self._ended = {"by": None, "reason": f"its rendezvous is gone: {error}"}
+            raise aborted(self.epoch, **self._ended) from error
+
+    def _wait(self, what: str, waits_for: Sequence[int] | None, deadline: float) -> None:
         while True:
             try:
                 error = self._done.get(timeout=min(_LOOK_S, max(0.0, deadline - time.monotonic())))
+                break
             except Empty:
-                try:
-                    self._look(what, waits_for, is_late=time.monotonic() >= deadline)
-                except RuntimeError as error:
-                    raise aborted(self.epoch, None, f"its rendezvous is gone: {error}") from error
-                continue
-            self._busy = False
-            if error is None:
-                return
+                self._look(what, waits_for, is_late=time.monotonic() >= deadline)
+        self._busy = False
+        if error is not None:
             self.abort(f"gloo says in {what}: {error}")
             self._raise_if_aborted()
 
@@ -161,7 +168,7 @@ class GlooGroup(Group):
         if is_late:
             missing = self._missing() if waits_for is None else list(waits_for)
             ranks = ", ".join(map(str, missing))
-            reason = f"it waited {self.timeout_s:.3g} s in {what} for rank {ranks}"
+            reason = f"it waited {self.timeout_s:.3g} s in {what} for rank {ranks or 'unknown'}"
             _tell_abort(self._store, by=self.rank, reason=reason, missing=missing)
         self._raise_if_aborted()
 
