@@ -1,0 +1,1 @@
+"""Ranks that share one model: which part each holds, and how they speak to each other."""
