@@ -1,1 +1,1 @@
-"""Ranks that share one model: which part each holds, and how they speak to each other."""
+"""One model over several ranks: who computes what, and how ranks add up and hand on what they have computed."""

@@ -61,6 +61,10 @@ class RankPlace:
         return tuple(replace(self, rank=rank) for rank in range(self.num_ranks))
 
 
+ONE_RANK = RankPlace()
+"""Alone with the whole model."""
+
+
 @dataclass(frozen=True, slots=True)
 class RankSpec:
     """One rank's share.
@@ -257,9 +261,14 @@ class ShardPlan:
         return even_ranges(self.shape.intermediate_size, self.spec.tp_size, multiple=ROW_MULTIPLE)[self.spec.tp_rank]
 
     @property
+    def vocabularies(self) -> tuple[range, ...]:
+        """The tokens whose logits each rank of the last stage computes, by tp_rank."""
+        return even_ranges(self.shape.vocab_size, self.spec.tp_size, multiple=ROW_MULTIPLE)
+
+    @property
     def vocabulary(self) -> range:
-        """The tokens whose logits it computes, if it has a head."""
-        return even_ranges(self.shape.vocab_size, self.spec.tp_size, multiple=ROW_MULTIPLE)[self.spec.tp_rank]
+        """Those of this rank, if it has a head."""
+        return self.vocabularies[self.spec.tp_rank]
 
     def kv_bytes_per_token(self, *, itemsize: int) -> int:
         """Bytes of one token's keys and values on this rank; others may have more or fewer."""
