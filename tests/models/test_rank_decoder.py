@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,14 +11,20 @@ import torch
 from thread_group import on_all_ranks, thread_groups
 
 from shuteye.errors import InvalidRequest, UnsupportedModel
+from shuteye.models import converter
 from shuteye.models.binding import Shard
+from shuteye.models.converter import Order
 from shuteye.models.image_builder import open_image
+from shuteye.models.progress import no_progress
 from shuteye.models.rank_decoder import RankDecoder
 from shuteye.models.sources import resolve_source
 from shuteye.parallel.shards import EMBEDDING, RankPlace
 from shuteye.tasks.generate.plans import Chunk, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch
 from shuteye.testing import tiny_encoder, tiny_model
+
+really_apart = converter.make_apart
+"""What the suite replaces by a conversion in its own process."""
 
 BLOCK_SIZE = 16
 NINE_ON_THREE: dict[str, Any] = {
@@ -105,13 +111,13 @@ def batches(steps: list[list[Chunk]]) -> list[PackedBatch]:
     return [PackedBatch.from_plan(StepPlan(tuple(step)), block_size=BLOCK_SIZE) for step in steps]
 
 
-def greedy(forward, num_tokens: int) -> tuple[list[list[int]], torch.Tensor]:
-    """Greedy continuations of `PROMPTS` in one batch, prefilled in two chunks; all logits on the way."""
+def greedy(forward, num_tokens: int, *, prompts=PROMPTS) -> tuple[list[list[int]], torch.Tensor]:
+    """Greedy continuations of three prompts in one batch, the first prefilled in two chunks; all logits on the way."""
     tables = [(3, 1, 5, 4), (2, 6), (7,)]
-    tokens = [list(prompt) for prompt in PROMPTS]
+    tokens = [list(prompt) for prompt in prompts]
     first = Chunk("0", tuple(tokens[0][:21]), 0, tables[0], False)  # a step that samples nothing
     (batch,) = batches([[first]])
-    assert forward(batch).shape == (0, 321)
+    assert forward(batch).shape[0] == 0
     computed, logits = [21, 0, 0], []
     for _ in range(num_tokens):
         chunks = [
@@ -124,7 +130,7 @@ def greedy(forward, num_tokens: int) -> tuple[list[list[int]], torch.Tensor]:
         computed = [len(ids) for ids in tokens]
         for ids, row in zip(tokens, found, strict=True):
             ids.append(int(row.argmax()))
-    return [ids[len(prompt) :] for ids, prompt in zip(tokens, PROMPTS, strict=True)], torch.cat(logits)
+    return [ids[len(prompt) :] for ids, prompt in zip(tokens, prompts, strict=True)], torch.cat(logits)
 
 
 def test_greedy_tokens_and_logits_are_those_of_one_rank(checkpoint, layout, load, load_ranks):
@@ -144,6 +150,20 @@ def test_tokens_are_those_of_transformers(checkpoint, load_ranks, reference):
     found, _ = greedy(ranks.logits, 4)
     model = reference.model(checkpoint, torch.float32)
     assert found == [reference.tokens(model, prompt, 4) for prompt in PROMPTS]
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_smollm2_over_several_ranks_says_what_transformers_says(smollm2, smollm2_reference, layout, load_ranks):
+    """Nine query heads on three KV heads: would catch a split that only even sizes survive."""
+    prompts = [list(range(100, 137)), [504, 3575, 282, 4649, 314], [1]]
+    ranks = load_ranks(smollm2, layout, dtype="float32")
+    found, _ = greedy(ranks.logits, 12, prompts=prompts)
+    model = smollm2_reference(torch.float32)
+    with torch.inference_mode():
+        for prompt, tokens in zip(prompts, found, strict=True):
+            logits = model(torch.tensor([prompt + tokens])).logits[0]
+            assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == tokens
 
 
 def test_hidden_states_are_bit_identical_across_the_ranks_of_a_stage(checkpoint, load_ranks):
@@ -229,10 +249,34 @@ def test_all_images_come_from_one_reading(checkpoint, tmp_path, monkeypatch):
     open_checkpoint = image_builder.open_checkpoint
     monkeypatch.setattr(image_builder, "open_checkpoint", counting)
     source = resolve_source(str(checkpoint), cache_dir=tmp_path)
-    for place in RankPlace(0, 2, 2).all():
-        open_image(source, dtype="auto", store=ImageStore(tmp_path), place=place).close()
+    store = ImageStore(tmp_path)
+    places = RankPlace(0, 2, 2).all()
+    images = on_all_ranks(
+        [lambda place=place: open_image(source, dtype="auto", store=store, place=place) for place in places]
+    )
+    for image in images:
+        image.close()
     assert len(readings) == 1
-    assert len(ImageStore(tmp_path).list()) == 4
+    assert {image.identity.shard for image in images} == {place.label for place in places}
+    assert {summary.key for summary in store.list()} == {image.identity.key for image in images}
+
+
+def test_another_process_makes_the_images_of_all_ranks(tiny_checkpoint, tmp_path, monkeypatch):
+    """Would catch an order that forgets on its way whose part is wanted."""
+    order = Order(str(tiny_checkpoint), str(tmp_path), place=RankPlace(1, 2, 1))
+    key = really_apart(order, no_progress)
+    assert "-tp1of2.pp0of1-" in key
+    monkeypatch.setattr(converter, "make_apart", None)
+    for place in order.place.all():
+        image = converter.obtain_image(replace(order, place=place), no_progress)
+        assert image.identity.shard == place.label
+        image.close()
+
+
+def test_the_other_process_says_which_setting_is_wrong(tiny_checkpoint, tmp_path):
+    with pytest.raises(UnsupportedModel, match="at most 2") as refusal:
+        really_apart(Order(str(tiny_checkpoint), str(tmp_path), place=RankPlace(0, 3, 1)), no_progress)
+    assert refusal.value.param == "tensor_parallel_size"
 
 
 def test_a_written_part_is_seen_as_the_whole_tensor_is(checkpoint, load, load_ranks):
