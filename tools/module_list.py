@@ -30,6 +30,7 @@ LAYERS = {
     ),
     "memory/: bytes and addresses": ("memory",),
     "native/: kernels for what torch does badly at small batch; C++ sources in `native/csrc/`": ("native",),
+    "parallel/: one model over several ranks": ("parallel",),
     "cache/: the KV cache": ("cache",),
     "models/: the only package that imports transformers": ("models",),
     "tasks/: what a model can be for, one folder each": ("tasks",),
