@@ -149,7 +149,7 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
-    _add_schemas({ErrorAnswer, *ANSWERS.values(), *_OWN_503.values()}, schemas)
+    _add_schemas((ErrorAnswer, *ANSWERS.values(), *_OWN_503.values()), schemas)
     document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     for schema in schemas.values():
         _narrow_fields(schema.get("properties", {}))
