@@ -1,6 +1,7 @@
 """Control calls as data: what each takes, what it answers; Python, HTTP and the command line are made of these.
 
-A new verb is a Struct here, listed in `ControlCall`; where it is carried out, see `engine.transitions`.
+A new call is a Struct here, listed in `ControlCall` and in the two classes of methods at the end; `engine.transitions`
+carries it out, `server.control.routes` serves it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import (
     Generic,
     ParamSpec,
     TypeVar,
+    cast,
     get_args,
     get_type_hints,
 )
@@ -251,6 +253,12 @@ def _documented(method: M, kind: Any) -> M:
         part for part in (summary, "\n".join(["Args:", *lines]) if lines else "", rest) if part
     )
     return method
+
+
+def report_of(kind: type[Call[R]]) -> type[R]:
+    """What a call is answered with, by its declaration: a class, `list[Any]` or None's type."""
+    (report,) = get_args(kind.__orig_bases__[0])  # type: ignore[attr-defined]
+    return cast(type[R], report)
 
 
 def notes_of(kind: type[Call[Any]]) -> dict[str, msgspec.Meta]:

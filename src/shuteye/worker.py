@@ -27,7 +27,7 @@ from shuteye.models.progress import LoggedProgress
 from shuteye.models.weight_updates import open_tensors, refuse_other_model
 from shuteye.state import SleepPlan, TagReport, UpdateReport, WakePlan
 from shuteye.tasks.canary import Canary
-from shuteye.tasks.table import Plan, Result, RunnerSetup, task_of
+from shuteye.tasks.table import Plan, Result, RunnerSetup, task_of_image
 
 VERBS: Mapping[str, str] = {
     # what may be asked of a rank → the method that does it, from the worker down
@@ -83,7 +83,7 @@ class Worker:
             )
             undo.callback(self.residency.close)
             self.residency.restore(WakePlan(weights="reload"))
-            self._runner = task_of(image).open_runner(RunnerSetup(image, self._weights, config, num_threads))
+            self._runner = task_of_image(image).open_runner(RunnerSetup(image, self._weights, config, num_threads))
             undo.pop_all()
         self._model = self._runner.model
 

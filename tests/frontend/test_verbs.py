@@ -7,12 +7,14 @@ import msgspec
 import pytest
 
 from shuteye import LLM, AsyncEngine
-from shuteye.calls import ControlCall, SleepCall, UpdateCall, notes_of
+from shuteye.calls import ControlCall, RpcCall, SleepCall, UpdateCall, UpdateFromFileCall, notes_of, report_of
 from shuteye.client import AsyncClient, Client
+from shuteye.client.control import _nothing, route_of
 from shuteye.errors import InvalidRequest
 from shuteye.executors.wire import encode
 from shuteye.frontend.engine import Engine
 from shuteye.server.control.calls import call_of, model_of
+from shuteye.server.control.routes import router
 
 CALLS = [kind for kind in typing.get_args(ControlCall) if kind is not UpdateCall]
 VERB_OF_FACE = {
@@ -77,6 +79,15 @@ def test_http_says_every_field_of_a_call(kind):
     sent = {name.removesuffix("_s"): value for name, value in fields.items()}
     assert call_of(kind, model_of(kind).model_validate(sent, strict=True)) == kind(**fields)
     assert msgspec.msgpack.decode(encode(kind(**fields)), type=ControlCall) == kind(**fields)
+
+
+@pytest.mark.parametrize("kind", CALLS, ids=lambda kind: kind.verb)
+def test_every_call_has_a_route_and_its_answer_a_reader(kind):
+    """A call that HTTP does not offer, or whose answer a client throws away."""
+    asked = {"method": "states"} if kind is RpcCall else {"path": "/x"} if kind is UpdateFromFileCall else {}
+    route = route_of(kind(**asked))
+    assert (route.method, route.path) in {(method, each.path) for each in router.routes for method in each.methods}
+    assert (route.parse(200, b"{}") is None) if report_of(kind) is type(None) else (route.parse is not _nothing)
 
 
 def test_clients_take_the_older_name_of_a_drains_timeout():

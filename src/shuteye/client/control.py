@@ -6,7 +6,7 @@ from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Iterat
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast, get_origin
 
 import httpx2
 import msgspec
@@ -16,16 +16,14 @@ from shuteye.calls import (
     Call,
     Controls,
     PauseCall,
-    ReloadCall,
-    RpcCall,
     SleepCall,
-    UpdateFromFileCall,
     WakeCall,
+    report_of,
 )
 from shuteye.client.answers import error_from_response
 from shuteye.errors import InternalError, InvalidRequest, ModelNotFound, ServerUnreachable, SleepModeDisabled
 from shuteye.model_info import ModelInfo
-from shuteye.state import EngineState, SchedulerStats, SleepReport, UpdateReport, WakeReport
+from shuteye.state import EngineState, SchedulerStats, UpdateReport
 from shuteye.typed_fields import require_sendable
 
 T = TypeVar("T")
@@ -167,14 +165,6 @@ def _is_ok(status: int, _body: bytes) -> bool:
 
 # --- the routes ---------------------------------------------------------------------------------
 
-_ANSWERS: Mapping[type[Call[Any]], Callable[[int, bytes], Any]] = {
-    SleepCall: _report(SleepReport),
-    WakeCall: _report(WakeReport),
-    UpdateFromFileCall: _as(UpdateReport),
-    ReloadCall: _as(UpdateReport),
-    RpcCall: _field("results", list[Any]),
-}
-
 _IS_SLEEPING = Route("GET", "/is_sleeping", _field("is_sleeping", bool), "True until every tag is resident and loaded.")
 _IS_PAUSED = Route("GET", "/is_paused", _field("is_paused", bool), "True while a pause is in force.")
 _STATE = Route("GET", "/state", _as(ServerState), "All that the server knows of its engine, and what waking it takes.")
@@ -198,10 +188,19 @@ _RESTART_ENGINE = Route(
 def route_of(call: Call[T]) -> Route[T]:
     """How a control call is asked for over HTTP: what may be in a query goes there, as in vLLM's calls."""
     given = {name.removesuffix("_s"): getattr(call, name) for name in call.__struct_fields__}
-    path, parse = f"/{call.verb}", _ANSWERS.get(type(call), _nothing)
+    path, parse = f"/{call.verb}", _parser_of(type(call))
     if isinstance(call, SleepCall | WakeCall | PauseCall):
         return Route("POST", path, parse, params=_params(given))
     return Route("POST", path, parse, body=given or None)
+
+
+def _parser_of(kind: type[Call[T]]) -> Callable[[int, bytes], T]:
+    report: Any = report_of(kind)
+    if report is type(None):
+        return cast(Callable[[int, bytes], T], _nothing)
+    if get_origin(report) is list:
+        return _field("results", report)
+    return _report(report) if kind in {SleepCall, WakeCall} else _as(report)
 
 
 def _params(given: Mapping[str, object]) -> tuple[tuple[str, str], ...]:

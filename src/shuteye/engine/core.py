@@ -31,7 +31,7 @@ from shuteye.executors import Executor
 from shuteye.model_info import ModelSpec, model_info
 from shuteye.state import EngineState, SchedulerStats, WakeReport
 from shuteye.tasks.base import Delta, RequestDelta
-from shuteye.tasks.table import TASKS, Request, SchedulerSetup, require_kind, starts_of
+from shuteye.tasks.table import TASKS, Request, SchedulerSetup, require_kind
 
 REFRESH_EVERY_S = 1.0
 """How old the state's account of resident memory may be while requests run."""
@@ -154,7 +154,7 @@ class EngineCore:
         if plan is None:
             return
         now = time.monotonic()
-        self._started += [(request_id, now) for request_id in starts_of(plan)]
+        self._started += [(request_id, now) for request_id in plan.starts]
         try:
             result = self._executor.execute(plan)
         except VerificationFailed as error:  # of the canary that went with the step, or of the image under it

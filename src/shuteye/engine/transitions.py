@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, assert_never, get_args
 
 from shuteye.calls import (
     Call,
@@ -132,19 +132,26 @@ class Transitions:
         recovers = wakes and (state.is_sleeping or state.faulted)  # from a reload that failed
         if (wakes or isinstance(call, SleepCall)) and not self._config.enable_sleep_mode and not recovers:
             raise SleepModeDisabled("Sleep mode is off; start the engine with enable_sleep_mode (--enable-sleep-mode).")
-        starts: dict[type, Callable[[Any], Steps]] = {
-            SleepCall: self._sleep_steps,
-            WakeCall: self._wake_steps,
-            WakeForRequests: self._wake_for_requests_steps,
-            PauseCall: self._pause_steps,
-            ResumeCall: self._resume_steps,
-            UpdateFromFileCall: self._update_steps,
-            UpdateCall: self._update_steps,
-            ReloadCall: self._update_steps,
-            ResetPrefixCacheCall: self._reset_prefix_cache_steps,
-            RpcCall: self._rpc_steps,
-        }
-        return starts[type(call)](call)
+        match call:
+            case SleepCall():
+                steps = self._sleep_steps(call)
+            case WakeCall():
+                steps = self._wake_steps(call)
+            case WakeForRequests():
+                steps = self._wake_for_requests_steps()
+            case PauseCall():
+                steps = self._pause_steps(call)
+            case ResumeCall():
+                steps = self._resume_steps()
+            case UpdateFromFileCall() | UpdateCall() | ReloadCall():
+                steps = self._update_steps(call)
+            case ResetPrefixCacheCall():
+                steps = self._reset_prefix_cache_steps()
+            case RpcCall():
+                steps = self._rpc_steps(call)
+            case _:
+                assert_never(call)
+        return steps
 
     def _sleep_steps(self, call: SleepCall) -> Steps:
         begin = time.perf_counter()
@@ -196,7 +203,7 @@ class Transitions:
         yield from ()
         return self._wake(parse_tags(call.tags), defer_canary=False)
 
-    def _wake_for_requests_steps(self, _call: WakeForRequests) -> Steps:
+    def _wake_for_requests_steps(self) -> Steps:
         yield from ()
         return self._wake(TAGS, defer_canary=True)
 
@@ -218,7 +225,7 @@ class Transitions:
         self._sleep.set_gate(paused=True)
         return None
 
-    def _resume_steps(self, _call: ResumeCall) -> Steps:
+    def _resume_steps(self) -> Steps:
         yield from ()
         state = self._sleep.state
         self._sleep.refuse_if_faulted()
@@ -253,7 +260,7 @@ class Transitions:
                 self._sleep.check_after_update(reloaded=isinstance(call, ReloadCall))
         return reports[0]
 
-    def _reset_prefix_cache_steps(self, _call: ResetPrefixCacheCall) -> Steps:
+    def _reset_prefix_cache_steps(self) -> Steps:
         yield from ()
         self._scheduler.reset_prefix_cache()
         return None

@@ -44,7 +44,8 @@ class LLM(KnownEngine, Controls):
         unknown = sorted(options.keys() - EngineConfig.__dataclass_fields__.keys())
         if unknown:
             raise InvalidRequest(f"LLM has no option {unknown[0]!r}; see EngineConfig.", param=unknown[0])
-        config = EngineConfig(model=model, **{"max_waiting_requests": sys.maxsize, **options})
+        waits: Any = {"max_waiting_requests": sys.maxsize}  # its callers wait anyway, however many prompts there are
+        config = EngineConfig(model=model, **(waits | options))
         self._engine = AsyncEngine(config, in_process=True)
         self._thread = LoopThread(closed=EngineDead("This LLM was closed; make another one."))
         try:

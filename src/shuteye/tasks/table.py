@@ -1,6 +1,7 @@
 """The tasks, each a row: what callers ask, what the engine takes, and who schedules, computes and tells it.
 
-The one place that chooses by task. No torch until a runner is opened.
+Whoever serves a model chooses by this table; which task a checkpoint is for, `models.modules` says. No torch until a
+runner is opened.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
     from shuteye.memory.image import WeightImage
 
 Plan = StepPlan | PoolPlan | SpeechPlan
+"""One step of a model. `starts` are the requests that get their place in a batch with it, where that is to be timed."""
+
 Result = StepResult | PoolResult | SpeechResult
-"""What a step computes, and what came of it, by the model's task."""
+"""What came of a step, by the model's task."""
 
 Request = GenerateRequest | PoolRequest | TranscribeRequest
 """What an engine may be asked for; which kind a model serves is decided by its task."""
@@ -171,7 +174,7 @@ _TRANSCRIBE = Task(TranscriptionJob, TranscribeRequest, _transcribe_outputs, _tr
 TASKS: Mapping[str, Task] = {"generate": _GENERATE, "embed": _POOL, "score": _POOL, "transcribe": _TRANSCRIBE}
 
 
-def task_of(image: WeightImage) -> Task:
+def task_of_image(image: WeightImage) -> Task:
     """The task that the image's metadata names.
 
     Raises:
@@ -202,10 +205,3 @@ def require_kind(task: str, request: Request) -> None:
     """
     if not isinstance(request, TASKS[task].request):
         raise InvalidRequest(f"The model is one for the task '{task}'; it cannot serve a {type(request).__name__}.")
-
-
-def starts_of(plan: Plan) -> tuple[str, ...]:
-    """The requests that get their place in a batch with this step, as far as its kind of plan tells."""
-    if isinstance(plan, StepPlan):
-        return tuple(admission.request_id for admission in plan.admissions)
-    return plan.starts if isinstance(plan, PoolPlan) else ()

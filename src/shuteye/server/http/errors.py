@@ -7,8 +7,10 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from msgspec import UNSET, UnsetType
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -28,6 +30,7 @@ from shuteye.errors import (
     WakeFailed,
 )
 from shuteye.logs import REQUEST_ID
+from shuteye.server.http.answers import ErrorAnswer, ErrorDetail
 
 RETRY_AFTER_S: Mapping[type[ShuteyeError], int] = {
     ModelSleeping: 1,
@@ -59,17 +62,15 @@ class ClientDisconnected(Exception):
 def error_body(error: ShuteyeError) -> dict[str, Any]:
     """OpenAI's error shape; `ModelSleeping` has exactly the three keys and the message of the contract."""
     if isinstance(error, ModelSleeping):
-        return _sleeping_body()
+        return _body(error.MESSAGE, error.error_type, UNSET, error.status_code)
     return _body(error.message, error.error_type, error.param, error.status_code)
 
 
-def _sleeping_body() -> dict[str, Any]:
-    kind = ModelSleeping
-    return {"error": {"message": kind.MESSAGE, "type": kind.error_type, "code": kind.status_code}}
-
-
-def _body(message: str, kind: str, param: str | None, code: int) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+def _body(message: str, kind: str, param: str | UnsetType | None, code: int) -> dict[str, Any]:
+    body: dict[str, Any] = msgspec.to_builtins(
+        ErrorAnswer(ErrorDetail(message=message, type=kind, param=param, code=code))
+    )
+    return body
 
 
 def error_json(error: ShuteyeError) -> bytes:

@@ -61,6 +61,11 @@ class StepPlan:
     epoch: Epoch = ()
 
     @property
+    def starts(self) -> tuple[str, ...]:
+        """The requests that get their place in the batch with this step."""
+        return tuple(admission.request_id for admission in self.admissions)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens computed by this step."""
         return sum(len(chunk.token_ids) for chunk in self.chunks)

@@ -57,6 +57,7 @@ class SpeechPlan:
     admissions: tuple[SpeechAdmission, ...] = ()
     forget: tuple[str, ...] = ()
     epoch: Epoch = ()
+    starts: tuple[str, ...] = ()  # a request's first output tells that it began
 
     @property
     def num_tokens(self) -> int:
