@@ -19,7 +19,7 @@ SETUP_INPUTS := pyproject.toml requirements/lock.txt requirements/torch.txt tool
 	src/shuteye/native/build.py $(sort $(wildcard src/shuteye/native/csrc/*))
 STAMP := $(VENV)/.set-up-$(shell { pwd; cat $(SETUP_INPUTS); } | sha256sum | cut -c1-16)
 
-.PHONY: help setup lock serve test test-latest test-slow test-clients test-gpu test-asan chaos check bench bench-peers bench-sleep docs clean
+.PHONY: help setup lock serve test test-latest test-slow test-clients test-gpu test-asan test-tsan chaos check bench bench-peers bench-sleep docs clean
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -63,6 +63,9 @@ test-asan: setup ## Run the native kernels' tests under AddressSanitizer and UBS
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 SHUTEYE_TEST_LIBRARY=$(CURDIR)/build/kernels-asan.so \
 	  $(VENV)/bin/python -m pytest tests/native --deselect tests/native/test_pool.py::test_idle_workers_cost_no_cpu $(ARGS)
+
+test-tsan: setup ## Run the ranks' groups under ThreadSanitizer, with suspended ranks and aborts at random.
+	$(VENV)/bin/python -m pytest tests/parallel/test_stress.py $(ARGS)
 
 check: setup ## Lint, format, types, and the direction of imports.
 	$(VENV)/bin/ruff check .

@@ -27,6 +27,7 @@ Knows nothing of HTTP libraries: `server/http/errors.py` turns these into OpenAI
         ├── EngineFaulted               503  a transition could not be rolled back
         ├── EngineDead                  503  the engine process is gone
         │   └── DescriptorsExhausted    503  it cannot be started for want of file descriptors, a retry may work
+        ├── GroupAborted                503  a rank waited for others that died, came too late or gave up
         ├── EngineHung                  503  it gives no sign of life, and may go on or must be restarted
         ├── MemoryExhausted             503  the system will not give the bytes
         ├── BackendFailure              503  a call to the kernel or driver failed
@@ -37,6 +38,7 @@ Knows nothing of HTTP libraries: `server/http/errors.py` turns these into OpenAI
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -213,6 +215,25 @@ class DescriptorsExhausted(EngineDead):
     """The engine process cannot be started, as there are no file descriptors left; a later start may work."""
 
     error_type = "DescriptorsExhaustedError"
+
+
+class GroupAborted(ServerError):
+    """The communication group of a model's ranks has ended, as one died, was late or gave up; or it refuses a rank.
+
+    Attributes:
+        by: the rank that ended it; None for the engine, or if unknown.
+        missing: ranks that had not come when a deadline passed.
+    """
+
+    status_code = 503
+    error_type = "GroupAbortedError"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, by: int | None = None, missing: Sequence[int] = ()
+    ) -> None:
+        super().__init__(message, param=param)
+        self.by = by
+        self.missing = tuple(missing)
 
 
 class EngineHung(ServerError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char, c_double, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,30 @@ class Attention(Structure):
     )
 
 
+class Reduce(Structure):
+    """Arguments of `shuteye_group_reduce`."""
+
+    _fields_ = (
+        *_int64s("dtype", "part_dtype", "rows", "width"),
+        *_pointers("part", "bias", "residual", "residual_rows", "out"),
+    )
+
+
+class Fault(Structure):
+    """Why a group was aborted, and by which rank."""
+
+    _fields_ = (("by", c_int64), ("missing", c_uint64), ("reason", c_char * 496))
+
+
+class Region(Structure):
+    """What the memory of a group begins with."""
+
+    _fields_ = (
+        ("magic", c_uint64),
+        *_int64s("version", "epoch", "size", "slot_bytes", "message_bytes", "nbytes"),
+    )
+
+
 PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "shuteye_abi_version": (c_int64, ()),
     "shuteye_level_supported": (c_int64, (c_int64,)),
@@ -212,6 +236,20 @@ PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "shuteye_linear": (None, (c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64)),
     "shuteye_rope_and_write": (None, (POINTER(Rope),)),
     "shuteye_paged_attention": (ctypes.c_char_p, (POINTER(Attention), c_int64)),
+    "shuteye_region_bytes": (c_int64, (c_int64, c_int64, c_int64)),
+    "shuteye_region_format": (None, (c_void_p, c_int64, c_int64, c_int64, c_int64)),
+    "shuteye_region_check": (ctypes.c_char_p, (c_void_p, c_int64)),
+    "shuteye_region_take_seat": (c_int64, (c_void_p, c_int64)),
+    "shuteye_group_create": (c_void_p, (c_void_p, c_int64)),
+    "shuteye_group_destroy": (None, (c_void_p,)),
+    "shuteye_group_set_timeout": (None, (c_void_p, c_double)),
+    "shuteye_group_abort": (None, (c_void_p, ctypes.c_char_p)),
+    "shuteye_group_fault": (c_int64, (c_void_p, POINTER(Fault))),
+    "shuteye_group_barrier": (c_int64, (c_void_p,)),
+    "shuteye_group_reduce": (c_int64, (c_void_p, POINTER(Reduce))),
+    "shuteye_group_gather": (c_int64, (c_void_p, c_void_p, c_int64, POINTER(c_int64), c_int64, c_void_p)),
+    "shuteye_group_send": (c_int64, (c_void_p, c_void_p, c_int64, c_int64)),
+    "shuteye_group_receive": (c_int64, (c_void_p, c_void_p, c_int64, c_int64)),
 }
 """Result and arguments of every function of csrc/api.cpp."""
-ABI_VERSION = 2
+ABI_VERSION = 3

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "decoder.h"
+#include "group.h"
 
 namespace shuteye {
 const char* check_sequences(const ShuteyeSequences& sequences, const ShuteyeCache& cache, int64_t num_tokens);
@@ -46,7 +47,7 @@ void share(int64_t units, int64_t scratch_bytes, const Body& body) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int64_t shuteye_abi_version() { return 2; }
+int64_t shuteye_abi_version() { return 3; }
 int64_t shuteye_level_supported(int64_t level) { return level_supported(level); }
 int64_t shuteye_level() { return active_level(); }
 int64_t shuteye_set_level(int64_t level) { return select_level(level); }
@@ -58,6 +59,35 @@ void* shuteye_decoder_create(const ShuteyeModel* model) { return new Decoder(*mo
 void shuteye_decoder_destroy(void* decoder) { delete static_cast<Decoder*>(decoder); }
 const char* shuteye_decoder_run(void* decoder, const ShuteyeStep* step) {
   return static_cast<Decoder*>(decoder)->run(*step);
+}
+
+int64_t shuteye_region_bytes(int64_t size, int64_t slot_bytes, int64_t message_bytes) {
+  return region_bytes(size, slot_bytes, message_bytes);
+}
+void shuteye_region_format(void* base, int64_t size, int64_t epoch, int64_t slot_bytes, int64_t message_bytes) {
+  format_region(base, size, epoch, slot_bytes, message_bytes);
+}
+const char* shuteye_region_check(const void* base, int64_t nbytes) { return check_region(base, nbytes); }
+int64_t shuteye_region_take_seat(void* base, int64_t rank) { return take_seat(base, rank); }
+
+void* shuteye_group_create(void* base, int64_t rank) { return new Group(base, rank); }
+void shuteye_group_destroy(void* group) { delete static_cast<Group*>(group); }
+void shuteye_group_set_timeout(void* group, double seconds) { static_cast<Group*>(group)->set_timeout(seconds); }
+void shuteye_group_abort(void* group, const char* reason) { static_cast<Group*>(group)->abort(reason); }
+int64_t shuteye_group_fault(void* group, ShuteyeFault* fault) { return static_cast<Group*>(group)->fault(*fault); }
+int64_t shuteye_group_barrier(void* group) { return static_cast<Group*>(group)->barrier(); }
+int64_t shuteye_group_reduce(void* group, const ShuteyeReduce* call) {
+  return static_cast<Group*>(group)->reduce(*call);
+}
+int64_t shuteye_group_gather(void* group, const void* part, int64_t rows, const int64_t* row_bytes, int64_t to,
+                             void* out) {
+  return static_cast<Group*>(group)->gather(part, rows, row_bytes, to, out);
+}
+int64_t shuteye_group_send(void* group, const void* data, int64_t nbytes, int64_t to) {
+  return static_cast<Group*>(group)->send(data, nbytes, to);
+}
+int64_t shuteye_group_receive(void* group, void* data, int64_t nbytes, int64_t source) {
+  return static_cast<Group*>(group)->receive(data, nbytes, source);
 }
 
 // Reads memory and does nothing else: the floor that benchmarks compare with.

@@ -52,6 +52,14 @@ struct AttentionTask {
   float* partial; // null: writes the result; else [rows, head_dim + 2] sums, maxima and totals to be merged
 };
 
+// Elements of a reduce over ranks. Parts begin at element `begin` of [rows, width].
+struct RankSums {
+  const ShuteyeReduce* call;
+  const void* const* parts;
+  int64_t num_parts;
+  int64_t begin;
+};
+
 constexpr int64_t kMaxAttentionRows = 384; // (token, head) rows per task: keys and values are packed once for all
 constexpr int64_t kKeySpan = 64; // keys per round of the online softmax
 
@@ -68,6 +76,7 @@ struct KernelTable {
   // `following`: the task that is likely to be next, or null; what it needs may be fetched ahead.
   void (*attend[2])(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionTask* following, void* scratch);
   void (*merge[2])(const ShuteyeAttention& attention, const AttentionTask& task, int64_t num_parts);
+  void (*sum_ranks[2][2])(const RankSums& sums, int64_t first, int64_t end); // [dtype][part_dtype]; elements
   int64_t joined_rows; // attend takes several KV heads of one token, if they have no more rows together; 0: never
   void (*enter)(); // per thread, around a job
   void (*leave)();

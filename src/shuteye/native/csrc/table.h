@@ -2,6 +2,7 @@
 #pragma once
 #include "attention.h"
 #include "linear.h"
+#include "rank_sums.h"
 
 namespace SHUTEYE_ISA {
 
@@ -37,6 +38,10 @@ inline shuteye::KernelTable common_table(const char* name) {
   table.attend[SHUTEYE_BFLOAT16] = attend<FloatDot<bf16>>;
   table.merge[SHUTEYE_FLOAT32] = merge<float>;
   table.merge[SHUTEYE_BFLOAT16] = merge<bf16>;
+  table.sum_ranks[SHUTEYE_FLOAT32][SHUTEYE_FLOAT32] = sum_ranks<float, float>;
+  table.sum_ranks[SHUTEYE_FLOAT32][SHUTEYE_BFLOAT16] = sum_ranks<float, bf16>;
+  table.sum_ranks[SHUTEYE_BFLOAT16][SHUTEYE_FLOAT32] = sum_ranks<bf16, float>;
+  table.sum_ranks[SHUTEYE_BFLOAT16][SHUTEYE_BFLOAT16] = sum_ranks<bf16, bf16>;
   table.enter = nothing;
   table.leave = nothing;
   return table;

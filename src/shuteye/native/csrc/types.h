@@ -101,4 +101,36 @@ struct ShuteyeAttention {
   ShuteyeSequences sequences;
   int64_t packs_out; // not 0: out is written as products of many tokens want it, see packed_offset
 };
+
+// out = residual + (the ranks' parts, added in rank order as float32, + bias), with every operand rounded to dtype first as
+// the decoder does within one rank. [rows, width], all contiguous.
+struct ShuteyeReduce {
+  int64_t dtype;      // of bias, residual and out
+  int64_t part_dtype; // of the parts: float32, or dtype
+  int64_t rows;
+  int64_t width;
+  const void* part;             // this rank's, or null: it lies in the rank's slot already
+  const void* bias;             // [width] or null
+  const void* residual;         // [*, width] or null
+  const int64_t* residual_rows; // [rows], which rows of residual are meant; null: the first ones
+  void* out;                    // may be part; may be residual unless residual_rows are given
+};
+
+// Why a group was aborted.
+struct ShuteyeFault {
+  int64_t by;       // the rank; the group's size: one that is no rank
+  uint64_t missing; // bit r: rank r had not come when a deadline passed
+  char reason[496]; // ends with 0
+};
+
+// What is at the beginning of a group's memory, written once; the rest is group.cpp's own.
+struct ShuteyeRegion {
+  uint64_t magic;
+  int64_t version;
+  int64_t epoch;
+  int64_t size;
+  int64_t slot_bytes;
+  int64_t message_bytes;
+  int64_t nbytes;
+};
 }
