@@ -196,8 +196,14 @@ def test_an_image_that_is_not_there_is_not_damaged(tmp_path: Path) -> None:
 def test_keys_are_readable_and_differ_with_every_field() -> None:
     assert IDENTITY.key.startswith("smollm2-135m-instruct-bfloat16-")
     others = [replace(IDENTITY, source="x/SmolLM2-135M-Instruct"), replace(IDENTITY, fingerprint="abd")]
-    others.append(replace(IDENTITY, dtype="float32"))
-    assert len({IDENTITY.key, *(other.key for other in others)}) == 4
+    others += [replace(IDENTITY, dtype="float32"), replace(IDENTITY, shard="tp0of2.pp0of1")]
+    assert len({IDENTITY.key, *(other.key for other in others)}) == 5
+    assert "-tp0of2.pp0of1-" in others[-1].key
+
+
+def test_a_whole_images_key_is_what_it_was_before_there_were_shards() -> None:
+    """Would catch a change that converts every model anew."""
+    assert IDENTITY.key == "smollm2-135m-instruct-bfloat16-2c7f207f3f67"
 
 
 @pytest.mark.parametrize("source", ["", "/", "..", "../../etc/passwd", "a b\0c/ü", "x" * 500])

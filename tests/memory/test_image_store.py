@@ -11,7 +11,9 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -427,3 +429,47 @@ def test_a_read_only_cache_says_so_when_something_must_be_written(store: ImageSt
         store.open_or_build(ImageIdentity("other", "1", "bfloat16"), build_image(1))
     with pytest.raises(ImageFailure, match=r"Read-only|Permission"):
         store.remove(IDENTITY.key)
+
+
+# --- images built together ------------------------------------------------------------------------
+
+SHARDS = tuple(replace(IDENTITY, shard=f"tp{rank}of2.pp0of1") for rank in range(2))
+
+
+def build_each(built: list[ImageIdentity]) -> Callable[[list[ImageWriter]], None]:
+    def build(writers: list[ImageWriter]) -> None:
+        for writer in writers:
+            built.append(writer.identity)
+            build_image(1)(writer)
+
+    return build
+
+
+def test_images_of_one_pass_appear_together_and_are_built_once(store: ImageStore, tmp_path: Path) -> None:
+    """Would catch a rank that converts the checkpoint again for itself."""
+    built: list[ImageIdentity] = []
+    for identity in (SHARDS[1], SHARDS[0]):
+        image = store.open_or_build_one_of(identity, SHARDS, build_each(built))
+        assert image.identity == identity
+        image.close()
+    assert built == list(SHARDS)
+    assert leftovers(tmp_path) == []
+
+
+def test_only_what_is_missing_is_built_again(store: ImageStore) -> None:
+    store.open_or_build_one_of(SHARDS[0], SHARDS, build_each([])).close()
+    store.remove(SHARDS[1].key)
+    built: list[ImageIdentity] = []
+    store.open_or_build_one_of(SHARDS[1], SHARDS, build_each(built)).close()
+    assert built == [SHARDS[1]]
+
+
+def test_none_of_a_pass_that_failed_appears(store: ImageStore, tmp_path: Path) -> None:
+    def fail_at_the_second(writers: list[ImageWriter]) -> None:
+        build_image(1)(writers[0])
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        store.open_or_build_one_of(SHARDS[0], SHARDS, fail_at_the_second)
+    assert store.list() == ()
+    assert leftovers(tmp_path) == []

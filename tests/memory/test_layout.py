@@ -47,6 +47,13 @@ def test_every_tensor_has_its_own_aligned_place_in_order(specs: list[TensorSpec]
     assert slots[-1].end <= layout.nbytes
 
 
+def test_joined_tensors_touch_whatever_their_sizes() -> None:
+    """Would catch a wide view that cannot be made, because a rank's part of a bias is no whole cache line."""
+    specs = [TensorSpec("q", (6,), "bfloat16"), TensorSpec("k", (2,), "bfloat16", joined=True)]
+    q, k, after = plan_layout([*specs, TensorSpec("after", (1,), "bfloat16")], page_bytes=PAGE).slots.values()
+    assert (q.end, after.offset) == (k.offset, 64)
+
+
 @given(specs=specs_strategy, pages_per_extent=st.integers(1, 4))
 def test_extents_tile_the_arena_and_groups_never_share_one(specs: list[TensorSpec], pages_per_extent: int) -> None:
     layout = plan_layout(specs, page_bytes=PAGE, extent_bytes=pages_per_extent * PAGE)

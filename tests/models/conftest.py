@@ -16,6 +16,7 @@ from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.models.image_builder import LoadedModel, bind, open_image
 from shuteye.models.sources import ModelSource, resolve_source
+from shuteye.parallel.shards import ONE_RANK, RankPlace
 from shuteye.tasks.generate.plans import Chunk, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch
 from shuteye.testing import poison
@@ -41,7 +42,7 @@ class Sequence:
 class Driver:
     """A bound model and a poisoned KV cache; blocks are handed out scattered, never given back."""
 
-    def __init__(self, image: WeightImage, *, num_blocks: int = 256, **binding: bool) -> None:
+    def __init__(self, image: WeightImage, *, num_blocks: int = 256, **binding: Any) -> None:
         backend = open_backend("linux")
         self.image = image
         self.weights = Arena.reserve(backend, tag="weights", nbytes=image.layout.nbytes)
@@ -105,10 +106,12 @@ def load(image_store: ImageStore, tmp_path: Path) -> Iterator[Callable[..., Driv
     """Load a checkpoint (directory or source) into arenas; closed when the test ends."""
     drivers: list[Driver] = []
 
-    def load(checkpoint: Path | ModelSource, *, dtype: DType = "auto", **options: Any) -> Driver:
+    def load(
+        checkpoint: Path | ModelSource, *, dtype: DType = "auto", place: RankPlace = ONE_RANK, **options: Any
+    ) -> Driver:
         if isinstance(checkpoint, Path):
             checkpoint = resolve_source(str(checkpoint), cache_dir=tmp_path)
-        image = open_image(checkpoint, dtype=dtype, store=image_store)
+        image = open_image(checkpoint, dtype=dtype, store=image_store, place=place)
         drivers.append(Driver(image, **options))
         return drivers[-1]
 

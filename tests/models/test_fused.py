@@ -100,7 +100,7 @@ def test_another_activation_is_not_recognised(tmp_path, load):
 def test_projections_that_do_not_touch_are_not_fused():
     """Would catch a wide view over padding between two weights."""
     slots = {name: Slot(name, (2, 4), "float32", offset) for name, offset in (("a.weight", 0), ("b.weight", 64))}
-    named = fused._Slots(slots, lambda *_: torch.empty(0))
+    named = fused.NamedViews(slots, lambda *_: torch.empty(0))
     assert named.projection("a", "b") is None
     assert named.projection("a") is not None
 

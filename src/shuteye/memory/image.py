@@ -46,18 +46,21 @@ class ImageIdentity:
         source: where the checkpoint came from, for people.
         fingerprint: changes whenever the checkpoint's content does.
         dtype: what the weights were cast to.
+        shard: which rank's part of them it holds, such as `tp0of2.pp0of1`; empty if it holds them all.
     """
 
     source: str
     fingerprint: str
     dtype: str
+    shard: str = ""
 
     @property
     def key(self) -> str:
         """The image's directory name: readable, and different for every identity."""
         readable = re.sub(r"[^a-z0-9.]+", "-", Path(self.source).name.lower()).strip("-.")[:48]
-        digest = hashlib.sha256("\0".join((self.source, self.fingerprint, self.dtype)).encode()).hexdigest()
-        return "-".join(part for part in (readable, self.dtype, digest[:12]) if part)
+        parts = (self.source, self.fingerprint, self.dtype, *([self.shard] if self.shard else []))
+        digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        return "-".join(part for part in (readable, self.dtype, self.shard, digest[:12]) if part)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,16 +87,40 @@ class ImageStore:
         Raises:
             ImageFailure: it cannot be written. Whatever `build` raises passes through; no image is left then.
         """
+        return self.open_or_build_one_of(identity, (identity,), lambda writers: build(*writers))
+
+    def open_or_build_one_of(
+        self, identity: ImageIdentity, identities: Sequence[ImageIdentity], build: Callable[[list[ImageWriter]], None]
+    ) -> WeightImage:
+        """The image of `identity`; if there is none that can be used, then all of `identities` that lack one are built,
+        together.
+
+        Args:
+            identities: in the same order whoever asks, as they are locked one after the other.
+            build: is given a writer for each image that is to be built.
+
+        Raises:
+            ImageFailure: as `open_or_build`; images that were finished before one failed stay.
+        """
         image = self._open_usable(identity)
         if image is not None:
             return image
-        with self._exclusive(identity.key):
+        with ExitStack() as locks:
+            for each in identities:
+                locks.enter_context(self._exclusive(each.key))
             image = self._open_usable(identity)
             if image is None:
-                self._build(identity, build)
+                self._build([each for each in identities if not self._is_usable(each)], build)
                 image = self.open(identity)
         assert image is not None, "an image cannot be removed while its lock is held"
         return image
+
+    def _is_usable(self, identity: ImageIdentity) -> bool:
+        image = self._open_usable(identity)
+        if image is None:
+            return False
+        image.close()
+        return True
 
     def _open_usable(self, identity: ImageIdentity) -> WeightImage | None:
         """`open`, but a damaged image counts as none."""
@@ -105,16 +129,25 @@ class ImageStore:
         except ImageFailure:
             return None  # replaced by what is built next
 
-    def _build(self, identity: ImageIdentity, build: Callable[[ImageWriter], None]) -> None:
+    def _build(self, identities: Sequence[ImageIdentity], build: Callable[[list[ImageWriter]], None]) -> None:
+        with ExitStack() as undo:
+            writers = [undo.enter_context(self._writer(identity)) for identity in identities]
+            build(writers)
+            for writer in writers:
+                writer.finish()
+            for writer in writers:
+                with reporting_write_errors(self._root):
+                    self._publish(writer.directory, writer.identity.key)
+
+    @contextmanager
+    def _writer(self, identity: ImageIdentity) -> Iterator[ImageWriter]:
+        """Of an image out of sight; what is not published of it is deleted."""
         self._sweep(identity.key)
         with reporting_write_errors(self._root):
             directory = Path(tempfile.mkdtemp(prefix=f".{identity.key}.", dir=self._root))
         writer = ImageWriter(directory, identity, page_bytes=mmap.PAGESIZE)
         try:
-            build(writer)
-            writer.finish()
-            with reporting_write_errors(self._root):
-                self._publish(directory, identity.key)
+            yield writer
         finally:
             writer.close()
             self._sweep(identity.key)

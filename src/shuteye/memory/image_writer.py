@@ -42,7 +42,7 @@ class ImageWriter:
 
     def __init__(self, directory: Path, identity: ImageIdentity, *, page_bytes: int) -> None:
         self.directory = directory
-        self._identity = identity
+        self.identity = identity
         self._page_bytes = page_bytes
         self._layout: Layout | None = None
         self._aliases: dict[str, str] = {}
@@ -57,6 +57,7 @@ class ImageWriter:
         *,
         aliases: Mapping[str, str] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        beside_bytes: int = 0,
     ) -> Layout:
         """Fix the layout and make the file.
 
@@ -64,6 +65,7 @@ class ImageWriter:
             specs: every tensor of the arena, in layer order.
             aliases: other names of tied tensors, each with the name it stands for.
             metadata: JSON values for whoever opens the image.
+            beside_bytes: that other images, begun and not yet written, are to take of the same disk.
 
         Raises:
             ImageFailure: the disk is too full, or refused.
@@ -72,15 +74,15 @@ class ImageWriter:
         layout = plan_layout(specs, page_bytes=self._page_bytes)
         assert layout.slots, "an image needs at least one tensor"
         with reporting_write_errors(self.directory):
-            self._require_space(layout.nbytes)
+            self._require_space(layout.nbytes, beside_bytes)
             self._fd = _create(self.directory)
             os.ftruncate(self._fd, layout.nbytes)
         self._layout, self._missing = layout, set(layout.slots)
         self._aliases, self._metadata = dict(aliases or {}), dict(metadata or {})
         return layout
 
-    def _require_space(self, nbytes: int) -> None:
-        free = shutil.disk_usage(self.directory).free
+    def _require_space(self, nbytes: int, beside_bytes: int) -> None:
+        free = shutil.disk_usage(self.directory).free - beside_bytes
         if free < nbytes + _SPARE_BYTES:
             raise OSError(
                 f"the weights take {nbytes:,} bytes, {_SPARE_BYTES:,} more must stay free, and only {free:,} are free"
@@ -95,9 +97,9 @@ class ImageWriter:
         assert self._layout is not None, "begin() comes before put()"
         slot = self._layout.slots.get(name)
         if slot is None:
-            raise ImageFailure(f"Tensor {name!r} is not in the layout of {self._identity.key}.")
+            raise ImageFailure(f"Tensor {name!r} is not in the layout of {self.identity.key}.")
         if name not in self._missing:
-            raise ImageFailure(f"Tensor {name!r} was put twice into {self._identity.key}.")
+            raise ImageFailure(f"Tensor {name!r} was put twice into {self.identity.key}.")
         content = _bytes_for(slot, data)
         with reporting_write_errors(self.directory):
             _write_at(self._fd, content, slot.offset)
@@ -115,16 +117,16 @@ class ImageWriter:
             ImageFailure: tensors are missing, or the disk refused.
         """
         if self._layout is None:
-            raise ImageFailure(f"The builder of {self._identity.key} never called begin().")
+            raise ImageFailure(f"The builder of {self.identity.key} never called begin().")
         if self._missing:
             names = sorted(self._missing)
             raise ImageFailure(
-                f"{len(names)} tensors of {self._identity.key} were never written, such as {', '.join(names[:3])}."
+                f"{len(names)} tensors of {self.identity.key} were never written, such as {', '.join(names[:3])}."
             )
         with reporting_write_errors(self.directory):
             buffers = self._write_buffers()
             index = ImageIndex(
-                identity=self._identity,
+                identity=self.identity,
                 layout=self._layout,
                 checksums=tuple(checksum_of_file(self._fd, part.offset, part.nbytes) for part in self._layout.extents),
                 aliases=self._aliases,

@@ -47,12 +47,17 @@ def tensor_nbytes(shape: Iterable[int], dtype: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor that wants a place. Specs of one `group` (say, a decoder layer) share extents."""
+    """A tensor that wants a place. Specs of one `group` (say, a decoder layer) share extents.
+
+    Attributes:
+        joined: begins where the one before it in its group ends, aligned or not: both are read as one.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     group: str = ""
+    joined: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -185,7 +190,7 @@ def plan_layout(
         start = offset
         for spec in members:
             assert spec.name not in slots, f"two tensors are named {spec.name!r}"
-            offset = round_up(offset, alignment)
+            offset = offset if spec.joined else round_up(offset, alignment)
             slots[spec.name] = Slot(spec.name, spec.shape, spec.dtype, offset)
             offset += spec.nbytes
         offset = round_up(offset, page_bytes)

@@ -14,6 +14,7 @@ from shuteye.errors import ImageFailure
 from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image import WeightImage
 from shuteye.model_info import PoolingInfo, WhisperSpec
+from shuteye.parallel.shards import DecoderShape, RankPlace, ShardPlan, plan_shards
 
 TOKENIZER_DIR = "tokenizer"
 CONFIG_DIR = "config"
@@ -60,6 +61,28 @@ class Origin:
     def of(cls, image: WeightImage) -> Origin:
         """The origin that an image tells."""
         return msgspec.convert(image.metadata["origin"], cls)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Of which rank of which model an image holds the part; images of whole models do not have it."""
+
+    shape: DecoderShape
+    place: RankPlace
+
+    def as_metadata(self) -> dict[str, Any]:
+        """What goes into the image's metadata, beside the facts of the rank's model."""
+        return {"shard": msgspec.to_builtins(self)}
+
+    @classmethod
+    def of(cls, image: WeightImage) -> Shard | None:
+        """The part that an image tells; None if it holds everything."""
+        return msgspec.convert(image.metadata["shard"], cls) if "shard" in image.metadata else None
+
+    @property
+    def plan(self) -> ShardPlan:
+        """The rank's part of each tensor."""
+        return plan_shards(self.shape, self.place)
 
 
 SpecT = TypeVar("SpecT", bound=CommonSpec)

@@ -26,6 +26,7 @@ from shuteye.memory.cache_dir import sweep_orphans
 from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.models.progress import Progress, ProgressEvent
+from shuteye.parallel.shards import ONE_RANK, RankPlace
 from shuteye.processes import die_with_parent
 
 logger = logging.getLogger(__name__)
@@ -36,13 +37,18 @@ END_GRACE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Which image is wanted; the fields are those of `EngineConfig`, `cache_dir` as text so that it can travel."""
+    """Which image is wanted; the fields are those of `EngineConfig`, `cache_dir` as text so that it can travel.
+
+    Attributes:
+        place: whose part of the model.
+    """
 
     model: str
     cache_dir: str
     revision: str | None = None
     dtype: DType = "auto"
     offline: bool = False
+    place: RankPlace = ONE_RANK
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -97,7 +103,7 @@ def _open_present(order: Order, store: ImageStore) -> WeightImage | None:
             raise
         return None
     try:
-        return store.open(identity_of(source, resolve_dtype(source, order.dtype)))
+        return store.open(identity_of(source, resolve_dtype(source, order.dtype), order.place))
     except ImageFailure as failure:
         logger.warning("The weight image of %s is rebuilt. %s", order.model, failure.message)
         return None
@@ -113,7 +119,8 @@ def make(order: Order, progress: Progress) -> str:
     )
     from shuteye.models.image_builder import open_image  # torch takes seconds, which a name that is wrong need not
 
-    image = open_image(source, dtype=order.dtype, store=ImageStore(cache_dir), progress=progress)
+    store = ImageStore(cache_dir)
+    image = open_image(source, dtype=order.dtype, store=store, progress=progress, place=order.place)
     image.close()
     return image.identity.key
 

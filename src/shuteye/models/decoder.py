@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -11,16 +12,21 @@ import torch
 
 from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image import WeightImage
+from shuteye.memory.layout import Slot
 from shuteye.models import attention
 from shuteye.models.attention import AttentionContext, attending
-from shuteye.models.binding import BoundModel, CommonSpec, bind_module, read_image_config, slot_names_of
+from shuteye.models.binding import BoundModel, CommonSpec, Shard, bind_module, read_image_config, slot_names_of
 from shuteye.models.fused import INVERSE_FREQUENCIES, FusedDecoder, FusedSpec, wide_weights
 from shuteye.models.modules import build_module, quiet
+from shuteye.models.rank_decoder import RankDecoder, RankGroups, rank_weights
 from shuteye.models.support import AttentionSpec, check
+from shuteye.parallel.shards import ShardPlan
 
 if TYPE_CHECKING:
     from shuteye.cache.kv_cache import KVCache
     from shuteye.tasks.generate.runner import PackedBatch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +76,18 @@ class LoadedModel(BoundModel[ImageSpec]):
 
     Attributes:
         decoder: what computes its steps: a flat loop, or transformers' own modules.
+        shard: this rank's part of each tensor; None if it has the whole model.
     """
 
-    def __init__(self, facts: ImageSpec, decoder: FusedDecoder | ModuleDecoder, slot_names: dict[str, str]) -> None:
+    def __init__(
+        self,
+        facts: ImageSpec,
+        decoder: FusedDecoder | ModuleDecoder | RankDecoder,
+        slot_names: dict[str, str],
+        shard: ShardPlan | None = None,
+    ) -> None:
         super().__init__(facts, slot_names)
+        self.shard = shard
         self.eos_token_ids = facts.eos_token_ids
         self.default_sampling = facts.default_sampling
         self.decoder = decoder
@@ -83,18 +97,27 @@ class LoadedModel(BoundModel[ImageSpec]):
         """Compute a packed step: its keys and values go to the cache.
 
         Returns:
-            float32 logits [num_sampled, vocab_size] of the tokens in `batch.logits_indices`, in that order.
+            float32 logits [num_sampled, vocab_size] of the tokens in `batch.logits_indices`, in that order. On a rank
+            that does not hold the sampler, what it computed instead: see `RankDecoder.forward`.
         """
         return self.decoder.forward(batch, kv_cache).float()
 
 
-def bind(image: WeightImage, arena: Arena, *, modules: bool = False, native: bool = True) -> LoadedModel:
+def bind(
+    image: WeightImage,
+    arena: Arena,
+    *,
+    modules: bool = False,
+    native: bool = True,
+    groups: RankGroups | None = None,
+) -> LoadedModel:
     """Let every tensor of an image look into `arena`, which has the image's layout; touches no weight.
 
     Args:
         arena: need not be resident yet.
         modules: use transformers' modules even for a model that the flat loop can compute.
         native: let the flat loop use the native kernels where they can be used.
+        groups: the other ranks, if the image holds a rank's part; that is computed by the flat loop, without kernels.
 
     Raises:
         ImageFailure: image and module disagree; the message names the tensors.
@@ -102,6 +125,12 @@ def bind(image: WeightImage, arena: Arena, *, modules: bool = False, native: boo
     """
     facts = msgspec.convert(dict(image.metadata), ImageSpec)
     slot_names = slot_names_of(image)
+    shard = Shard.of(image)
+    assert (shard is None) == (groups is None), "groups are for the image of a rank's part"
+    if shard is not None and groups is not None:
+        if native and shard.place.rank == 0:
+            logger.info("Each of %d ranks computes with torch, not with the native kernels.", shard.place.num_ranks)
+        return _bind_rank(image, arena, facts, shard.plan, groups)
     decoder = None if modules else _bind_flat(image, arena, facts, slot_names, native=native)
     if decoder is not None:
         return LoadedModel(facts, decoder, slot_names)
@@ -117,12 +146,25 @@ def _bind_flat(
     """The flat loop, which needs neither transformers nor the checkpoint's config; None if it is not for this model."""
     if facts.fused is None:
         return None
-    slots = {name: image.layout.slots[slot_name] for name, slot_name in slot_names.items()}
+    slots = _slots_by_name(image, slot_names)
     weights = wide_weights(slots, arena.view, num_layers=facts.fused.num_layers)
     if weights is None:
         return None
     frequencies = image.read_buffers()[INVERSE_FREQUENCIES]
     return FusedDecoder(facts.fused, weights, frequencies, facts.attention.windows, native=native)
+
+
+def _bind_rank(image: WeightImage, arena: Arena, facts: ImageSpec, plan: ShardPlan, groups: RankGroups) -> LoadedModel:
+    assert facts.fused is not None, "only recognised models are split"
+    slot_names = slot_names_of(image)
+    weights = rank_weights(_slots_by_name(image, slot_names), arena.view, plan)
+    frequencies = image.read_buffers()[INVERSE_FREQUENCIES]
+    decoder = RankDecoder(plan, facts.fused, weights, frequencies, facts.attention.windows, groups=groups)
+    return LoadedModel(facts, decoder, slot_names, plan)
+
+
+def _slots_by_name(image: WeightImage, slot_names: dict[str, str]) -> dict[str, Slot]:
+    return {name: image.layout.slots[slot_name] for name, slot_name in slot_names.items()}
 
 
 def _bind_module(image: WeightImage, arena: Arena, facts: ImageSpec, config: Any) -> Any:

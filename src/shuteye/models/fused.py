@@ -106,8 +106,13 @@ class FusedWeights:
     head: Projection
 
 
-class _Slots:
-    """Tensors by checkpoint name; wide ones where slots lie adjacent."""
+class NamedViews:
+    """Tensors by checkpoint name; wide ones where slots lie adjacent.
+
+    Args:
+        slots: by checkpoint name, tied names included.
+        view: a tensor over (offset, shape, dtype) of the arena.
+    """
 
     def __init__(self, slots: Mapping[str, Slot], view: Callable[[int, Sequence[int], str], Tensor]) -> None:
         self._slots = slots
@@ -161,7 +166,7 @@ def wide_weights(
         slots: by checkpoint name, tied names included.
         view: a tensor over (offset, shape, dtype) of the arena.
     """
-    named = _Slots(slots, view)
+    named = NamedViews(slots, view)
     layers = [named.layer(f"model.layers.{index}") for index in range(num_layers)]
     head = named.projection("lm_head")
     complete = tuple(layer for layer in layers if layer is not None)
@@ -173,7 +178,74 @@ def wide_weights(
 # --- the loop -------------------------------------------------------------------------------------
 
 
-class FusedDecoder:
+class FlatLoop:
+    """The layers of a packed step, in torch; what comes before and after them is for those who build on it."""
+
+    def __init__(
+        self,
+        facts: FusedSpec,
+        layers: Sequence[Layer],
+        inverse_frequencies: Tensor,
+        windows: Sequence[int | None],
+    ) -> None:
+        self.inverse_frequencies = inverse_frequencies
+        self._facts = facts
+        self._layers = layers
+        self._windows = windows
+
+    def _compute_layers(
+        self, hidden: Tensor, batch: PackedBatch, kv_cache: KVCache, *, wanted: Tensor | None
+    ) -> Tensor:
+        """Hidden states [num_tokens, hidden_size], changed in place → those after the layers.
+
+        Args:
+            wanted: int64 [num_wanted], the tokens whose states are returned; None: all.
+        """
+        context = AttentionContext(batch, kv_cache, self._windows)
+        cos, sin = self._rotation(batch.positions, hidden.dtype)
+        sin[:, : sin.shape[1] // 2].neg_()
+        rotation = cos[:, None], sin[:, None]
+        for index, layer in enumerate(self._layers):
+            hidden += self._whole(
+                self._attention(index, layer, self._norm(hidden, layer.input_norm), rotation, context)
+            )
+            if wanted is not None and index == len(self._layers) - 1:
+                hidden = hidden[wanted]  # K/V of the other tokens is written: they have done their part
+            gate, up = layer.gate_up(self._norm(hidden, layer.post_norm)).chunk(2, dim=-1)
+            hidden += self._whole(layer.down(silu(gate).mul_(up)))
+        return hidden
+
+    def _whole(self, product: Tensor) -> Tensor:
+        """A layer's output or down projection, [num_tokens, hidden_size], summed over those who have a part in it."""
+        return product
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Root mean square normalisation of the last dimension (arXiv:1910.07467)."""
+        return rms_norm(x, weight.shape, weight, self._facts.norm_eps)
+
+    def _attention(
+        self, index: int, layer: Layer, x: Tensor, rotation: tuple[Tensor, Tensor], context: AttentionContext
+    ) -> Tensor:
+        key_start = self._facts.num_heads
+        value_start = key_start + self._facts.num_kv_heads
+        heads = layer.qkv(x).view(len(x), -1, self._facts.head_dim)  # [num_tokens, query + key + value heads, head_dim]
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query = _rotate(self._norm(heads[:, :key_start], layer.query_norm), rotation)
+            key = _rotate(self._norm(heads[:, key_start:value_start], layer.key_norm), rotation)
+        else:
+            both = _rotate(heads[:, :value_start], rotation)
+            query, key = both[:, :key_start], both[:, key_start:]
+        found = attend(context, index, query, key, heads[:, value_start:], scale=self._facts.attention_scale)
+        return layer.output(found.reshape(len(x), -1))
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions, both [num_tokens, head_dim]."""
+        angles = torch.outer(positions.float(), self.inverse_frequencies).repeat(1, 2)
+        scale = self._facts.rotary_scale
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+class FusedDecoder(FlatLoop):
     """The whole model of a packed step: small steps by native kernels where they are to be had, others by torch.
 
     Args:
@@ -193,10 +265,8 @@ class FusedDecoder:
         *,
         native: bool = True,
     ) -> None:
-        self.inverse_frequencies = inverse_frequencies
-        self._facts = facts
+        super().__init__(facts, weights.layers, inverse_frequencies, windows)
         self._weights = weights
-        self._windows = windows
         heads = {"num_heads": facts.num_heads, "num_kv_heads": facts.num_kv_heads, "head_dim": facts.head_dim}
         usable = native and available() and unsupported_shape(weights.embedding.dtype, **heads) is None
         self.native_tokens = MAX_TOKENS if usable else 0
@@ -232,44 +302,10 @@ class FusedDecoder:
         )
 
     def _forward_in_torch(self, batch: PackedBatch, kv_cache: KVCache) -> Tensor:
-        context = AttentionContext(batch, kv_cache, self._windows)
         weights = self._weights
         hidden = embedding(batch.input_ids, weights.embedding)  # [num_tokens, hidden_size]
-        cos, sin = self._rotation(batch.positions, hidden.dtype)
-        sin[:, : sin.shape[1] // 2].neg_()
-        rotation = cos[:, None], sin[:, None]
-        for index, layer in enumerate(weights.layers):
-            hidden += self._attention(index, layer, self._norm(hidden, layer.input_norm), rotation, context)
-            if index == len(weights.layers) - 1:
-                hidden = hidden[batch.logits_indices]  # K/V of the other tokens is written: they have done their part
-            gate, up = layer.gate_up(self._norm(hidden, layer.post_norm)).chunk(2, dim=-1)
-            hidden += layer.down(silu(gate).mul_(up))
+        hidden = self._compute_layers(hidden, batch, kv_cache, wanted=batch.logits_indices)
         return weights.head(self._norm(hidden, weights.norm))
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Root mean square normalisation of the last dimension (arXiv:1910.07467)."""
-        return rms_norm(x, weight.shape, weight, self._facts.norm_eps)
-
-    def _attention(
-        self, index: int, layer: Layer, x: Tensor, rotation: tuple[Tensor, Tensor], context: AttentionContext
-    ) -> Tensor:
-        key_start = self._facts.num_heads
-        value_start = key_start + self._facts.num_kv_heads
-        heads = layer.qkv(x).view(len(x), -1, self._facts.head_dim)  # [num_tokens, query + key + value heads, head_dim]
-        if layer.query_norm is not None and layer.key_norm is not None:
-            query = _rotate(self._norm(heads[:, :key_start], layer.query_norm), rotation)
-            key = _rotate(self._norm(heads[:, key_start:value_start], layer.key_norm), rotation)
-        else:
-            both = _rotate(heads[:, :value_start], rotation)
-            query, key = both[:, :key_start], both[:, key_start:]
-        found = attend(context, index, query, key, heads[:, value_start:], scale=self._facts.attention_scale)
-        return layer.output(found.reshape(len(x), -1))
-
-    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions, both [num_tokens, head_dim]."""
-        angles = torch.outer(positions.float(), self.inverse_frequencies).repeat(1, 2)
-        scale = self._facts.rotary_scale
-        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -351,6 +387,13 @@ def layout_order(names: Sequence[str]) -> list[str]:
         return (anchors[parent, members], _KIND_ORDER.get(kind, "z" + kind), index, place[name])
 
     return sorted(names, key=sort_key)
+
+
+def are_joined(before: str, name: str) -> bool:
+    """Whether two tensors are of one set and kind, so that they are read as one if they touch."""
+    key = _fused_key(name)
+    left = _fused_key(before)
+    return key is not None and left is not None and left[:3] == key[:3]
 
 
 _KIND_ORDER = {"weight": "a", "bias": "b"}

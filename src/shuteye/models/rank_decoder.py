@@ -1,0 +1,181 @@
+"""One rank's part of a Llama-like decoder: its layers and heads, and what it exchanges with the other ranks.
+
+Computed in torch alone: the native kernels do not compute a part of a model yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from shuteye.memory.layout import Slot
+from shuteye.models.fused import FlatLoop, FusedSpec, Layer, NamedViews, Projection
+from shuteye.parallel.shards import EMBEDDING, ShardPlan
+
+if TYPE_CHECKING:
+    from shuteye.cache.kv_cache import KVCache
+    from shuteye.tasks.generate.runner import PackedBatch
+
+
+class Group(Protocol):
+    """What a rank needs of the ranks that it exchanges tensors with; each call is made by all of them, in one order."""
+
+    def all_reduce(self, x: Tensor) -> None:
+        """Put the sum of all ranks' `x` in its place, the same bits on every rank."""
+        ...
+
+    def gather(self, x: Tensor, widths: Sequence[int], to: int = 0) -> Tensor | None:
+        """Put all ranks' columns side by side on rank `to`: [rows, widths[rank]] each → [rows, sum(widths)]."""
+        ...
+
+    def send(self, x: Tensor, to: int) -> None:
+        """Hand `x` to one rank."""
+        ...
+
+    def recv(self, out: Tensor, source: int) -> None:
+        """Fill `out` with what one rank sends."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RankGroups:
+    """Whom a rank exchanges tensors with; None where there is nobody else.
+
+    Attributes:
+        tensor: the ranks of its stage; a rank's number there is its tp_rank.
+        pipeline: the ranks of its tp_rank in every stage; a rank's number there is its pp_rank.
+    """
+
+    tensor: Group | None = None
+    pipeline: Group | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RankWeights:
+    """A rank's tensors, as views of the arena: valid while it is resident.
+
+    Attributes:
+        embedding: of the whole vocabulary; on the first stage.
+        norm, head: on the last stage; the head has the rank's rows of the vocabulary.
+    """
+
+    layers: tuple[Layer, ...]
+    embedding: Tensor | None
+    norm: Tensor | None
+    head: Projection | None
+
+
+def rank_weights(
+    slots: Mapping[str, Slot], view: Callable[[int, Sequence[int], str], Tensor], plan: ShardPlan
+) -> RankWeights:
+    """The rank's tensors with projections of one input side by side.
+
+    Args:
+        slots: by checkpoint name, tied names included; of the rank's parts.
+        view: a tensor over (offset, shape, dtype) of the arena.
+    """
+    named = NamedViews(slots, view)
+    layers = tuple(layer for index in plan.spec.layers if (layer := named.layer(f"model.layers.{index}")) is not None)
+    assert len(layers) == len(plan.spec.layers), "a rank's image is laid out for the loop, whatever its sizes"
+    return RankWeights(
+        layers=layers,
+        embedding=named[EMBEDDING] if plan.embeds else None,
+        norm=named["model.norm.weight"] if plan.has_head else None,
+        head=_head(named, plan) if plan.has_head else None,
+    )
+
+
+def _head(named: NamedViews, plan: ShardPlan) -> Projection:
+    """The rank's rows; where they are the embedding's and that is here, of the whole one."""
+    head = named.projection("lm_head")
+    assert head is not None
+    if plan.shape.tied and plan.embeds:
+        return Projection(head.weight[plan.vocabulary.start : plan.vocabulary.stop], head.bias)
+    return head
+
+
+class RankDecoder(FlatLoop):
+    """The rank's part of a packed step.
+
+    Attributes:
+        native_tokens: the largest step that native kernels compute: none.
+    """
+
+    native_tokens = 0
+
+    def __init__(
+        self,
+        plan: ShardPlan,
+        facts: FusedSpec,
+        weights: RankWeights,
+        inverse_frequencies: Tensor,
+        windows: Sequence[int | None],
+        *,
+        groups: RankGroups,
+    ) -> None:
+        assert (groups.tensor is None) == (plan.spec.tp_size == 1), "a tensor group is for several ranks in a stage"
+        assert (groups.pipeline is None) == (plan.spec.pp_size == 1), "a pipeline group is for several stages"
+        super().__init__(facts, weights.layers, inverse_frequencies, windows)
+        self._plan = plan
+        self._weights = weights
+        self._groups = groups
+        self._widths = [len(part) for part in plan.vocabularies]
+
+    def forward(self, batch: PackedBatch, kv_cache: KVCache) -> Tensor:
+        """Compute the rank's part of a step: take what the stage before sends, and send on.
+
+        Returns:
+            On the rank that holds the sampler, logits [num_sampled, vocab_size]. On others what they computed of
+            it: their own columns of the logits, or the hidden states [num_tokens, hidden_size] that they sent.
+        """
+        pipeline, stage = self._groups.pipeline, self._plan.spec.pp_rank
+        hidden = None
+        if pipeline is not None and not self._plan.embeds:
+            hidden = self._blank_hidden(batch.num_tokens)
+            pipeline.recv(hidden, stage - 1)
+        found = self.compute(batch, kv_cache, hidden)
+        if pipeline is not None and not self._plan.has_head:
+            pipeline.send(found, stage + 1)
+        return found
+
+    def compute(self, batch: PackedBatch, kv_cache: KVCache, hidden_in: Tensor | None) -> Tensor:
+        """The part itself, within the stage.
+
+        Args:
+            hidden_in: [num_tokens, hidden_size], after the stage before; changed in place. None on the first.
+
+        Returns:
+            As `forward`.
+        """
+        weights = self._weights
+        if hidden_in is None:
+            assert weights.embedding is not None
+            hidden_in = embedding(batch.input_ids, weights.embedding)
+        if weights.head is None or weights.norm is None:
+            return self._compute_layers(hidden_in, batch, kv_cache, wanted=None)
+        hidden = self._compute_layers(hidden_in, batch, kv_cache, wanted=batch.logits_indices)
+        return self._side_by_side(weights.head(self._norm(hidden, weights.norm)))
+
+    def _blank_hidden(self, num_tokens: int) -> Tensor:
+        like = self._weights.layers[0].input_norm
+        return torch.empty((num_tokens, len(like)), dtype=like.dtype)
+
+    def _whole(self, product: Tensor) -> Tensor:
+        if self._groups.tensor is not None and product.numel():
+            self._groups.tensor.all_reduce(product)
+        return product
+
+    def _side_by_side(self, logits: Tensor) -> Tensor:
+        """All ranks' columns on the rank that holds the sampler."""
+        if self._groups.tensor is None:
+            return logits
+        if not len(logits):
+            return logits.new_empty((0, self._plan.shape.vocab_size))
+        gathered = self._groups.tensor.gather(logits, self._widths)
+        assert (gathered is not None) == self._plan.holds_sampler
+        return logits if gathered is None else gathered
