@@ -54,7 +54,7 @@ class Group {
   void abort(const char* reason, uint64_t missing = 0); // the first counts; from any thread
   bool aborted() const;
   bool fault(ShuteyeFault& fault) const; // false: there is none
-  void set_timeout(double seconds) { timeout_ns_ = static_cast<int64_t>(seconds * 1e9); }
+  void set_timeout(double seconds) { timeout_ns_ = static_cast<int64_t>((seconds < 1e9 ? seconds : 1e9) * 1e9); }
 
   int64_t rank() const { return rank_; }
   int64_t size() const { return size_; }
