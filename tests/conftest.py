@@ -163,12 +163,13 @@ def gguf_read_once():
     """Within `gguf_read_once()`, transformers parses a GGUF file once: seconds for the real one, at every load."""
     import gguf
 
-    read = functools.cache(gguf.GGUFReader)
+    slow = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
 
     @contextmanager
     def reading():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gguf, "GGUFReader", read)
+            for name, once in slow.items():
+                patch.setattr(gguf, name, once)
             yield
 
     return reading

@@ -1,4 +1,4 @@
-"""The README and the guides, followed by a reader who types all of it (`guide.py`)."""
+"""The README and the guides, followed by a reader who types all of it (`docs_reader.py`)."""
 
 import re
 
@@ -10,9 +10,8 @@ PAGES = [ROOT / "README.md", *GUIDES]
 
 
 @pytest.fixture
-def reader(tiny_checkpoint, tiny_shuteye, tmp_path, tmp_path_factory):
-    cache_dir = tmp_path_factory.getbasetemp() / "guides-cache"
-    reader = Reader(checkpoint=tiny_checkpoint, cache_dir=cache_dir, directory=tmp_path)
+def reader(tiny_checkpoint, tiny_shuteye, core_cache, tmp_path):
+    reader = Reader(checkpoint=tiny_checkpoint, cache_dir=core_cache, directory=tmp_path)
     yield reader
     reader.close()
 
