@@ -78,6 +78,14 @@ def open_tensors(path: str) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
         yield ((name, file.get_tensor(name)) for file in files for name in file.keys())  # noqa: SIM118 (not a dict)
 
 
+@contextlib.contextmanager
+def open_shapes(path: str) -> Iterator[Iterator[tuple[str, tuple[int, ...]]]]:
+    """`open_tensors` for the shapes alone, of which the files' headers tell."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(_open(one)) for one in _files_of(Path(path))]
+        yield ((name, tuple(file.get_slice(name).get_shape())) for file in files for name in file.keys())  # noqa: SIM118
+
+
 def _files_of(path: Path) -> list[Path]:
     try:
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
