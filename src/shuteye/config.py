@@ -46,8 +46,8 @@ class EngineConfig:
     Attributes:
         model: local directory, `.gguf` file, hub id, or built-in alias.
         revision: branch, tag or commit of a hub id; a local path has none.
-        kv_cache_memory: bytes of KV cache, of all ranks together; None sizes it from free memory, 0 is for models without
-            one.
+        kv_cache_memory: bytes of KV cache of all ranks together; None sizes it from free memory, 0 is for models
+            without one.
         max_model_len: longest prompt plus output in tokens; None takes the checkpoint's, if the KV cache can hold it.
         max_num_batched_tokens: the token budget of one step.
         max_waiting_requests: how many sequences may wait for a place in the batch; `LLM` lets as many wait as it likes.

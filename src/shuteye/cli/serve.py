@@ -53,8 +53,8 @@ SLEEP_FLAGS = {
 }
 ENGINE_FLAGS = {
     "kv_cache_memory": Flag(
-        "KV cache of all ranks together, such as 512MiB, 2GiB or 1e9. By default a share of free memory, and no more than "
-        "--max-num-seqs requests could use; it costs memory only as it fills.",
+        "KV cache of all ranks together, such as 512MiB, 2GiB or 1e9. By default a share of free memory, and no more "
+        "than --max-num-seqs requests could use; it costs memory only as it fills.",
         size=True,
     ),
     "max_num_seqs": Flag("Most requests that run at once; others wait."),

@@ -57,7 +57,7 @@ class Executor(ABC):
 
     @abstractmethod
     def outcomes(self, verb: str, *args: Any, ranks: Collection[int] | None = None) -> dict[int, Any]:
-        """Call one of `worker.VERBS` on every rank, or on `ranks`; what each returned, or the ShuteyeError it raised."""
+        """Call one of `worker.VERBS` on every rank, or on `ranks`: what each returned, or the error it raised."""
 
     def call(self, verb: str, *args: Any) -> list[Any]:
         """Call one of `worker.VERBS` on every rank; the answers in rank order.
@@ -101,29 +101,23 @@ def answers(outcomes: Mapping[int, Any], *, num_ranks: int) -> list[Any]:
     return [outcomes[rank] for rank in sorted(outcomes)]
 
 
-_WEIGHTIEST = (RankLost, EngineFaulted, VerificationFailed)
+_WEIGHTIEST = (EngineFaulted, VerificationFailed)
 
 
 def _as_one(failed: Mapping[int, ShuteyeError], *, num_ranks: int) -> ShuteyeError:
     """Ranks that were kept from going on by others (`GroupAborted`) are named only if nobody says why."""
-    for kind in _WEIGHTIEST:
-        if any(isinstance(error, kind) for error in failed.values()):
-            break
-    else:
-        causes = {rank: error for rank, error in failed.items() if not isinstance(error, GroupAborted)} or failed
-        kind = type(next(iter(causes.values())))
-    ours = {rank: error for rank, error in failed.items() if isinstance(error, kind)}
-    first = next(iter(ours.values()))
+    causes = {rank: error for rank, error in failed.items() if not isinstance(error, GroupAborted)} or failed
+    lost = {error.message: None for error in failed.values() if isinstance(error, RankLost)}
+    if lost:
+        return RankLost("; ".join(lost))
+    weighty = [error for kind in _WEIGHTIEST for error in causes.values() if isinstance(error, kind)]
+    first = [*weighty, *causes.values()][0]
     if num_ranks == 1:
         return first
-    if kind is RankLost:
-        text = "; ".join(error.message for error in ours.values())
+    if len(causes) == num_ranks and len({error.message for error in causes.values()}) == 1:
+        text = first.message  # every rank says the same
     else:
-        others = {rank: error for rank, error in failed.items() if not isinstance(error, GroupAborted)} or failed
-        if len(others) == num_ranks and len({error.message for error in others.values()}) == 1:
-            text = first.message  # every rank says the same
-        else:
-            text = "; ".join(f"rank {rank}: {error.message}" for rank, error in sorted(others.items()))
+        text = "; ".join(f"rank {rank}: {error.message}" for rank, error in sorted(causes.items()))
     return type(first)(text, param=first.param)
 
 

@@ -63,7 +63,8 @@ class Reply(msgspec.Struct, frozen=True, array_like=True):
 
 
 SIGNATURES: Mapping[str, tuple[Any, Any]] = {
-    # verb → its arguments, its result: `worker.VERBS` but `update_weights`, which becomes a file, and what the process itself does
+    # verb → its arguments, its result: `worker.VERBS`, but `update_weights`, which becomes a file; and what the process
+    # itself does
     "execute": (tuple[StepPlan], StepResult),
     "start": (tuple[()], None),
     "join": (tuple[Meeting], None),

@@ -43,7 +43,7 @@ class InprocExecutor(Executor):
         assert verb in VERBS, f"{verb!r} is not a verb of the worker"
         try:
             return {0: self._worker.call(verb, *args)}
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (it is raised by whoever looks)
             return {0: _translated(verb, error)}
 
     def close(self) -> None:

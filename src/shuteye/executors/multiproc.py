@@ -1,4 +1,4 @@
-"""Several ranks, each a process of this machine: asked all at once, waited for with a deadline, watched for their death.
+"""Several ranks, each a process of this machine: asked all at once, with a deadline, and watched for their death.
 
 Knows nothing of sleep: what a failure means for the engine, `engine/sleep.py` says. ADR 18 has the protocol.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import zmq
 
 from shuteye.config import EngineConfig
-from shuteye.errors import EngineFaulted, MemoryExhausted, RankLost, ShuteyeError, rebuild
+from shuteye.errors import EngineFaulted, MemoryExhausted, RankLost, ShuteyeError, UnsupportedModel, rebuild
 from shuteye.executors import Executor, RankFailure, answers
 from shuteye.executors.frames import MEETING_VERBS, RESULTS, Meeting, Start, ask
 from shuteye.executors.rank_process import RankProcess
@@ -38,8 +38,8 @@ _LONG_VERBS = frozenset({"reload_weights", "check_update", "update_weights_from_
 class MultiprocExecutor(Executor):
     """Ranks as processes that compute one model together.
 
-    A rank that fails in a step ends the step for all of them: they go on in new groups, of the next epoch. One that dies is
-    seen by a thread, which ends whatever the others wait for.
+    A rank that fails in a step ends the step for all of them: they go on in new groups, of the next epoch. One that
+    dies is seen by a thread, which ends whatever the others wait for.
 
     Raises:
         ShuteyeError: a rank could not load.
@@ -63,9 +63,20 @@ class MultiprocExecutor(Executor):
         try:
             self._meet()
             self._start(range(self.num_ranks))
+            self._refuse_other_tasks()
         except BaseException:
             self.close()
             raise
+
+    def _refuse_other_tasks(self) -> None:
+        """Several ranks refuse by themselves what cannot be split; one rank may be given any model."""
+        task = super().call("facts")[0].task
+        if task != "generate":
+            raise UnsupportedModel(
+                f"distributed_executor_backend 'mp' serves models that generate, and this is one for the task {task!r}; "
+                "leave it out.",
+                param="distributed_executor_backend",
+            )
 
     # --- asking ---------------------------------------------------------------------------------
 
@@ -142,7 +153,7 @@ class MultiprocExecutor(Executor):
                 self._be_late(waiting, verb, patience_s, is_late=is_late)
                 is_late, deadline = True, time.monotonic() + _GRACE_S
                 left_s = _GRACE_S
-            poller.poll(None if left_s is None else left_s * 1000 + 1)
+            poller.poll(None if left_s is None else int(left_s * 1000) + 1)
             self._watch.settle()
 
     def _received(self, rank: int, call_id: int, verb: str) -> tuple[Any] | None:
@@ -347,7 +358,7 @@ class _Watch:
         self._lock = threading.Lock()
         self._watched: dict[int, RankProcess] = {}
         self._failures: dict[int, RankFailure] = {}
-        self._closing = False
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shuteye-ranks", daemon=True)
         self._thread.start()
 
@@ -370,16 +381,16 @@ class _Watch:
 
     def close(self) -> None:
         """End the thread. Idempotent."""
-        if self._closing:
+        if self._closing.is_set():
             return
-        self._closing = True
+        self._closing.set()
         os.eventfd_write(self._changed, 1)
         self._thread.join()
         os.close(self.died)
         os.close(self._changed)
 
     def _run(self) -> None:
-        while not self._closing:
+        while not self._closing.is_set():
             with self._lock:
                 watched = {process.pidfd: process for process in self._watched.values()}
             poller = select.poll()
@@ -388,7 +399,7 @@ class _Watch:
             ready = [fd for fd, _ in poller.poll()]
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._changed)
-            if self._closing:
+            if self._closing.is_set():
                 return
             for process in (watched[fd] for fd in ready if fd in watched):
                 self._note(process)

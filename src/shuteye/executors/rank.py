@@ -1,7 +1,7 @@
 """A rank process: one worker of several, told by the engine process what to do.
 
-`python -m shuteye.executors.rank ENDPOINT PARENT LOG_FORMAT LOG_LEVEL` reads its `Start`, one frame, from stdin. It does one
-thing after the other, and ends with its parent.
+`python -m shuteye.executors.rank ENDPOINT PARENT LOG_FORMAT LOG_LEVEL` reads its `Start`, one frame, from stdin. It does
+one thing after the other, and ends with its parent.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from shuteye.worker import Worker
 logger = logging.getLogger(__name__)
 
 FIRST_EPOCH_BITS = 32
-"""A rank's memory counts its epochs from the group's epoch times two to the power of this: what a rank in the same place
-had before it was started again is never taken for what it has now."""
+"""A rank's memory counts its epochs from that of the groups it joins first, shifted by this: what a rank in its place
+had before it is never taken for what it has now."""
 
 
 def _join(place: RankPlace, meeting: Meeting) -> RankGroups:
@@ -49,7 +49,10 @@ class _Rank:
         self.epoch = start.meeting.epoch
         self._groups = _join(start.place, start.meeting)
         self._worker = Worker(
-            start.config, place=start.place, groups=self._groups, first_epoch=self.epoch << FIRST_EPOCH_BITS
+            start.config,
+            place=start.place,
+            groups=self._groups if start.place.num_ranks > 1 else None,
+            first_epoch=self.epoch << FIRST_EPOCH_BITS,
         )
 
     def answer(self, frame: bytes) -> Reply:

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import zmq
 
@@ -21,7 +21,13 @@ from shuteye.executors.wire import Decoder, bind_pair, encode
 
 
 class RankProcess:
-    """Starts the process; it answers once it has loaded. `close` kills it."""
+    """Starts the process; it answers once it has loaded. `close` kills it.
+
+    Attributes:
+        module: what it runs.
+    """
+
+    module: ClassVar[str] = "shuteye.executors.rank"
 
     def __init__(self, context: zmq.Context[Any], start: Start) -> None:
         self.rank = start.place.rank
@@ -36,7 +42,7 @@ class RankProcess:
             logged = logs.settings()
             arguments = (self._rendezvous.endpoint, str(os.getpid()), logged.format, logged.level)
             self.process = process = subprocess.Popen(
-                (sys.executable, "-m", "shuteye.executors.rank", *arguments),
+                (sys.executable, "-m", self.module, *arguments),
                 stdin=subprocess.PIPE,
                 start_new_session=True,  # a terminal's Ctrl-C is for us alone
             )

@@ -18,9 +18,9 @@ from shuteye.engine.messages import AddRequests, Control, FromEngine, ToEngine
 from shuteye.errors import EngineDead, EngineHung, InvalidRequest, ShuteyeError, TransitionConflict
 from shuteye.frontend.engine import Engine, EngineView, ServedModel
 from shuteye.frontend.engine_client import EngineClient
-from shuteye.handover import tensor_file
 from shuteye.frontend.mailbox import Backlog, outputs_of
 from shuteye.frontend.process_link import ProcessLink
+from shuteye.handover import tensor_file
 from shuteye.state import UpdateReport, WakeReport
 from shuteye.tasks.base import Job
 
