@@ -73,8 +73,8 @@ class MultiprocExecutor(Executor):
         task = super().call("facts")[0].task
         if task != "generate":
             raise UnsupportedModel(
-                f"distributed_executor_backend 'mp' serves models that generate, and this is one for the task {task!r}; "
-                "leave it out.",
+                f"distributed_executor_backend 'mp' serves models that generate, and this is one for the task "
+                f"{task!r}; leave it out.",
                 param="distributed_executor_backend",
             )
 

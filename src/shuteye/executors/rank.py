@@ -1,7 +1,7 @@
 """A rank process: one worker of several, told by the engine process what to do.
 
-`python -m shuteye.executors.rank ENDPOINT PARENT LOG_FORMAT LOG_LEVEL` reads its `Start`, one frame, from stdin. It does
-one thing after the other, and ends with its parent.
+`python -m shuteye.executors.rank ENDPOINT PARENT LOG_FORMAT LOG_LEVEL` reads its `Start`, one frame, from stdin.
+It does one thing after the other, and ends with its parent.
 """
 
 from __future__ import annotations
