@@ -22,7 +22,7 @@ from shuteye.errors import EngineFaulted, MemoryExhausted, RankLost, ShuteyeErro
 from shuteye.executors import Executor, RankFailure, answers
 from shuteye.executors.frames import MEETING_VERBS, RESULTS, Meeting, Start, ask
 from shuteye.executors.rank_process import RankProcess
-from shuteye.handover import tensor_file
+from shuteye.models.weight_updates import tensor_file
 from shuteye.parallel.group import ShmRegion
 from shuteye.parallel.shards import RankPlace
 from shuteye.tasks.table import Plan, Result

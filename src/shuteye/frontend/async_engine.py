@@ -20,7 +20,6 @@ from shuteye.frontend.engine import Engine, EngineView, ServedModel
 from shuteye.frontend.engine_client import EngineClient
 from shuteye.frontend.mailbox import Backlog, outputs_of
 from shuteye.frontend.process_link import ProcessLink
-from shuteye.handover import tensor_file
 from shuteye.state import UpdateReport, WakeReport
 from shuteye.tasks.base import Job
 
@@ -187,6 +186,8 @@ class AsyncEngine(Engine):
         """
         if self._in_process:
             return await self.control(UpdateCall(named_tensors))
+        from shuteye.models.weight_updates import tensor_file  # torch: whoever has tensors has it
+
         file = tensor_file(named_tensors)
         try:
             answer = self._client.call(UpdateFromFileCall(file.path))
