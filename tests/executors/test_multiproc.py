@@ -402,6 +402,62 @@ def test_a_step_that_one_rank_cannot_do_fails_its_requests_alone(ranks, expected
     assert ranks.generate(PROMPT) == expected
 
 
+@pytest.fixture
+def woken_by_requests(ranks, monkeypatch):
+    """Ranks whose canary goes with the first step after a wake."""
+    monkeypatch.setattr(ranks.core, "config", replace(ranks.core.config, on_sleeping_request="wake"))
+    return ranks
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_first_step_that_one_rank_finds_wrong_is_a_fault(woken_by_requests, expected, rank):
+    """Would catch tokens of a wake that is not proven, and ranks that wait for the one that does not believe it."""
+    ranks = woken_by_requests
+    ranks.call(SleepCall(1))
+    ranks.plan_fault(rank, "execute unproven")
+    began = time.monotonic()
+    with pytest.raises(VerificationFailed, match=f"rank {rank}"):
+        ranks.generate(PROMPT)
+    assert time.monotonic() - began < SOON_S
+    assert ranks.core.state.faulted
+    ranks.wake()
+    assert ranks.generate(PROMPT) == expected
+
+
+@pytest.mark.parametrize("how", ["error", "late"])
+def test_a_first_step_that_failed_is_proven_by_the_next(woken_by_requests, expected, how):
+    """Would catch one rank that runs the canary, and another that has done so already."""
+    ranks = woken_by_requests
+    ranks.call(SleepCall(1))
+    ranks.plan_fault(0, f"execute {how}")
+    with pytest.raises(ShuteyeError, match="Injected"):
+        ranks.generate(PROMPT)
+    assert ranks.core.state.gate == "open"
+    assert ranks.generate(PROMPT) == expected
+    ranks.call(SleepCall(1))
+    ranks.plan_fault(0, f"execute {how}", "execute unproven")
+    with pytest.raises(ShuteyeError, match="Injected"):
+        ranks.generate(PROMPT)
+    with pytest.raises(VerificationFailed):
+        ranks.generate(PROMPT)
+
+
+def test_requests_in_flight_are_kept_over_a_sleep(ranks, harness):
+    """Would catch a stage that sleeps with a step under way, or a rank that resumes in another order."""
+    prompts = {f"stream-{number}": (number, *PROMPT, 40 + number) for number in range(3, 8)}
+    expected = {name: harness.generate(prompt, LONG) for name, prompt in prompts.items()}
+    for name, prompt in prompts.items():
+        ranks.add(name, prompt, LONG)
+    for level in (1, 2):
+        for _ in range(9):
+            ranks.step()
+        report = ranks.call(SleepCall(level, mode="keep"))
+        assert report.held_requests == len(prompts)
+        ranks.call(WakeCall())
+    ranks.run()
+    assert {name: ranks.tokens[name] for name in prompts} == expected
+
+
 def test_ranks_that_disagree_are_a_fault(ranks, expected):
     ranks.plan_fault(1, "states wrong")
     with pytest.raises(EngineFaulted, match="disagree on weights: offloaded on rank 0, discarded on rank 1"):
@@ -422,7 +478,7 @@ def test_other_weights_on_one_rank_are_a_fault(ranks, expected):
 # --- a rank that dies -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rank", "number", "says"), [(0, signal.SIGKILL, "SIGKILL"), (1, signal.SIGTERM, "SIGTERM")])
+@pytest.mark.parametrize(("rank", "number", "says"), [(0, signal.SIGKILL, "SIGKILL"), (1, signal.SIGABRT, "SIGABRT")])
 def test_a_rank_that_dies_idle_is_noticed_and_named(ranks, expected, rank, number, says):
     ranks.kill(rank, number)
     assert ranks.wait_for_fault() == f"rank {rank} was ended by {says}"

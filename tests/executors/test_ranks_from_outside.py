@@ -55,6 +55,31 @@ def wait_until(condition, within_s=PATIENCE_S):
         time.sleep(0.01)
 
 
+def test_one_rank_may_have_a_process_of_its_own(options):
+    with LLM(**options) as one:
+        expected = one.generate(["hello"], GREEDY)[0].outputs[0].token_ids
+    with LLM(**options, distributed_executor_backend="mp") as llm:
+        assert llm.generate(["hello"], GREEDY)[0].outputs[0].token_ids == expected
+        llm.sleep(level=2)
+        llm.wake_up()
+        assert llm.generate(["hello"], GREEDY)[0].outputs[0].token_ids == expected
+
+
+def test_an_image_that_is_being_made_goes_with_its_engine(options, tmp_path):
+    """Would catch half an image that stays behind when a server is told to stop while its ranks load."""
+
+    async def scenario():
+        engine = AsyncEngine(EngineConfig(**options | {"cache_dir": tmp_path}, tensor_parallel_size=2))
+        starting = asyncio.create_task(engine.start())
+        await asyncio.to_thread(wait_until, lambda: engine._link is not None and len(ranks_of(engine._link.pid)) == 2)
+        ranks = ranks_of(engine._link.pid)
+        await engine.close()
+        await asyncio.gather(starting, return_exceptions=True)
+        assert not any(Path(f"/proc/{rank}/exe").exists() for rank in ranks)
+
+    asyncio.run(scenario())
+
+
 def test_an_llm_over_two_ranks(options):
     """Would catch a thread that sleeps in its queue while a rank dies, and processes that outlive their engine."""
     with LLM(**options) as one:

@@ -7,6 +7,7 @@ how     error    the verb is refused before it does anything
         wrong    it is done, and answers what cannot be true
         kill     the process is killed before it does anything
         stop     it is suspended before it does anything
+        unproven the canary that goes with it finds other numbers than before
 """
 
 import os
@@ -58,7 +59,14 @@ class FaultyRank(real._Rank):
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
-        found = super()._do(verb, arguments)
+        canary = self._worker._canary if how == "unproven" else None
+        if canary is not None:
+            canary.knows = lambda *_: False
+        try:
+            found = super()._do(verb, arguments)
+        finally:
+            if canary is not None:
+                del canary.knows
         if how == "late":
             raise BackendFailure(f"Injected after {verb}.")
         return WRONG[verb](found) if how == "wrong" else found

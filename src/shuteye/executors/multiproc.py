@@ -289,6 +289,8 @@ class MultiprocExecutor(Executor):
         """Kill every rank; see `Executor.close`."""
         self._watch.close()
         for process in self._processes.values():
+            process.stop_loading()
+        for process in self._processes.values():
             process.close()
         self._processes.clear()
         self._groups.close()

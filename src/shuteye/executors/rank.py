@@ -93,6 +93,7 @@ def main() -> None:
     """Serve as one rank until killed, which is how the engine process ends it."""
     die_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine decides when we end, whoever else gets the signal
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that an image that is being made is swept away
     logs.configure(logs.LogSettings(cast(logs.LogFormat, sys.argv[3]), cast(logs.LogLevel, sys.argv[4])))
     start = Decoder[Start](Start).decode(sys.stdin.buffer.read())
     context: zmq.Context[Any] = zmq.Context()
@@ -107,6 +108,7 @@ def main() -> None:
         if isinstance(error, ShuteyeError):
             sys.exit(1)
         raise
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     socket.send(encode(Reply(rank.epoch, 0)))
     while True:
         socket.send(encode(rank.answer(socket.recv())))

@@ -19,9 +19,12 @@ from shuteye.executors.frames import Reply, Start
 from shuteye.executors.rendezvous import Rendezvous
 from shuteye.executors.wire import Decoder, bind_pair, encode
 
+_GRACE_S = 10.0
+"""How long a process that still loads may take to delete what it has begun."""
+
 
 class RankProcess:
-    """Starts the process; it answers once it has loaded. `close` kills it.
+    """Starts the process; it answers once it has loaded. `close` ends it.
 
     Attributes:
         module: what it runs.
@@ -33,6 +36,7 @@ class RankProcess:
         self.rank = start.place.rank
         self.epoch = start.meeting.epoch  # of the groups that it joined last
         self.why_killed: str | None = None
+        self._has_answered = False
         self._replies: Decoder[Reply] = Decoder(Reply)
         with contextlib.ExitStack() as stack:
             self._rendezvous = Rendezvous()
@@ -46,8 +50,7 @@ class RankProcess:
                 stdin=subprocess.PIPE,
                 start_new_session=True,  # a terminal's Ctrl-C is for us alone
             )
-            stack.callback(process.wait)
-            stack.callback(process.kill)
+            stack.callback(self._end)
             self.pidfd = os.pidfd_open(process.pid)
             stack.callback(os.close, self.pidfd)
             assert process.stdin is not None
@@ -66,6 +69,7 @@ class RankProcess:
         except zmq.Again:
             return None
         self._rendezvous.close()
+        self._has_answered = True
         return reply
 
     def kill(self, why: str) -> None:
@@ -81,5 +85,18 @@ class RankProcess:
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
 
     def close(self) -> None:
-        """Kill it and give back everything. Idempotent."""
+        """End it and give back everything. Idempotent."""
         self._opened.close()
+
+    def stop_loading(self) -> None:
+        """Tell it to end, if it still loads; `close` waits for that."""
+        if not self._has_answered:
+            self.process.terminate()
+
+    def _end(self) -> None:
+        self.stop_loading()
+        if not self._has_answered:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_GRACE_S)
+        self.process.kill()
+        self.process.wait()
