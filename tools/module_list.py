@@ -23,6 +23,7 @@ LAYERS = {
             "calls",
             "config",
             "processes",
+            "handover",
             "logs",
             "tokenizer",
             "audio",

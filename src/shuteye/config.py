@@ -46,7 +46,8 @@ class EngineConfig:
     Attributes:
         model: local directory, `.gguf` file, hub id, or built-in alias.
         revision: branch, tag or commit of a hub id; a local path has none.
-        kv_cache_memory: bytes of KV cache per rank; None sizes it from free memory, 0 is for models without one.
+        kv_cache_memory: bytes of KV cache of all ranks together; None sizes it from free memory, 0 is for models
+            without one.
         max_model_len: longest prompt plus output in tokens; None takes the checkpoint's, if the KV cache can hold it.
         max_num_batched_tokens: the token budget of one step.
         max_waiting_requests: how many sequences may wait for a place in the batch; `LLM` lets as many wait as it likes.
@@ -60,8 +61,10 @@ class EngineConfig:
         cache_dir: where images and fetched wheels live; text is taken as well, and `~` is the user's home.
         hang_timeout_s: a loaded engine process that gives no sign of life for so long counts as hung.
         step_timeout_s: so does one that takes longer for one step: of the model, or of a sleep or a wake.
-        num_threads: compute threads; None takes all cores.
+        num_threads: compute threads of a rank; None divides all cores among the ranks.
         kernels: `auto` uses the native kernels where they can be used, `torch` never.
+        distributed_executor_backend: where ranks run; None is `inproc` for one and `mp` for several.
+        rank_timeout_s: a rank that does not answer for so long is killed.
 
     Raises:
         InvalidRequest: a value is of another type or out of range; `param` names it.
@@ -94,7 +97,8 @@ class EngineConfig:
     kernels: Kernels = "auto"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
-    distributed_executor_backend: ExecutorBackend = "inproc"
+    distributed_executor_backend: ExecutorBackend | None = None
+    rank_timeout_s: float = 60.0
     memory_backend: MemoryBackendName = "auto"
     cache_dir: Path = field(default_factory=default_cache_dir)
     offline: bool = False
@@ -121,6 +125,7 @@ class EngineConfig:
             "drain_timeout_s": self.drain_timeout_s,
             "hang_timeout_s": self.hang_timeout_s,
             "step_timeout_s": self.step_timeout_s,
+            "rank_timeout_s": self.rank_timeout_s,
         }
         for name, value in positive.items():
             if value is not None and not 0 < value < math.inf:

@@ -25,6 +25,7 @@ Knows nothing of HTTP libraries: `server/http/errors.py` turns these into OpenAI
         ├── EngineNotReady              503  still loading
         ├── ServerStopping              503  told to stop: what runs is finished, nothing new is begun
         ├── EngineFaulted               503  a transition could not be rolled back
+        │   └── RankLost                503  a rank has died, or was killed as it did not answer
         ├── EngineDead                  503  the engine process is gone
         │   └── DescriptorsExhausted    503  it cannot be started for want of file descriptors, a retry may work
         ├── GroupAborted                503  a rank waited for others that died, came too late or gave up
@@ -202,6 +203,12 @@ class EngineFaulted(ServerError):
 
     status_code = 503
     error_type = "EngineFaultedError"
+
+
+class RankLost(EngineFaulted):
+    """A rank has died, or was killed because it did not answer; `wake_up` starts another in its place."""
+
+    error_type = "RankLostError"
 
 
 class EngineDead(ServerError):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from shuteye.errors import InternalError
 
 if TYPE_CHECKING:
     from shuteye.config import EngineConfig
@@ -130,6 +133,37 @@ class ModelSpec:
     speech: WhisperSpec | None = None
     source: str = ""
     source_format: str = ""
+
+
+def sum_facts(ranks: Sequence[ModelSpec]) -> ModelSpec:
+    """What several ranks learnt, as of one: with the bytes of all, and the memory that the worst off can still give.
+
+    Raises:
+        InternalError: they have loaded different models.
+    """
+    common = [replace(one, **_OF_RANKS) for one in ranks]
+    for rank, one in enumerate(common):
+        if one != common[0]:
+            differing = [
+                field.name for field in fields(one) if getattr(one, field.name) != getattr(common[0], field.name)
+            ]
+            raise InternalError(f"Rank {rank} has loaded another model than rank 0: {', '.join(differing)} differ.")
+    return replace(
+        ranks[0],
+        weights_bytes=sum(one.weights_bytes for one in ranks),
+        kv_bytes_per_token=sum(one.kv_bytes_per_token for one in ranks),
+        available_bytes=min(one.available_bytes for one in ranks),
+    )
+
+
+_OF_RANKS: dict[str, Any] = {
+    # facts of a rank, that differ
+    "weights_bytes": 0,
+    "kv_bytes_per_token": 0,
+    "available_bytes": 0,
+    "image_dir": "",
+    "tokenizer_dir": "",
+}
 
 
 def model_info(config: EngineConfig, facts: ModelSpec, num_blocks: int) -> ModelInfo:

@@ -5,6 +5,7 @@ The sleep controller makes plans; ranks carry them out; reports and states are w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -204,21 +205,65 @@ DrainMode = Literal["abort", "wait", "keep"]
 """What becomes of requests in flight when the gate closes."""
 
 
-def sum_states(ranks: tuple[TagState, ...]) -> TagState:
-    """Where a tag is, with the bytes of all ranks."""
+class RanksDisagree(ValueError):
+    """Ranks tell different things of what must be the same on all."""
+
+
+def sum_states(ranks: Sequence[TagState]) -> TagState:
+    """Where a tag is, with the bytes of all ranks.
+
+    While an update goes on, ranks that have all their tensors are ahead: the tag is blank until all are.
+
+    Raises:
+        RanksDisagree: it is here and there.
+    """
+    found = {state.residency for state in ranks}
+    if len(found) > 1 and found != {"blank", "resident"}:
+        raise RanksDisagree(_differing(ranks[0].tag, [state.residency for state in ranks]))
     return replace(
         ranks[0],
+        residency="blank" if "blank" in found else ranks[0].residency,
+        backing=_backing([state.backing for state in ranks]),
         nbytes=sum(state.nbytes for state in ranks),
         resident_bytes=sum(state.resident_bytes for state in ranks),
     )
 
 
-def sum_reports(ranks: tuple[TagReport, ...]) -> TagReport:
-    """What a transition did to a tag, with the bytes of all ranks and the seconds of the slowest."""
+def sum_reports(ranks: Sequence[TagReport]) -> TagReport:
+    """What a transition did to a tag, with the bytes of all ranks and the seconds of the slowest.
+
+    Raises:
+        RanksDisagree: it did different things.
+    """
+    if len({report.residency for report in ranks}) > 1:
+        raise RanksDisagree(_differing(ranks[0].tag, [report.residency for report in ranks]))
     return replace(
         ranks[0],
+        backing=_backing([report.backing for report in ranks]),
         freed_bytes=sum(report.freed_bytes for report in ranks),
         restored_bytes=sum(report.restored_bytes for report in ranks),
         saved_bytes=sum(report.saved_bytes for report in ranks),
         seconds=max(report.seconds for report in ranks),
     )
+
+
+def sum_updates(ranks: Sequence[UpdateReport]) -> UpdateReport:
+    """What an update did, with the bytes of all ranks, what any of them misses, and the seconds of the slowest.
+
+    Of a reload, each rank counts the tensors of which it has a part: the number is the largest of them.
+    """
+    return UpdateReport(
+        updated=max(report.updated for report in ranks),
+        updated_bytes=sum(report.updated_bytes for report in ranks),
+        missing=tuple(dict.fromkeys(name for report in ranks for name in report.missing)),
+        seconds=max(report.seconds for report in ranks),
+    )
+
+
+def _backing(ranks: Sequence[str | None]) -> str | None:
+    """Of ranks of which some wrote to their weights: what holds them, rather than the image."""
+    return next((backing for backing in ranks if backing != "image"), ranks[0])
+
+
+def _differing(what: str, ranks: Sequence[object]) -> str:
+    return f"the ranks disagree on {what}: " + ", ".join(f"{found} on rank {rank}" for rank, found in enumerate(ranks))

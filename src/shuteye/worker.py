@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -24,7 +25,9 @@ from shuteye.model_info import ModelSpec
 from shuteye.models.binding import TOKENIZER_DIR, Origin
 from shuteye.models.converter import Order, obtain_image
 from shuteye.models.progress import LoggedProgress
-from shuteye.models.weight_updates import open_tensors, refuse_other_model
+from shuteye.models.rank_decoder import RankGroups
+from shuteye.models.weight_updates import open_shapes, open_tensors, refuse_other_model
+from shuteye.parallel.shards import ONE_RANK, Part, RankPlace
 from shuteye.state import SleepPlan, TagReport, UpdateReport, WakePlan
 from shuteye.tasks.canary import Canary
 from shuteye.tasks.table import Plan, Result, RunnerSetup, task_of_image
@@ -36,7 +39,9 @@ VERBS: Mapping[str, str] = {
     "allocate_kv_cache": "allocate_kv_cache",
     "estimate_sleep": "residency.estimate",
     "save": "residency.save",
+    "abort_save": "residency.abort_save",
     "release": "release",
+    "finish_release": "residency.finish_release",
     "restore": "restore",
     "undo_restore": "residency.undo_restore",
     "reset": "reset",
@@ -47,6 +52,7 @@ VERBS: Mapping[str, str] = {
     "epoch": "residency.epoch",
     "missing": "residency.missing",
     "residual_bytes": "backend.process_resident_bytes",
+    "check_update": "check_update",
     "update_weights": "update_weights",
     "update_weights_from_file": "update_weights_from_file",
     "reload_weights": "reload_weights",
@@ -55,6 +61,11 @@ VERBS: Mapping[str, str] = {
 
 class Worker:
     """One rank's share of the model, loaded at construction; `execute` runs a step, `call` does the rest.
+
+    Args:
+        place: which rank this is.
+        groups: the other ranks, if there are any.
+        first_epoch: of its memory; more than what a rank in this place before it has reached.
 
     Attributes:
         residency: the rank's memory: where it is, and how it gets elsewhere.
@@ -66,9 +77,18 @@ class Worker:
 
     _canary: Canary  # from `allocate_kv_cache` on
 
-    def __init__(self, config: EngineConfig, *, backend: MemoryBackend | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        backend: MemoryBackend | None = None,
+        place: RankPlace = ONE_RANK,
+        groups: RankGroups | None = None,
+        first_epoch: int = 0,
+    ) -> None:
         self._config = config
-        num_threads = config.num_threads or len(os.sched_getaffinity(0))
+        self._place = place
+        num_threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // place.num_ranks)
         torch.set_num_threads(num_threads)
         self.backend = backend or open_backend(config.memory_backend)
         self._num_updates = 0
@@ -76,14 +96,19 @@ class Worker:
         with ExitStack() as undo:
             self._image = image = self._open_image(config.model)
             undo.callback(image.close)
-            self._version = image.identity.key
+            self._version = self._image_version
             self._weights = Arena.reserve(self.backend, tag="weights", nbytes=image.layout.nbytes)
             self.residency = Residency(
-                backend=self.backend, weights=self._weights, image=image, spill_dir=config.cache_dir / "spill"
+                backend=self.backend,
+                weights=self._weights,
+                image=image,
+                spill_dir=config.cache_dir / "spill",
+                first_epoch=first_epoch,
             )
             undo.callback(self.residency.close)
             self.residency.restore(WakePlan(weights="reload"))
-            self._runner = task_of_image(image).open_runner(RunnerSetup(image, self._weights, config, num_threads))
+            setup = RunnerSetup(image, self._weights, config, num_threads, groups)
+            self._runner = task_of_image(image).open_runner(setup)
             undo.pop_all()
         self._model = self._runner.model
 
@@ -120,7 +145,7 @@ class Worker:
     def _open_image(self, model: str) -> WeightImage:
         config = self._config
         revision = config.revision if model == config.model else None
-        order = Order(model, str(config.cache_dir), revision, config.dtype, config.offline)
+        order = Order(model, str(config.cache_dir), revision, config.dtype, config.offline, self._place)
         return obtain_image(order, LoggedProgress())
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
@@ -145,9 +170,11 @@ class Worker:
         """
         if not self.residency.all_resident:
             raise InternalError("A step was planned while memory is not resident; the gate should have been closed.")
-        if plan.epoch != (self.residency.epoch(),):
+        rank, num_ranks = self._place.rank, self._place.num_ranks
+        if len(plan.epoch) != num_ranks or plan.epoch[rank] != self.residency.epoch():
             raise InternalError(
-                f"A step builds on epoch {plan.epoch} of this memory, which is in epoch ({self.residency.epoch()},)."
+                f"A step builds on epoch {plan.epoch} of the memory of {num_ranks} ranks; that of rank {rank} is in "
+                f"epoch {self.residency.epoch()}."
             )
         self._require_intact()  # before, because the pages of a file cut short cannot be touched
         result = self._runner.execute(plan, prove=self._prove if self._canary_deferred else None)
@@ -177,7 +204,7 @@ class Worker:
         """Map and fill memory; on error the rank is as it was before."""
         reports = self.residency.restore(plan)
         if plan.weights == "reload":
-            self._enter_version(self._image.identity.key)
+            self._enter_version(self._image_version)
         return reports
 
     def reset(self) -> None:
@@ -200,8 +227,13 @@ class Worker:
         self._canary_deferred = True
 
     def weights_source(self) -> str:
-        """Which weights are loaded: the image's key, and how often they were updated since."""
+        """Which weights are loaded: the whole model's image's key, and how often they were updated since."""
         return self._version
+
+    @property
+    def _image_version(self) -> str:
+        """The same on every rank whose image is of the same checkpoint."""
+        return replace(self._image.identity, shard="").key
 
     # --- weights --------------------------------------------------------------------------------
 
@@ -223,25 +255,60 @@ class Worker:
         begin = time.perf_counter()
         updated = updated_bytes = 0
         for name, tensor in named_tensors:
-            slot_name = self._model.slot_names.get(name)
-            if slot_name is None:
-                raise InvalidRequest(f"{name!r} is not a tensor of this model ({updated} were written).", param=name)
-            slot = self._image.layout.slots[slot_name]
-            if tuple(tensor.shape) != slot.shape:
-                raise InvalidRequest(
-                    f"{name!r} has shape {tuple(tensor.shape)}, expected {slot.shape} ({updated} were written).",
-                    param=name,
-                )
+            try:
+                slot_name, part = self._target(name, tuple(tensor.shape))
+            except InvalidRequest as error:
+                message = f"{error.message.removesuffix('.')} ({updated} were written)."
+                raise InvalidRequest(message, param=name) from error
             if updated == 0:
                 self._num_updates += 1
-                self._enter_version(f"{self._image.identity.key}+{self._num_updates}")
-            self._weights.slot_view(slot).copy_(tensor)
-            self.residency.mark_written(slot_name)
-            updated, updated_bytes = updated + 1, updated_bytes + slot.nbytes
+                self._enter_version(f"{self._image_version}+{self._num_updates}")
+            if slot_name is not None:
+                slot = self._image.layout.slots[slot_name]
+                self._weights.slot_view(slot).copy_(tensor[part])
+                self.residency.mark_written(slot_name)
+                updated_bytes += slot.nbytes
+            updated += 1
         return UpdateReport(updated, updated_bytes, self.residency.missing(), time.perf_counter() - begin)
 
-    def update_weights_from_file(self, path: str) -> UpdateReport:
-        """`update_weights` with every tensor of a safetensors file, or of all of a directory."""
+    def _target(self, name: str, shape: tuple[int, ...]) -> tuple[str | None, Part]:
+        """The slot to which a tensor of the checkpoint goes, and which part of it; no slot if other ranks have it all.
+
+        Raises:
+            InvalidRequest: an unknown name or a wrong shape.
+        """
+        shard = self._model.shard
+        if shard is not None:
+            part = shard.part_of(name, shape)
+            return (None, ()) if part is None else (self._model.slot_names[name], part)
+        slot_name = self._model.slot_names.get(name)
+        if slot_name is None:
+            raise InvalidRequest(f"{name!r} is not a tensor of this model.", param=name)
+        expected = self._image.layout.slots[slot_name].shape
+        if shape != expected:
+            raise InvalidRequest(f"{name!r} has shape {shape}, expected {expected}.", param=name)
+        return slot_name, ()
+
+    def check_update(self, path: str) -> None:
+        """Read what the tensors of a file, or of all of a directory, are called, and whether they could be written.
+
+        Raises:
+            InvalidRequest: there is no such file, an unknown name or a wrong shape.
+            VerificationFailed: somebody wrote to the image that is mapped.
+        """
+        self._require_intact()
+        with open_shapes(path) as named_shapes:
+            for name, shape in named_shapes:
+                self._target(name, shape)
+
+    def update_weights_from_file(self, path: str, number: int | None = None) -> UpdateReport:
+        """`update_weights` with every tensor of a safetensors file, or of all of a directory.
+
+        Args:
+            number: which update of the engine this is; ranks that were started later cannot count.
+        """
+        if number is not None:
+            self._num_updates = number - 1
         with open_tensors(path) as named_tensors:
             return self.update_weights(named_tensors)
 
@@ -273,7 +340,7 @@ class Worker:
 
     def _enter_version(self, version: str) -> None:
         """The weights are, or are about to be, others: the canary keeps its record only of the image they reload to."""
-        if self._version not in (version, self._image.identity.key):
+        if self._version not in (version, self._image_version):
             self._canary.forget(self._version)
         self._version = version
 

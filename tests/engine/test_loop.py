@@ -22,6 +22,9 @@ class Script:
     def send(self, message):
         self.sent.append(message)
 
+    def wake(self):
+        raise AssertionError("no rank of these has died")
+
 
 @pytest.fixture
 def config(tiny_checkpoint, core_cache):

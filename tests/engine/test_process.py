@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import zmq
 
 from shuteye.engine import process
 from shuteye.engine.liveness import Pulse
@@ -15,8 +16,8 @@ from shuteye.engine.liveness import Pulse
 PATIENCE_S = 60
 
 
-class WatchedSocket:
-    """Says what the pulse tells while the engine waits for it."""
+class WatchedPoller:
+    """Says what the pulse tells while the engine waits for its socket."""
 
     def __init__(self, pulse):
         self.pulse = pulse
@@ -24,23 +25,38 @@ class WatchedSocket:
 
     def poll(self, _timeout_ms):
         self.seen.append(self.pulse.turns % 2)
-        return 0
+        return []
 
 
 def test_the_pulse_tells_work_from_waiting():
     """Would catch an idle engine taken for one whose step never returns, or the other way round."""
     pulse = Pulse()
-    socket = WatchedSocket(pulse)
+    poller = WatchedPoller(pulse)
+    socket = zmq.Context.instance().socket(zmq.PAIR)
     channel = process.ZmqChannel(socket, pulse)
+    channel._poller = poller
     try:
         assert pulse.turns == 0
         for _ in range(3):
             channel.receive(0.0)
             assert pulse.turns % 2 == 1
-        assert socket.seen == [0, 0, 0]
+        assert poller.seen == [0, 0, 0]
         assert pulse.turns == 7
     finally:
         pulse.close()
+        socket.close()
+
+
+def test_a_wake_ends_the_wait_once():
+    """Would catch an engine that learns of a dead rank with its next message, or that never waits again."""
+    pulse = Pulse()
+    with zmq.Context.instance().socket(zmq.PAIR) as socket:
+        channel = process.ZmqChannel(socket, pulse)
+        channel.wake()
+        channel.wake()
+        assert channel.receive(None) == []
+        assert channel.receive(0.0) == []
+    pulse.close()
 
 
 LOAD = """

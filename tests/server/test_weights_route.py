@@ -57,7 +57,7 @@ def test_an_upload_without_room_is_503(client, engine, monkeypatch):
     def full(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shuteye.frontend.handover.os.write", full)
+    monkeypatch.setattr("shuteye.handover.os.write", full)
     response = client.post("/update_weights", content=b"tensors", headers=UPLOAD)
     assert (response.status_code, error(response)["type"]) == (503, "MemoryExhaustedError")
     assert "No space left" in error(response)["message"]

@@ -53,8 +53,8 @@ SLEEP_FLAGS = {
 }
 ENGINE_FLAGS = {
     "kv_cache_memory": Flag(
-        "KV cache per rank, such as 512MiB, 2GiB or 1e9. By default a share of free memory, and no more than "
-        "--max-num-seqs requests could use; it costs memory only as it fills.",
+        "KV cache of all ranks together, such as 512MiB, 2GiB or 1e9. By default a share of free memory, and no more "
+        "than --max-num-seqs requests could use; it costs memory only as it fills.",
         size=True,
     ),
     "max_num_seqs": Flag("Most requests that run at once; others wait."),
@@ -77,12 +77,16 @@ ENGINE_FLAGS = {
         "So does an engine that takes longer for one step, in seconds: of the model, or of a sleep or a wake."
     ),
     "seed": Flag("For requests that bring no seed of their own."),
-    "num_threads": Flag("Compute threads. By default all cores."),
+    "num_threads": Flag("Compute threads of each rank. By default all cores, divided among the ranks."),
     "kernels": Flag("auto uses the native kernels where they can be used; torch never does."),
     "tensor_parallel_size": Flag("Ranks that each hold a slice of every layer."),
     "pipeline_parallel_size": Flag("Ranks that each hold a part of the layers."),
     "distributed_executor_backend": Flag(
-        "Where ranks run: in the engine process, in processes of their own, or on Ray."
+        "Where ranks run: in the engine process, in processes of their own, or on Ray. By default one rank runs in the "
+        "engine process, and several in processes of their own."
+    ),
+    "rank_timeout_s": Flag(
+        "A rank that does not answer for so many seconds is killed, and the engine is faulted until it is woken."
     ),
 }
 FILE_FLAGS = {

@@ -21,6 +21,7 @@ from shuteye.errors import (
     ModelPaused,
     ModelSleeping,
     QueueFull,
+    RankLost,
     ShuteyeError,
     TransitionConflict,
     VerificationFailed,
@@ -28,7 +29,7 @@ from shuteye.errors import (
     refusal,
 )
 from shuteye.executors import Executor
-from shuteye.model_info import ModelSpec, model_info
+from shuteye.model_info import ModelSpec, model_info, sum_facts
 from shuteye.state import EngineState, SchedulerStats, WakeReport
 from shuteye.tasks.base import Delta, RequestDelta
 from shuteye.tasks.table import TASKS, Request, SchedulerSetup, require_kind
@@ -50,7 +51,7 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, executor: Executor) -> None:
         self._executor = executor
-        spec: ModelSpec = executor.call("facts")[0]
+        spec: ModelSpec = sum_facts(executor.call("facts"))
         self.config = config = config.resolve(spec)
         assert config.kv_cache_memory is not None
         block_bytes = spec.kv_bytes_per_token * config.block_size
@@ -74,6 +75,7 @@ class EngineCore:
         self._refreshed_at = time.monotonic()
         self._give_up_at: float | None = None  # what a fault has caught
         self._waking_for_requests = False
+        self._num_restarts = 0  # of ranks, that the scheduler knows of
 
     # --- what callers see -----------------------------------------------------------------------
 
@@ -134,6 +136,7 @@ class EngineCore:
 
     def step(self) -> list[Delta]:
         """Advance the oldest control call as far as it goes, then run one step of the model if the gate lets it."""
+        self._sleep.look_after_ranks()
         self._transitions.advance(before_each=self._release_held)
         self._release_held()
         self._deltas += self._held.expire(time.monotonic())
@@ -149,6 +152,9 @@ class EngineCore:
         self._deltas += deltas
 
     def _run_model(self) -> None:
+        if self._num_restarts != self._sleep.num_restarts:
+            self._num_restarts = self._sleep.num_restarts
+            self._scheduler.readmit_all()
         self._scheduler.enter_epoch(self._sleep.state.epoch)
         plan = self._scheduler.schedule()
         if plan is None:
@@ -160,11 +166,17 @@ class EngineCore:
         except VerificationFailed as error:  # of the canary that went with the step, or of the image under it
             self._deltas += self._scheduler.fail_step(plan, info_of(error))
             self._sleep.fault(error.message)
+        except RankLost as error:
+            self._scheduler.drop_step(plan)
+            self._sleep.fault(error.message)
         except ShuteyeError as error:
             self._deltas += self._scheduler.fail_step(plan, info_of(error))
+            with contextlib.suppress(EngineFaulted):  # the state says so
+                self._sleep.step_ended(well=False)
             self._refreshed_at = -math.inf  # whatever went wrong, look again where memory is before the next step
         else:
             self._deltas += self._scheduler.update(plan, result)
+            self._sleep.step_ended(well=True)
         self._account()
 
     def _account(self) -> None:

@@ -1,83 +1,16 @@
-"""How an engine process and its server find each other, and how the server sees that the engine lives.
+"""How the server sees that an engine process lives: counters in memory that both share.
 
-They meet at a socket in a directory that is gone once they have met. A connected socket needs its name no longer, so a
-process killed at any later time leaves nothing. One killed before leaves its directory, which the next to start here
-sweeps away. The directory is locked (flock(2), which ends with its process) for as long as it is needed:
-    whoever makes one starts again if it was swept between being made and being locked;
-    whoever sweeps removes what it can lock, if it belongs to the same user.
-
-From then on the engine counts up in memory that both share: counters, no clocks. The server counts only time in which
-it looked itself, so that a machine that was suspended, or starved both, makes no engine look hung.
+Counters, no clocks. The server counts only time in which it looked itself, so that a machine that was suspended, or
+starved both, makes no engine look hung.
 """
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
-import shutil
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
-
-from shuteye.memory.cache_dir import try_lock
-
-PREFIX = "shuteye-engine-"
-
-
-class Rendezvous:
-    """A directory that this user alone may enter, with room for one socket.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-
-    def __init__(self) -> None:
-        _sweep(Path(tempfile.gettempdir()))
-        while True:
-            self._directory = Path(tempfile.mkdtemp(prefix=PREFIX))
-            lock = _lock(self._directory)
-            if lock is not None:
-                break
-        self._lock = lock
-
-    @property
-    def endpoint(self) -> str:
-        """The socket's address for ZeroMQ."""
-        return f"ipc://{self._directory}/engine"
-
-    def close(self) -> None:
-        """Remove the directory; whoever is connected stays so. Idempotent."""
-        if self._lock >= 0:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = -1
-
-
-def _lock(directory: Path) -> int | None:
-    """A descriptor that holds the lock of a directory of this user's; None if someone else has it, or it is gone."""
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with contextlib.suppress(OSError):
-        ours = os.fstat(fd).st_uid == os.getuid()
-        if ours and try_lock(fd) and os.path.samestat(os.fstat(fd), os.lstat(directory)):
-            return fd
-    os.close(fd)
-    return None
-
-
-def _sweep(parent: Path) -> None:
-    """Remove what starts that were killed before the two had met have left."""
-    for orphan in parent.glob(f"{PREFIX}*"):
-        lock = _lock(orphan)
-        if lock is not None:
-            shutil.rmtree(orphan, ignore_errors=True)
-            os.close(lock)
-
 
 BEAT_S = 0.5
 LOOK_S = 0.5

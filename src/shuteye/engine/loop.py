@@ -44,6 +44,10 @@ class Channel(Protocol):
         """Deliver a message in order, without blocking."""
         ...
 
+    def wake(self) -> None:
+        """Let `receive` return, with or without messages; from any thread."""
+        ...
+
 
 def run_engine(config: EngineConfig, channel: Channel) -> None:
     """Load, announce, and serve until told to shut down; a failure to load is announced instead."""
@@ -52,6 +56,7 @@ def run_engine(config: EngineConfig, channel: Channel) -> None:
         try:
             core = EngineCore(config, executor)
             loop = _Loop(core, channel)
+            executor.on_failure(channel.wake)
             loop.push_state()  # whoever learns that the engine is ready finds its state
             channel.send(Ready(core.info, core.config))
             loop.run()

@@ -6,6 +6,7 @@ stdin; PULSE is the descriptor of a `Pulse`.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,10 @@ class ZmqChannel:
         self._socket = socket
         self._pulse = pulse
         self._decoder: Decoder[ToEngine] = Decoder(ToEngine)
+        self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(self._woken, zmq.POLLIN)
 
     def receive(self, timeout_s: float | None) -> Sequence[ToEngine]:
         """Everything that has arrived; waits for the first message."""
@@ -44,7 +49,10 @@ class ZmqChannel:
     def _received(self, timeout_s: float | None) -> list[ToEngine]:
         messages: list[ToEngine] = []
         timeout_ms = None if timeout_s is None else min(int(timeout_s * 1000), MAX_POLL_MS)
-        if self._socket.poll(timeout_ms):
+        ready = dict(self._poller.poll(timeout_ms))
+        if self._woken in ready:
+            os.eventfd_read(self._woken)
+        if self._socket in ready:
             while True:
                 try:
                     frame = self._socket.recv(zmq.NOBLOCK)
@@ -56,6 +64,10 @@ class ZmqChannel:
     def send(self, message: FromEngine) -> None:
         """Queue a message; ZeroMQ's own thread sends it."""
         self._socket.send(encode(message))
+
+    def wake(self) -> None:
+        """See `loop.Channel`."""
+        os.eventfd_write(self._woken, 1)
 
 
 def _stop_loading_on_sigterm(pulse: Pulse) -> None:

@@ -38,7 +38,17 @@ from shuteye.errors import (
     TransitionConflict,
 )
 from shuteye.executors import Executor
-from shuteye.state import TAGS, DrainMode, SleepPlan, SleepReport, Tag, UpdateReport, VerifyMode, WakeReport
+from shuteye.state import (
+    TAGS,
+    DrainMode,
+    SleepPlan,
+    SleepReport,
+    Tag,
+    UpdateReport,
+    VerifyMode,
+    WakeReport,
+    sum_updates,
+)
 from shuteye.tasks.base import Delta, TaskScheduler
 
 Report = SleepReport | WakeReport | UpdateReport | list[Any] | None
@@ -258,7 +268,7 @@ class Transitions:
             self._sleep.refresh()
             if not self._sleep.state.faulted:
                 self._sleep.check_after_update(reloaded=isinstance(call, ReloadCall))
-        return reports[0]
+        return sum_updates(reports)
 
     def _reset_prefix_cache_steps(self) -> Steps:
         yield from ()

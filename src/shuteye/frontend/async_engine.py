@@ -18,7 +18,6 @@ from shuteye.engine.messages import AddRequests, Control, FromEngine, ToEngine
 from shuteye.errors import EngineDead, EngineHung, InvalidRequest, ShuteyeError, TransitionConflict
 from shuteye.frontend.engine import Engine, EngineView, ServedModel
 from shuteye.frontend.engine_client import EngineClient
-from shuteye.frontend.handover import tensor_file
 from shuteye.frontend.mailbox import Backlog, outputs_of
 from shuteye.frontend.process_link import ProcessLink
 from shuteye.state import UpdateReport, WakeReport
@@ -187,6 +186,8 @@ class AsyncEngine(Engine):
         """
         if self._in_process:
             return await self.control(UpdateCall(named_tensors))
+        from shuteye.models.weight_updates import tensor_file  # torch: whoever has tensors has it
+
         file = tensor_file(named_tensors)
         try:
             answer = self._client.call(UpdateFromFileCall(file.path))

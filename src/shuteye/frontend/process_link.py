@@ -20,9 +20,10 @@ import zmq.asyncio
 from shuteye import logs
 from shuteye import processes as descriptors
 from shuteye.config import EngineConfig
-from shuteye.engine.liveness import LOOK_S, HangWatch, Pulse, Rendezvous
+from shuteye.engine.liveness import LOOK_S, HangWatch, Pulse
 from shuteye.engine.messages import Connected, FromEngine, Ready, Shutdown, ToEngine
 from shuteye.errors import DescriptorsExhausted, EngineDead, InvalidRequest, ShuteyeError, refusal
+from shuteye.executors.rendezvous import Rendezvous
 from shuteye.executors.wire import Decoder, bind_pair, encode
 from shuteye.frontend.forks import tell_forks
 

@@ -27,7 +27,7 @@ class ThreadLink:
         on_death: Callable[[ShuteyeError], None],
     ) -> None:
         self._config = config
-        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
         self._on_message = on_message
         self._on_death = on_death
         self._thread = threading.Thread(target=self._run, name="shuteye-engine", daemon=True)
@@ -64,14 +64,18 @@ class ThreadLink:
 
     def receive(self, timeout_s: float | None) -> Sequence[ToEngine]:
         """Everything that has arrived; waits for the first message."""
-        messages: list[ToEngine] = []
+        messages: list[ToEngine | None] = []
         try:
             messages.append(self._inbox.get(block=timeout_s != 0.0, timeout=timeout_s or None))
             while True:
                 messages.append(self._inbox.get_nowait())
         except queue.Empty:
-            return messages
+            return [message for message in messages if message is not None]
 
     def send(self, message: FromEngine) -> None:
         """Hand a message to the callers' side."""
         self._on_message(message)
+
+    def wake(self) -> None:
+        """Nothing, as a message."""
+        self._inbox.put(None)

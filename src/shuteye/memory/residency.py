@@ -69,6 +69,7 @@ class Residency:
         image: WeightImage,
         spill_dir: Path,
         backing: Literal["disk", "host"] = "disk",
+        first_epoch: int = 0,
     ) -> None:
         assert weights.nbytes == image.layout.nbytes, "the weights arena must be exactly as large as its image"
         self._backend = backend
@@ -81,7 +82,7 @@ class Residency:
         self._missing: set[str] = set()
         self._saved: frozenset[int] | None = None
         self._last_restore: _Restored | None = None
-        self._epoch = 0
+        self._epoch = first_epoch
         self.watch = ImageWatch(weights)
         self._verifier = Verifier(weights, self._backing)
 
@@ -156,6 +157,10 @@ class Residency:
             self._backing.save(self._weights_arena, dirty)
         self._saved = frozenset(extent.index for extent in dirty)
 
+    def abort_save(self) -> None:
+        """Forget what was saved, as another rank could not: the weights go on as they are."""
+        self._saved = None
+
     def release(self, plan: SleepPlan) -> tuple[TagReport, ...]:
         """Give the memory back and report what the kernel says came back. Offloading needs `save` first.
 
@@ -168,6 +173,28 @@ class Residency:
             reports.append(self._release_weights(discard=plan.weights == "discard"))
         if plan.kv_cache == "discard":
             reports.append(self._release_kv_cache())
+        return tuple(reports)
+
+    def finish_release(self, plan: SleepPlan) -> tuple[TagReport, ...]:
+        """Go on with a `release` of the same plan that failed half-way, whatever it had reached.
+
+        Raises:
+            BackendFailure: the kernel refused again.
+        """
+        reports = []
+        if plan.weights != "keep":
+            if self._weights.is_mapped:
+                reports.append(self._release_weights(discard=plan.weights == "discard"))
+            else:
+                backing = self._backing_name(self._weights) if self._weights.residency == "offloaded" else None
+                freed = _release(self._weights_arena)
+                reports.append(TagReport("weights", self._weights.residency, backing=backing, freed_bytes=freed))
+        if plan.kv_cache == "discard":
+            if self._kv == "resident":
+                reports.append(self._release_kv_cache())
+            else:
+                freed = _release(self._require_kv_cache())
+                reports.append(TagReport("kv_cache", "discarded", freed_bytes=freed))
         return tuple(reports)
 
     def _release_weights(self, *, discard: bool) -> TagReport:

@@ -98,11 +98,13 @@ class BoundModel(Generic[SpecT]):
         default_sampling: what the checkpoint recommends; empty if nothing is sampled as requests say.
         pooling: what the model makes of an input, if it embeds or scores.
         speech: how the model is led through audio, if it transcribes.
+        shard: this rank's part of each tensor; None if it has the whole model.
     """
 
     eos_token_ids: tuple[int, ...] = ()
     pooling: PoolingInfo | None = None
     speech: WhisperSpec | None = None
+    shard: ShardPlan | None = None
 
     def __init__(self, facts: SpecT, slot_names: Mapping[str, str]) -> None:
         self.facts = facts

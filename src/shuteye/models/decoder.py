@@ -76,7 +76,6 @@ class LoadedModel(BoundModel[ImageSpec]):
 
     Attributes:
         decoder: what computes its steps: a flat loop, or transformers' own modules.
-        shard: this rank's part of each tensor; None if it has the whole model.
     """
 
     def __init__(

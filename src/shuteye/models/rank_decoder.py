@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn.functional import embedding
 
 from shuteye.memory.layout import Slot
 from shuteye.models.fused import FlatLoop, FusedSpec, Layer, NamedViews, Projection
+from shuteye.parallel.group import Group
 from shuteye.parallel.shards import EMBEDDING, ShardPlan
 
 if TYPE_CHECKING:
@@ -22,29 +23,9 @@ if TYPE_CHECKING:
     from shuteye.tasks.generate.runner import PackedBatch
 
 
-class Group(Protocol):
-    """What a rank needs of the ranks that it exchanges tensors with; each call is made by all of them, in one order."""
-
-    def all_reduce(self, x: Tensor) -> None:
-        """Put the sum of all ranks' `x` in its place, the same bits on every rank."""
-        ...
-
-    def gather(self, x: Tensor, widths: Sequence[int], to: int = 0) -> Tensor | None:
-        """Put all ranks' columns side by side on rank `to`: [rows, widths[rank]] each → [rows, sum(widths)]."""
-        ...
-
-    def send(self, x: Tensor, to: int) -> None:
-        """Hand `x` to one rank."""
-        ...
-
-    def recv(self, out: Tensor, source: int) -> None:
-        """Fill `out` with what one rank sends."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RankGroups:
-    """Whom a rank exchanges tensors with; None where there is nobody else.
+    """Whom a rank exchanges tensors with; None where there is nobody else. Others take their place in another epoch.
 
     Attributes:
         tensor: the ranks of its stage; a rank's number there is its tp_rank.
@@ -53,6 +34,20 @@ class RankGroups:
 
     tensor: Group | None = None
     pipeline: Group | None = None
+
+    def abort(self, reason: str) -> None:
+        """End every wait of the ranks that this one would have met."""
+        for group in (self.tensor, self.pipeline):
+            if group is not None:
+                group.abort(reason)
+
+    def replace(self, other: RankGroups) -> None:
+        """Exchange tensors in the groups of another epoch; the old ones are closed."""
+        old = (self.tensor, self.pipeline)
+        self.tensor, self.pipeline = other.tensor, other.pipeline
+        for group in old:
+            if group is not None:
+                group.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from shuteye.errors import InvalidRequest
+from shuteye.errors import InvalidRequest, MemoryExhausted
+from shuteye.handover import NamelessFile
 from shuteye.memory.image import WeightImage
 from shuteye.models.binding import CONFIG_DIR, TOKENIZER_DIR, read_image_config
 
@@ -60,6 +61,27 @@ def safetensors_chunks(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Ite
         yield tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
+def tensor_file(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> NamelessFile:
+    """A safetensors file of tensors, which may share memory; close it when it has been read.
+
+    Raises:
+        InvalidRequest: a number format that such files do not know.
+        MemoryExhausted: there is no room for them.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            file = NamelessFile()
+            stack.callback(file.close)
+            for chunk in safetensors_chunks(named_tensors):
+                file.write(chunk)
+        except OSError as error:
+            raise MemoryExhausted(
+                f"The tensors do not fit in shared memory ({error.strerror}); update fewer at once, or from a file."
+            ) from error
+        stack.pop_all()
+    return file
+
+
 def _dtype_of(name: str, tensor: torch.Tensor) -> str:
     if tensor.dtype not in _DTYPES:
         raise InvalidRequest(f"{name} is of {tensor.dtype}, which safetensors files cannot hold; cast it.", param=name)
@@ -76,6 +98,14 @@ def open_tensors(path: str) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(_open(one)) for one in _files_of(Path(path))]
         yield ((name, file.get_tensor(name)) for file in files for name in file.keys())  # noqa: SIM118 (not a dict)
+
+
+@contextlib.contextmanager
+def open_shapes(path: str) -> Iterator[Iterator[tuple[str, tuple[int, ...]]]]:
+    """`open_tensors` for the shapes alone, of which the files' headers tell."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(_open(one)) for one in _files_of(Path(path))]
+        yield ((name, tuple(file.get_slice(name).get_shape())) for file in files for name in file.keys())  # noqa: SIM118
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -225,6 +225,10 @@ class TaskScheduler(ABC):
             self._epoch = epoch
             self.preempt_all()
 
+    def readmit_all(self) -> None:
+        """What computes was started again, and has forgotten every request: they are all computed again."""
+        self.preempt_all()
+
     # --- a step ----------------------------------------------------------------------------------
 
     @abstractmethod
@@ -238,6 +242,11 @@ class TaskScheduler(ABC):
     def fail_step(self, plan: Any, error: ErrorInfo) -> list[RequestDelta]:
         """The step was not computed: end its requests with `error`."""
         return self._end((part.request_id for part in self._land(plan)), error=error)
+
+    def drop_step(self, plan: Any) -> None:
+        """The step was not computed, and its requests are to be computed again, once that is possible."""
+        self._land(plan)
+        self.preempt_all()
 
     def _land(self, plan: Any) -> tuple[Any, ...]:
         """Take the plan's parts; nothing is in flight any more."""

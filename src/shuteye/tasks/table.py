@@ -33,6 +33,7 @@ from shuteye.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from shuteye.memory.arena import Arena
     from shuteye.memory.image import WeightImage
+    from shuteye.models.rank_decoder import RankGroups
 
 Plan = StepPlan | PoolPlan | SpeechPlan
 """One step of a model. `starts` are the requests that get their place in a batch with it, where that is to be timed."""
@@ -63,12 +64,13 @@ class SchedulerSetup:
 
 @dataclass(frozen=True, slots=True)
 class RunnerSetup:
-    """What a runner is made of."""
+    """What a runner is made of; `groups` are the other ranks, if there are any."""
 
     image: WeightImage
     weights: Arena
     config: EngineConfig
     num_threads: int
+    groups: RankGroups | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,9 @@ def _generate_scheduler(setup: SchedulerSetup) -> ConstrainedScheduler:
 def _generate_runner(setup: RunnerSetup) -> ModelRunner:
     from shuteye.tasks.generate.runner import GenerationRunner
 
-    return GenerationRunner(setup.image, setup.weights, setup.config, num_threads=setup.num_threads)
+    return GenerationRunner(
+        setup.image, setup.weights, setup.config, num_threads=setup.num_threads, groups=setup.groups
+    )
 
 
 # --- embed, score -------------------------------------------------------------------------------

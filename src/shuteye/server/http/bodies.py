@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from shuteye.errors import InvalidRequest, MemoryExhausted
-from shuteye.frontend.handover import NamelessFile
+from shuteye.handover import NamelessFile
 from shuteye.server.http.errors import ClientDisconnected
 from shuteye.server.http.middleware import limited
 

@@ -39,14 +39,16 @@ class TokenCounts:
         self._output_counts = self._zeros(0, torch.int32)
         self._in_prompt = self._zeros(0, torch.bool)
 
-    def add(self, prompt_token_ids: Sequence[int]) -> int:
-        """A slot whose prompt is `prompt_token_ids` and whose output is empty."""
+    def add(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int] = ()) -> int:
+        """A slot with what a sequence has so far."""
         if not self._free:
             self._grow()
         slot = self._free.pop()
         self._output_counts[slot] = 0
         self._in_prompt[slot] = False
         self._in_prompt[slot, torch.tensor(prompt_token_ids, dtype=torch.long, device=self._device)] = True
+        for token_id in output_token_ids:
+            self._output_counts[slot, token_id] += 1
         return slot
 
     def release(self, slot: int) -> None:

@@ -10,11 +10,16 @@ from shuteye.tasks.generate.requests import SamplingParams, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A request the worker has not seen: what the sampler must know for all of its steps."""
+    """A request the worker has not seen: what the sampler must know for all of its steps.
+
+    Attributes:
+        output_token_ids: sampled before, by a worker that is gone.
+    """
 
     request_id: str
     params: SamplingParams
     prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

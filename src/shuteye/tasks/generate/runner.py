@@ -15,6 +15,7 @@ from shuteye.config import EngineConfig
 from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.models.decoder import LoadedModel, bind
+from shuteye.models.rank_decoder import RankGroups
 from shuteye.state import SCRATCH_BLOCK
 from shuteye.tasks.base import ModelRunner
 from shuteye.tasks.canary import Prove, fixed_tokens
@@ -31,14 +32,24 @@ class GenerationRunner(ModelRunner):
 
     Args:
         num_threads: compute threads, torch's and the native kernels'.
+        groups: the other ranks, if the image holds a rank's part.
     """
 
     model: LoadedModel
     _kv_cache: KVCache  # from `attach_kv_cache` on
     _canary: StepPlan
 
-    def __init__(self, image: WeightImage, weights: Arena, config: EngineConfig, *, num_threads: int) -> None:
-        self.model = model = bind(image, weights, native=config.kernels == "auto")
+    def __init__(
+        self,
+        image: WeightImage,
+        weights: Arena,
+        config: EngineConfig,
+        *,
+        num_threads: int,
+        groups: RankGroups | None = None,
+    ) -> None:
+        self.model = model = bind(image, weights, native=config.kernels == "auto", groups=groups)
+        self._samples = model.shard is None or model.shard.holds_sampler
         cached = model.facts.attention
         self.kv_bytes_per_token = kv_bytes_per_token(
             num_layers=cached.num_layers,
@@ -70,10 +81,13 @@ class GenerationRunner(ModelRunner):
         self._canary = StepPlan(chunks=(chunk,))
 
     def execute(self, plan: StepPlan, *, prove: Prove | None = None) -> StepResult:
-        """Run the packed batch and sample."""
-        self._sampler.forget(plan.forget)
-        self._sampler.admit(plan.admissions)
+        """Run the packed batch and sample; of several ranks, the one that holds the sampler alone has a result."""
+        if self._samples:
+            self._sampler.forget(plan.forget)
+            self._sampler.admit(plan.admissions)
         logits = self._forward(plan) if prove is None else self._forward_with_canary(plan, prove)
+        if not self._samples:
+            return StepResult(())
         scored: tuple[tuple[TokenLogprobs, ...], ...] = ()
         if any(chunk.scoring is not None for chunk in plan.chunks):
             scored, logits = split_scored(plan, logits)
@@ -94,7 +108,7 @@ class GenerationRunner(ModelRunner):
         return logits[:-1]
 
     def canary_pass(self) -> torch.Tensor:
-        """Logits [1, vocab_size] of the last of the fixed tokens."""
+        """Logits [1, vocab_size] of the last of the fixed tokens, or what the rank computed of them."""
         return self._forward(self._canary)
 
 

@@ -129,9 +129,13 @@ class Sampler:
         """Remember requests until `forget`."""
         for admission in admissions:
             assert admission.request_id not in self._requests, f"{admission.request_id} was admitted twice"
-            slot = self._counts.add(admission.prompt_token_ids) if _has_penalties(admission.params) else None
-            rules = TokenRules.of(admission.params, device=self._device)
-            self._requests[admission.request_id] = _Sampled(admission.params, slot, rules)
+            params, outputs = admission.params, admission.output_token_ids
+            slot = self._counts.add(admission.prompt_token_ids, outputs) if _has_penalties(params) else None
+            rules = TokenRules.of(params, device=self._device)
+            if rules is not None:
+                for token_id in outputs:
+                    rules.record(token_id)
+            self._requests[admission.request_id] = _Sampled(params, slot, rules, len(outputs))
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop the state of requests; unknown ids are ignored, since a request may end before its first step."""

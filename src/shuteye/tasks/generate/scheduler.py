@@ -36,6 +36,7 @@ class ActiveSequence(ActiveRequest):
         max_length: prompt plus output at which it finishes with "length".
         block_ids: the block table, covering at least [0, num_computed); empty while waiting.
         num_cached: prompt tokens found in the prefix cache when first scheduled; None before that.
+        admitted: a worker knows it.
         epoch: in which its blocks were taken; only then do they hold its K/V.
         scored: log-probabilities of the prompt's tokens are wanted.
         num_scored: how many positions of the prompt have told what follows them.
@@ -50,6 +51,7 @@ class ActiveSequence(ActiveRequest):
     block_ids: tuple[int, ...] = ()
     num_computed: int = 0
     num_cached: int | None = None
+    admitted: bool = False
     running: bool = False
     epoch: Epoch = ()
     scored: bool = False
@@ -222,6 +224,14 @@ class Scheduler(TaskScheduler):
             super().enter_epoch(epoch)
             self._pool.forget_all()
 
+    def readmit_all(self) -> None:
+        """Tell the worker of every request again, with what was sampled for it so far."""
+        super().readmit_all()
+        for sequence in self._requests.values():
+            if sequence.admitted:
+                self._forget.append(sequence.request_id)
+                sequence.admitted = False
+
     # --- a step ----------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
@@ -292,11 +302,13 @@ class Scheduler(TaskScheduler):
         sequence.running = True
         sequence.epoch = self._epoch
         self._running.append(sequence)
+        if not sequence.admitted:
+            sequence.admitted = True
+            prompt = sequence.request.prompt_token_ids
+            outputs = tuple(sequence.token_ids[len(prompt) :])
+            batch.admissions.append(Admission(sequence.request_id, sequence.request.params, prompt, outputs))
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
-            batch.admissions.append(
-                Admission(sequence.request_id, sequence.request.params, sequence.request.prompt_token_ids)
-            )
             self._num_prompt_tokens += sequence.num_prompt
             self._num_prefix_hits += sequence.num_cached
 
@@ -356,6 +368,11 @@ class Scheduler(TaskScheduler):
             self._prefix.forget(block_ids=chunk.block_ids, start=chunk.start, end=end)
         return super().fail_step(plan, error)
 
+    def drop_step(self, plan: StepPlan) -> None:
+        """The step was not computed, and its requests are to be computed again; what ended before it still has."""
+        super().drop_step(plan)
+        self._forget[:0] = plan.forget
+
     def _advance(self, sequence: ActiveSequence, token: SampledToken) -> RequestDelta:
         is_first = sequence.num_output == 0
         sequence.token_ids.append(token.token_id)
@@ -405,7 +422,7 @@ class Scheduler(TaskScheduler):
             self._free(active)
         else:
             self._waiting.remove(active)
-        if active.num_cached is not None:  # a worker knows it
+        if active.admitted:
             self._forget.append(active.request_id)
 
     # --- what can be seen ------------------------------------------------------------------------

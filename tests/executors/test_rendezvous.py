@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from shuteye.engine.liveness import PREFIX, Rendezvous
+from shuteye.executors.rendezvous import PREFIX, Rendezvous
 
 HOLD = """
 import time
-from shuteye.engine.liveness import Rendezvous
+from shuteye.executors.rendezvous import Rendezvous
 held = Rendezvous()
 print(held.endpoint, flush=True)
 time.sleep(60)

@@ -7,13 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-from shuteye.errors import MemoryExhausted
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SHARED_MEMORY = "/dev/shm"
 
@@ -57,26 +50,3 @@ def _new_file() -> int:
     with contextlib.suppress(OSError):  # no such directory, or a file system that cannot
         return os.open(SHARED_MEMORY, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     return os.memfd_create("shuteye-handover", os.MFD_CLOEXEC)
-
-
-def tensor_file(named_tensors: Iterable[tuple[str, Tensor]]) -> NamelessFile:
-    """A safetensors file of tensors, which may share memory; close it when it has been read.
-
-    Raises:
-        InvalidRequest: a number format that such files do not know.
-        MemoryExhausted: there is no room for them.
-    """
-    from shuteye.models.weight_updates import safetensors_chunks
-
-    with contextlib.ExitStack() as stack:
-        try:
-            file = NamelessFile()
-            stack.callback(file.close)
-            for chunk in safetensors_chunks(named_tensors):
-                file.write(chunk)
-        except OSError as error:
-            raise MemoryExhausted(
-                f"The tensors do not fit in shared memory ({error.strerror}); update fewer at once, or from a file."
-            ) from error
-        stack.pop_all()
-    return file

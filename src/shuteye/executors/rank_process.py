@@ -1,0 +1,102 @@
+"""A rank process, seen from the engine process that starts it, asks it, and may have to kill it.
+
+Knows nothing of groups, or of what is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from typing import Any, ClassVar
+
+import zmq
+
+from shuteye import logs
+from shuteye.executors.frames import Reply, Start
+from shuteye.executors.rendezvous import Rendezvous
+from shuteye.executors.wire import Decoder, bind_pair, encode
+
+_GRACE_S = 10.0
+"""How long a process that still loads may take to delete what it has begun."""
+
+
+class RankProcess:
+    """Starts the process; it answers once it has loaded. `close` ends it.
+
+    Attributes:
+        module: what it runs.
+    """
+
+    module: ClassVar[str] = "shuteye.executors.rank"
+
+    def __init__(self, context: zmq.Context[Any], start: Start) -> None:
+        self.rank = start.place.rank
+        self.epoch = start.meeting.epoch  # of the groups that it joined last
+        self.why_killed: str | None = None
+        self._has_answered = False
+        self._replies: Decoder[Reply] = Decoder(Reply)
+        with contextlib.ExitStack() as stack:
+            self._rendezvous = Rendezvous()
+            stack.callback(self._rendezvous.close)
+            self.socket = bind_pair(context, self._rendezvous.endpoint)
+            stack.callback(self.socket.close)
+            logged = logs.settings()
+            arguments = (self._rendezvous.endpoint, str(os.getpid()), logged.format, logged.level)
+            self.process = process = subprocess.Popen(
+                (sys.executable, "-m", self.module, *arguments),
+                stdin=subprocess.PIPE,
+                start_new_session=True,  # a terminal's Ctrl-C is for us alone
+            )
+            stack.callback(self._end)
+            self.pidfd = os.pidfd_open(process.pid)
+            stack.callback(os.close, self.pidfd)
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # it has ended already: others see that
+                stdin.write(encode(start))
+            self._opened = stack.pop_all()
+
+    def post(self, frame: bytes) -> None:
+        """Ask; ZeroMQ's own thread sends it."""
+        self.socket.send(frame)
+
+    def received(self) -> Reply | None:
+        """The next reply, if one has come."""
+        try:
+            reply = self._replies.decode(self.socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+        self._rendezvous.close()
+        self._has_answered = True
+        return reply
+
+    def kill(self, why: str) -> None:
+        """End it, also if it is stopped; its death is seen as any other."""
+        self.why_killed = self.why_killed or why
+        self.process.kill()
+
+    def reap(self) -> str:
+        """How it ended; waits for that."""
+        code = self.process.wait()
+        if self.why_killed is not None:
+            return f"was killed, as it {self.why_killed}"
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+
+    def close(self) -> None:
+        """End it and give back everything. Idempotent."""
+        self._opened.close()
+
+    def stop_loading(self) -> None:
+        """Tell it to end, if it still loads; `close` waits for that."""
+        if not self._has_answered:
+            self.process.terminate()
+
+    def _end(self) -> None:
+        self.stop_loading()
+        if not self._has_answered:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_GRACE_S)
+        self.process.kill()
+        self.process.wait()

@@ -1,0 +1,600 @@
+"""One model over several rank processes: what one rank gives, asleep and awake as one, and every way to fail."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from core_harness import CoreHarness
+from faulty_rank import plan_fault
+from safetensors.torch import save_file
+
+from shuteye import EngineConfig
+from shuteye.calls import ReloadCall, RpcCall, SleepCall, UpdateCall, UpdateFromFileCall, WakeCall
+from shuteye.engine.core import EngineCore
+from shuteye.errors import (
+    EngineFaulted,
+    InvalidRequest,
+    ShuteyeError,
+    SleepFailed,
+    TransitionConflict,
+    VerificationFailed,
+    WakeFailed,
+)
+from shuteye.executors import open_executor
+from shuteye.executors.frames import SIGNATURES
+from shuteye.executors.rank_process import RankProcess
+from shuteye.models.converter import Order, obtain_image
+from shuteye.models.progress import no_progress
+from shuteye.parallel.shards import RankPlace
+from shuteye.tasks.generate.requests import SamplingParams
+from shuteye.testing import tiny_model
+from shuteye.worker import VERBS
+
+PROMPT = (5, 300, 9, 11, 60)
+LONG = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+LAYOUTS = {"TP 2": (2, 1), "PP 2": (1, 2), "TP 2 x PP 2": (2, 2)}
+SOON_S = 10.0
+"""Far less than the deadline, by which waiting for it would show."""
+
+
+@pytest.fixture(scope="module")
+def config(tiny_checkpoint, core_cache):
+    """Configs of a layout, whose images are made here: rank processes convert in processes of their own."""
+
+    def make(layout, **options):
+        tp_size, pp_size = LAYOUTS[layout]
+        order = functools.partial(Order, str(tiny_checkpoint), str(core_cache), dtype="float32")
+        obtain_image(order(place=RankPlace(0, tp_size, pp_size)), no_progress).close()
+        return EngineConfig(
+            **{
+                "model": str(tiny_checkpoint),
+                "dtype": "float32",
+                "enable_sleep_mode": True,
+                "kv_cache_memory": 1 << 20,
+                "max_model_len": 256,
+                "verify_wake": "full",
+                "num_threads": 1,
+                "cache_dir": core_cache,
+                "tensor_parallel_size": tp_size,
+                "pipeline_parallel_size": pp_size,
+            }
+            | options
+        )
+
+    return make
+
+
+class RankHarness(CoreHarness):
+    """A core over rank processes that fail where they are told to."""
+
+    faults: Path
+
+    def plan_fault(self, rank, *lines):
+        plan_fault(self.faults, rank, *lines)
+
+    @property
+    def executor(self):
+        return self.core._executor
+
+    def pid(self, rank):
+        return self.executor._processes[rank].process.pid
+
+    def kill(self, rank, number=signal.SIGKILL):
+        os.kill(self.pid(rank), number)
+
+    def wait_for_fault(self, within_s=1.0):
+        """What the state says of it; the loop would be woken, here somebody steps."""
+        deadline = time.monotonic() + within_s
+        while self.core.state.faulted is None:
+            assert time.monotonic() < deadline, "nobody has noticed"
+            time.sleep(0.005)
+            self.step()
+        return self.core.state.faulted
+
+    def wake(self):
+        """Awake from whatever there is; no fault is left planned."""
+        for rank in range(self.executor.num_ranks):
+            self.plan_fault(rank)
+        self.call(WakeCall())
+        assert self.core.state.gate == "open"
+
+
+@pytest.fixture(scope="module")
+def open_ranks(config, tmp_path_factory):
+    executors = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RankProcess, "module", "faulty_rank")
+        helpers = Path(__file__).parents[1] / "helpers"
+        patch.setenv("PYTHONPATH", f"{helpers}:{os.environ.get('PYTHONPATH', '')}")
+
+        def open_them(layout, **options):
+            faults = tmp_path_factory.mktemp("faults")
+            patch.setenv("FAULTS", str(faults))  # ranks that are started again find those of the last ones opened
+            wanted = config(layout, **options)
+            executor = open_executor(wanted)
+            executors.append(executor)
+            harness = RankHarness(EngineCore(wanted, executor), None)
+            harness.faults = faults
+            return harness
+
+        yield open_them
+        for executor in executors:
+            executor.close()
+
+
+@pytest.fixture(scope="module")
+def shared(open_ranks):
+    """Two ranks of one layer's halves; whoever takes them leaves them awake with the image's weights."""
+    return open_ranks("TP 2")
+
+
+@pytest.fixture
+def ranks(shared):
+    yield shared
+    shared.wake()
+    if any("+" in source for source in shared.executor.call("weights_source")):
+        shared.call(ReloadCall())
+
+
+@pytest.fixture
+def expected(harness):
+    """What one rank gives."""
+    return harness.generate(PROMPT)
+
+
+# --- as one rank ------------------------------------------------------------------------------------
+
+
+def test_every_verb_has_a_type():
+    """Would catch a verb that works in this process alone."""
+    assert set(VERBS) - {"update_weights"} | {"execute", "start", "join"} == set(SIGNATURES)
+
+
+@pytest.mark.parametrize("layout", ["PP 2", "TP 2 x PP 2"])
+def test_ranks_give_what_one_gives_before_and_after_sleep(layout, open_ranks, expected, tmp_path):
+    """Would catch stages in the wrong order, a sampler in the wrong place, and a rank that sleeps alone."""
+    ranks = open_ranks(layout)
+    assert ranks.generate(PROMPT) == expected
+    for level in (1, 2):
+        assert ranks.call(SleepCall(level)).freed_bytes > 0
+        assert ranks.core.state.level == level
+        ranks.call(WakeCall())
+        assert ranks.generate(PROMPT) == expected
+    updated = changed_tensors(ranks, tmp_path / "new.safetensors")
+    ranks.call(UpdateFromFileCall(str(updated)))
+    assert ranks.generate(PROMPT) != expected
+    ranks.call(ReloadCall())
+    assert ranks.generate(PROMPT) == expected
+    ranks.kill(ranks.executor.num_ranks - 1)
+    ranks.wait_for_fault()
+    ranks.wake()
+    assert ranks.generate(PROMPT) == expected
+    ranks.executor.close()
+
+
+def test_ten_cycles_change_nothing(ranks, expected):
+    """Would catch memory, descriptors or regions that stay with every cycle."""
+    assert ranks.generate(PROMPT) == expected
+    seen = []
+    for _ in range(10):
+        slept = ranks.call(SleepCall(1))
+        woken = ranks.call(WakeCall())
+        assert ranks.generate(PROMPT) == expected
+        assert woken.canary
+        descriptors = [len(os.listdir(f"/proc/{pid}/fd")) for pid in (os.getpid(), ranks.pid(0), ranks.pid(1))]
+        seen.append((descriptors, slept.residual_bytes))
+    assert seen[2][0] == seen[-1][0]
+    assert seen[-1][1] < seen[2][1] + (4 << 20)
+
+
+def test_tags_wake_one_by_one(ranks, expected):
+    ranks.call(SleepCall(2))
+    report = ranks.call(WakeCall(tags=["weights"]))
+    assert report.missing
+    with pytest.raises(TransitionConflict, match="must be loaded"):
+        ranks.call(WakeCall(tags=["kv_cache"]))
+    ranks.call(SleepCall(2))
+    ranks.call(WakeCall())
+    assert ranks.generate(PROMPT) == expected
+    ranks.call(SleepCall(1, tags=["kv_cache"]))
+    assert ranks.core.state.gate == "closed"
+    ranks.call(WakeCall(tags=["kv_cache"]))
+    assert ranks.generate(PROMPT) == expected
+
+
+def test_facts_and_reports_are_of_all_ranks(ranks, harness):
+    """Would catch bytes of rank 0 that are told as those of the model."""
+    one, two = harness.core.info, ranks.core.info
+    assert two.kv_bytes_per_token == one.kv_bytes_per_token
+    assert two.num_blocks == one.num_blocks
+    assert two.kv_cache_bytes == one.kv_cache_bytes
+    assert len(ranks.call(RpcCall("facts"))) == 2
+    weights, kv_cache = ranks.core.state.tags
+    assert kv_cache.nbytes == one.kv_cache_bytes
+    assert weights.nbytes == two.weights_bytes
+    assert sum(facts.weights_bytes for facts in ranks.call(RpcCall("facts"))) == two.weights_bytes
+
+
+# --- weights ----------------------------------------------------------------------------------------
+
+
+def tensors_of(model):
+    from transformers import AutoModelForCausalLM
+
+    state = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    return {name: tensor.clone() for name, tensor in state.items() if name != "lm_head.weight"}
+
+
+def changed_tensors(ranks, path):
+    """A file of the model's tensors, none of which is as it was."""
+    save_file({name: tensor.neg() for name, tensor in tensors_of(ranks.core.config.model).items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("other") / "model", seed=7)
+
+
+def test_an_update_of_whole_tensors_reaches_every_part(ranks, harness, expected, other_model):
+    """Would catch a rank that writes the wrong rows, or keeps the old ones."""
+    tensors = tensors_of(other_model)
+    harness.call(UpdateCall(tensors.items()))
+    updated = harness.generate(PROMPT)
+    assert updated != expected
+    report = ranks.call(UpdateCall(tensors.items()))
+    assert report.updated == len(tensors)
+    assert ranks.generate(PROMPT) == updated
+    ranks.call(SleepCall(1))
+    ranks.call(WakeCall())
+    assert ranks.generate(PROMPT) == updated
+
+
+def test_blank_weights_are_filled_tensor_by_tensor(ranks, harness, other_model):
+    """Would catch a layout in which ranks that have all theirs are taken for a disagreement."""
+    tensors = tensors_of(other_model)
+    harness.call(UpdateCall(tensors.items()))
+    ranks.call(SleepCall(2))
+    ranks.call(WakeCall(tags=["weights"]))
+    for name, tensor in tensors.items():
+        missing = ranks.call(UpdateCall([(name, tensor)])).missing
+    assert missing == ()
+    ranks.call(WakeCall())
+    assert ranks.generate(PROMPT) == harness.generate(PROMPT)
+
+
+@pytest.mark.parametrize("wrong", ["name", "shape"])
+def test_a_wrong_update_changes_nothing_on_any_rank(ranks, expected, wrong, other_model):
+    """Would catch ranks that have written what comes before it."""
+    tensors = tensors_of(other_model)
+    tensors["nobody.knows" if wrong == "name" else "model.norm.weight"] = torch.ones(3)
+    with pytest.raises(InvalidRequest):
+        ranks.call(UpdateCall(tensors.items()))
+    assert ranks.generate(PROMPT) == expected
+    assert ranks.core.state.faulted is None
+
+
+def test_an_update_that_one_rank_cannot_check_changes_nothing(ranks, expected, other_model):
+    ranks.plan_fault(1, "check_update error")
+    with pytest.raises(ShuteyeError, match=r"rank 1: Injected"):
+        ranks.call(UpdateCall(tensors_of(other_model).items()))
+    assert ranks.core.state.faulted is None
+    assert ranks.generate(PROMPT) == expected
+
+
+@pytest.mark.parametrize("how", ["error", "late"])
+def test_mixed_weights_serve_nobody(ranks, expected, other_model, how):
+    """Would catch half a model of each."""
+    ranks.plan_fault(1, f"update_weights_from_file {how}")
+    with pytest.raises(EngineFaulted, match="some ranks have the new weights"):
+        ranks.call(UpdateCall(tensors_of(other_model).items()))
+    ranks.wake()
+    assert ranks.generate(PROMPT) == expected
+
+
+def test_updates_that_die_with_a_rank_are_undone_on_all(ranks, expected, other_model):
+    """Would catch a model of one rank's update and the other's image."""
+    ranks.call(UpdateCall(tensors_of(other_model).items()))
+    ranks.call(SleepCall(1))
+    ranks.kill(0)
+    ranks.wait_for_fault()
+    ranks.wake()
+    assert ranks.generate(PROMPT) == expected
+    assert "+" not in ranks.call(RpcCall("weights_source"))[0]
+    ranks.call(UpdateCall(tensors_of(other_model).items()))  # counted alike by both
+    assert len({*ranks.call(RpcCall("weights_source"))}) == 1
+
+
+# --- a rank that errs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["error", "bug", "full"])
+@pytest.mark.parametrize("verb", ["estimate_sleep", "save"])
+def test_a_sleep_that_one_rank_cannot_prepare_leaves_all_awake(ranks, expected, verb, how):
+    ranks.plan_fault(1, f"{verb} {how}")
+    with pytest.raises(SleepFailed, match=r"Still awake.* rank 1: .*Injected"):
+        ranks.call(SleepCall(1))
+    assert ranks.core.state.gate == "open"
+    assert ranks.generate(PROMPT) == expected
+    assert ranks.call(SleepCall(1)).changed
+
+
+@pytest.mark.parametrize("how", ["error", "late"])
+def test_a_release_is_repeated_where_it_failed(ranks, expected, how):
+    ranks.plan_fault(0, f"release {how}", "finish_release error")
+    report = ranks.call(SleepCall(1))
+    assert {tag.resident_bytes for tag in ranks.core.state.tags} == {0}
+    assert report.level == 1
+    ranks.wake()
+    assert ranks.generate(PROMPT) == expected
+
+
+def test_a_release_that_goes_on_failing_is_a_fault(ranks, expected):
+    ranks.plan_fault(1, "release error", "finish_release error", "finish_release error")
+    with pytest.raises(EngineFaulted, match="releasing failed: rank 1"):
+        ranks.call(SleepCall(1))
+    ranks.wake()
+    assert ranks.generate(PROMPT) == expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("how", ["error", "full"])
+def test_a_wake_for_which_one_rank_has_no_memory_leaves_all_asleep(ranks, expected, rank, how):
+    ranks.call(SleepCall(1))
+    ranks.plan_fault(rank, f"restore {how}")
+    with pytest.raises(WakeFailed, match=f"Still asleep, a retry may work: rank {rank}: Injected"):
+        ranks.call(WakeCall())
+    assert {tag.resident_bytes for tag in ranks.core.state.tags} == {0}
+    ranks.call(WakeCall())
+    assert ranks.generate(PROMPT) == expected
+
+
+def test_a_wake_that_one_rank_cannot_undo_is_a_fault(ranks, expected):
+    ranks.call(SleepCall(1))
+    ranks.plan_fault(0, "undo_restore error")
+    ranks.plan_fault(1, "restore error")
+    with pytest.raises(EngineFaulted, match=r"rolling back a wake failed: rank 0.*after: rank 1"):
+        ranks.call(WakeCall())
+    ranks.wake()
+    assert ranks.generate(PROMPT) == expected
+
+
+@pytest.mark.parametrize("verb", ["verify", "canary_agrees"])
+def test_a_wake_that_one_rank_finds_wrong_is_undone_on_all(ranks, expected, verb):
+    ranks.call(SleepCall(1))
+    ranks.plan_fault(1, f"{verb} wrong")
+    with pytest.raises(VerificationFailed):
+        ranks.call(WakeCall())
+    assert {tag.resident_bytes for tag in ranks.core.state.tags} == {0}
+    ranks.call(WakeCall())
+    assert ranks.generate(PROMPT) == expected
+
+
+def test_a_canary_that_one_rank_cannot_run_is_undone_on_all(ranks, expected):
+    """Would catch the other one waiting for it until its deadline."""
+    ranks.call(SleepCall(1))
+    ranks.plan_fault(0, "canary_agrees error")
+    began = time.monotonic()
+    with pytest.raises(WakeFailed, match="rank 0: Injected"):
+        ranks.call(WakeCall())
+    assert time.monotonic() - began < SOON_S
+    ranks.call(WakeCall())
+    assert ranks.generate(PROMPT) == expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("how", ["error", "late", "bug"])
+def test_a_step_that_one_rank_cannot_do_fails_its_requests_alone(ranks, expected, rank, how):
+    """Would catch ranks that wait for ever, and groups that are used again although they were aborted."""
+    began = time.monotonic()
+    ranks.plan_fault(rank, f"execute {how}")
+    with pytest.raises(ShuteyeError, match=f"rank {rank}: .*Injected"):
+        ranks.generate(PROMPT)
+    assert time.monotonic() - began < SOON_S
+    assert ranks.core.state.gate == "open"
+    assert ranks.generate(PROMPT) == expected
+
+
+@pytest.fixture
+def woken_by_requests(ranks, monkeypatch):
+    """Ranks whose canary goes with the first step after a wake."""
+    monkeypatch.setattr(ranks.core, "config", replace(ranks.core.config, on_sleeping_request="wake"))
+    return ranks
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_first_step_that_one_rank_finds_wrong_is_a_fault(woken_by_requests, expected, rank):
+    """Would catch tokens of a wake that is not proven, and ranks that wait for the one that does not believe it."""
+    ranks = woken_by_requests
+    ranks.call(SleepCall(1))
+    ranks.plan_fault(rank, "execute unproven")
+    began = time.monotonic()
+    with pytest.raises(VerificationFailed, match=f"rank {rank}"):
+        ranks.generate(PROMPT)
+    assert time.monotonic() - began < SOON_S
+    assert ranks.core.state.faulted
+    ranks.wake()
+    assert ranks.generate(PROMPT) == expected
+
+
+@pytest.mark.parametrize("how", ["error", "late"])
+def test_a_first_step_that_failed_is_proven_by_the_next(woken_by_requests, expected, how):
+    """Would catch one rank that runs the canary, and another that has done so already."""
+    ranks = woken_by_requests
+    ranks.call(SleepCall(1))
+    ranks.plan_fault(0, f"execute {how}")
+    with pytest.raises(ShuteyeError, match="Injected"):
+        ranks.generate(PROMPT)
+    assert ranks.core.state.gate == "open"
+    assert ranks.generate(PROMPT) == expected
+    ranks.call(SleepCall(1))
+    ranks.plan_fault(0, f"execute {how}", "execute unproven")
+    with pytest.raises(ShuteyeError, match="Injected"):
+        ranks.generate(PROMPT)
+    with pytest.raises(VerificationFailed):
+        ranks.generate(PROMPT)
+
+
+def test_requests_in_flight_are_kept_over_a_sleep(ranks, harness):
+    """Would catch a stage that sleeps with a step under way, or a rank that resumes in another order."""
+    prompts = {f"stream-{number}": (number, *PROMPT, 40 + number) for number in range(3, 8)}
+    expected = {name: harness.generate(prompt, LONG) for name, prompt in prompts.items()}
+    for name, prompt in prompts.items():
+        ranks.add(name, prompt, LONG)
+    for level in (1, 2):
+        for _ in range(9):
+            ranks.step()
+        report = ranks.call(SleepCall(level, mode="keep"))
+        assert report.held_requests == len(prompts)
+        ranks.call(WakeCall())
+    ranks.run()
+    assert {name: ranks.tokens[name] for name in prompts} == expected
+
+
+def test_ranks_that_disagree_are_a_fault(ranks, expected):
+    ranks.plan_fault(1, "states wrong")
+    with pytest.raises(EngineFaulted, match="disagree on weights: offloaded on rank 0, discarded on rank 1"):
+        ranks.call(SleepCall(1))
+    ranks.wake()
+    assert ranks.generate(PROMPT) == expected
+
+
+def test_other_weights_on_one_rank_are_a_fault(ranks, expected):
+    ranks.call(SleepCall(1))
+    ranks.plan_fault(1, "weights_source wrong")
+    with pytest.raises(EngineFaulted, match="different weights"):
+        ranks.call(WakeCall())
+    ranks.wake()
+    assert ranks.generate(PROMPT) == expected
+
+
+# --- a rank that dies -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rank", "number", "says"), [(0, signal.SIGKILL, "SIGKILL"), (1, signal.SIGABRT, "SIGABRT")])
+def test_a_rank_that_dies_idle_is_noticed_and_named(ranks, expected, rank, number, says):
+    ranks.kill(rank, number)
+    assert ranks.wait_for_fault() == f"rank {rank} was ended by {says}"
+    with pytest.raises(EngineFaulted):
+        ranks.call(SleepCall(1))
+    assert ranks.executor.failures()
+    ranks.wake()
+    assert not ranks.executor.failures()
+    assert ranks.generate(PROMPT) == expected
+
+
+def test_all_ranks_that_die_asleep_come_back(ranks, expected):
+    """Would catch keys and values of before, found in memory that counts its epochs anew."""
+    assert ranks.generate(PROMPT) == expected
+    ranks.call(SleepCall(1))
+    for rank in (0, 1):
+        ranks.kill(rank)
+    ranks.wait_for_fault()
+    ranks.wake()
+    assert ranks.generate(PROMPT) == expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_requests_survive_a_rank_that_dies_between_steps(ranks, harness, rank):
+    """Would catch requests that are lost, or that go on with a sampler that has forgotten what they had."""
+    params = SamplingParams(
+        temperature=1.0, seed=3, max_tokens=30, ignore_eos=True, repetition_penalty=1.3, frequency_penalty=0.4
+    )
+    expected = harness.generate(PROMPT, params)
+    name = f"survivor-{rank}"
+    ranks.add(name, PROMPT, params)
+    for _ in range(9):
+        ranks.step()
+    ranks.kill(rank)
+    ranks.wait_for_fault()
+    assert name not in ranks.ended
+    ranks.wake()
+    ranks.run()
+    assert ranks.tokens[name] == expected
+
+
+@pytest.mark.parametrize(
+    ("rank", "verb"),
+    [(0, "estimate_sleep"), (1, "save"), (0, "release"), (1, "execute"), (0, "update_weights_from_file")],
+)
+def test_a_rank_that_dies_awake_is_a_fault_and_requests_are_kept(ranks, expected, rank, verb, other_model):
+    ranks.plan_fault(rank, f"{verb} kill")
+    if verb == "execute":
+        ranks.add("kept", PROMPT)
+        ranks.wait_for_fault()
+    else:
+        update = UpdateCall(list(tensors_of(other_model).items()))
+        with pytest.raises(EngineFaulted, match=f"rank {rank} was ended by SIGKILL"):
+            ranks.call(update if "update" in verb else SleepCall(1))
+    assert f"rank {rank} was ended by SIGKILL" in ranks.core.state.faulted
+    ranks.wake()
+    ranks.run()
+    assert ranks.tokens.get("kept", expected) == expected
+    assert ranks.generate(PROMPT) == expected
+
+
+@pytest.mark.parametrize(("rank", "verb"), [(1, "restore"), (0, "verify"), (1, "canary_agrees"), (0, "undo_restore")])
+def test_a_rank_that_dies_in_a_wake_is_a_fault_and_the_others_undo(ranks, expected, rank, verb):
+    ranks.call(SleepCall(1))
+    ranks.plan_fault(rank, f"{verb} kill")
+    if verb == "undo_restore":
+        ranks.plan_fault(1 - rank, "restore full")
+    with pytest.raises(EngineFaulted, match=f"rank {rank} was ended by SIGKILL"):
+        ranks.call(WakeCall())
+    (survivor,) = ranks.executor.outcomes("states", ranks=[1 - rank]).values()
+    assert {tag.resident_bytes for tag in survivor} == {0}
+    ranks.wake()
+    assert ranks.generate(PROMPT) == expected
+
+
+def test_a_recovery_in_which_another_rank_dies_can_be_repeated(ranks, expected):
+    ranks.kill(0)
+    ranks.wait_for_fault()
+    ranks.plan_fault(1, "join kill")
+    with pytest.raises(EngineFaulted, match="recovering failed: rank 1 was ended by SIGKILL"):
+        ranks.call(WakeCall())
+    ranks.wake()
+    assert ranks.generate(PROMPT) == expected
+
+
+@pytest.mark.parametrize("verb", ["release", "execute"])
+def test_a_rank_that_is_suspended_is_killed_at_its_deadline(ranks, expected, verb, monkeypatch):
+    """Would catch the rank that only waits for it being killed, too."""
+    monkeypatch.setattr(ranks.executor, "_config", replace(ranks.executor._config, rank_timeout_s=1.0))
+    survivor = ranks.pid(0)
+    ranks.plan_fault(1, f"{verb} stop")
+    says = f"rank 1 was killed, as it did not answer {verb} within 1 s"
+    if verb == "execute":
+        ranks.add("patient", PROMPT)
+        assert ranks.wait_for_fault(within_s=10.0) == says
+    else:
+        with pytest.raises(EngineFaulted, match=says):
+            ranks.call(SleepCall(1))
+    monkeypatch.undo()
+    ranks.wake()
+    ranks.run()
+    assert ranks.pid(0) == survivor
+    assert ranks.generate(PROMPT) == expected
+
+
+def test_requests_are_kept_only_so_long(ranks, monkeypatch):
+    monkeypatch.setattr(time, "monotonic", functools.partial(_later, time.monotonic, skip := [0.0]))
+    ranks.add("impatient", PROMPT, LONG)
+    ranks.step()
+    ranks.kill(1)
+    ranks.wait_for_fault()
+    ranks.step()
+    skip[0] = 61.0
+    ranks.step()
+    assert isinstance(ranks.ended["impatient"], EngineFaulted)
+
+
+def _later(clock, skip):
+    return clock() + skip[0]

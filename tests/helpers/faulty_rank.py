@@ -1,0 +1,77 @@
+"""A rank process that fails where a test says so: in the file $FAULTS/RANK, one line "verb how" each; the first counts.
+
+how     error    the verb is refused before it does anything
+        late     it is done, and then fails
+        bug      an exception that is no error of ours
+        full     the system has no memory for it
+        wrong    it is done, and answers what cannot be true
+        kill     the process is killed before it does anything
+        stop     it is suspended before it does anything
+        unproven the canary that goes with it finds other numbers than before
+"""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+from shuteye.errors import BackendFailure, MemoryExhausted
+from shuteye.executors import rank as real
+from shuteye.state import VerifyResult
+
+WRONG = {
+    "verify": lambda _found: VerifyResult(1, (0,)),
+    "canary_agrees": lambda _found: False,
+    "states": lambda found: (replace(found[0], residency="discarded"), *found[1:]),
+    "weights_source": lambda found: f"not-{found}",
+}
+
+
+def plan_fault(directory, rank, *lines):
+    """Let a rank fail: each line "verb how" once, in this order."""
+    path = Path(directory) / str(rank)
+    path.with_suffix(".new").write_text("".join(f"{line}\n" for line in lines))
+    path.with_suffix(".new").rename(path)
+
+
+def _next_fault(rank, verb):
+    path = Path(os.environ["FAULTS"]) / str(rank)
+    lines = path.read_text().splitlines() if path.exists() else []
+    if not lines or lines[0].split()[0] != verb:
+        return None
+    plan_fault(path.parent, rank, *lines[1:])
+    return lines[0].split()[1]
+
+
+class FaultyRank(real._Rank):
+    """Looks into the file before each verb."""
+
+    def _do(self, verb, arguments):
+        how = _next_fault(self._place.rank, verb)
+        match how:
+            case "error":
+                raise BackendFailure(f"Injected into {verb}.")
+            case "full":
+                raise MemoryExhausted(f"Injected into {verb}.")
+            case "bug":
+                raise ValueError(f"Injected into {verb}.")
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+        canary = self._worker._canary if how == "unproven" else None
+        if canary is not None:
+            canary.knows = lambda *_: False
+        try:
+            found = super()._do(verb, arguments)
+        finally:
+            if canary is not None:
+                del canary.knows
+        if how == "late":
+            raise BackendFailure(f"Injected after {verb}.")
+        return WRONG[verb](found) if how == "wrong" else found
+
+
+if __name__ == "__main__":
+    real._Rank = FaultyRank
+    real.main()
