@@ -150,8 +150,8 @@ class NativeDecoder:
             group: those who hold the other heads and rows of these layers, and compute the same step; if there are any.
 
         Returns:
-            float32 logits [num_sampled, vocab], of the precision of the model's dtype; of a part without head the hidden
-            states [num_tokens, hidden].
+            float32 logits [num_sampled, vocab], of the precision of the model's dtype; of a part without a head the
+            hidden states [num_tokens, hidden].
 
         Raises:
             ValueError: the step is inconsistent, or points outside the cache; nothing was computed.
