@@ -325,7 +325,7 @@ class ShmGroup(Group):
             self._finalizer()
 
     def call(self, function: Callable[..., int], *arguments: Any) -> None:
-        """Let `function(handle, …)` make this rank's calls, on a `shuteye::Group*`; what it gives 0 is an aborted group.
+        """Let `function(handle, …)` make this rank's calls, on a `shuteye::Group*`; 0 from it is an aborted group.
 
         For native code that computes between its calls; nothing keeps the handle.
         """
