@@ -116,7 +116,7 @@ def bind(
         arena: need not be resident yet.
         modules: use transformers' modules even for a model that the flat loop can compute.
         native: let the flat loop use the native kernels where they can be used.
-        groups: the other ranks, if the image holds a rank's part; that is computed by the flat loop, without kernels.
+        groups: the other ranks, if the image holds a rank's part; that is computed by the flat loop.
 
     Raises:
         ImageFailure: image and module disagree; the message names the tensors.
@@ -127,9 +127,10 @@ def bind(
     shard = Shard.of(image)
     assert (shard is None) == (groups is None), "groups are for the image of a rank's part"
     if shard is not None and groups is not None:
-        if native and shard.place.rank == 0:
+        model = _bind_rank(image, arena, facts, shard.plan, groups, native=native)
+        if native and shard.place.rank == 0 and not model.decoder.native_tokens:
             logger.info("Each of %d ranks computes with torch, not with the native kernels.", shard.place.num_ranks)
-        return _bind_rank(image, arena, facts, shard.plan, groups)
+        return model
     decoder = None if modules else _bind_flat(image, arena, facts, slot_names, native=native)
     if decoder is not None:
         return LoadedModel(facts, decoder, slot_names)
@@ -153,12 +154,15 @@ def _bind_flat(
     return FusedDecoder(facts.fused, weights, frequencies, facts.attention.windows, native=native)
 
 
-def _bind_rank(image: WeightImage, arena: Arena, facts: ImageSpec, plan: ShardPlan, groups: RankGroups) -> LoadedModel:
+def _bind_rank(
+    image: WeightImage, arena: Arena, facts: ImageSpec, plan: ShardPlan, groups: RankGroups, *, native: bool
+) -> LoadedModel:
     assert facts.fused is not None, "only recognised models are split"
     slot_names = slot_names_of(image)
     weights = rank_weights(_slots_by_name(image, slot_names), arena.view, plan)
     frequencies = image.read_buffers()[INVERSE_FREQUENCIES]
-    decoder = RankDecoder(plan, facts.fused, weights, frequencies, facts.attention.windows, groups=groups)
+    windows = facts.attention.windows
+    decoder = RankDecoder(plan, facts.fused, weights, frequencies, windows, groups=groups, native=native)
     return LoadedModel(facts, decoder, slot_names, plan)
 
 

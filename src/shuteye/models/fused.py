@@ -18,7 +18,7 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 
 from shuteye.memory.layout import Slot
 from shuteye.models.attention import AttentionContext, attend
-from shuteye.native import MAX_TOKENS, DecoderSpec, LayerSpec, NativeDecoder, available
+from shuteye.native import MAX_TOKENS, DecoderSpec, LayerSpec, NativeDecoder, NativeGroup, available
 from shuteye.native.decoder import unsupported_shape
 
 if TYPE_CHECKING:
@@ -97,11 +97,25 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class FusedWeights:
-    """Every tensor of the model, as views of the arena: valid while it is resident."""
+class RankWeights:
+    """A rank's tensors, as views of the arena: valid while it is resident.
+
+    Attributes:
+        embedding: of the whole vocabulary; on the first stage.
+        norm, head: on the last stage; the head has the rank's rows of the vocabulary.
+    """
+
+    embedding: Tensor | None
+    layers: tuple[Layer, ...]
+    norm: Tensor | None
+    head: Projection | None
+
+
+@dataclass(frozen=True, slots=True)
+class FusedWeights(RankWeights):
+    """Every tensor of the model, on one rank."""
 
     embedding: Tensor
-    layers: tuple[Layer, ...]
     norm: Tensor
     head: Projection
 
@@ -179,19 +193,71 @@ def wide_weights(
 
 
 class FlatLoop:
-    """The layers of a packed step, in torch; what comes before and after them is for those who build on it."""
+    """The layers of a packed step: in torch alone, or with what is before and after them in native kernels.
+
+    What torch has to compute before and after the layers is for those who build on it.
+
+    Args:
+        windows: per layer, how many positions back a token sees, itself included; None sees all.
+        native: whether to use the native kernels if they can be used here.
+
+    Attributes:
+        native_tokens: the largest step that the native kernels compute; 0 if they are not used.
+    """
 
     def __init__(
         self,
         facts: FusedSpec,
-        layers: Sequence[Layer],
+        weights: RankWeights,
         inverse_frequencies: Tensor,
         windows: Sequence[int | None],
+        *,
+        native: bool = True,
     ) -> None:
         self.inverse_frequencies = inverse_frequencies
         self._facts = facts
-        self._layers = layers
+        self._weights = weights
         self._windows = windows
+        self._dtype = weights.layers[0].input_norm.dtype
+        heads = {"num_heads": facts.num_heads, "num_kv_heads": facts.num_kv_heads, "head_dim": facts.head_dim}
+        usable = native and available() and unsupported_shape(self._dtype, **heads) is None
+        self.native_tokens = MAX_TOKENS if usable else 0
+        self._native: tuple[KVCache, NativeDecoder] | None = None
+
+    def _compute_natively(
+        self,
+        batch: PackedBatch,
+        kv_cache: KVCache,
+        *,
+        hidden_in: Tensor | None = None,
+        group: NativeGroup | None = None,
+    ) -> Tensor | None:
+        """What `NativeDecoder.forward` gives; None if the step is not for it."""
+        native = self._native_over(kv_cache)
+        if native is None or len(batch.input_ids) > native.max_tokens:
+            return None
+        cos, sin = self._rotation(batch.positions, self._dtype)
+        return native.forward(
+            batch.input_ids,
+            cos,
+            sin,
+            batch.slots,
+            batch.query_starts,
+            batch.context_lengths,
+            batch.block_tables,
+            batch.logits_indices,
+            hidden_in=hidden_in,
+            group=group,
+        )
+
+    def _native_over(self, kv_cache: KVCache) -> NativeDecoder | None:
+        """The native decoder bound to this cache; made at the first step."""
+        if not self.native_tokens:
+            return None
+        if self._native is None or self._native[0] is not kv_cache:
+            spec = decoder_spec(self._facts, self._weights, self._windows, kv_cache.blocks)
+            self._native = (kv_cache, NativeDecoder.create(spec))
+        return self._native[1]
 
     def _compute_layers(
         self, hidden: Tensor, batch: PackedBatch, kv_cache: KVCache, *, wanted: Tensor | None
@@ -205,11 +271,12 @@ class FlatLoop:
         cos, sin = self._rotation(batch.positions, hidden.dtype)
         sin[:, : sin.shape[1] // 2].neg_()
         rotation = cos[:, None], sin[:, None]
-        for index, layer in enumerate(self._layers):
+        layers = self._weights.layers
+        for index, layer in enumerate(layers):
             hidden += self._whole(
                 self._attention(index, layer, self._norm(hidden, layer.input_norm), rotation, context)
             )
-            if wanted is not None and index == len(self._layers) - 1:
+            if wanted is not None and index == len(layers) - 1:
                 hidden = hidden[wanted]  # K/V of the other tokens is written: they have done their part
             gate, up = layer.gate_up(self._norm(hidden, layer.post_norm)).chunk(2, dim=-1)
             hidden += self._whole(layer.down(silu(gate).mul_(up)))
@@ -246,60 +313,14 @@ class FlatLoop:
 
 
 class FusedDecoder(FlatLoop):
-    """The whole model of a packed step: small steps by native kernels where they are to be had, others by torch.
+    """The whole model of a packed step: small steps by native kernels where they are to be had, others by torch."""
 
-    Args:
-        windows: per layer, how many positions back a token sees, itself included; None sees all.
-        native: whether to use the native kernels if they can be used here.
-
-    Attributes:
-        native_tokens: the largest step that the native kernels compute; 0 if they are not used.
-    """
-
-    def __init__(
-        self,
-        facts: FusedSpec,
-        weights: FusedWeights,
-        inverse_frequencies: Tensor,
-        windows: Sequence[int | None],
-        *,
-        native: bool = True,
-    ) -> None:
-        super().__init__(facts, weights.layers, inverse_frequencies, windows)
-        self._weights = weights
-        heads = {"num_heads": facts.num_heads, "num_kv_heads": facts.num_kv_heads, "head_dim": facts.head_dim}
-        usable = native and available() and unsupported_shape(weights.embedding.dtype, **heads) is None
-        self.native_tokens = MAX_TOKENS if usable else 0
-        self._native: tuple[KVCache, NativeDecoder] | None = None
+    _weights: FusedWeights
 
     def forward(self, batch: PackedBatch, kv_cache: KVCache) -> Tensor:
         """Compute a step: logits [num_sampled, vocab_size], in the model's dtype or in float32."""
-        native = self._native_over(kv_cache)
-        if native is not None and len(batch.input_ids) <= native.max_tokens:
-            return self._forward_natively(native, batch)
-        return self._forward_in_torch(batch, kv_cache)
-
-    def _native_over(self, kv_cache: KVCache) -> NativeDecoder | None:
-        """The native decoder bound to this cache; made at the first step."""
-        if not self.native_tokens:
-            return None
-        if self._native is None or self._native[0] is not kv_cache:
-            spec = decoder_spec(self._facts, self._weights, self._windows, kv_cache.blocks)
-            self._native = (kv_cache, NativeDecoder.create(spec))
-        return self._native[1]
-
-    def _forward_natively(self, native: NativeDecoder, batch: PackedBatch) -> Tensor:
-        cos, sin = self._rotation(batch.positions, self._weights.embedding.dtype)
-        return native.forward(
-            batch.input_ids,
-            cos,
-            sin,
-            batch.slots,
-            batch.query_starts,
-            batch.context_lengths,
-            batch.block_tables,
-            batch.logits_indices,
-        )
+        logits = self._compute_natively(batch, kv_cache)
+        return self._forward_in_torch(batch, kv_cache) if logits is None else logits
 
     def _forward_in_torch(self, batch: PackedBatch, kv_cache: KVCache) -> Tensor:
         weights = self._weights
@@ -321,14 +342,14 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 # --- the native twin ------------------------------------------------------------------------------
 
 
-def decoder_spec(facts: FusedSpec, weights: FusedWeights, windows: Sequence[int | None], blocks: Tensor) -> DecoderSpec:
-    """The same model as the native kernels take it, over the KV cache `blocks` (see `KVCache.blocks`)."""
+def decoder_spec(facts: FusedSpec, weights: RankWeights, windows: Sequence[int | None], blocks: Tensor) -> DecoderSpec:
+    """The same model, or part, as the native kernels take it, over the KV cache `blocks` (see `KVCache.blocks`)."""
     return DecoderSpec(
         layers=tuple(map(_layer_spec, weights.layers, windows)),
         embedding=weights.embedding,
         final_norm=weights.norm,
-        head_weight=weights.head.weight,
-        head_bias=weights.head.bias,
+        head_weight=None if weights.head is None else weights.head.weight,
+        head_bias=None if weights.head is None else weights.head.bias,
         num_heads=facts.num_heads,
         eps=facts.norm_eps,
         scale=facts.attention_scale,

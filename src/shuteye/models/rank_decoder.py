@@ -1,7 +1,4 @@
-"""One rank's part of a Llama-like decoder: its layers and heads, and what it exchanges with the other ranks.
-
-Computed in torch alone: the native kernels do not compute a part of a model yet.
-"""
+"""One rank's part of a Llama-like decoder: its layers and heads, and what it exchanges with the other ranks."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from shuteye.memory.layout import Slot
-from shuteye.models.fused import FlatLoop, FusedSpec, Layer, NamedViews, Projection
-from shuteye.parallel.group import Group
+from shuteye.models.fused import FlatLoop, FusedSpec, NamedViews, Projection, RankWeights
+from shuteye.parallel.group import Group, ShmGroup
 from shuteye.parallel.shards import EMBEDDING, ShardPlan
 
 if TYPE_CHECKING:
@@ -50,21 +47,6 @@ class RankGroups:
                 group.close()
 
 
-@dataclass(frozen=True, slots=True)
-class RankWeights:
-    """A rank's tensors, as views of the arena: valid while it is resident.
-
-    Attributes:
-        embedding: of the whole vocabulary; on the first stage.
-        norm, head: on the last stage; the head has the rank's rows of the vocabulary.
-    """
-
-    layers: tuple[Layer, ...]
-    embedding: Tensor | None
-    norm: Tensor | None
-    head: Projection | None
-
-
 def rank_weights(
     slots: Mapping[str, Slot], view: Callable[[int, Sequence[int], str], Tensor], plan: ShardPlan
 ) -> RankWeights:
@@ -95,13 +77,10 @@ def _head(named: NamedViews, plan: ShardPlan) -> Projection:
 
 
 class RankDecoder(FlatLoop):
-    """The rank's part of a packed step.
+    """The rank's part of a packed step: small steps by native kernels where they are to be had, others by torch.
 
-    Attributes:
-        native_tokens: the largest step that native kernels compute: none.
+    Whether they are must be the same on all ranks of a stage. The ranks' sums need shared memory then.
     """
-
-    native_tokens = 0
 
     def __init__(
         self,
@@ -112,12 +91,13 @@ class RankDecoder(FlatLoop):
         windows: Sequence[int | None],
         *,
         groups: RankGroups,
+        native: bool = True,
     ) -> None:
         assert (groups.tensor is None) == (plan.spec.tp_size == 1), "a tensor group is for several ranks in a stage"
         assert (groups.pipeline is None) == (plan.spec.pp_size == 1), "a pipeline group is for several stages"
-        super().__init__(facts, weights.layers, inverse_frequencies, windows)
+        native = native and isinstance(groups.tensor, ShmGroup | None)
+        super().__init__(facts, weights, inverse_frequencies, windows, native=native)
         self._plan = plan
-        self._weights = weights
         self._groups = groups
         self._widths = [len(part) for part in plan.vocabularies]
 
@@ -142,11 +122,19 @@ class RankDecoder(FlatLoop):
         """The part itself, within the stage.
 
         Args:
-            hidden_in: [num_tokens, hidden_size], after the stage before; changed in place. None on the first.
+            hidden_in: [num_tokens, hidden_size], after the stage before; may be changed in place. None on the first.
 
         Returns:
             As `forward`.
         """
+        shared = self._groups.tensor if isinstance(self._groups.tensor, ShmGroup) else None  # of the present epoch
+        found = self._compute_natively(batch, kv_cache, hidden_in=hidden_in, group=shared)
+        if found is None:
+            found = self._compute_in_torch(batch, kv_cache, hidden_in)
+        return self._side_by_side(found) if self._plan.has_head else found
+
+    def _compute_in_torch(self, batch: PackedBatch, kv_cache: KVCache, hidden_in: Tensor | None) -> Tensor:
+        """Hidden states, or the rank's columns of the logits."""
         weights = self._weights
         if hidden_in is None:
             assert weights.embedding is not None
@@ -154,11 +142,10 @@ class RankDecoder(FlatLoop):
         if weights.head is None or weights.norm is None:
             return self._compute_layers(hidden_in, batch, kv_cache, wanted=None)
         hidden = self._compute_layers(hidden_in, batch, kv_cache, wanted=batch.logits_indices)
-        return self._side_by_side(weights.head(self._norm(hidden, weights.norm)))
+        return weights.head(self._norm(hidden, weights.norm))
 
     def _blank_hidden(self, num_tokens: int) -> Tensor:
-        like = self._weights.layers[0].input_norm
-        return torch.empty((num_tokens, len(like)), dtype=like.dtype)
+        return torch.empty((num_tokens, self._plan.shape.hidden_size), dtype=self._dtype)
 
     def _whole(self, product: Tensor) -> Tensor:
         if self._groups.tensor is not None and product.numel():

@@ -3,7 +3,7 @@
 Knows nothing of models, schedulers or memory: callers pass tensors. Threads: one pool per process, `set_num_threads`.
 """
 
-from shuteye.native.decoder import MAX_TOKENS, DecoderSpec, LayerSpec, NativeDecoder
+from shuteye.native.decoder import MAX_TOKENS, DecoderSpec, LayerSpec, NativeDecoder, NativeGroup
 from shuteye.native.kernels import linear, paged_attention, read, rms_norm, rope_and_write, silu_mul
 from shuteye.native.library import (
     NativeUnavailable,
@@ -21,6 +21,7 @@ __all__ = [
     "DecoderSpec",
     "LayerSpec",
     "NativeDecoder",
+    "NativeGroup",
     "NativeUnavailable",
     "available",
     "level",

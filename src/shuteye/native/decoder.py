@@ -1,4 +1,4 @@
-"""A whole decoder step in one foreign call, which releases the interpreter.
+"""A decoder step, of a whole model or of one rank's part, in one foreign call, which releases the interpreter.
 
 Only pointers are kept; a step is valid while the memory of weights and cache is resident.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -51,18 +52,20 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """A decoder: pre-norm layers, rotary positions, gated SiLU.
+    """A decoder: pre-norm layers, rotary positions, gated SiLU; or one rank's part of it, with its layers and heads.
 
     Attributes:
-        embedding, head_weight: [vocab, hidden]; may be the same tensor.
+        embedding: [vocab, hidden]; None: steps begin with hidden states.
+        final_norm, head_weight: [hidden] and [vocab, hidden]; None: steps end with hidden states. The head may be the
+            embedding, or have fewer rows.
         kv_cache: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], of the same dtype.
         scale: of the attention logits.
     """
 
     layers: tuple[LayerSpec, ...]
-    embedding: Tensor
-    final_norm: Tensor
-    head_weight: Tensor
+    embedding: Tensor | None
+    final_norm: Tensor | None
+    head_weight: Tensor | None
     head_bias: Tensor | None
     num_heads: int
     eps: float
@@ -73,7 +76,20 @@ class DecoderSpec:
     @property
     def dtype(self) -> torch.dtype:
         """Of all tensors."""
-        return self.embedding.dtype
+        return self.layers[0].input_norm.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self.layers[0].input_norm.numel()
+
+
+class NativeGroup(Protocol):
+    """The ranks that add up their parts, with a handle that native code understands."""
+
+    def call(self, function: Callable[[int], int]) -> None:
+        """Have `function(handle)` make this rank's calls; raise why the group was aborted if it gives 0."""
+        ...
 
 
 class NativeDecoder:
@@ -84,7 +100,7 @@ class NativeDecoder:
         self._spec = spec
         self._run = load().shuteye_decoder_run
         self._block_size: int = spec.kv_cache.shape[3]
-        self._vocab: int = spec.head_weight.shape[0]
+        self._vocab = 0 if spec.head_weight is None else spec.head_weight.shape[0]
         self.max_tokens = spec.max_tokens
         weakref.finalize(self, load().shuteye_decoder_destroy, handle)
 
@@ -101,8 +117,9 @@ class NativeDecoder:
         layers = (structs.Layer * len(spec.layers))(*(_layer(layer) for layer in spec.layers))
         first = spec.layers[0]
         model = structs.Model(
-            DTYPES[spec.dtype], spec.embedding.shape[1], len(layers), spec.num_heads, first.down_weight.shape[1],
-            spec.head_weight.shape[0], spec.max_tokens, spec.eps, spec.scale,
+            DTYPES[spec.dtype], spec.hidden_size, len(layers), spec.num_heads, first.down_weight.shape[1],
+            *(0 if table is None else table.shape[0] for table in (spec.embedding, spec.head_weight)),
+            spec.max_tokens, spec.eps, spec.scale,
             *(pointer(tensor) for tensor in (spec.embedding, spec.final_norm, spec.head_weight, spec.head_bias)),
             layers, cache_struct(spec.kv_cache),
         )  # fmt: skip
@@ -118,6 +135,9 @@ class NativeDecoder:
         context_lengths: Sequence[int],
         block_tables: Sequence[Sequence[int]],
         wanted: Tensor,
+        *,
+        hidden_in: Tensor | None = None,
+        group: NativeGroup | None = None,
     ) -> Tensor:
         """Compute a step of at most `max_tokens` tokens; keys and values go to the cache.
 
@@ -126,25 +146,43 @@ class NativeDecoder:
             cos, sin: of the positions, [num_tokens, head_dim] in the model's dtype, as transformers gives them.
             query_starts, context_lengths, block_tables: as in `PackedBatch`.
             wanted: int64 [num_sampled], the tokens whose logits are wanted.
+            hidden_in: [num_tokens, hidden], what a part without embeddings begins with.
+            group: those who hold the other heads and rows of these layers, and compute the same step; if there are any.
 
         Returns:
-            float32 logits [num_sampled, vocab], of the precision of the model's dtype.
+            float32 logits [num_sampled, vocab], of the precision of the model's dtype; of a part without a head the
+            hidden states [num_tokens, hidden].
 
         Raises:
             ValueError: the step is inconsistent, or points outside the cache; nothing was computed.
+            GroupAborted: as `group` raises it; keys and values of the step are undefined.
         """
+        spec = self._spec
         num_tokens, num_sampled = token_ids.numel(), wanted.numel()
-        assert cos.dtype == sin.dtype == self._spec.dtype, f"cos and sin must be {self._spec.dtype}, not {cos.dtype}"
-        assert cos.numel() == sin.numel() == num_tokens * self._spec.kv_cache.shape[5]
+        assert cos.dtype == sin.dtype == spec.dtype, f"cos and sin must be {spec.dtype}, not {cos.dtype}"
+        assert cos.numel() == sin.numel() == num_tokens * spec.kv_cache.shape[5]
+        assert (hidden_in is None) == (spec.embedding is not None), "steps begin with tokens or with hidden states"
+        assert hidden_in is None or (hidden_in.shape, hidden_in.dtype) == ((num_tokens, spec.hidden_size), spec.dtype)
         sequences = PackedSequences.pack(query_starts, context_lengths, block_tables, block_size=self._block_size)
         logits = torch.empty((num_sampled, self._vocab), dtype=torch.float32)
+        hidden_out = None if self._vocab else torch.empty((num_tokens, spec.hidden_size), dtype=spec.dtype)
         step = structs.Step(
             num_tokens, num_sampled,
             *(pointer(tensor) for tensor in (token_ids, cos, sin, slots, wanted, logits)), sequences.struct,
+            *(pointer(tensor) for tensor in (hidden_in, hidden_out)),
         )  # fmt: skip
+        if group is None:
+            self._step(step, None)
+        else:
+            group.call(lambda handle: self._step(step, handle))
+        return logits if hidden_out is None else hidden_out
+
+    def _step(self, step: structs.Step, group: int | None) -> bool:
+        """Whether it came to its end."""
+        step.group = group
         if wrong := self._run(self._handle, ctypes.byref(step)):
             raise ValueError(f"native decoder: {wrong.decode()}")
-        return logits
+        return not step.aborted
 
 
 def unsupported(spec: DecoderSpec) -> str | None:

@@ -140,10 +140,10 @@ class Cache(Structure):
 
 
 class Model(Structure):
-    """A decoder."""
+    """A decoder, or one rank's part of it."""
 
     _fields_ = (
-        *_int64s("dtype", "hidden", "num_layers", "num_heads", "intermediate", "vocab", "max_tokens"),
+        *_int64s("dtype", "hidden", "num_layers", "num_heads", "intermediate", "num_embeddings", "vocab", "max_tokens"),
         ("eps", c_double),
         ("scale", c_double),
         *_pointers("embedding", "final_norm", "head_weight", "head_bias"),
@@ -162,12 +162,14 @@ class Sequences(Structure):
 
 
 class Step(Structure):
-    """One step's input and where its logits go."""
+    """One step's input and where its result goes."""
 
     _fields_ = (
         *_int64s("num_tokens", "num_sampled"),
         *_pointers("token_ids", "cos", "sin", "slots", "wanted", "logits"),
         ("sequences", Sequences),
+        *_pointers("hidden_in", "hidden_out", "group"),
+        *_int64s("aborted"),
     )
 
 
@@ -252,4 +254,4 @@ PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "shuteye_group_receive": (c_int64, (c_void_p, c_void_p, c_int64, c_int64)),
 }
 """Result and arguments of every function of csrc/api.cpp."""
-ABI_VERSION = 3
+ABI_VERSION = 4

@@ -250,19 +250,14 @@ class ShmGroup(Group):
         mapping.take_handle(self.rank)
 
     @property
-    def handle(self) -> int:
-        """`shuteye::Group*`, for native code that calls it by itself; valid until `close`."""
-        return self._mapping.handle
-
-    @property
     def timeout_s(self) -> float:
-        """The longest wait; of native code that uses `handle`, too."""
+        """The longest wait; of native code in `call`, too."""
         return self._timeout_s
 
     @timeout_s.setter
     def timeout_s(self, seconds: float) -> None:
         self._timeout_s = seconds
-        load().shuteye_group_set_timeout(self.handle, seconds)
+        load().shuteye_group_set_timeout(self._mapping.handle, seconds)
 
     def all_reduce(self, x: Tensor) -> None:
         """Add the ranks' `x` in place, in pieces if it does not fit a slot; see `Group.all_reduce`."""
@@ -296,29 +291,29 @@ class ShmGroup(Group):
         self._reduce(structs.Reduce(DTYPES[out.dtype], DTYPES[part.dtype], rows, width, *pointers))
 
     def _reduce(self, call: structs.Reduce) -> None:
-        self._call(load().shuteye_group_reduce, ctypes.byref(call))
+        self.call(load().shuteye_group_reduce, ctypes.byref(call))
 
     def gather(self, x: Tensor, widths: Sequence[int], to: int = 0) -> Tensor | None:
         """Put columns side by side on rank `to`; all ranks wait until it has come. See `Group.gather`."""
         self._check_columns(x, widths)
         row_bytes = (ctypes.c_int64 * self.size)(*(width * x.itemsize for width in widths))
         out = torch.empty((x.shape[0], sum(widths)), dtype=x.dtype) if self.rank == to else None
-        self._call(load().shuteye_group_gather, pointer(x), x.shape[0], row_bytes, to, pointer(out))
+        self.call(load().shuteye_group_gather, pointer(x), x.shape[0], row_bytes, to, pointer(out))
         return out
 
     def send(self, x: Tensor, to: int) -> None:
         """Hand `x` to another rank: two pieces of `message_bytes` are taken at once, the rest as `to` receives."""
         self._check_other(to)
-        self._call(load().shuteye_group_send, pointer(x), x.nbytes, to)
+        self.call(load().shuteye_group_send, pointer(x), x.nbytes, to)
 
     def recv(self, out: Tensor, source: int) -> None:
         """Fill `out` with what `source` sends next; another size aborts the group."""
         self._check_other(source)
-        self._call(load().shuteye_group_receive, pointer(out), out.nbytes, source)
+        self.call(load().shuteye_group_receive, pointer(out), out.nbytes, source)
 
     def barrier(self) -> None:
         """A round in which nothing is added up."""
-        self._call(load().shuteye_group_barrier)
+        self.call(load().shuteye_group_barrier)
 
     def abort(self, reason: str) -> None:
         """Write the reason where every wait looks, and wake who sleeps."""
@@ -329,13 +324,17 @@ class ShmGroup(Group):
         with self._in_call:
             self._finalizer()
 
-    def _call(self, function: Callable[..., int], *arguments: Any) -> None:
-        """Call the library, which releases the interpreter; what it calls false is an aborted group."""
+    def call(self, function: Callable[..., int], *arguments: Any) -> None:
+        """Let `function(handle, …)` make this rank's calls, on a `shuteye::Group*`; 0 from it is an aborted group.
+
+        For native code that computes between its calls; nothing keeps the handle.
+        """
         if not self._in_call.acquire(blocking=False):
             raise AssertionError(f"two threads of rank {self.rank} are in its group at once")
         try:
-            assert self.handle, "the group is closed"
-            if not function(self.handle, *arguments):
+            handle = self._mapping.handle
+            assert handle, "the group is closed"
+            if not function(handle, *arguments):
                 fault = self._mapping.fault()
                 assert fault is not None
                 raise fault

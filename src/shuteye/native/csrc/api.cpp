@@ -47,7 +47,7 @@ void share(int64_t units, int64_t scratch_bytes, const Body& body) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int64_t shuteye_abi_version() { return 3; }
+int64_t shuteye_abi_version() { return 4; }
 int64_t shuteye_level_supported(int64_t level) { return level_supported(level); }
 int64_t shuteye_level() { return active_level(); }
 int64_t shuteye_set_level(int64_t level) { return select_level(level); }
@@ -57,7 +57,7 @@ void shuteye_stop() { pool_stop(); }
 
 void* shuteye_decoder_create(const ShuteyeModel* model) { return new Decoder(*model); }
 void shuteye_decoder_destroy(void* decoder) { delete static_cast<Decoder*>(decoder); }
-const char* shuteye_decoder_run(void* decoder, const ShuteyeStep* step) {
+const char* shuteye_decoder_run(void* decoder, ShuteyeStep* step) {
   return static_cast<Decoder*>(decoder)->run(*step);
 }
 

@@ -1,6 +1,9 @@
 // See decoder.h. Phases of a layer: query, key and value heads with cache writes | attention | output projection |
 // gate and up | down. Each needs all of the one before. In a step of many tokens, packing them for a product is a phase
 // of its own before it; else every thread packs the few tokens that there are for itself.
+//
+// Among ranks, output projection and down give this rank's part of a sum. One thread waits for the other ranks, outside of
+// any job, so that the pool's threads sleep if it takes long; the next job begins with the sum.
 #include "decoder.h"
 
 #include <sys/mman.h>
@@ -14,6 +17,7 @@ namespace {
 
 constexpr int64_t kPhasesPerLayer = 9; // two for each product, one for attention
 constexpr int64_t kLeastUnits = 8;      // of many tokens: fewer rows at a time would read the tokens too often
+constexpr int64_t kSumElements = 1024;  // of a sum over ranks: what a thread takes at a time
 
 int64_t larger(int64_t left, int64_t right) { return left > right ? left : right; }
 int64_t smaller(int64_t left, int64_t right) { return left < right ? left : right; }
@@ -75,14 +79,17 @@ Decoder::Decoder(const ShuteyeModel& model)
 const char* Decoder::check(const ShuteyeStep& step) const {
   if (step.num_tokens < 1 || step.num_tokens > model_.max_tokens) return "more tokens than max_tokens, or none";
   if (step.num_sampled > step.num_tokens) return "more wanted tokens than there are";
-  if (!all_below(step.token_ids, step.num_tokens, model_.vocab)) return "a token id is not in the vocabulary";
+  if (model_.num_embeddings && !all_below(step.token_ids, step.num_tokens, model_.num_embeddings))
+    return "a token id is not in the vocabulary";
+  if (!model_.num_embeddings && !step.hidden_in) return "there is nothing to begin with";
+  if (!model_.vocab && !step.hidden_out) return "there is no place for the result";
   if (!all_below(step.slots, step.num_tokens, model_.cache.num_blocks * model_.cache.block_size))
     return "a slot is not in the cache";
   if (!all_below(step.wanted, step.num_sampled, step.num_tokens)) return "a wanted token is not in the step";
   return check_sequences(step.sequences, model_.cache, step.num_tokens);
 }
 
-const char* Decoder::run(const ShuteyeStep& step) {
+const char* Decoder::run(ShuteyeStep& step) {
   if (const char* wrong = check(step)) return wrong;
   std::lock_guard<std::mutex> guard(one_step_);
   table_ = &active_table();
@@ -92,8 +99,51 @@ const char* Decoder::run(const ShuteyeStep& step) {
   for (int64_t index = 0; index < num_phases_; index++) phases_[index].reset();
   tasks_.plan(step.sequences, model_.cache, model_.num_heads, table_->joined_rows_of(model_.dtype, model_.cache));
   embed(step);
-  pool_run([](void* self, int thread) { static_cast<Decoder*>(self)->work(thread); }, this);
+  group_ = static_cast<Group*>(step.group);
+  step.aborted = 0;
+  if (group_) {
+    step.aborted = !run_among_ranks();
+  } else {
+    pool_run([](void* self, int thread) { static_cast<Decoder*>(self)->work(thread); }, this);
+  }
+  if (!model_.vocab) memcpy(step.hidden_out, hidden_.data, step.num_tokens * model_.hidden * itemsize_);
   return nullptr;
+}
+
+// False: the group was aborted; what the step was to fill is undefined.
+bool Decoder::run_among_ranks() {
+  if (group_->aborted()) return false; // before the slot is written, which others may be reading still
+  const int64_t num_blocks = 2 * model_.num_layers;
+  before_ = ShuteyeReduce{};
+  for (block_ = 0; block_ <= num_blocks; block_++) {
+    const bool is_last = block_ == num_blocks || (narrows(block_ / 2) && step_->num_sampled == 0);
+    if (!is_last) {
+      sum_ = sum_after(block_);
+      const bool fits = group_->fits(sum_);
+      if (!fits) part_.reserve(model_.max_tokens * model_.hidden * static_cast<int64_t>(sizeof(float)));
+      sum_.part = fits ? nullptr : part_.data;
+      own_part_ = fits ? group_->slot() : part_.data;
+    }
+    sum_phase_.reset();
+    pool_run([](void* self, int thread) { static_cast<Decoder*>(self)->work_between_sums(thread); }, this);
+    if (is_last) break;
+    if (!(sum_.part ? group_->reduce(sum_) : group_->begin(sum_))) return false;
+    before_ = sum_;
+  }
+  return true;
+}
+
+ShuteyeReduce Decoder::sum_after(int64_t block) const {
+  const bool narrow = narrows(block / 2), narrows_here = narrow && block % 2 == 0;
+  ShuteyeReduce sum{};
+  sum.dtype = model_.dtype;
+  sum.part_dtype = SHUTEYE_FLOAT32;
+  sum.rows = narrow ? step_->num_sampled : step_->num_tokens;
+  sum.width = model_.hidden;
+  sum.out = narrow ? last_.data : hidden_.data;
+  sum.residual = narrows_here ? hidden_.data : sum.out;
+  sum.residual_rows = narrows_here ? step_->wanted : nullptr;
+  return sum;
 }
 
 // As much as this step needs; an engine that decodes a few sequences never holds the memory of a long prefill.
@@ -114,6 +164,10 @@ bool Decoder::wants_packed(const Linear& linear) const {
 
 void Decoder::embed(const ShuteyeStep& step) {
   const int64_t nbytes = model_.hidden * itemsize_;
+  if (!model_.num_embeddings) {
+    memcpy(hidden_.data, step.hidden_in, step.num_tokens * nbytes);
+    return;
+  }
   for (int64_t token = 0; token < step.num_tokens; token++) {
     memcpy(static_cast<char*>(hidden_.data) + token * nbytes,
            static_cast<const char*>(model_.embedding) + step.token_ids[token] * nbytes, nbytes);
@@ -123,8 +177,29 @@ void Decoder::embed(const ShuteyeStep& step) {
 void Decoder::work(int thread) {
   if (thread >= num_threads_) return; // the pool grew since this step began
   table_->enter();
-  for (int64_t index = 0; index < model_.num_layers; index++) layer(index, thread);
-  if (step_->num_sampled > 0) logits(thread, &phases_[num_phases_ - 2]);
+  for (int64_t index = 0; index < model_.num_layers; index++) {
+    attention_block(index, thread);
+    mlp_block(index, thread);
+  }
+  logits(thread, &phases_[num_phases_ - 2]);
+  table_->leave();
+}
+
+void Decoder::work_between_sums(int thread) {
+  if (thread >= num_threads_) return;
+  table_->enter();
+  const int64_t count = before_.part ? 0 : before_.rows * before_.width; // one with a part is made already
+  sum_phase_.run((count + kSumElements - 1) / kSumElements, num_threads_, [&](int64_t first, int64_t end) {
+    group_->sum(before_, first * kSumElements, smaller(end * kSumElements, count));
+  });
+  const int64_t index = block_ / 2;
+  if (index == model_.num_layers) {
+    logits(thread, &phases_[num_phases_ - 2]);
+  } else if (block_ % 2 == 0) {
+    attention_block(index, thread);
+  } else {
+    mlp_block(index, thread);
+  }
   table_->leave();
 }
 
@@ -148,6 +223,13 @@ Linear Decoder::linear(int64_t in_features, const void* x, const void* weight, c
 void Decoder::product(Linear linear, int thread, Phase* phases) {
   linear.unit_rows = table_->unit_rows_of(linear);
   compute(linear, thread, phases, [](int64_t, int64_t) {});
+}
+
+// A product that is added to the hidden states; among ranks, this rank's part of it.
+void Decoder::add(Linear linear, int thread, Phase* phases) {
+  linear.finish = group_ ? Finish::store_part : Finish::add;
+  if (group_) linear.out = own_part_;
+  product(linear, thread, phases);
 }
 
 // phases[0] packs many tokens, phases[1] computes units of rows; then(first, end) follows on each share of them.
@@ -176,24 +258,29 @@ void Decoder::compute(const Linear& linear, int thread, Phase* phases, const The
   phases[1].run(num_units, num_threads_, rows, many ? larger(int64_t{1}, kLeastUnits * kTileRows / unit_rows) : 1);
 }
 
-void Decoder::layer(int64_t index, int thread) {
+void Decoder::attention_block(int64_t index, int thread) {
   const ShuteyeLayer& own = layers_[index];
-  const bool is_last = index == model_.num_layers - 1;
+  const bool narrow = narrows(index);
   Phase* phases = &phases_[index * kPhasesPerLayer];
   query_key_value(index, thread, phases);
-  if (is_last && step_->num_sampled == 0) return; // keys and values are written; nothing else is wanted
-  void* hidden = is_last ? last_.data : hidden_.data;
-  const int64_t num_tokens = is_last ? step_->num_sampled : step_->num_tokens;
+  if (narrow && step_->num_sampled == 0) return; // keys and values are written; nothing else is wanted
   Linear output = linear(model_.num_heads * model_.cache.head_dim, attended_.data, own.output_weight, own.output_bias,
-                         model_.hidden, hidden);
-  output.num_tokens = num_tokens;
-  output.rows = is_last ? step_->wanted : nullptr;
+                         model_.hidden, narrow ? last_.data : hidden_.data);
+  output.num_tokens = narrow ? step_->num_sampled : step_->num_tokens;
+  output.rows = narrow ? step_->wanted : nullptr;
   output.residual = hidden_.data;
-  output.finish = Finish::add;
   output.x_is_packed = wants_packed(output);
   attention(index, thread, phases[2], output.x_is_packed);
-  product(output, thread, phases + 3);
+  add(output, thread, phases + 3);
+}
 
+void Decoder::mlp_block(int64_t index, int thread) {
+  const ShuteyeLayer& own = layers_[index];
+  const bool narrow = narrows(index);
+  if (narrow && step_->num_sampled == 0) return;
+  Phase* phases = &phases_[index * kPhasesPerLayer];
+  void* hidden = narrow ? last_.data : hidden_.data;
+  const int64_t num_tokens = narrow ? step_->num_sampled : step_->num_tokens;
   Linear gate_up = linear(model_.hidden, hidden, own.gate_up_weight, own.gate_up_bias, model_.intermediate,
                           activated_.data);
   gate_up.num_tokens = num_tokens;
@@ -201,12 +288,11 @@ void Decoder::layer(int64_t index, int thread) {
   Linear down = linear(model_.intermediate, activated_.data, own.down_weight, own.down_bias, model_.hidden, hidden);
   down.num_tokens = num_tokens;
   down.residual = hidden;
-  down.finish = Finish::add;
   down.x_is_packed = wants_packed(down);
   gate_up.finish = Finish::silu_mul;
   gate_up.packs_out = down.x_is_packed;
   product(gate_up, thread, phases + 5);
-  product(down, thread, phases + 7);
+  add(down, thread, phases + 7);
 }
 
 void Decoder::query_key_value(int64_t index, int thread, Phase* phases) {
@@ -239,6 +325,7 @@ void Decoder::attention(int64_t index, int thread, Phase& phase, bool packs_out)
 }
 
 void Decoder::logits(int thread, Phase* phases) {
+  if (!model_.vocab || step_->num_sampled == 0) return;
   Linear head = linear(model_.hidden, last_.data, model_.head_weight, model_.head_bias, model_.vocab, step_->logits);
   head.num_tokens = step_->num_sampled;
   head.norm = model_.final_norm;

@@ -1,10 +1,12 @@
-// A whole decoder step as one job of the pool. Knows no instruction set; weights are pointers, never copied.
+// A decoder step as one job of the pool, or among ranks as one job between each two of their sums. Knows no instruction
+// set; weights are pointers, never copied.
 #pragma once
 #include <memory>
 #include <mutex>
 #include <vector>
 
 #include "attention_tasks.h"
+#include "group.h"
 #include "pool.h"
 
 namespace shuteye {
@@ -12,7 +14,7 @@ namespace shuteye {
 class Decoder {
  public:
   explicit Decoder(const ShuteyeModel& model);
-  const char* run(const ShuteyeStep& step); // null, or what is wrong with the step
+  const char* run(ShuteyeStep& step); // null, or what is wrong with the step
 
  private:
   struct Buffer { // bytes, in huge pages where they fill one
@@ -27,7 +29,13 @@ class Decoder {
   const char* check(const ShuteyeStep& step) const;
   void embed(const ShuteyeStep& step);
   void work(int thread); // of every thread: all phases in order
-  void layer(int64_t index, int thread);
+  bool run_among_ranks();
+  void work_between_sums(int thread); // likewise, one block of them
+  ShuteyeReduce sum_after(int64_t block) const;
+  bool narrows(int64_t index) const { return model_.vocab && index == model_.num_layers - 1; } // to the wanted tokens
+  void attention_block(int64_t index, int thread);
+  void mlp_block(int64_t index, int thread);
+  void add(Linear linear, int thread, Phase* phases);
   void query_key_value(int64_t index, int thread, Phase* phases);
   void attention(int64_t index, int thread, Phase& phase, bool packs_out);
   void logits(int thread, Phase* phases);
@@ -49,6 +57,7 @@ class Decoder {
   Buffer attended_;  // [max_tokens, num_heads, head_dim], or packed for the next product
   Buffer activated_; // [max_tokens, intermediate], likewise
   Buffer packed_;    // many tokens, as a product wants them
+  Buffer part_;      // float [max_tokens, hidden], for parts that do not fit the group's slot
   Buffer scratch_[kMaxThreads];
   std::unique_ptr<Phase[]> phases_;
   int64_t num_phases_;
@@ -57,6 +66,12 @@ class Decoder {
   const ShuteyeStep* step_ = nullptr;       // while a step runs
   const KernelTable* table_ = nullptr;      // likewise
   int num_threads_ = 1;                     // likewise
+  Group* group_ = nullptr;                  // likewise, among ranks; so are those below
+  int64_t block_ = 0;                       // attention of layer 0, its MLP, attention of layer 1, ..., head
+  ShuteyeReduce before_{};                  // the sum that this block begins with
+  ShuteyeReduce sum_{};                     // the one that it ends in; without a part: it lies in the slot
+  void* own_part_ = nullptr;                // of it
+  Phase sum_phase_;
 };
 
 } // namespace shuteye

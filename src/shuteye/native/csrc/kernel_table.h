@@ -14,6 +14,7 @@ inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1)
 enum class Finish {
   store,       // out = y
   store_float, // out = y, rounded to the model's type, as float
+  store_part,  // out = y as float, not rounded: the ranks' parts are still to be added
   add,         // out = residual + y
   silu_mul,    // out = silu(y of row i) * (y of row i + out_features)
 };

@@ -97,10 +97,11 @@ struct TileReader {
   Sums sums;
   const T* bias; // of the tile's first row; or null
 
-  Lanes read(int64_t token, int64_t index, int64_t count) const {
+  Lanes exact(int64_t token, int64_t index, int64_t count) const {
     const Lanes product = load_some(sums.first + token * sums.stride + index, count);
-    return rounded<T>(bias ? product + load_some(bias + index, count) : product);
+    return bias ? product + load_some(bias + index, count) : product;
   }
+  Lanes read(int64_t token, int64_t index, int64_t count) const { return rounded<T>(exact(token, index, count)); }
 };
 
 template <class T>
@@ -117,6 +118,9 @@ inline void finish_as(const Linear& linear, Sums sums, Sums upper_sums, int64_t 
     const int64_t offset = linear.packs_out ? shuteye::packed_offset(token, first_row, linear.out_features)
                                             : token * linear.out_stride + first_row;
     for_lanes(num_rows, [&](int64_t lane, int64_t count) {
+      if constexpr (finish == Finish::store_part) {
+        return store_some(static_cast<float*>(linear.out) + offset + lane, tile.exact(index, lane, count), count);
+      }
       Lanes y = tile.read(index, lane, count);
       if constexpr (finish == Finish::store_float) {
         return store_some(static_cast<float*>(linear.out) + offset + lane, y, count);
@@ -143,6 +147,7 @@ void with_finish(Finish finish, const Body& body) {
   switch (finish) {
     case Finish::store: return body(FinishTag<Finish::store>{});
     case Finish::store_float: return body(FinishTag<Finish::store_float>{});
+    case Finish::store_part: return body(FinishTag<Finish::store_part>{});
     case Finish::add: return body(FinishTag<Finish::add>{});
     case Finish::silu_mul: return body(FinishTag<Finish::silu_mul>{});
   }

@@ -33,18 +33,20 @@ struct ShuteyeCache {
   int64_t head_dim;
 };
 
+// A whole model, or one rank's part of it: its layers, heads and rows.
 struct ShuteyeModel {
   int64_t dtype;
   int64_t hidden;
   int64_t num_layers;
   int64_t num_heads;
   int64_t intermediate;
-  int64_t vocab;
+  int64_t num_embeddings; // 0: begins with hidden states
+  int64_t vocab;          // rows of the head; 0: ends with hidden states
   int64_t max_tokens;
   double eps;
   double scale;
-  const void* embedding;   // [vocab, hidden]
-  const void* final_norm;  // [hidden]
+  const void* embedding;   // [num_embeddings, hidden]
+  const void* final_norm;  // [hidden]; of the head
   const void* head_weight; // [vocab, hidden]
   const void* head_bias;   // or null
   const ShuteyeLayer* layers;
@@ -64,13 +66,17 @@ struct ShuteyeSequences {
 struct ShuteyeStep {
   int64_t num_tokens;
   int64_t num_sampled;
-  const int64_t* token_ids; // [num_tokens]
+  const int64_t* token_ids; // [num_tokens]; without embeddings not used
   const void* cos;          // [num_tokens, head_dim], the model's dtype
   const void* sin;          // likewise, no sign applied
   const int64_t* slots;     // [num_tokens]; block * block_size + offset
   const int64_t* wanted;    // [num_sampled]; token indices
   float* logits;            // [num_sampled, vocab]
   ShuteyeSequences sequences;
+  const void* hidden_in;    // [num_tokens, hidden], if there are no embeddings
+  void* hidden_out;         // likewise, if there is no head
+  void* group;              // a shuteye::Group of the ranks that add up their parts, or null
+  int64_t aborted;          // out: the group was aborted, and there is no result
 };
 
 struct ShuteyeRope {

@@ -100,7 +100,8 @@ class GenerationRunner(ModelRunner):
 
     def _forward_with_canary(self, plan: StepPlan, prove: Prove) -> torch.Tensor:
         """The plan's logits; weights are read but once for it and the canary, if the canary comes out the same so."""
-        if plan.num_tokens + self._canary.num_tokens > min(MAX_SHARED_TOKENS, self.model.decoder.native_tokens):
+        shared = MAX_SHARED_TOKENS if self.model.shard is None else 0  # a stage gives more than the wanted tokens
+        if plan.num_tokens + self._canary.num_tokens > min(shared, self.model.decoder.native_tokens):
             prove(self.canary_pass())
             return self._forward(plan)
         logits = self._forward(StepPlan(chunks=plan.chunks + self._canary.chunks))

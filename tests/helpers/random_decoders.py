@@ -1,0 +1,116 @@
+"""Tiny random decoders of every recognised kind, without a checkpoint, and steps of mixed batches for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from shuteye.cache.kv_cache import KVCache
+from shuteye.models.fused import FusedSpec, FusedWeights, Layer, Projection
+from shuteye.tasks.generate.plans import Chunk, Scoring, StepPlan
+from shuteye.tasks.generate.runner import PackedBatch
+
+BLOCK_SIZE, NUM_BLOCKS, HIDDEN, INNER, VOCAB, NUM_LAYERS = 8, 65, 72, 104, 131, 3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What distinguishes the recognised architectures."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    biased: bool = False
+    head_norms: bool = False
+    windows: tuple[int | None, ...] = (None,) * NUM_LAYERS
+
+
+KINDS = {
+    "llama": Kind(4, 2, 16),
+    "smollm": Kind(9, 3, 8),
+    "qwen2": Kind(4, 1, 20, biased=True),
+    "qwen3": Kind(6, 2, 16, head_norms=True),
+    "mistral": Kind(4, 4, 16, windows=(7, None, 19)),
+}
+
+
+class CacheArena:
+    """A poisoned KV cache: every block holds NaN until it is written."""
+
+    def __init__(self, kind: Kind, dtype: torch.dtype, *, num_layers: int = NUM_LAYERS) -> None:
+        shape = (NUM_BLOCKS, num_layers, 2, BLOCK_SIZE, kind.kv_heads, kind.head_dim)
+        self.blocks = torch.full(shape, torch.nan, dtype=dtype)
+        self.cache = KVCache(
+            self, num_blocks=NUM_BLOCKS, num_layers=num_layers, block_size=BLOCK_SIZE,
+            num_kv_heads=kind.kv_heads, head_dim=kind.head_dim, dtype=dtype,
+        )  # fmt: skip
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return self.blocks
+
+
+def make_weights(kind: Kind, dtype: torch.dtype) -> FusedWeights:
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * 0.2).to(dtype)
+
+    def norm(width: int) -> torch.Tensor:
+        return (1 + torch.randn(width, generator=generator) * 0.1).to(dtype)
+
+    def projection(rows: int, width: int) -> Projection:
+        return Projection(random(rows, width), random(rows) if kind.biased else None)
+
+    layers = tuple(
+        Layer(
+            input_norm=norm(HIDDEN),
+            qkv=projection((kind.heads + 2 * kind.kv_heads) * kind.head_dim, HIDDEN),
+            query_norm=norm(kind.head_dim) if kind.head_norms else None,
+            key_norm=norm(kind.head_dim) if kind.head_norms else None,
+            output=projection(HIDDEN, kind.heads * kind.head_dim),
+            post_norm=norm(HIDDEN),
+            gate_up=projection(2 * INNER, HIDDEN),
+            down=projection(HIDDEN, INNER),
+        )
+        for _ in range(NUM_LAYERS)
+    )
+    return FusedWeights(random(VOCAB, HIDDEN), layers, norm(HIDDEN), projection(VOCAB, HIDDEN))
+
+
+def facts_of(kind: Kind, *, num_layers: int = NUM_LAYERS) -> FusedSpec:
+    return FusedSpec(num_layers, kind.heads, kind.kv_heads, kind.head_dim, 1e-5, kind.head_dim**-0.5, 1.0)
+
+
+def frequencies_of(kind: Kind) -> torch.Tensor:
+    return 10000.0 ** (-torch.arange(0, kind.head_dim, 2) / kind.head_dim)
+
+
+def pack(*chunks: Chunk) -> PackedBatch:
+    return PackedBatch.from_plan(StepPlan(chunks), block_size=BLOCK_SIZE)
+
+
+def tokens(count: int, seed: int) -> tuple[int, ...]:
+    return tuple(torch.randint(0, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def mixed_steps() -> list[tuple[Chunk, ...]]:
+    """A prompt in two chunks, another that shares its first blocks in the same step, then decodes of both.
+
+    Last a long prompt, computed with many tokens at once, all of whose logits are wanted; beside a decode.
+    """
+    shared = (5, 60, 7)
+    first, second = (*shared, 11, 2, 33), (*shared, 40, 41, 3)
+    start, long = tokens(24, 1), tokens(150, 9)
+    scoring = Scoring(0, long[1:], 0)
+    return [
+        (Chunk("a", start, 0, first, False), Chunk("b", tokens(9, 2), 24, second, True)),
+        (Chunk("a", tokens(5, 3), 24, first, True), Chunk("b", tokens(1, 4), 33, second, True)),
+        (Chunk("b", tokens(1, 5), 34, second, True), Chunk("a", tokens(1, 6), 29, first, True)),
+        (Chunk("b", tokens(2, 7), 35, second, False),),
+        (Chunk("b", tokens(1, 8), 37, second, True),),
+        (
+            Chunk("c", long, 0, tuple(range(42, 61)), True, scoring=scoring),
+            Chunk("b", tokens(1, 10), 38, second, True),
+        ),
+    ]
