@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import (
     Annotated,
     Any,
@@ -139,6 +139,9 @@ class UpdateFromFileCall(Call[UpdateReport], frozen=True, tag="update_weights"):
 
     path: Annotated[str, msgspec.Meta(min_length=1, description="On the host of the engine.")]
 
+    def __post_init__(self) -> None:
+        _require_path(self.path)
+
 
 class UpdateCall(Call[UpdateReport], frozen=True, tag="update_tensors"):
     """`UpdateFromFileCall` with pairs of checkpoint name and tensor, when caller and engine share a process."""
@@ -163,6 +166,10 @@ class ReloadCall(Call[UpdateReport], frozen=True, tag="reload_weights"):
         str | None, msgspec.Meta(description="A checkpoint; the image that was loaded last unless given.")
     ] = None
 
+    def __post_init__(self) -> None:
+        if self.path is not None:
+            _require_path(self.path)
+
 
 class ResetPrefixCacheCall(Call[None], frozen=True, tag="reset_prefix_cache"):
     """Forget all cached prefixes."""
@@ -183,6 +190,8 @@ class RpcCall(Call[list[Any]], frozen=True, tag="collective_rpc"):
     args: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.args, str) or not isinstance(self.args, Iterable):
+            raise InvalidRequest(f"args must be a list, got {self.args!r}.", param="args")
         msgspec.structs.force_setattr(self, "args", tuple(self.args))
 
 
@@ -201,10 +210,15 @@ ControlCall = (
 
 def _fix_tags(call: SleepCall | WakeCall) -> None:
     """Tags as a tuple. One string is refused, or its letters would be taken for tags."""
-    if isinstance(call.tags, str):
+    if isinstance(call.tags, str) or not isinstance(call.tags, Iterable | None):
         raise InvalidRequest(f"tags must be a list of strings, got {call.tags!r}.", param="tags")
     if call.tags is not None:
         msgspec.structs.force_setattr(call, "tags", tuple(call.tags))
+
+
+def _require_path(path: object) -> None:
+    if not isinstance(path, str) or not path:
+        raise InvalidRequest(f"path must be a non-empty text, got {path!r}.", param="path")
 
 
 # --- methods made of calls ----------------------------------------------------------------------
@@ -235,6 +249,9 @@ def awaitable(kind: Callable[P, Call[R]], **aliases: str) -> Callable[Concatenat
 
 
 def _renamed(given: Any, aliases: dict[str, str]) -> Any:
+    for alias, name in aliases.items():
+        if alias in given and name in given:
+            raise TypeError(f"{alias} is the older name of {name}: give one of them")
     return {aliases.get(name, name): value for name, value in given.items()}
 
 
@@ -245,7 +262,7 @@ def _documented(method: M, kind: Any) -> M:
     """`method` with the signature and the documentation of the call, each parameter's included."""
     parameters = inspect.signature(kind).parameters.values()
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    method.__name__ = kind.verb
+    method.__name__ = method.__qualname__ = kind.verb
     method.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
     summary, _, rest = inspect.cleandoc(kind.__doc__).partition("\n\n")
     lines = [f"    {name}: {note.description}" for name, note in notes_of(kind).items()]

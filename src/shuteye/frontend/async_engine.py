@@ -6,9 +6,10 @@ By default the engine runs in a process of its own; with `in_process` in a threa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import msgspec
 
@@ -92,7 +93,7 @@ class AsyncEngine(Engine):
         if isinstance(link, ProcessLink):
             await link.close()
         else:
-            await asyncio.to_thread(link.close)
+            await _in_thread(link.close)
 
     async def restart(self) -> None:
         """See `Engine.restart`."""
@@ -185,7 +186,7 @@ class AsyncEngine(Engine):
             TransitionConflict: the weights are not mapped.
         """
         if self._in_process:
-            return await self.control(UpdateCall(named_tensors))
+            return await self._update_here(GuardedTensors(named_tensors))
         from shuteye.models.weight_updates import tensor_file  # torch: whoever has tensors has it
 
         file = tensor_file(named_tensors)
@@ -196,3 +197,71 @@ class AsyncEngine(Engine):
             raise
         answer.add_done_callback(lambda _answer: file.close())  # not before: the engine may still open the path
         return await asyncio.wrap_future(answer)
+
+    async def _update_here(self, tensors: GuardedTensors) -> UpdateReport:
+        try:
+            return await self.control(UpdateCall(tensors))
+        except ShuteyeError:
+            if tensors.error is not None:  # the caller's own, as where tensors travel to another process
+                raise tensors.error from None
+            raise
+        finally:
+            tensors.stop()
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    """`asyncio.to_thread`, which the end of the interpreter refuses."""
+    done, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def run() -> None:
+        try:
+            work()
+        finally:
+            loop.call_soon_threadsafe(done.set)
+
+    threading.Thread(target=run, name="shuteye-close", daemon=True).start()
+    await done.wait()
+
+
+class GuardedTensors:
+    """Pairs of name and tensor that a caller gives, read in the engine's thread, which nothing of theirs may end.
+
+    Attributes:
+        error: what iterating raised, if it is an `Exception`.
+    """
+
+    def __init__(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self.error: Exception | None = None
+        self._given = named_tensors
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Nobody waits any more: read nothing further."""
+        self._stopped = True
+
+    def _require_waited_for(self) -> None:
+        if self._stopped:
+            raise InvalidRequest("The update was given up by its caller.")
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """The pairs.
+
+        Raises:
+            InvalidRequest: what was given is something else, ended in an error, or is read no further.
+        """
+        try:
+            for pair in self._given:
+                self._require_waited_for()
+                yield _checked(pair)
+        except (ShuteyeError, GeneratorExit):
+            raise
+        except BaseException as error:
+            self.error = error if isinstance(error, Exception) else None
+            raise InvalidRequest(f"Reading the tensors ended in {type(error).__name__}: {error}.") from error
+
+
+def _checked(pair: Any) -> tuple[str, Tensor]:
+    match pair:
+        case (str(name), tensor) if hasattr(tensor, "shape"):
+            return name, tensor
+    raise InvalidRequest(f"named_tensors must be pairs of a name and a tensor, got {type(pair).__name__}.")

@@ -38,6 +38,7 @@ async def chat(
     template_kwargs: Mapping[str, Any],
 ) -> list[RequestOutput]:
     """Answer one conversation, or each of several; see `LLM.chat`."""
+    _require_messages(messages)
     one = bool(messages) and isinstance(messages[0], Mapping)
     conversations: Any = [messages] if one else messages
     tokenizer = engine.tokenizer
@@ -80,6 +81,15 @@ def _require_prompts(given: object) -> None:
             f"prompts must be a text, or a list of texts or of lists of token ids, got {type(given).__name__}.",
             param="prompts",
         )
+
+
+def _require_messages(given: Any) -> None:
+    if (
+        isinstance(given, str)
+        or not isinstance(given, Sequence)
+        or not all(isinstance(each, Mapping | Sequence) for each in given)
+    ):
+        raise InvalidRequest(f"messages must be a list of messages, got {type(given).__name__}.", param="messages")
 
 
 def _one_each(given: object, count: int) -> Sequence[Any]:

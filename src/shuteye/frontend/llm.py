@@ -47,7 +47,8 @@ class LLM(KnownEngine, Controls):
         waits: Any = {"max_waiting_requests": sys.maxsize}  # its callers wait anyway, however many prompts there are
         config = EngineConfig(model=model, **(waits | options))
         self._engine = AsyncEngine(config, in_process=True)
-        self._thread = LoopThread(closed=EngineDead("This LLM was closed; make another one."))
+        closed = EngineDead("This LLM was closed; make another one.")
+        self._thread = LoopThread(self._engine.close, closed=closed)
         try:
             self._thread.run(self._engine.start())
         except BaseException:
@@ -56,7 +57,7 @@ class LLM(KnownEngine, Controls):
 
     def close(self) -> None:
         """End the engine and give back its memory. Idempotent."""
-        self._thread.close(self._engine.close)
+        self._thread.close()
 
     def __enter__(self) -> Self:
         return self

@@ -14,6 +14,7 @@ from shuteye.engine.loop import run_engine
 from shuteye.engine.messages import FromEngine, Shutdown, ToEngine
 from shuteye.errors import EngineDead, ShuteyeError
 from shuteye.frontend.forks import tell_forks
+from shuteye.frontend.loop_thread import ENGINE_THREAD
 
 
 class ThreadLink:
@@ -30,7 +31,7 @@ class ThreadLink:
         self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
         self._on_message = on_message
         self._on_death = on_death
-        self._thread = threading.Thread(target=self._run, name="shuteye-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=ENGINE_THREAD, daemon=True)
         self.inherited = False
         tell_forks(self)
 
@@ -56,7 +57,7 @@ class ThreadLink:
     def _run(self) -> None:
         try:
             run_engine(self._config, self)
-        except Exception as error:
+        except BaseException as error:
             self._on_death(EngineDead(f"The engine thread ended: {type(error).__name__}: {error}"))
             raise  # a bug of ours: threading prints it with its traceback
 

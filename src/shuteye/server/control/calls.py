@@ -5,6 +5,7 @@ Knows nothing of what the calls do; what a call takes is said once, in `shuteye.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
@@ -53,7 +54,13 @@ def model_of(kind: type[Call[Any]]) -> type[BaseModel]:
         for field in msgspec.structs.fields(kind)
     }
     return cast(
-        type[BaseModel], create_model(kind.__name__, __config__=STRICT, __doc__=kind.__doc__, **cast(Any, fields))
+        type[BaseModel],
+        create_model(
+            kind.__name__,
+            __config__=STRICT,
+            __doc__=inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0],
+            **cast(Any, fields),
+        ),
     )
 
 
@@ -162,4 +169,6 @@ def _refuse_repeated(query: BaseModel, request: Request) -> None:
 
 def documented_body(kind: type[Call[Any]], **other: Any) -> dict[str, Any]:
     """What OpenAPI is to say of a body that a call may come in, and of the bodies that it may have instead."""
-    return {"requestBody": {"content": {"application/json": {"schema": model_of(kind).model_json_schema()}, **other}}}
+    schema = model_of(kind).model_json_schema()
+    required = {"required": True} if schema.get("required") else {}
+    return {"requestBody": {**required, "content": {"application/json": {"schema": schema}, **other}}}
