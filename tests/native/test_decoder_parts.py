@@ -1,5 +1,6 @@
 """Native steps of a model's parts against the same parts in torch; ranks are threads that add up in shared memory."""
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -97,7 +98,7 @@ class Ranks:
     def __init__(self, kind: Kind, dtype: torch.dtype, layout: tuple[int, int], *, native: bool) -> None:
         self.places = RankPlace(0, *layout).all()
         self.plans = [plan_shards(shape_of(kind), place) for place in self.places]
-        self._regions: list[ShmRegion] = []
+        self.regions: list[ShmRegion] = []
         tensor = [self._groups_of(layout[0]) for _ in range(layout[1])]
         pipeline = [self._groups_of(layout[1]) for _ in range(layout[0])]
         whole = make_weights(kind, dtype)
@@ -119,7 +120,7 @@ class Ranks:
         if size == 1:
             return [None]
         region = ShmRegion(size, epoch=1, slot_bytes=SLOT_BYTES)
-        self._regions.append(region)
+        self.regions.append(region)
         return [ShmGroup(region.fd, rank, size, epoch=1, timeout_s=20) for rank in range(size)]
 
     def calls(self, batch: PackedBatch) -> list[Callable[[], torch.Tensor]]:
@@ -138,7 +139,7 @@ class Ranks:
         for group in (each for both in self.groups for each in (both.tensor, both.pipeline)):
             if isinstance(group, ShmGroup):
                 group.close()
-        for region in self._regions:
+        for region in self.regions:
             region.close()
 
 
@@ -221,19 +222,22 @@ def test_a_step_ends_when_the_group_is_aborted(make_ranks):
     ranks = make_ranks("smollm", torch.float32, (2, 1))
     errors: list[Any] = []
 
-    def step() -> None:
+    def step(seed: int) -> None:
         try:
-            ranks.calls(pack(*ONE))[0]()
+            ranks.calls(pack(Chunk("a", tokens(20, seed), 0, (1, 2, 3), True)))[0]()
         except GroupAborted as error:
             errors.append(error)
 
-    waiting = threading.Thread(target=step)
+    waiting = threading.Thread(target=step, args=(1,))
     waiting.start()
     threading.Event().wait(0.05)
     ranks.groups[1].tensor.abort("the test says so")
     waiting.join(timeout=10)
     assert not waiting.is_alive()
-    step()
+    (region,) = ranks.regions
+    before = os.pread(region.fd, os.fstat(region.fd).st_size, 0)
+    step(2)
+    assert os.pread(region.fd, len(before), 0) == before
     assert [error.by for error in errors] == [1, 1]
     assert all("the test says so" in str(error) for error in errors)
 
