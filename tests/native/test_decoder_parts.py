@@ -99,8 +99,9 @@ class Ranks:
         self.places = RankPlace(0, *layout).all()
         self.plans = [plan_shards(shape_of(kind), place) for place in self.places]
         self.regions: list[ShmRegion] = []
-        tensor = [self._groups_of(layout[0]) for _ in range(layout[1])]
-        pipeline = [self._groups_of(layout[1]) for _ in range(layout[0])]
+        self._opened: list[ShmGroup] = []
+        tensor = [self.groups_of(layout[0]) for _ in range(layout[1])]
+        pipeline = [self.groups_of(layout[1]) for _ in range(layout[0])]
         whole = make_weights(kind, dtype)
         self.groups = [
             RankGroups(tensor[place.pp_rank][place.tp_rank], pipeline[place.tp_rank][place.pp_rank])
@@ -116,12 +117,14 @@ class Ranks:
             frequencies = frequencies_of(kind)
             self.decoders.append(RankDecoder(plan, facts, weights, frequencies, windows, groups=groups, native=native))
 
-    def _groups_of(self, size: int) -> list[ShmGroup | None]:
+    def groups_of(self, size: int) -> list[ShmGroup | None]:
         if size == 1:
             return [None]
         region = ShmRegion(size, epoch=1, slot_bytes=SLOT_BYTES)
         self.regions.append(region)
-        return [ShmGroup(region.fd, rank, size, epoch=1, timeout_s=20) for rank in range(size)]
+        groups = [ShmGroup(region.fd, rank, size, epoch=1, timeout_s=20) for rank in range(size)]
+        self._opened += groups
+        return [*groups]
 
     def calls(self, batch: PackedBatch) -> list[Callable[[], torch.Tensor]]:
         """One for each rank."""
@@ -136,9 +139,8 @@ class Ranks:
         return on_all_ranks(self.calls(batch))
 
     def close(self) -> None:
-        for group in (each for both in self.groups for each in (both.tensor, both.pipeline)):
-            if isinstance(group, ShmGroup):
-                group.close()
+        for group in self._opened:
+            group.close()
         for region in self.regions:
             region.close()
 
@@ -263,6 +265,20 @@ def test_ranks_in_different_steps_add_nothing_up(make_ranks):
         return "aborted"
 
     assert on_all_ranks([lambda call=call: outcome(call) for call in calls]) == ["aborted", "aborted"]
+
+
+def test_ranks_go_on_in_a_new_group(make_ranks):
+    """Would catch a decoder that keeps the old one, or anything of the step that was aborted."""
+    ranks = make_ranks("smollm", torch.float32, (2, 1))
+    expected = ranks.forward(pack(*ONE))
+    ranks.groups[1].tensor.abort("the test says so")
+    for call in ranks.calls(pack(Chunk("b", tokens(9, 2), 0, (7, 8), True))):
+        with pytest.raises(GroupAborted):
+            call()
+    for decoder, group in zip(ranks.decoders, ranks.groups_of(2), strict=True):
+        decoder._groups = RankGroups(tensor=group)
+    found = ranks.forward(pack(*ONE))
+    assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
 
 
 def test_a_step_that_is_refused_leaves_the_group_as_it_was(make_ranks):

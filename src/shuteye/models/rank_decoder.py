@@ -101,12 +101,10 @@ class RankDecoder(FlatLoop):
     ) -> None:
         assert (groups.tensor is None) == (plan.spec.tp_size == 1), "a tensor group is for several ranks in a stage"
         assert (groups.pipeline is None) == (plan.spec.pp_size == 1), "a pipeline group is for several stages"
-        shared = groups.tensor if isinstance(groups.tensor, ShmGroup) else None
-        native = native and (groups.tensor is None or shared is not None)
+        native = native and isinstance(groups.tensor, ShmGroup | None)
         super().__init__(facts, weights, inverse_frequencies, windows, native=native)
         self._plan = plan
         self._groups = groups
-        self._native_group = shared
         self._widths = [len(part) for part in plan.vocabularies]
 
     def forward(self, batch: PackedBatch, kv_cache: KVCache) -> Tensor:
@@ -135,7 +133,9 @@ class RankDecoder(FlatLoop):
         Returns:
             As `forward`.
         """
-        found = self._compute_natively(batch, kv_cache, hidden_in=hidden_in, group=self._native_group)
+        group, found = self._groups.tensor, None
+        if isinstance(group, ShmGroup | None):
+            found = self._compute_natively(batch, kv_cache, hidden_in=hidden_in, group=group)
         if found is None:
             found = self._compute_in_torch(batch, kv_cache, hidden_in)
         return self._side_by_side(found) if self._plan.has_head else found
