@@ -1,5 +1,6 @@
 """Native steps of a model's parts against the same parts in torch; ranks are threads that add up in shared memory."""
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -97,9 +98,10 @@ class Ranks:
     def __init__(self, kind: Kind, dtype: torch.dtype, layout: tuple[int, int], *, native: bool) -> None:
         self.places = RankPlace(0, *layout).all()
         self.plans = [plan_shards(shape_of(kind), place) for place in self.places]
-        self._regions: list[ShmRegion] = []
-        tensor = [self._groups_of(layout[0]) for _ in range(layout[1])]
-        pipeline = [self._groups_of(layout[1]) for _ in range(layout[0])]
+        self.regions: list[ShmRegion] = []
+        self._opened: list[ShmGroup] = []
+        tensor = [self.groups_of(layout[0]) for _ in range(layout[1])]
+        pipeline = [self.groups_of(layout[1]) for _ in range(layout[0])]
         whole = make_weights(kind, dtype)
         self.groups = [
             RankGroups(tensor[place.pp_rank][place.tp_rank], pipeline[place.tp_rank][place.pp_rank])
@@ -115,12 +117,14 @@ class Ranks:
             frequencies = frequencies_of(kind)
             self.decoders.append(RankDecoder(plan, facts, weights, frequencies, windows, groups=groups, native=native))
 
-    def _groups_of(self, size: int) -> list[ShmGroup | None]:
+    def groups_of(self, size: int) -> list[ShmGroup | None]:
         if size == 1:
             return [None]
         region = ShmRegion(size, epoch=1, slot_bytes=SLOT_BYTES)
-        self._regions.append(region)
-        return [ShmGroup(region.fd, rank, size, epoch=1, timeout_s=20) for rank in range(size)]
+        self.regions.append(region)
+        groups = [ShmGroup(region.fd, rank, size, epoch=1, timeout_s=20) for rank in range(size)]
+        self._opened += groups
+        return [*groups]
 
     def calls(self, batch: PackedBatch) -> list[Callable[[], torch.Tensor]]:
         """One for each rank."""
@@ -135,10 +139,9 @@ class Ranks:
         return on_all_ranks(self.calls(batch))
 
     def close(self) -> None:
-        for group in (each for both in self.groups for each in (both.tensor, both.pipeline)):
-            if isinstance(group, ShmGroup):
-                group.close()
-        for region in self._regions:
+        for group in self._opened:
+            group.close()
+        for region in self.regions:
             region.close()
 
 
@@ -221,19 +224,22 @@ def test_a_step_ends_when_the_group_is_aborted(make_ranks):
     ranks = make_ranks("smollm", torch.float32, (2, 1))
     errors: list[Any] = []
 
-    def step() -> None:
+    def step(seed: int) -> None:
         try:
-            ranks.calls(pack(*ONE))[0]()
+            ranks.calls(pack(Chunk("a", tokens(20, seed), 0, (1, 2, 3), True)))[0]()
         except GroupAborted as error:
             errors.append(error)
 
-    waiting = threading.Thread(target=step)
+    waiting = threading.Thread(target=step, args=(1,))
     waiting.start()
     threading.Event().wait(0.05)
     ranks.groups[1].tensor.abort("the test says so")
     waiting.join(timeout=10)
     assert not waiting.is_alive()
-    step()
+    (region,) = ranks.regions
+    before = os.pread(region.fd, os.fstat(region.fd).st_size, 0)
+    step(2)
+    assert os.pread(region.fd, len(before), 0) == before
     assert [error.by for error in errors] == [1, 1]
     assert all("the test says so" in str(error) for error in errors)
 
@@ -259,6 +265,20 @@ def test_ranks_in_different_steps_add_nothing_up(make_ranks):
         return "aborted"
 
     assert on_all_ranks([lambda call=call: outcome(call) for call in calls]) == ["aborted", "aborted"]
+
+
+def test_ranks_go_on_in_a_new_group(make_ranks):
+    """Would catch a decoder that keeps the old one, or anything of the step that was aborted."""
+    ranks = make_ranks("smollm", torch.float32, (2, 1))
+    expected = ranks.forward(pack(*ONE))
+    ranks.groups[1].tensor.abort("the test says so")
+    for call in ranks.calls(pack(Chunk("b", tokens(9, 2), 0, (7, 8), True))):
+        with pytest.raises(GroupAborted):
+            call()
+    for decoder, group in zip(ranks.decoders, ranks.groups_of(2), strict=True):
+        decoder._groups = RankGroups(tensor=group)
+    found = ranks.forward(pack(*ONE))
+    assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
 
 
 def test_a_step_that_is_refused_leaves_the_group_as_it_was(make_ranks):

@@ -127,8 +127,9 @@ class RankDecoder(FlatLoop):
         Returns:
             As `forward`.
         """
-        shared = self._groups.tensor if isinstance(self._groups.tensor, ShmGroup) else None  # of the present epoch
-        found = self._compute_natively(batch, kv_cache, hidden_in=hidden_in, group=shared)
+        group, found = self._groups.tensor, None
+        if isinstance(group, ShmGroup | None):
+            found = self._compute_natively(batch, kv_cache, hidden_in=hidden_in, group=group)
         if found is None:
             found = self._compute_in_torch(batch, kv_cache, hidden_in)
         return self._side_by_side(found) if self._plan.has_head else found
