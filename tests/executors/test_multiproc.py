@@ -394,6 +394,16 @@ def test_a_rank_that_dies_idle_is_noticed_and_named(ranks, expected, rank, numbe
     assert ranks.generate(PROMPT) == expected
 
 
+def test_asking_a_rank_that_has_just_died_does_not_wait(ranks):
+    """Would catch an engine that hangs between a death and its notice, as ZeroMQ waits for somebody to send to."""
+    process = ranks.executor._processes[1]
+    ranks.kill(1)
+    process.reap()
+    time.sleep(0.2)  # ZeroMQ has seen that the other end is gone
+    process.post(b"anybody?")
+    ranks.wait_for_fault()
+
+
 def test_all_ranks_that_die_asleep_come_back(ranks, expected):
     """Would catch keys and values of before, found in memory that counts its epochs anew."""
     assert ranks.generate(PROMPT) == expected
