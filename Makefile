@@ -19,7 +19,7 @@ SETUP_INPUTS := pyproject.toml requirements/lock.txt requirements/torch.txt tool
 	src/shuteye/native/build.py $(sort $(wildcard src/shuteye/native/csrc/*))
 STAMP := $(VENV)/.set-up-$(shell { pwd; cat $(SETUP_INPUTS); } | sha256sum | cut -c1-16)
 
-.PHONY: help setup lock serve test test-latest test-slow test-clients test-gpu test-asan test-tsan chaos check bench bench-peers bench-sleep docs clean
+.PHONY: help setup lock serve test test-latest test-slow test-clients test-gpu test-asan test-tsan chaos soak-ranks check bench bench-peers bench-sleep docs clean
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -54,6 +54,9 @@ test-gpu: setup ## Run the tests that need a CUDA device.
 
 chaos: setup ## Break a server in every known way for ten minutes; ARGS='--minutes 2 --seed 7'. Needs root.
 	$(VENV)/bin/python tools/chaos $(ARGS)
+
+soak-ranks: setup ## Faults at random on every layout of ranks, ten minutes each; SHUTEYE_SOAK_S=60 for less.
+	SHUTEYE_SOAK_S=$${SHUTEYE_SOAK_S:-600} $(VENV)/bin/python -m pytest tests/executors/test_ranks_soak.py -m slow --timeout 0 $(ARGS)
 
 # Python itself leaks by design, so leaks are not looked for; torch must be loaded after the sanitizer's runtime.
 test-asan: setup ## Run the native kernels' tests under AddressSanitizer and UBSan.

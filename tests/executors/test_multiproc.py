@@ -7,17 +7,12 @@ import os
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from core_harness import CoreHarness
-from faulty_rank import plan_fault
 from safetensors.torch import save_file
 
-from shuteye import EngineConfig
 from shuteye.calls import ReloadCall, RpcCall, SleepCall, UpdateCall, UpdateFromFileCall, WakeCall
-from shuteye.engine.core import EngineCore
 from shuteye.errors import (
     EngineFaulted,
     InvalidRequest,
@@ -27,106 +22,15 @@ from shuteye.errors import (
     VerificationFailed,
     WakeFailed,
 )
-from shuteye.executors import open_executor
 from shuteye.executors.frames import SIGNATURES
-from shuteye.executors.rank_process import RankProcess
-from shuteye.models.converter import Order, obtain_image
-from shuteye.models.progress import no_progress
-from shuteye.parallel.shards import RankPlace
 from shuteye.tasks.generate.requests import SamplingParams
 from shuteye.testing import tiny_model
 from shuteye.worker import VERBS
 
 PROMPT = (5, 300, 9, 11, 60)
 LONG = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
-LAYOUTS = {"TP 2": (2, 1), "PP 2": (1, 2), "TP 2 x PP 2": (2, 2)}
 SOON_S = 10.0
 """Far less than the deadline, by which waiting for it would show."""
-
-
-@pytest.fixture(scope="module")
-def config(tiny_checkpoint, core_cache):
-    """Configs of a layout, whose images are made here: rank processes convert in processes of their own."""
-
-    def make(layout, **options):
-        tp_size, pp_size = LAYOUTS[layout]
-        order = functools.partial(Order, str(tiny_checkpoint), str(core_cache), dtype="float32")
-        obtain_image(order(place=RankPlace(0, tp_size, pp_size)), no_progress).close()
-        return EngineConfig(
-            **{
-                "model": str(tiny_checkpoint),
-                "dtype": "float32",
-                "enable_sleep_mode": True,
-                "kv_cache_memory": 1 << 20,
-                "max_model_len": 256,
-                "verify_wake": "full",
-                "num_threads": 1,
-                "cache_dir": core_cache,
-                "tensor_parallel_size": tp_size,
-                "pipeline_parallel_size": pp_size,
-            }
-            | options
-        )
-
-    return make
-
-
-class RankHarness(CoreHarness):
-    """A core over rank processes that fail where they are told to."""
-
-    faults: Path
-
-    def plan_fault(self, rank, *lines):
-        plan_fault(self.faults, rank, *lines)
-
-    @property
-    def executor(self):
-        return self.core._executor
-
-    def pid(self, rank):
-        return self.executor._processes[rank].process.pid
-
-    def kill(self, rank, number=signal.SIGKILL):
-        os.kill(self.pid(rank), number)
-
-    def wait_for_fault(self, within_s=1.0):
-        """What the state says of it; the loop would be woken, here somebody steps."""
-        deadline = time.monotonic() + within_s
-        while self.core.state.faulted is None:
-            assert time.monotonic() < deadline, "nobody has noticed"
-            time.sleep(0.005)
-            self.step()
-        return self.core.state.faulted
-
-    def wake(self):
-        """Awake from whatever there is; no fault is left planned."""
-        for rank in range(self.executor.num_ranks):
-            self.plan_fault(rank)
-        self.call(WakeCall())
-        assert self.core.state.gate == "open"
-
-
-@pytest.fixture(scope="module")
-def open_ranks(config, tmp_path_factory):
-    executors = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RankProcess, "module", "faulty_rank")
-        helpers = Path(__file__).parents[1] / "helpers"
-        patch.setenv("PYTHONPATH", f"{helpers}:{os.environ.get('PYTHONPATH', '')}")
-
-        def open_them(layout, **options):
-            faults = tmp_path_factory.mktemp("faults")
-            patch.setenv("FAULTS", str(faults))  # ranks that are started again find those of the last ones opened
-            wanted = config(layout, **options)
-            executor = open_executor(wanted)
-            executors.append(executor)
-            harness = RankHarness(EngineCore(wanted, executor), None)
-            harness.faults = faults
-            return harness
-
-        yield open_them
-        for executor in executors:
-            executor.close()
 
 
 @pytest.fixture(scope="module")
@@ -488,6 +392,16 @@ def test_a_rank_that_dies_idle_is_noticed_and_named(ranks, expected, rank, numbe
     ranks.wake()
     assert not ranks.executor.failures()
     assert ranks.generate(PROMPT) == expected
+
+
+def test_asking_a_rank_that_has_just_died_does_not_wait(ranks):
+    """Would catch an engine that hangs between a death and its notice, as ZeroMQ waits for somebody to send to."""
+    process = ranks.executor._processes[1]
+    ranks.kill(1)
+    process.reap()
+    time.sleep(0.2)  # ZeroMQ has seen that the other end is gone
+    process.post(b"anybody?")
+    ranks.wait_for_fault()
 
 
 def test_all_ranks_that_die_asleep_come_back(ranks, expected):

@@ -59,8 +59,9 @@ class RankProcess:
             self._opened = stack.pop_all()
 
     def post(self, frame: bytes) -> None:
-        """Ask; ZeroMQ's own thread sends it."""
-        self.socket.send(frame)
+        """Ask; ZeroMQ's own thread sends it. Never waits: of one that has just ended, the death is seen soon."""
+        with contextlib.suppress(zmq.Again):  # nobody is at the other end
+            self.socket.send(frame, zmq.NOBLOCK)
 
     def received(self) -> Reply | None:
         """The next reply, if one has come."""
