@@ -252,6 +252,12 @@ class MultiprocExecutor(Executor):
 
     def recover(self) -> bool:
         """Start the dead again, and let all of them meet in new groups; see `Executor.recover`."""
+        for _ in self._places:
+            with contextlib.suppress(RankLost):  # another one died meanwhile, or had and was not seen yet
+                return self._recover()
+        return self._recover()
+
+    def _recover(self) -> bool:
         dead = [failure.rank for failure in self.failures()]
         if not dead and not self._incomplete:
             return False
