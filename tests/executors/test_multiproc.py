@@ -468,13 +468,14 @@ def test_a_rank_that_dies_in_a_wake_is_a_fault_and_the_others_undo(ranks, expect
     assert ranks.generate(PROMPT) == expected
 
 
-def test_a_recovery_in_which_another_rank_dies_can_be_repeated(ranks, expected):
+def test_a_recovery_in_which_another_rank_dies_begins_again(ranks, expected):
+    """Would catch a wake that fails because the second of two ranks was seen to be dead a moment later."""
     ranks.kill(0)
     ranks.wait_for_fault()
+    before = ranks.pid(1)
     ranks.plan_fault(1, "join kill")
-    with pytest.raises(EngineFaulted, match="recovering failed: rank 1 was ended by SIGKILL"):
-        ranks.call(WakeCall())
     ranks.wake()
+    assert ranks.pid(1) != before, "rank 1 was not ended"
     assert ranks.generate(PROMPT) == expected
 
 
