@@ -56,15 +56,28 @@ class Soak:
 
     def call(self, call, weights):
         """A call that may fail; `weights` after it, if it does not."""
-        for name, (prompt, _) in self.streams.items():
-            if weights != self.weights and name not in self.ranks.ended:
-                self.streams[name] = prompt, None  # of both
+        unfinished = [name for name in self.streams if name not in self.ranks.ended]
+        if weights != self.weights:
+            self.forget_weights(unfinished)
         try:
             self.ranks.call(call)
             self.weights = weights
             self.note(call, "done")
+            if isinstance(call, WakeCall) and self.weights != "image" and not self.is_updated():
+                self.weights = "image"  # a rank has died with the update
+                self.forget_weights(unfinished)
         except ShuteyeError as error:
             self.note(call, type(error).__name__, error.message)
+
+    def forget_weights(self, names):
+        """Their tokens are of both."""
+        for name in names:
+            self.streams[name] = self.streams[name][0], None
+
+    def is_updated(self):
+        return any(
+            "+" in found for found in self.ranks.executor.outcomes("weights_source").values() if isinstance(found, str)
+        )
 
     def fault(self):
         rank = self.random.randrange(self.ranks.executor.num_ranks)
