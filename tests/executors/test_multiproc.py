@@ -474,7 +474,7 @@ def test_a_recovery_in_which_another_rank_dies_begins_again(ranks, expected):
     ranks.wait_for_fault()
     before = ranks.pid(1)
     ranks.plan_fault(1, "join kill")
-    ranks.wake()
+    ranks.call(WakeCall())
     assert ranks.pid(1) != before, "rank 1 was not ended"
     assert ranks.generate(PROMPT) == expected
 
