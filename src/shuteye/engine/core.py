@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from shuteye.calls import ControlCall
 from shuteye.config import EngineConfig
+from shuteye.engine.controller import SleepController
 from shuteye.engine.held import HeldRequests
-from shuteye.engine.sleep import SleepController
 from shuteye.engine.transitions import Report, Transitions, WakeForRequests
 from shuteye.errors import (
     EngineFaulted,

@@ -27,8 +27,8 @@ from shuteye.calls import (
     WakeCall,
 )
 from shuteye.config import EngineConfig
+from shuteye.engine.controller import SleepController
 from shuteye.engine.held import HeldRequests
-from shuteye.engine.sleep import SleepController
 from shuteye.errors import (
     DrainTimeout,
     EngineFaulted,

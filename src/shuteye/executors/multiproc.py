@@ -1,6 +1,6 @@
 """Several ranks, each a process of this machine: asked all at once, with a deadline, and watched for their death.
 
-Knows nothing of sleep: what a failure means for the engine, `engine/sleep.py` says. ADR 18 has the protocol.
+Knows nothing of sleep: what a failure means for the engine, `engine/controller.py` says. ADR 18 has the protocol.
 """
 
 from __future__ import annotations
