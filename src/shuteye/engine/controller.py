@@ -1,4 +1,4 @@
-"""The transaction that carries a sleep or a wake out on every rank: what fails is rolled back, or the engine is faulted.
+"""The transaction that carries a sleep or a wake out on every rank: what fails is rolled back, or the engine faulted.
 
 Knows nothing of requests or tensors: `engine.transitions` drains requests first, the ranks move the bytes.
 """
