@@ -282,6 +282,6 @@ class EngineClient:
             self.ready.set_exception(error)
 
     def leave_to_parent(self, reason: EngineDead) -> None:
-        """See `inheritance.Inherited`: those who wait are in the parent, and are not told."""
+        """See `forks.Inherited`: those who wait are in the parent, and are not told."""
         self._lock = threading.RLock()  # another thread may have held it, which no fork has
         self.failure, self.status = reason, "dead"

@@ -160,7 +160,7 @@ class ProcessLink:
         self._opened.close()
 
     def leave_to_parent(self, reason: EngineDead) -> None:
-        """See `inheritance.Inherited`: process, socket and the event loop that watches them are the parent's."""
+        """See `forks.Inherited`: process, socket and the event loop that watches them are the parent's."""
         self.inherited = True
 
     async def _listen(self) -> None:

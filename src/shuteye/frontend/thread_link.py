@@ -51,7 +51,7 @@ class ThreadLink:
         self._thread.join()
 
     def leave_to_parent(self, reason: EngineDead) -> None:
-        """See `inheritance.Inherited`."""
+        """See `forks.Inherited`."""
         self.inherited = True
 
     def _run(self) -> None:

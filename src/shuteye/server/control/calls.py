@@ -5,6 +5,7 @@ Knows nothing of what the calls do; what a call takes is said once, in `shuteye.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any, TypeVar, cast, get_type_hints
@@ -46,6 +47,7 @@ def media_type(request: Request) -> str:
 # --- a call's fields as HTTP has them -----------------------------------------------------------
 
 
+@functools.cache
 def model_of(kind: type[Call[Any]]) -> type[BaseModel]:
     """The fields of a call as pydantic validates them; `timeout_s` is called `timeout`, and must be above 0."""
     hints, notes = get_type_hints(kind), notes_of(kind)
