@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_harness import CoreHarness, fake_backend
+from core_harness import CORE_OPTIONS, CoreHarness, fake_backend
 
 import shuteye
 from shuteye import LLM, AsyncEngine, EngineConfig
@@ -125,12 +125,7 @@ def make_harness(tiny_checkpoint, core_cache):
         config = EngineConfig(
             **{
                 "model": str(tiny_checkpoint),
-                "dtype": "float32",
-                "enable_sleep_mode": True,
-                "kv_cache_memory": 1 << 20,
-                "max_model_len": 256,
-                "verify_wake": "full",
-                "num_threads": 1,
+                **CORE_OPTIONS,
                 "cache_dir": core_cache,
             }
             | options

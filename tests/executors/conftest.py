@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from core_harness import CORE_OPTIONS
 from rank_harness import LAYOUTS, RankHarness
 
 from shuteye import EngineConfig
@@ -27,12 +28,7 @@ def config(tiny_checkpoint, core_cache):
         return EngineConfig(
             **{
                 "model": str(tiny_checkpoint),
-                "dtype": "float32",
-                "enable_sleep_mode": True,
-                "kv_cache_memory": 1 << 20,
-                "max_model_len": 256,
-                "verify_wake": "full",
-                "num_threads": 1,
+                **CORE_OPTIONS,
                 "cache_dir": core_cache,
                 "tensor_parallel_size": tp_size,
                 "pipeline_parallel_size": pp_size,

@@ -3,6 +3,7 @@
 import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -30,8 +31,57 @@ def fake_backend():
     return FakeBackend(QuickBackend())
 
 
+CORE_OPTIONS = {
+    "dtype": "float32",
+    "enable_sleep_mode": True,
+    "kv_cache_memory": 1 << 20,
+    "max_model_len": 256,
+    "verify_wake": "full",
+    "num_threads": 1,
+}
+"""Of an `EngineConfig` for a tiny model that generates."""
+
+
+class Stepped:
+    """A core that is stepped by hand; `step` takes what it tells of requests."""
+
+    LIMIT: ClassVar[int] = 2000
+    core: EngineCore
+
+    def run(self, limit=None):
+        """Step until there is nothing to do."""
+        for _ in range(limit or self.LIMIT):
+            if not self.core.can_step:
+                return
+            self.step()
+        raise AssertionError("the core never came to rest")
+
+    @property
+    def worker(self):
+        """The rank itself, to look behind the engine's back."""
+        return self.core._executor._worker
+
+    def submit(self, call: ControlCall):
+        """Queue a call; its answers (there must be exactly one) are appended to the returned list."""
+        answers = []
+        self.core.submit(call, answers.append)
+        return answers
+
+    def call(self, call: ControlCall, limit=None):
+        """Run a call to its answer; raises what it answers with."""
+        answers = self.submit(call)
+        for _ in range(limit or self.LIMIT):
+            self.step()
+            if answers:
+                break
+        assert len(answers) == 1, f"{call} was answered {len(answers)} times"
+        if isinstance(answers[0], ShuteyeError):
+            raise answers[0]
+        return answers[0]
+
+
 @dataclass
-class CoreHarness:
+class CoreHarness(Stepped):
     """A core and what its requests have received so far."""
 
     core: EngineCore
@@ -52,40 +102,9 @@ class CoreHarness:
             elif delta.finish_reason is not None:
                 self.ended[delta.request_id] = delta.finish_reason
 
-    def run(self, limit=2000):
-        """Step until there is nothing to do."""
-        for _ in range(limit):
-            if not self.core.can_step:
-                return
-            self.step()
-        raise AssertionError("the core never came to rest")
-
-    @property
-    def worker(self):
-        """The rank itself, to look behind the engine's back."""
-        return self.core._executor._worker
-
     def tensors(self):
         """Views of every weight, by name; alive while the weights are resident."""
         return {slot.name: self.worker._weights.slot_view(slot) for slot in self.worker._image.layout.slots.values()}
-
-    def submit(self, call: ControlCall):
-        """Queue a call; its answers (there must be exactly one) are appended to the returned list."""
-        answers = []
-        self.core.submit(call, answers.append)
-        return answers
-
-    def call(self, call: ControlCall, limit=2000):
-        """Run a call to its answer; raises what it answers with."""
-        answers = self.submit(call)
-        for _ in range(limit):
-            self.step()
-            if answers:
-                break
-        assert len(answers) == 1, f"{call} was answered {len(answers)} times"
-        if isinstance(answers[0], ShuteyeError):
-            raise answers[0]
-        return answers[0]
 
     def generate(self, prompt, params=GREEDY):
         """The tokens of one request run to its end."""

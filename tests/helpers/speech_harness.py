@@ -1,8 +1,10 @@
 """What the tests of speech share: audio, an engine core stepped by hand, and what transformers makes of the same."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
+from core_harness import Stepped
 
 from shuteye.audio import SAMPLE_RATE
 from shuteye.engine.core import EngineCore
@@ -35,9 +37,10 @@ class Received:
 
 
 @dataclass
-class SpeechHarness:
+class SpeechHarness(Stepped):
     """A core and what its requests have received so far."""
 
+    LIMIT: ClassVar[int] = 5000
     core: EngineCore
     received: dict[str, Received] = field(default_factory=dict)
 
@@ -60,27 +63,6 @@ class SpeechHarness:
             received.language = delta.language or received.language
             received.ended = delta.finished or None
 
-    def run(self, limit=5000):
-        """Step until there is nothing to do."""
-        for _ in range(limit):
-            if not self.core.can_step:
-                return
-            self.step()
-        raise AssertionError("the core never came to rest")
-
-    def call(self, call, limit=5000):
-        """Run a control call to its answer; raises what it answers with."""
-        answers = []
-        self.core.submit(call, answers.append)
-        for _ in range(limit):
-            self.step()
-            if answers:
-                break
-        assert len(answers) == 1, f"{call} was answered {len(answers)} times"
-        if isinstance(answers[0], ShuteyeError):
-            raise answers[0]
-        return answers[0]
-
     def transcribe(self, samples, **params) -> Received:
         """One request run to its end."""
         request_id = f"transcribe-{len(self.received)}"
@@ -90,11 +72,6 @@ class SpeechHarness:
         if isinstance(received.ended, ShuteyeError):
             raise received.ended
         return received
-
-    @property
-    def worker(self):
-        """The rank itself, to look behind the engine's back."""
-        return self.core._executor._worker
 
     @property
     def kept(self):
