@@ -8,7 +8,7 @@ from typing import Any
 import zmq
 
 from shuteye.errors import MemoryExhausted
-from shuteye.executors.frames import Meeting, Start
+from shuteye.executors.frames import HeldRegion, Meeting, Start
 from shuteye.executors.links import Groups, RankLink
 from shuteye.executors.rank_process import RankProcess
 from shuteye.parallel.group import ShmRegion
@@ -56,8 +56,8 @@ class Regions:
         """What a rank must know to join."""
         return Meeting(
             self._epoch,
-            tensor=self._tensor[place.pp_rank].path if self._tensor else None,
-            pipeline=self._pipeline[place.tp_rank].path if self._pipeline else None,
+            tensor=HeldRegion(self._tensor[place.pp_rank].path) if self._tensor else None,
+            pipeline=HeldRegion(self._pipeline[place.tp_rank].path) if self._pipeline else None,
             timeout_s=self._timeout_s,
         )
 

@@ -63,7 +63,8 @@ class MultiprocExecutor(Executor):
         self._watch = DeathWatch(self._note_death)
         try:
             self._meet()
-            self._start(range(self.num_ranks))
+            self._launch(range(self.num_ranks))
+            self._require_all(self._gather(range(self.num_ranks), 0, "start", None))
             self._refuse_other_tasks()
         except BaseException:
             self.close()
@@ -74,8 +75,8 @@ class MultiprocExecutor(Executor):
         task = super().call("facts")[0].task
         if task != "generate":
             raise UnsupportedModel(
-                f"distributed_executor_backend 'mp' serves models that generate, and this is one for the task "
-                f"{task!r}; leave it out.",
+                f"distributed_executor_backend {self._config.distributed_executor_backend!r} serves models that "
+                f"generate, and this is one for the task {task!r}; leave it out.",
                 param="distributed_executor_backend",
             )
 
@@ -207,15 +208,16 @@ class MultiprocExecutor(Executor):
 
     # --- groups ---------------------------------------------------------------------------------
 
-    def _meet(self) -> None:
-        """Make the groups of the next epoch; nobody has joined them yet."""
+    def _meet(self, *, instead_of: Collection[int] = ()) -> None:
+        """Make the groups of the next epoch; nobody has joined them yet. Ranks start `instead_of` dead ones."""
         self._epoch += 1
         old = self._groups
         self._groups = self._launcher.groups(epoch=self._epoch, timeout_s=2 * self._config.rank_timeout_s)
         if old is not None:
             old.close()
         for failure in self.failures():
-            self._groups.abort(str(failure))
+            if failure.rank not in instead_of:
+                self._groups.abort(str(failure))
 
     def _abort(self, reason: str) -> None:
         if self._groups is not None:
@@ -234,13 +236,20 @@ class MultiprocExecutor(Executor):
             self._join(range(self.num_ranks))
 
     def _join(self, ranks: Iterable[int]) -> None:
-        assert self._groups is not None
         ranks = tuple(ranks)
+        self._require_all(self._gather(ranks, self._ask_to_join(ranks), "join", self._config.rank_timeout_s))
+
+    def _ask_to_join(self, ranks: Iterable[int]) -> int:
+        assert self._groups is not None
         call_id = next(self._call_ids)
         for rank in ranks:
             self._processes[rank].post(ask(call_id, "join", (self._groups.meeting(self._places[rank]),)))
+        return call_id
+
+    def _require_all(self, outcomes: dict[int, Any]) -> None:
+        """All are in the groups, or nobody waits for the others there."""
         try:
-            answers(self._gather(ranks, call_id, "join", self._config.rank_timeout_s), num_ranks=self.num_ranks)
+            answers(outcomes, num_ranks=self.num_ranks)
         except ShuteyeError:
             self._abort("not all ranks have joined")
             raise
@@ -271,16 +280,21 @@ class MultiprocExecutor(Executor):
         dead = [failure.rank for failure in self.failures()]
         if not dead and not self._incomplete:
             return False
-        self._meet()
-        self._start(dead)
-        self._join(sorted(self._processes.keys() - set(dead)))
+        self._meet(instead_of=dead)
+        self._launch(dead)
+        others = sorted(self._processes.keys() - set(dead))
+        call_id = self._ask_to_join(others)  # before it is waited for those that start, who may wait for them to join
+        outcomes = self._gather(dead, 0, "start", None)
+        if any(isinstance(outcome, ShuteyeError) for outcome in outcomes.values()):
+            self._abort("not all ranks could be started")
+        self._require_all(outcomes | self._gather(others, call_id, "join", self._config.rank_timeout_s))
         for rank in sorted(self._incomplete):
             self._bring_up(rank)
         return True
 
-    def _start(self, ranks: Iterable[int]) -> None:
+    def _launch(self, ranks: Iterable[int]) -> None:
+        """Start ranks; nobody waits for them yet."""
         assert self._groups is not None
-        ranks = tuple(ranks)
         for rank in ranks:
             process = self._launcher.start(
                 Start(self._config, self._places[rank], self._groups.meeting(self._places[rank]))
@@ -291,7 +305,6 @@ class MultiprocExecutor(Executor):
             self._watch.add(process)
             if self._kv_blocks is not None:
                 self._incomplete.add(rank)
-        answers(self._gather(ranks, 0, "start", None), num_ranks=self.num_ranks)
 
     def _bring_up(self, rank: int) -> None:
         """Do what the others have done since they were started."""

@@ -5,6 +5,7 @@ Knows nothing of who starts ranks. Only to be imported where gloo is used: torch
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -128,7 +129,8 @@ class GlooGroup(Group):
 
     def abort(self, reason: str) -> None:
         """Write the reason where every long wait looks."""
-        _tell_abort(self._store, by=self.rank, reason=reason)
+        with contextlib.suppress(RuntimeError):  # the rendezvous is gone, which ends every wait
+            _tell_abort(self._store, by=self.rank, reason=reason)
 
     def close(self) -> None:
         """Close the connections; of an aborted group they stay until the peers are gone."""

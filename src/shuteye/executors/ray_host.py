@@ -1,0 +1,78 @@
+"""The actor that Ray starts for each rank: it hosts the rank's process on its machine, and tells how that ended.
+
+Knows nothing of Ray, nor of what the rank is asked: that goes over sockets of the process' own. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import shuteye
+from shuteye.executors.rank_process import how_ended
+
+
+@dataclass(frozen=True, slots=True)
+class HostOrder:
+    """What an actor is to run.
+
+    Attributes:
+        module: what the process runs.
+        start: a `Start`, encoded.
+        cache_dir: must be there, or be made, and be writable.
+        version: of shuteye in the engine.
+    """
+
+    module: str
+    start: bytes
+    cache_dir: str
+    version: str
+    log_format: str
+    log_level: str
+
+
+class RankHost:
+    """Runs one process, which dies with this one, whatever ends that."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self, order: HostOrder) -> str:
+        """Start the process; once it has ended, how it did, or why it was not started."""
+        if wrong := _unfit(order):
+            return f"could not be started: {wrong}"
+        command = (sys.executable, "-m", order.module, "-", str(os.getpid()), order.log_format, order.log_level)
+        try:
+            self._process = process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        except OSError as error:
+            return f"could not be started: {error}"
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+            stdin.write(order.start)
+        return how_ended(process.wait())
+
+    def stop_loading(self) -> None:
+        """Tell the process to end, which one that has loaded does not heed."""
+        if self._process is not None:
+            self._process.terminate()
+
+
+def _unfit(order: HostOrder) -> str | None:
+    """Why the rank cannot be on this machine, if so."""
+    if shuteye.__version__ != order.version:
+        return f"shuteye {shuteye.__version__} is installed there, and the engine is {order.version}; install the same"
+    directory = Path(order.cache_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return None
+    except OSError as error:
+        return (
+            f"the directory of weight images, {directory}, cannot be written there ({error.strerror}); choose another "
+            "cache_dir, which each machine has"
+        )
