@@ -190,6 +190,7 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8) if x.numel() else x.new_empty(0, dtype=torch.uint8)
 
 
+@torch.inference_mode()  # as of whoever waits: gloo fills tensors that may have been made in it
 def _wait_for_gloo(jobs: SimpleQueue[Callable[[], object] | None], done: SimpleQueue[RuntimeError | None]) -> None:
     while (job := jobs.get()) is not None:
         try:
