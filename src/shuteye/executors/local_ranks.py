@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import zmq
@@ -32,6 +33,10 @@ class LocalLauncher:
     def groups(self, *, epoch: int, timeout_s: float) -> Groups:
         """See `Launcher.groups`."""
         return Regions(self._places, epoch=epoch, timeout_s=timeout_s)
+
+    def away(self) -> Mapping[int, int]:
+        """None; see `Launcher.away`."""
+        return {}
 
     def close(self) -> None:
         """See `Launcher.close`."""

@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -18,11 +21,14 @@ import zmq
 from shuteye.config import EngineConfig
 from shuteye.errors import EngineFaulted, RankLost, ShuteyeError, UnsupportedModel, rebuild
 from shuteye.executors import Executor, RankFailure, answers
+from shuteye.executors.file_copies import FileCopies
 from shuteye.executors.frames import MEETING_VERBS, RESULTS, Start, ask
 from shuteye.executors.links import Groups, Launcher, RankLink
 from shuteye.executors.watch import DeathWatch
-from shuteye.models.weight_updates import tensor_file
+from shuteye.model_info import ModelSpec
+from shuteye.models.weight_updates import tensor_file, tensor_files
 from shuteye.parallel.shards import RankPlace
+from shuteye.state import UpdateReport
 from shuteye.tasks.table import Plan, Result
 
 logger = logging.getLogger(__name__)
@@ -104,6 +110,8 @@ class MultiprocExecutor(Executor):
                 return self._reload(*args)
             case "allocate_kv_cache":
                 (self._kv_blocks,) = args
+            case "facts":
+                return self._facts()
         return super().call(verb, *args)
 
     def outcomes(self, verb: str, *args: Any, ranks: Collection[int] | None = None) -> dict[int, Any]:
@@ -122,11 +130,19 @@ class MultiprocExecutor(Executor):
     def _ask(self, ranks: Iterable[int], verb: str, args: tuple[Any, ...]) -> dict[int, Any]:
         call_id = next(self._call_ids)
         frame = ask(call_id, verb, args)
-        ranks = tuple(ranks)
+        return self._answers_to(dict.fromkeys(ranks, frame), call_id, verb)
+
+    def _ask_each(self, args: Mapping[int, tuple[Any, ...]], verb: str) -> dict[int, Any]:
+        """As `_ask`, with arguments for each rank."""
+        call_id = next(self._call_ids)
+        return self._answers_to({rank: ask(call_id, verb, its) for rank, its in args.items()}, call_id, verb)
+
+    def _answers_to(self, frames: Mapping[int, bytes], call_id: int, verb: str) -> dict[int, Any]:
+        ranks = tuple(frames)
         dead = {failure.rank for failure in self.failures()}
         for rank in ranks:
             if rank not in dead:
-                self._processes[rank].post(frame)
+                self._processes[rank].post(frames[rank])
         patience_s = self._config.rank_timeout_s
         if verb in _LONG_VERBS:
             patience_s = max(patience_s, self._config.step_timeout_s)
@@ -186,9 +202,27 @@ class MultiprocExecutor(Executor):
     # --- weights --------------------------------------------------------------------------------
 
     def _update(self, path: str) -> list[Any]:
-        super().call("check_update", path)
-        self._num_updates += 1
-        return self._written(self.outcomes("update_weights_from_file", path, self._num_updates))
+        """Check on all ranks, then write on all, whose reports are of all files together."""
+        with FileCopies(self._call_some, self._launcher.away()) as copies:
+            files = tensor_files(path) if self._launcher.away() else [Path(path)]
+            paths = [copies.paths(file, range(self.num_ranks)) for file in files]
+            for where in paths:
+                answers(
+                    self._ask_each({rank: (path,) for rank, path in where.items()}, "check_update"),
+                    num_ranks=self.num_ranks,
+                )
+            self._num_updates += 1
+            number = self._num_updates
+            reports = [
+                self._written(
+                    self._ask_each({rank: (path, number) for rank, path in where.items()}, "update_weights_from_file")
+                )
+                for where in paths
+            ]
+        return [_added(of_rank) for of_rank in zip(*reports, strict=True)]
+
+    def _call_some(self, ranks: Collection[int], verb: str, args: tuple[Any, ...]) -> list[Any]:
+        return answers(self._ask(ranks, verb, args), num_ranks=self.num_ranks)
 
     def _reload(self, path: str | None) -> list[Any]:
         outcomes = self.outcomes("reload_weights", path)
@@ -205,6 +239,17 @@ class MultiprocExecutor(Executor):
             raise
         except ShuteyeError as error:
             raise EngineFaulted(f"some ranks have the new weights and some have not: {error.message}") from error
+
+    def _facts(self) -> list[Any]:
+        """Of a tokenizer that lies on another machine, a copy is named that this one can read."""
+        found: list[ModelSpec] = super().call("facts")
+        if 0 not in self._launcher.away():
+            return found
+        here = self._config.cache_dir / "tokenizers" / Path(found[0].image_dir).name
+        if not here.is_dir():
+            (files,) = self._call_some([0], "tokenizer_files", ())
+            _write_files(here, files)
+        return [replace(found[0], tokenizer_dir=str(here)), *found[1:]]
 
     # --- groups ---------------------------------------------------------------------------------
 
@@ -324,3 +369,25 @@ class MultiprocExecutor(Executor):
         if self._groups is not None:
             self._groups.close()
         self._launcher.close()
+
+
+def _added(reports: Sequence[UpdateReport]) -> UpdateReport:
+    """Of one rank, for one file after the other."""
+    return replace(
+        reports[-1],
+        updated=sum(report.updated for report in reports),
+        updated_bytes=sum(report.updated_bytes for report in reports),
+        seconds=sum(report.seconds for report in reports),
+    )
+
+
+def _write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """All of them or none, whoever does the same meanwhile."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".new-") as scratch:
+        new = Path(scratch, "files")
+        new.mkdir()
+        for name, content in files.items():
+            (new / name).write_bytes(content)
+        with contextlib.suppress(OSError):  # somebody was faster
+            new.rename(directory)

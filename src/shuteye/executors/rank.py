@@ -17,11 +17,12 @@ import msgspec
 import zmq
 
 from shuteye import logs
-from shuteye.errors import ErrorInfo, GroupAborted, InternalError, ShuteyeError, info_of
+from shuteye.errors import ErrorInfo, GroupAborted, InternalError, MemoryExhausted, ShuteyeError, info_of
 from shuteye.executors import tcp_pairs
 from shuteye.executors.frames import ARGUMENTS, MEETING_VERBS, Abort, Ask, EngineAddress, Reply, Start
 from shuteye.executors.membership import Membership
 from shuteye.executors.wire import Decoder, connect_pair, encode
+from shuteye.handover import NamelessFile
 from shuteye.processes import die_with_parent
 from shuteye.worker import Worker
 
@@ -36,6 +37,7 @@ class _Rank:
     def __init__(self, start: Start, membership: Membership) -> None:
         self._place = start.place
         self._membership = membership
+        self._received: dict[int, NamelessFile] = {}
         membership.join(start.meeting)
         self._worker = Worker(
             start.config,
@@ -64,7 +66,23 @@ class _Rank:
                 (meeting,) = arguments
                 self._membership.join(meeting)
                 return None
+            case "receive":
+                return self._receive(*arguments)
+            case "forget_received":
+                while self._received:
+                    self._received.popitem()[1].close()
+                return None
         return self._worker.call(verb, *arguments)
+
+    def _receive(self, number: int, content: bytes) -> str:
+        """Append to a file of the engine's that this rank holds for all of its machine; where they find it."""
+        try:
+            if number not in self._received:
+                self._received[number] = NamelessFile()
+            self._received[number].write(content)
+        except OSError as error:
+            raise MemoryExhausted(f"New weights do not fit in shared memory ({error.strerror}).") from error
+        return self._received[number].path
 
 
 def _info(error: Exception, verb: str) -> ErrorInfo:

@@ -101,6 +101,12 @@ class RayLauncher:
             tell=self._tell,
         )
 
+    def away(self) -> Mapping[int, int]:
+        """See `Launcher.away`."""
+        here = self._cluster.here.node_id
+        first = {machine.node_id: rank for rank, machine in sorted(self._machines.items(), reverse=True)}
+        return {rank: first[machine.node_id] for rank, machine in self._machines.items() if machine.node_id != here}
+
     def _tell(self, epoch: int, reason: str) -> None:
         for link in tuple(self._links.values()):
             link.abort(epoch, reason)

@@ -17,7 +17,7 @@ from zmq.utils.monitor import recv_monitor_message
 from shuteye.executors.frames import EngineAddress
 from shuteye.executors.wire import bind_pair, connect_pair
 
-SILENCE_S = 2.5
+SILENCE_S = 4.0
 """A peer that says nothing for so long is lost; after the last heartbeat, of which there are two a second."""
 
 _HEARTBEATS: Mapping[int, int | bytes] = {

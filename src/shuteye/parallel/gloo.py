@@ -91,7 +91,15 @@ class GlooGroup(Group):
         options = _gloo.ProcessGroupGloo._Options()
         options._devices = [_gloo.ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timedelta(days=1)  # the deadlines are ours: gloo does not say who is missing
-        self._group = _gloo.ProcessGroupGloo(_gloo.PrefixStore("gloo", self._store), self.rank, self.size, options)
+        # by a connection of its own: gloo waits in it for the others, and who looks for aborts would wait behind it
+        store = _gloo.TCPStore(
+            self._store.host,
+            self._store.port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=self.timeout_s),
+        )
+        self._group = _gloo.ProcessGroupGloo(_gloo.PrefixStore("gloo", store), self.rank, self.size, options)
 
     def all_reduce(self, x: Tensor) -> None:
         """Fetch the parts of all ranks and add them here; see `Group.all_reduce`."""
