@@ -78,11 +78,13 @@ class Start(msgspec.Struct, frozen=True):
 
     Attributes:
         engine: of a rank whose engine may be on another machine.
+        cores: on which alone it may run; empty: anywhere.
     """
 
     config: EngineConfig
     place: RankPlace
     meeting: Meeting
+    cores: tuple[int, ...] = ()
     engine: EngineAddress | None = None
 
 

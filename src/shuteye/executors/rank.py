@@ -11,12 +11,14 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import replace
 from typing import Any, cast
 
 import msgspec
 import zmq
 
 from shuteye import logs
+from shuteye.config import EngineConfig
 from shuteye.errors import ErrorInfo, GroupAborted, InternalError, MemoryExhausted, ShuteyeError, info_of
 from shuteye.executors import tcp_pairs
 from shuteye.executors.frames import ARGUMENTS, MEETING_VERBS, Abort, Ask, EngineAddress, Reply, Start
@@ -40,7 +42,7 @@ class _Rank:
         self._received: dict[int, NamelessFile] = {}
         membership.join(start.meeting)
         self._worker = Worker(
-            start.config,
+            _settle_on_cores(start),
             place=start.place,
             groups=membership.groups if start.place.num_ranks > 1 else None,
             first_epoch=membership.epoch << FIRST_EPOCH_BITS,
@@ -83,6 +85,14 @@ class _Rank:
         except OSError as error:
             raise MemoryExhausted(f"New weights do not fit in shared memory ({error.strerror}).") from error
         return self._received[number].path
+
+
+def _settle_on_cores(start: Start) -> EngineConfig:
+    """Run on the rank's cores alone, with a thread on each; the config that says so."""
+    if not start.cores:
+        return start.config
+    os.sched_setaffinity(0, start.cores)
+    return replace(start.config, num_threads=start.config.num_threads or len(start.cores))
 
 
 def _info(error: Exception, verb: str) -> ErrorInfo:

@@ -207,6 +207,9 @@ class RayRank:
 
     # --- its end --------------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Nothing is left to look at: heartbeats notice whatever stops it; see `RankLink.check`."""
+
     def kill(self, why: str) -> None:
         """See `RankLink.kill`. If it is out of reach, it ends by itself once its socket here is closed."""
         self._why_killed = self._why_killed or why
