@@ -36,14 +36,14 @@ serve: setup ## Serve MODEL on 127.0.0.1:8000 with sleep mode, in development mo
 	SHUTEYE_SERVER_DEV_MODE=1 $(VENV)/bin/shuteye serve '$(MODEL)' --enable-sleep-mode $(ARGS)
 
 test: setup ## Run the tests that need neither minutes nor a GPU.
-	$(VENV)/bin/python -m pytest -m 'not slow and not gpu and not clients' $(ARGS)
+	$(VENV)/bin/python -m pytest -m 'not slow and not gpu and not clients and not ray' $(ARGS)
 
 test-latest: ## Run the tests on today's newest versions instead of the locked ones, in VENV-latest.
 	@PYTHON='$(PYTHON)' tools/setup.sh --latest '$(VENV)-latest'
-	$(VENV)-latest/bin/python -m pytest -m 'not slow and not gpu and not clients' $(ARGS)
+	$(VENV)-latest/bin/python -m pytest -m 'not slow and not gpu and not clients and not ray' $(ARGS)
 
 test-slow: setup ## Run the tests that take minutes.
-	$(VENV)/bin/python -m pytest -m 'slow and not gpu and not clients' $(ARGS)
+	$(VENV)/bin/python -m pytest -m 'slow and not gpu and not clients and not ray' $(ARGS)
 
 test-clients: setup ## Run litellm and lm-eval against the server, in environments of their own.
 	tools/clients.sh '$(VENV)' "$${SHUTEYE_TEST_CLIENTS:-$$HOME/.cache/shuteye/clients}"

@@ -1,4 +1,4 @@
-"""Nodes of a Ray cluster as processes of this machine, each in a network namespace if it is to be a machine of its own."""
+"""Nodes of a Ray cluster as processes of this machine, in a network namespace if it is to be a machine of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RayNode:
         enter = ("ip", "netns", "exec", namespace) if namespace else ()
         options = ("--object-store-memory=80000000", f"--temp-dir={self.directory}", "--disable-usage-stats")
         variables = {"PYTHONPATH": f"{HELPERS}:{os.environ.get('PYTHONPATH', '')}", "RAY_USAGE_STATS_ENABLED": "0"}
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this)
         self.process = subprocess.Popen(
             (*enter, RAY, "start", "--block", *options, *arguments),
             env=os.environ | variables | environment,

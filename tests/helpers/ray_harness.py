@@ -1,0 +1,56 @@
+"""A core over ranks of a Ray cluster, and what Ray tells of them."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from rank_harness import RankHarness
+from ray_nodes import RAY
+
+GONE_S = 20.0
+
+
+class RayHarness(RankHarness):
+    """A core over ranks of a Ray cluster, which fail where they are told to."""
+
+    def pid(self, rank):
+        """Of the rank's process, of which the actor is the parent."""
+        return self.core.state.ranks[rank].pid
+
+    def kill(self, rank, number=signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.kill(self.pid(rank), number)
+
+    def actor_pid(self, rank):
+        return parent_of(self.pid(rank))
+
+    def machine(self, rank):
+        return self.executor._processes[rank].machine.address
+
+
+def parent_of(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def is_alive(pid):
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def until(condition, within_s=GONE_S):
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def living_actors():
+    """Names, as `ray list actors` tells."""
+    command = (RAY, "list", "actors", "--format=json", "--filter", "state=ALIVE", "--limit=1000")
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
+    return sorted(actor["name"] for actor in json.loads(listed.stdout))
