@@ -5,11 +5,17 @@ import os
 import signal
 import subprocess
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 
+import pytest
 from rank_harness import RankHarness
 from ray_nodes import RAY
+
+from shuteye.engine.core import EngineCore
+from shuteye.executors import open_executor
+from shuteye.executors.ray_ranks import RayRank
 
 GONE_S = 20.0
 
@@ -30,6 +36,46 @@ class RayHarness(RankHarness):
 
     def machine(self, rank):
         return self.executor._processes[rank].machine.address
+
+
+@contextmanager
+def ray_driver(address):
+    """What this process and those it starts need of a cluster with tokens; gives what connects, once that is up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", token_hex(32))
+        patch.setenv("RAY_ADDRESS", address)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setattr(RayRank, "module", "faulty_rank")
+
+        @contextmanager
+        def connect():
+            import ray
+
+            ray.init(logging_level="warning")
+            yield ray
+            ray.shutdown()
+
+        yield connect
+
+
+@contextmanager
+def opening(config, faults):
+    """Gives what opens ranks of a layout, which find their faults in a directory; they end with this context."""
+    executors = []
+
+    def open_them(layout, **options):
+        wanted = config(layout, distributed_executor_backend="ray", **options)
+        executors.append(open_executor(wanted))
+        harness = RayHarness(EngineCore(wanted, executors[-1]), None)
+        harness.faults = faults
+        return harness
+
+    try:
+        yield open_them
+    finally:
+        for executor in executors:
+            executor.close()
 
 
 def parent_of(pid):

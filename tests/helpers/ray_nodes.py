@@ -99,12 +99,15 @@ def wait_for_nodes(ray, count):
 
 
 class OtherMachine:
-    """A network namespace that is joined to this one by a cable."""
+    """A network namespace that is joined to this one by a cable: `HERE` at this end, `address` at the other."""
 
-    def __init__(self, number=7):
+    HERE = "10.231.7.1"
+    address = "10.231.7.2"
+
+    def __init__(self):
         self.name = f"shuteye-{os.getpid()}"
-        self.here, self.address = f"10.231.{number}.1", f"10.231.{number}.2"
-        ours, self._theirs = f"shv{number}a", f"shv{number}b"
+        self.here = self.HERE
+        ours, self._theirs = "shuteye-here", "shuteye-there"
         self._ip("netns", "add", self.name)
         try:
             self._ip("link", "add", ours, "type", "veth", "peer", "name", self._theirs, "netns", self.name)
