@@ -51,6 +51,8 @@ class RankHost:
             self._process = process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         except OSError as error:
             return f"could not be started: {error}"
+        with contextlib.suppress(OSError):  # Ray's workers are nice, and starve beside others; not all may undo it
+            os.setpriority(os.PRIO_PROCESS, process.pid, 0)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
             stdin.write(order.start)
