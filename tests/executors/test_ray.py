@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from shuteye import AsyncEngine
 from shuteye.calls import ReloadCall, RpcCall, SleepCall, UpdateCall, UpdateFromFileCall, WakeCall
-from shuteye.errors import EngineFaulted, InvalidRequest, ModelNotFound, ShuteyeError
+from shuteye.errors import EngineFaulted, ImageFailure, InvalidRequest, ModelNotFound, ShuteyeError
 from shuteye.tasks.generate.requests import SamplingParams
 from shuteye.testing import tiny_model
 
@@ -203,7 +203,7 @@ def test_too_few_cpus_are_counted(open_on_ray, shared):
 def test_a_machine_that_cannot_be_used_is_named(cluster, config, open_on_ray, shared, tmp_path):
     """Would catch an engine that says only that an actor has died."""
     (tmp_path / "file").touch()
-    with pytest.raises(ShuteyeError, match=r"directory of weight images, .*/file/cache, cannot be written there"):
+    with pytest.raises(ImageFailure, match=rf"on {shared.machine(0)}: Writing to .*/file/cache/.* failed"):
         open_on_ray("PP 2", cache_dir=tmp_path / "file" / "cache")
     with pytest.raises(ModelNotFound, match=rf"on {shared.machine(0)}: "):
         open_on_ray("PP 2", model=str(tmp_path / "nowhere"), offline=True)

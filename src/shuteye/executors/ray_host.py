@@ -9,9 +9,7 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import shuteye
 from shuteye.executors.rank_process import how_ended
@@ -24,13 +22,11 @@ class HostOrder:
     Attributes:
         module: what the process runs.
         start: a `Start`, encoded.
-        cache_dir: must be there, or be made, and be writable.
         version: of shuteye in the engine.
     """
 
     module: str
     start: bytes
-    cache_dir: str
     version: str
     log_format: str
     log_level: str
@@ -44,8 +40,11 @@ class RankHost:
 
     def run(self, order: HostOrder) -> str:
         """Start the process; once it has ended, how it did, or why it was not started."""
-        if wrong := _unfit(order):
-            return f"could not be started: {wrong}"
+        if shuteye.__version__ != order.version:
+            return (
+                f"could not be started: shuteye {shuteye.__version__} is installed there, and the engine is "
+                f"{order.version}; install the same"
+            )
         command = (sys.executable, "-m", order.module, "-", str(os.getpid()), order.log_format, order.log_level)
         try:
             self._process = process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
@@ -62,19 +61,3 @@ class RankHost:
         """Tell the process to end, which one that has loaded does not heed."""
         if self._process is not None:
             self._process.terminate()
-
-
-def _unfit(order: HostOrder) -> str | None:
-    """Why the rank cannot be on this machine, if so."""
-    if shuteye.__version__ != order.version:
-        return f"shuteye {shuteye.__version__} is installed there, and the engine is {order.version}; install the same"
-    directory = Path(order.cache_dir)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            return None
-    except OSError as error:
-        return (
-            f"the directory of weight images, {directory}, cannot be written there ({error.strerror}); choose another "
-            "cache_dir, which each machine has"
-        )

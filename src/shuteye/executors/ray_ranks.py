@@ -167,9 +167,7 @@ class RayRank:
 
         logged = logs.settings()
         frame = encode(msgspec.structs.replace(start, engine=self._address))
-        order = HostOrder(
-            self.module, frame, str(start.config.cache_dir), shuteye.__version__, logged.format, logged.level
-        )
+        order = HostOrder(self.module, frame, shuteye.__version__, logged.format, logged.level)
         actor = ray.remote(RankHost).options(max_restarts=0, max_concurrency=2, **options).remote()
         actor.run.remote(order).future().add_done_callback(self._note_end)
         return actor
