@@ -117,8 +117,17 @@ class SleepController:
         except EngineFaulted:
             raise
         except ShuteyeError as error:
+            raise SleepFailed(f"Still awake, saving failed: {error.message}{self._abort_save()}") from error
+
+    def _abort_save(self) -> str:
+        """Let all ranks forget what they saved; who cannot does so when it next saves, and is named."""
+        try:
             self._call("abort_save")
-            raise SleepFailed(f"Still awake, saving failed: {error.message}") from error
+        except EngineFaulted:
+            raise
+        except ShuteyeError as error:
+            return f"; {error.message}"
+        return ""
 
     def release(self, plan: SleepPlan, *, begin: float) -> SleepReport:
         """Give memory back on every rank, and measure.
@@ -142,9 +151,22 @@ class SleepController:
             level=level,
             tags=reports,
             freed_bytes=sum(report.freed_bytes for report in reports),
-            residual_bytes=sum(self._call("residual_bytes")),
+            residual_bytes=self.residual_bytes(),
             seconds=time.perf_counter() - begin,
         )
+
+    def residual_bytes(self) -> int:
+        """The memory of every rank's process, added up.
+
+        Raises:
+            EngineFaulted: a rank cannot tell, or is no more.
+        """
+        try:
+            return sum(self._call("residual_bytes"))
+        except EngineFaulted:
+            raise
+        except ShuteyeError as error:
+            raise self.fault(f"a rank cannot tell how much memory it has: {error.message}") from error
 
     def _release_all(self, plan: SleepPlan) -> list[tuple[TagReport, ...]]:
         """Release on every rank; where others have released, there is no way but on: who failed tries again."""
@@ -232,6 +254,7 @@ class SleepController:
             if defer_canary and self._can_run_canary:
                 self._call("defer_canary")
                 self._proof_pending = True
+            reports, source = self._summed(ranks), self._weights_source()
         except EngineFaulted as error:
             if self.state.faulted is not None:
                 self._undo_on_survivors()
@@ -243,7 +266,6 @@ class SleepController:
                 raise
             hope = "" if isinstance(error, ImageFailure) else ", a retry may work"
             raise WakeFailed(f"Still asleep{hope}: {error.message}") from error
-        reports = self._summed(ranks)
         return WakeReport(
             changed=True,
             tags=reports,
@@ -251,7 +273,7 @@ class SleepController:
             verified=verify if verified else "off",
             verified_bytes=verified,
             canary=canary,
-            weights_source=self._weights_source(),
+            weights_source=source,
             missing=self.state.missing,
         )
 
@@ -356,7 +378,12 @@ class SleepController:
         """The canary that went with a step has agreed; after an error, some ranks may know it and some not."""
         pending, self._proof_pending = self._proof_pending, False
         if pending and not well:
-            self._call("defer_canary")
+            try:
+                self._call("defer_canary")
+            except EngineFaulted:
+                raise
+            except ShuteyeError as error:
+                raise self.fault(f"the wake cannot be proven: {error.message}") from error
             self._proof_pending = True
 
     def fault(self, reason: str) -> EngineFaulted:
