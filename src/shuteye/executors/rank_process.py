@@ -51,8 +51,8 @@ class RankProcess:
                 start_new_session=True,  # a terminal's Ctrl-C is for us alone
             )
             stack.callback(self._end)
-            self.pidfd = os.pidfd_open(process.pid)
-            stack.callback(os.close, self.pidfd)
+            self.ended_fd = os.pidfd_open(process.pid)
+            stack.callback(os.close, self.ended_fd)
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # it has ended already: others see that
                 stdin.write(encode(start))
