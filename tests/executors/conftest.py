@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from core_harness import CORE_OPTIONS
+from rank_fork_server import RankForkServer
 from rank_harness import LAYOUTS, RankHarness
 
 from shuteye import EngineConfig
@@ -44,6 +45,8 @@ def open_ranks(config, tmp_path_factory):
     executors = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RankProcess, "module", "faulty_rank")
+        server = RankForkServer()
+        patch.setattr(RankProcess, "spawn", server.spawn)
         helpers = Path(__file__).parents[1] / "helpers"
         patch.setenv("PYTHONPATH", f"{helpers}:{os.environ.get('PYTHONPATH', '')}")
 
@@ -60,3 +63,4 @@ def open_ranks(config, tmp_path_factory):
         yield open_them
         for executor in executors:
             executor.close()
+        server.close()

@@ -107,21 +107,24 @@ class Trial:
             self.error = error
 
     def ask(self):
-        """One more request: it wakes the model if that is asleep, and shares the fate of those in flight."""
-        self.streams.append(f"asked-{len(self.ranks.tokens)}")
-        self.ranks.add(self.streams[-1], IN_FLIGHT[0], PARAMS)
+        """One more request, which wakes the model if that is asleep."""
+        name = f"asked-{len(self.ranks.tokens)}"
+        self.ranks.add(name, IN_FLIGHT[0], PARAMS)
         for _ in range(200):
-            if self.ranks.core.state.faulted or self.streams[-1] in self.ranks.ended:
+            if self.ranks.core.state.faulted or name in self.ranks.ended:
                 break
             self.ranks.step()
         self.ranks.step()  # what was told meanwhile
-        ended = self.ranks.ended.get(self.streams[-1])
+        ended = self.ranks.ended.get(name)
+        if ended is None:  # kept, as those in flight
+            self.streams.append(name)
         self.error = ended if isinstance(ended, ShuteyeError) else None
 
     def check_the_end(self):
         state = self.ranks.core.state
         assert type(self.error) is (self.cell.error or type(None)), self.error
-        assert re.search(self.says, self.error.message if self.error else state.faulted or ""), self.error
+        said = f"{self.error.message if self.error else ''} {state.faulted}"
+        assert re.search(self.says, said), said
         resident = {tag.resident_bytes for tag in state.tags}
         match self.cell.end:
             case "awake":

@@ -20,7 +20,7 @@ from shuteye.errors import (
 Begin = Literal["awake", "asleep", "without a rank"]
 Deed = Literal["sleep", "wake", "step", "first step", "update", "reload"]
 End = Literal["awake", "asleep", "faulted"]
-Streams = Literal["served", "failed", "of other weights"]
+Streams = Literal["served", "failed"]
 
 DEADLINE_S = 0.7
 LOST = "rank {rank} was ended by SIGKILL"
@@ -34,7 +34,7 @@ class Cell:
     Attributes:
         how: the rank fails, as in `faulty_rank`.
         error: what the call raises, or the request ends with; None if it succeeds all the same.
-        says: the words of the error that tell which rank, and why.
+        says: which rank, and why, in the error or in the state.
         streams: what becomes of requests in flight, once somebody has woken the model.
     """
 
@@ -70,9 +70,11 @@ def faulted(how: str, says: str, error: type[ShuteyeError] | None = EngineFaulte
     return Cell(how, "faulted", error, says, **more)
 
 
-def lost(*, late: str = "stop", error: type[ShuteyeError] | None = EngineFaulted) -> tuple[Cell, ...]:
+def lost(
+    *, late: str = "stop", error: type[ShuteyeError] | None = EngineFaulted, streams: Streams = "served"
+) -> tuple[Cell, ...]:
     """Killed, and past its deadline: the same, but for the cause."""
-    return faulted("kill", LOST, error), faulted(late, LATE, error)
+    return faulted("kill", LOST, error, streams=streams), faulted(late, LATE, error, streams=streams)
 
 
 def again(*, late: str = "stop") -> tuple[Cell, ...]:
@@ -184,10 +186,18 @@ ROWS = (
         ),
     ),
     Row(
-        "canary once more",
+        "let the canary wait",
         *("asleep", "first step", "defer_canary"),
-        (faulted("error", INJECTED, BackendFailure, streams="failed"), *lost(error=BackendFailure)),
-        others=("execute error",),
+        (Cell("error", "asleep", WakeFailed, f"Still asleep, a retry may work: {INJECTED}"), *lost()),
+    ),
+    Row(
+        "let it wait once more",
+        *("asleep", "first step", "defer_canary"),
+        (
+            faulted("error", f"the wake cannot be proven: {INJECTED}", BackendFailure, streams="failed"),
+            *lost(error=BackendFailure, streams="failed"),
+        ),
+        after=("execute error",),
     ),
     Row(
         "step",
