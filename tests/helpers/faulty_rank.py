@@ -12,6 +12,7 @@ how     error    the verb is refused before it does anything
         unproven the canary that goes with it finds other numbers than before
 """
 
+import json
 import os
 import signal
 import time
@@ -66,6 +67,28 @@ def _fail(how, verb):
             time.sleep(2)
 
 
+def _record(rank, verb, began, worker):
+    """Where `records` is, one line for each verb: when it began and ended, and where the arenas are."""
+    directory = Path(os.environ["FAULTS"]) / "records"
+    if directory.exists():
+        residency = worker.residency
+        arenas = [(arena.address, arena.nbytes) for arena in (residency._weights_arena, residency._kv_arena) if arena]
+        with (directory / str(rank)).open("a") as file:
+            file.write(json.dumps([verb, began, time.monotonic(), arenas]) + "\n")
+
+
+def records(directory, num_ranks):
+    """By rank, (verb, begin, end, arenas) of each verb since the last call of this, which begins to record them."""
+    directory = Path(directory) / "records"
+    directory.mkdir(exist_ok=True)
+    found = []
+    for rank in range(num_ranks):
+        path = directory / str(rank)
+        found.append([json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [])
+        path.unlink(missing_ok=True)
+    return found
+
+
 class FaultyRank(real._Rank):
     """Looks into the file before each verb."""
 
@@ -74,6 +97,13 @@ class FaultyRank(real._Rank):
         super().__init__(start)
 
     def _do(self, verb, arguments):
+        began = time.monotonic()
+        try:
+            return self._fail_or_do(verb, arguments)
+        finally:
+            _record(self._place.rank, verb, began, self._worker)
+
+    def _fail_or_do(self, verb, arguments):
         how = _next_fault(self._place.rank, verb)
         _fail(how, verb)
         canary = self._worker._canary if how == "unproven" else None

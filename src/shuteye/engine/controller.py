@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -54,6 +54,7 @@ class SleepController:
 
     Attributes:
         num_restarts: how often ranks had to be started again, which then know of no request.
+        on_fault: called at once, also in the middle of a transition.
     """
 
     def __init__(self, executor: Executor, *, verify: VerifyMode, canary: bool) -> None:
@@ -65,6 +66,7 @@ class SleepController:
         self._kept_source: str | None = None  # of the weights that a wake is to bring back; None if they were given up
         self._identities: list[RankIdentity] = executor.call("identity")
         self.num_restarts = 0
+        self.on_fault: Callable[[], None] = lambda: None
         self.state = SleepState()
         self.refresh()
 
@@ -419,6 +421,7 @@ class SleepController:
         self._distrusted = True
         self._set(faulted=reason)
         self._mark_dead()
+        self.on_fault()
         return EngineFaulted(f"Nothing is served: {reason}. POST /wake_up tries to recover with a full verification.")
 
     def refuse_if_faulted(self) -> None:
