@@ -66,7 +66,7 @@ class ForkedRank:
     def wait(self, timeout=None):
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._ended(0 if timeout is None else os.WNOHANG) is None:
-            if time.monotonic() > deadline:
+            if deadline is not None and time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired("a rank", timeout)
             time.sleep(0.005)
         return self.returncode
