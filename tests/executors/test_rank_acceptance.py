@@ -240,9 +240,7 @@ def new_weights(tiny_checkpoint):
 
 
 def upload(served, tensors):
-    return served.post(
-        "/update_weights", content=save(tensors), headers={"Content-Type": "application/octet-stream"}
-    )
+    return served.post("/update_weights", content=save(tensors), headers={"Content-Type": "application/octet-stream"})
 
 
 @pytest.mark.parametrize("layout", [pytest.param("TP 2", marks=slow), pytest.param("PP 2", marks=slow), ALL])
@@ -323,7 +321,9 @@ def test_10_a_fault_with_half_of_the_ranks_asleep_is_recovered(served, right, as
     assert status == 503
     assert f"rank {awake[0]}" in message
     assert f"rank {awake[1]}" in message
-    weights = [states[0]["residency"] for states in served.done("/collective_rpc", json={"method": "states"})["results"]]
+    weights = [
+        states[0]["residency"] for states in served.done("/collective_rpc", json={"method": "states"})["results"]
+    ]
     assert [weights[rank] for rank in asleep] == ["offloaded"] * 2
     assert [weights[rank] for rank in awake] == ["resident"] * 2
     report = served.done("/wake_up")

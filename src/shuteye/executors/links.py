@@ -33,6 +33,9 @@ class RankLink(Protocol):
     def received(self) -> Reply | None:
         """The next reply, if one has come."""
 
+    def check(self) -> None:
+        """On the watching thread, every second: kill it if it has shown no life for `EngineConfig.rank_timeout_s`."""
+
     def kill(self, why: str) -> None:
         """End it, also if it is stopped or out of reach; its end is seen as any other."""
 

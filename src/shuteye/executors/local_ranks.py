@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import zmq
 
 from shuteye.errors import MemoryExhausted
@@ -12,7 +15,7 @@ from shuteye.executors.frames import Meeting, Start
 from shuteye.executors.links import Groups, RankLink
 from shuteye.executors.rank_process import RankProcess
 from shuteye.parallel.group import ShmRegion
-from shuteye.parallel.shards import RankPlace
+from shuteye.parallel.shards import RankPlace, even_ranges
 
 
 class LocalLauncher:
@@ -24,8 +27,9 @@ class LocalLauncher:
 
     def start(self, start: Start) -> RankLink:
         """See `Launcher.start`."""
+        cores = divide_cores(sorted(os.sched_getaffinity(0)), len(self._places))[start.place.rank]
         try:
-            return RankProcess(self._context, start)
+            return RankProcess(self._context, msgspec.structs.replace(start, cores=cores))
         except OSError as error:
             raise MemoryExhausted(f"The process of rank {start.place.rank} cannot be started: {error}.") from error
 
@@ -36,6 +40,18 @@ class LocalLauncher:
     def close(self) -> None:
         """See `Launcher.close`."""
         self._context.term()
+
+
+def divide_cores(cores: Sequence[int], num_ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Each rank's cores: neighbours, so that ranks that wait for one another never wait for one core.
+
+    Of fewer cores than ranks each has one, which those of another stage have, too.
+    """
+    if num_ranks == 1:
+        return ((),)
+    if len(cores) < num_ranks:
+        return tuple((cores[rank % len(cores)],) for rank in range(num_ranks))
+    return tuple(tuple(cores[index] for index in part) for part in even_ranges(len(cores), num_ranks))
 
 
 class Regions:

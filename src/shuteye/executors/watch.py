@@ -11,9 +11,11 @@ from collections.abc import Callable
 from shuteye.executors import RankFailure
 from shuteye.executors.links import RankLink
 
+CHECK_EVERY_S = 1
+
 
 class DeathWatch:
-    """Sees ranks end, by their `RankLink.ended_fd`.
+    """Sees ranks end, by their `RankLink.ended_fd`, and has them checked for life.
 
     Args:
         on_death: called from the thread, before `notify`.
@@ -72,13 +74,16 @@ class DeathWatch:
             poller = select.poll()
             for fd in (self._changed, *watched):
                 poller.register(fd, select.POLLIN)
-            ready = [fd for fd, _ in poller.poll()]
+            ready = [fd for fd, _ in poller.poll(CHECK_EVERY_S * 1000)]
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._changed)
             if self._closing.is_set():
                 return
             for link in (watched[fd] for fd in ready if fd in watched):
                 self._note(link)
+            if not ready:
+                for link in watched.values():
+                    link.check()
 
     def _note(self, link: RankLink) -> None:
         failure = RankFailure(link.rank, link.reap())
