@@ -68,7 +68,7 @@ def arenas(ranks):
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_6_cycles_of_ranks(open_ranks, make_harness, smollm2_options, layout):
-    """Would catch a leak per cycle in any rank, a moved arena, a wrong token after a wake, and bytes that never left."""
+    """Would catch a leak per cycle in any rank, a moved arena, a wrong token after a wake, bytes that never left."""
     sizes = {"dtype": "float32", "max_model_len": 512, "kv_cache_memory": 32 << 20, "num_threads": 1}
     one = make_harness(**smollm2_options | sizes)
     expected = [one.generate(prompt, HELD) for prompt in PROMPTS]

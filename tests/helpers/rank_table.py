@@ -1,4 +1,4 @@
-"""The transaction table of ranks as data: each step of a transition, each way in which a rank fails in it, what follows.
+"""The transaction table of ranks as data: steps of transitions, ways in which a rank fails in them, what follows.
 
 Knows nothing of how a cell is tried; `executors/test_rank_table.py` does.
 """
