@@ -11,7 +11,7 @@ import statistics
 
 import pytest
 from faulty_rank import records
-from rank_arenas import counts, private_bytes, rollup
+from rank_arenas import counts, own_bytes, rollup
 from rank_harness import LAYOUTS
 from sleep_cycles import one_cycle
 
@@ -50,7 +50,7 @@ class Account:
             told = [sum(tag.freed_bytes for tag in rank.tags) for rank in report.ranks]
             assert sum(told) == report.freed_bytes
             self.freed.append((told, left))
-            self.asleep.append([private_bytes(pid) for pid in self.pids])
+            self.asleep.append([own_bytes(pid) for pid in self.pids])
         return report
 
     def measure(self):

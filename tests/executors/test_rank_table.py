@@ -55,6 +55,7 @@ class Trial:
 
     def begin(self):
         """Bring everything to where the step is, with requests in flight."""
+        self.pids = [self.ranks.pid(rank) for rank in range(self.num_ranks)]
         self.streams = [f"stream-{len(self.ranks.tokens)}-{number}" for number in range(len(IN_FLIGHT))]
         for name, prompt in zip(self.streams, IN_FLIGHT, strict=True):
             self.ranks.add(name, prompt, PARAMS)
@@ -71,6 +72,9 @@ class Trial:
         return (self.rank + 1) % self.num_ranks
 
     def plan(self):
+        if self.row.deed == "sleep":
+            states = self.ranks.executor.call("states")
+            self.resident = sum(tag.resident_bytes for of_rank in states for tag in of_rank)
         self.ranks.plan_fault(self.rank, *self.row.after, f"{self.row.verb} {self.cell.how}")
         if self.row.others:
             self.ranks.plan_fault(self.other, *self.row.others)
@@ -102,7 +106,8 @@ class Trial:
 
     def call(self, call):
         try:
-            self.ranks.call(call)
+            report = self.ranks.call(call)
+            assert not isinstance(call, SleepCall) or report.freed_bytes == self.resident, "bytes were left out"
         except ShuteyeError as error:
             self.error = error
 
@@ -156,8 +161,12 @@ class Trial:
 
     def check_recovery(self, expected):
         """One wake, and all is as it was."""
-        self.ranks.wake()
+        assert not self.ranks.wake().updates_lost, "there were none"
         assert not self.ranks.executor.failures()
+        again = [rank for rank, pid in enumerate(self.pids) if pid != self.ranks.pid(rank)]
+        may_be = {self.rank, self.other} if self.row.begin == "without a rank" else {self.rank}
+        assert set(again) <= may_be, "a rank that only waited for another one was ended, too"
+        assert (self.rank in again) == (self.row.dead or self.cell.how in ("kill", "stop", "hang"))
         assert len({*self.ranks.executor.call("weights_source")}) == 1
         self.ranks.run()
         for name, prompt in zip(self.streams, (*IN_FLIGHT, IN_FLIGHT[0]), strict=False):

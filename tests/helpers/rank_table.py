@@ -11,6 +11,7 @@ from typing import Literal
 from shuteye.errors import (
     BackendFailure,
     EngineFaulted,
+    InternalError,
     ShuteyeError,
     SleepFailed,
     VerificationFailed,
@@ -88,7 +89,11 @@ ROWS = (
     Row(
         "estimate",
         *("awake", "sleep", "estimate_sleep"),
-        (Cell("error", "awake", SleepFailed, f"Still awake, nothing was touched: {INJECTED}"), *lost()),
+        (
+            Cell("error", "awake", SleepFailed, f"Still awake, nothing was touched: {INJECTED}"),
+            Cell("bug", "awake", SleepFailed, "Still awake, nothing was touched: rank {rank}: .*Injected into {verb}"),
+            *lost(),
+        ),
     ),
     Row(
         "save",
@@ -132,6 +137,15 @@ ROWS = (
         "look what is left",
         *("awake", "sleep", "residual_bytes"),
         (faulted("error", f"a rank cannot tell how much memory it has: {INJECTED}"), *lost(late="hang")),
+    ),
+    Row(
+        "estimate a wake",
+        *("asleep", "wake", "estimate_wake"),
+        (
+            Cell("error", "asleep", WakeFailed, f"Still asleep, nothing was touched, a retry may work: {INJECTED}"),
+            Cell("wrong", "asleep", WakeFailed, "Still asleep, .* for the ranks on .* together and .* are available"),
+            *lost(),
+        ),
     ),
     Row(
         "restore",
@@ -205,6 +219,7 @@ ROWS = (
         (
             Cell("error", "awake", BackendFailure, INJECTED, streams="failed"),
             Cell("late", "awake", BackendFailure, "rank {rank}: Injected after execute", streams="failed"),
+            Cell("bug", "awake", InternalError, "rank {rank}: .*Injected into execute", streams="failed"),
             *lost(error=None),
             faulted("hang", LATE, None),
         ),
