@@ -90,14 +90,15 @@ def test_the_images_of_all_ranks_are_made_once_before_any_is_started(open_ranks,
     """Would catch a process that converts for each rank."""
     made, found = [], []
     make, spawn = converter.make_apart, RankProcess.spawn
-    monkeypatch.setattr(converter, "make_apart", lambda *order: made.append(1) or make(*order))
+    monkeypatch.setattr(converter, "make_apart", lambda order, told: made.append(order.cache_dir) or make(order, told))
     monkeypatch.setattr(
         RankProcess,
         "spawn",
         staticmethod(lambda command: found.append(len([*tmp_path.glob("images/*")])) or spawn(command)),
     )
     open_ranks("PP 2", cache_dir=tmp_path).executor.close()
-    assert (made, found) == ([1], [2, 2])
+    assert made.count(str(tmp_path)) == 1
+    assert found == [2, 2]
 
 
 def test_ten_cycles_change_nothing(ranks, expected):
