@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 from rank_harness import LAYOUTS
-from rank_table import CELLS, DEADLINE_S
+from rank_table import CELLS, DEADLINE_S, START_S
 from safetensors.torch import save_file
 
 from shuteye.calls import ReloadCall, SleepCall, UpdateFromFileCall, WakeCall
@@ -33,7 +33,8 @@ def each_rank():
     for number, (row, cell) in enumerate(CELLS):
         for layout, (tp_size, pp_size) in LAYOUTS.items():
             for rank in range(tp_size * pp_size):
-                quick = layout == "TP 2" and rank == (number + number // 2) % 2
+                takes_long = row.verb == "start" and cell.how == "stop"
+                quick = layout == "TP 2" and rank == (number + number // 2) % 2 and not takes_long
                 yield pytest.param(
                     *(layout, row, cell, rank),
                     id=f"{layout}-{row.step}-{cell.how}-rank {rank}",
@@ -84,6 +85,8 @@ class Trial:
         ranks, deadlines = self.ranks, {"rank_timeout_s": DEADLINE_S}
         if self.row.verb in multiproc._LONG_VERBS:
             deadlines["step_timeout_s"] = DEADLINE_S
+        if self.row.verb == "start":
+            deadlines["step_timeout_s"] = START_S
         if self.cell.how in ("stop", "hang"):
             patch.setattr(ranks.executor, "_config", replace(ranks.executor._config, **deadlines))
             patch.setattr(multiproc, "_GRACE_S", 0.3)

@@ -24,6 +24,8 @@ End = Literal["awake", "asleep", "faulted"]
 Streams = Literal["served", "failed"]
 
 DEADLINE_S = 0.7
+START_S = 4.0
+"""The deadline of a rank that is started again, which takes long on a busy machine."""
 LOST = "rank {rank} was ended by SIGKILL"
 LATE = f"rank {{rank}} was killed, as it did not answer {{verb}} within {DEADLINE_S} s"
 
@@ -246,7 +248,7 @@ ROWS = (
     Row(
         "start again",
         *("without a rank", "wake", "start"),
-        (faulted("error", "recovering failed: rank {rank}: Injected into start"), again()[0]),
+        (faulted("error", "recovering failed: rank {rank}: Injected into start"), *again()),
         dead=True,
     ),
     Row(
