@@ -44,6 +44,7 @@ VERBS: Mapping[str, str] = {
     "abort_save": "residency.abort_save",
     "release": "release",
     "finish_release": "residency.finish_release",
+    "estimate_wake": "residency.estimate_wake",
     "restore": "restore",
     "undo_restore": "residency.undo_restore",
     "reset": "reset",

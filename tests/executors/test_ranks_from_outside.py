@@ -36,6 +36,11 @@ def options(tiny_checkpoint, core_cache):
 
 def ranks_of(engine_pid):
     """Ids of the rank processes that a process has started, by rank: they were started in this order."""
+    return children_of(engine_pid, "shuteye.executors.rank")
+
+
+def children_of(pid, module):
+    """Ids of the processes of a module that a process has started, the oldest first."""
     found = []
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
@@ -43,7 +48,7 @@ def ranks_of(engine_pid):
             parent = next(line for line in status.read_text().splitlines() if line.startswith("PPid:"))
         except (OSError, StopIteration):
             continue
-        if b"shuteye.executors.rank\0" in command and int(parent.split()[1]) == engine_pid:
+        if f"{module}\0".encode() in command and int(parent.split()[1]) == pid:
             found.append(int(status.parent.name))
     return sorted(found)
 
@@ -66,16 +71,21 @@ def test_one_rank_may_have_a_process_of_its_own(options):
 
 
 def test_an_image_that_is_being_made_goes_with_its_engine(options, tmp_path):
-    """Would catch half an image that stays behind when a server is told to stop while its ranks load."""
+    """Would catch half an image that stays behind when a server is told to stop while its ranks' are made."""
 
     async def scenario():
         engine = AsyncEngine(EngineConfig(**options | {"cache_dir": tmp_path}, tensor_parallel_size=2))
         starting = asyncio.create_task(engine.start())
-        await asyncio.to_thread(wait_until, lambda: engine._link is not None and len(ranks_of(engine._link.pid)) == 2)
-        ranks = ranks_of(engine._link.pid)
+
+        def converters():
+            return children_of(engine._link.pid, "shuteye.models.converter") if engine._link is not None else []
+
+        await asyncio.to_thread(wait_until, converters)
+        (converter,) = converters()
         await engine.close()
         await asyncio.gather(starting, return_exceptions=True)
-        assert not any(Path(f"/proc/{rank}/exe").exists() for rank in ranks)
+        await asyncio.to_thread(wait_until, lambda: not Path(f"/proc/{converter}/exe").exists())
+        assert [*tmp_path.glob("images/.*")] == []
 
     asyncio.run(scenario())
 

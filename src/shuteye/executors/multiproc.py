@@ -64,7 +64,7 @@ class MultiprocExecutor(Executor):
         self._watch = DeathWatch(self._note_death)
         try:
             self._meet()
-            self._start(range(self.num_ranks))
+            self._start(range(self.num_ranks), patience_s=None)  # the first time may fetch and convert
             self._refuse_other_tasks()
         except BaseException:
             self.close()
@@ -278,13 +278,13 @@ class MultiprocExecutor(Executor):
         if not dead and not self._incomplete:
             return False
         self._meet()
-        self._start(dead)
+        self._start(dead, patience_s=self._config.step_timeout_s)
         self._join(sorted(self._processes.keys() - set(dead)))
         for rank in sorted(self._incomplete):
             self._bring_up(rank)
         return True
 
-    def _start(self, ranks: Iterable[int]) -> None:
+    def _start(self, ranks: Iterable[int], *, patience_s: float | None) -> None:
         assert self._groups is not None
         ranks = tuple(ranks)
         for rank in ranks:
@@ -297,7 +297,7 @@ class MultiprocExecutor(Executor):
             self._watch.add(process)
             if self._kv_blocks is not None:
                 self._incomplete.add(rank)
-        answers(self._gather(ranks, 0, "start", None), num_ranks=self.num_ranks)
+        answers(self._gather(ranks, 0, "start", patience_s), num_ranks=self.num_ranks)
 
     def _bring_up(self, rank: int) -> None:
         """Do what the others have done since they were started."""

@@ -18,7 +18,7 @@ import zmq
 
 from shuteye import logs
 from shuteye.config import EngineConfig
-from shuteye.errors import ErrorInfo, GroupAborted, InternalError, ShuteyeError, info_of
+from shuteye.errors import ErrorInfo, InternalError, ShuteyeError, info_of
 from shuteye.executors.frames import ARGUMENTS, MEETING_VERBS, Ask, Meeting, Reply, Start
 from shuteye.executors.wire import Decoder, connect_pair, encode
 from shuteye.models.rank_decoder import RankGroups
@@ -64,7 +64,7 @@ class _Rank:
             result = self._do(ask.verb, ARGUMENTS[ask.verb].decode(ask.arguments))
             return Reply(self.epoch, ask.call_id, msgspec.Raw(encode(result)))
         except BaseException as error:
-            if ask.verb in MEETING_VERBS and not isinstance(error, GroupAborted):
+            if ask.verb in MEETING_VERBS:  # all of ours: whoever fails with one group is waited for in the other
                 self._groups.abort(f"{ask.verb} failed: {error}")
             if not isinstance(error, Exception):
                 raise
