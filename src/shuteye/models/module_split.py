@@ -78,6 +78,8 @@ class _Reader:
             for name, part in module.named_modules():
                 tensors |= self._cut_module(name, part, tensors)
             tensors |= self._cut_parameters(tensors)
+            if not any(each.dimension is not None for each in tensors.values() if each.layer is not None):
+                self._refuse("its `tp_plan` divides nothing in its layers")
             exchanges = {name: _EXCHANGES[style] for name, style in self._styled() if style in _EXCHANGES}
             exchanges.pop(self._head, None)
         numel = sum(parameters[name].numel() for name, each in tensors.items() if each.layer is not None)
@@ -254,10 +256,10 @@ class _Reader:
                     widths[style].add(part.out_features if style == "colwise" else part.in_features)
             if not widths["colwise"] and not widths["rowwise"]:
                 continue
+            if not widths["colwise"] or not widths["rowwise"]:
+                self._refuse(f"its `tp_plan` cuts only one side of {path}")
             if path.rpartition(".")[2] not in _ATTENTION and widths["colwise"] != widths["rowwise"]:
                 self._refuse(f"its `tp_plan` cuts {path} into parts that do not fit together: {widths}")
-            if not widths["colwise"] or not widths["rowwise"]:
-                self._refuse(f"its `tp_plan` cuts only one side of {path}: {widths}")
 
     def _check_experts(self, found: Mapping[str, TensorSplit]) -> None:
         """All parts of one module of experts are as wide."""
