@@ -68,13 +68,17 @@ def layout(request):
     return RankPlace(0, *request.param)
 
 
-def cases():
-    """In the normal run each type on the layout that has everything, and one type on all of them."""
-    for architecture in CHECKPOINTS:
-        for name, (tp_size, pp_size) in LAYOUTS.items():
-            marks = () if architecture == "gemma3_text" or tp_size * pp_size == 4 else (pytest.mark.slow,)
-            place = RankPlace(0, tp_size, pp_size)
-            yield pytest.param(architecture, place, marks=marks, id=f"{architecture} {name}")
+CASES = [
+    # in the normal run each type on the layout that has everything, and one type on all of them
+    pytest.param(
+        architecture,
+        RankPlace(0, tp_size, pp_size),
+        marks=() if architecture == "gemma3_text" or tp_size * pp_size == 4 else (pytest.mark.slow,),
+        id=f"{architecture} {name}",
+    )
+    for architecture in CHECKPOINTS
+    for name, (tp_size, pp_size) in LAYOUTS.items()
+]
 
 
 def require_same(ranks: Ranks, alone, num_tokens=4):
@@ -86,7 +90,7 @@ def require_same(ranks: Ranks, alone, num_tokens=4):
     return found_tokens
 
 
-@pytest.mark.parametrize(("architecture", "layout"), cases())
+@pytest.mark.parametrize(("architecture", "layout"), CASES)
 def test_greedy_tokens_and_logits_are_those_of_one_rank_and_of_transformers(
     architecture, layout, make, load, load_ranks, reference
 ):

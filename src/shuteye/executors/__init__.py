@@ -135,10 +135,11 @@ def open_executor(config: EngineConfig) -> Executor:
     if backend == "ray":
         raise InvalidRequest(f"{param} 'ray' is not supported yet: use 'mp', or leave it out.", param=param)
     if backend == "mp":
-        from shuteye.executors.local_ranks import LocalLauncher
+        from shuteye.executors.local_ranks import LocalLauncher, make_images
         from shuteye.executors.multiproc import MultiprocExecutor
 
         places = RankPlace(0, config.tensor_parallel_size, config.pipeline_parallel_size).all()
+        make_images(config, places)
         return MultiprocExecutor(config, LocalLauncher(places))
     if num_ranks > 1:
         raise InvalidRequest(

@@ -10,12 +10,24 @@ from typing import Any
 import msgspec
 import zmq
 
+from shuteye.config import EngineConfig
 from shuteye.errors import MemoryExhausted
 from shuteye.executors.frames import Meeting, Start
 from shuteye.executors.links import Groups, RankLink
 from shuteye.executors.rank_process import RankProcess
+from shuteye.models.converter import Order, obtain_image
+from shuteye.models.progress import LoggedProgress
 from shuteye.parallel.group import ShmRegion
 from shuteye.parallel.shards import RankPlace, even_ranges
+
+
+def make_images(config: EngineConfig, places: Sequence[RankPlace]) -> None:
+    """Make what ranks map, at once for all of them: each would begin for itself.
+
+    Raises:
+        ShuteyeError: the model cannot be had, served or divided; no rank needs to be started to say so.
+    """
+    obtain_image(Order.of(config, places[0]), LoggedProgress()).close()
 
 
 class LocalLauncher:
