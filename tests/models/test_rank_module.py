@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +46,27 @@ SIZES: dict[str, Any] = {
     **{"shared_expert_intermediate_size": 36, "first_k_dense_replace": 1, "num_dense_layers": 1, "n_shared_experts": 1},
 }
 """What configs of transformers call the sizes of models."""
+ALL_DIVIDED = (
+    *("afmoe", "apertus", "apertus1p5_text", "arcee", "cohere", "cohere2", "cohere2_moe", "cwm", "dots1"),
+    *("ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "glm"),
+    *("glm4", "glm4_moe", "gpt_neox", "gptj", "granite", "helium", "hy_v3", "hyperclovax", "internlm3"),
+    *("iquestcoder", "jais2", "kolibri1", "laguna", "mellum", "minimax_m2", "minimax_m3_vl_text", "ministral", "ministral3"),
+    *("mixtral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2_moe", "qwen3_moe", "sarvam_moe"),
+    *("seed_oss", "smollm3", "solar_open", "starcoder2"),
+)
+"""Every type that one rank can serve, by transformers' modules, and that transformers plans in both ways."""
+ODD_SIZES: dict[str, dict[str, Any]] = {
+    "gptj": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4, "hidden_size": 64, "num_attention_heads": 8},
+    "olmoe": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4},
+}
+    "gptj": {"rotary_dim": 4},
+    "olmoe": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4},
+}
+NOT_STAGED = ("granitemoe", "granitemoeshared", "hunyuan_v1_moe", "nanochat", "nemotron", "olmoe", "phimoe")
+"""Those that it plans for tensor parallelism alone."""
+STAGED_ALONE = ("aria_text", "beam", "codegen")
+"""Those whose plan for tensor parallelism is not understood."""
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +233,8 @@ def refusal(config, tp_size=2, pp_size=1):
     [
         ("gpt2", (2, 1), "transformers has no `tp_plan`"),
         ("gpt2", (1, 2), "transformers has no `pp_plan`"),
+        ("opt", (2, 1), "transformers has no `tp_plan`"),
+        ("codegen", (2, 1), "which belong to which of 8 KV heads"),
         ("nanochat", (1, 2), "transformers has no `pp_plan`"),
         ("hunyuan_v1_dense", (2, 1), "divides nothing in its layers"),
         ("beam", (2, 1), "'local_params' for model.layers.0.self_attn"),
@@ -219,11 +244,11 @@ def refusal(config, tp_size=2, pp_size=1):
     ],
 )
 def test_what_transformers_does_not_plan_or_is_not_known_here_is_refused_by_name(architecture, layout, said):
-    refused = refusal(config_of(architecture), *layout)
+    refused = refusal(config_of(architecture, **ODD_SIZES.get(architecture, {})), *layout)
     assert isinstance(refused, InvalidRequest)
     assert said in refused.message
     assert refused.param == ("tensor_parallel_size" if layout[0] > 1 else "pipeline_parallel_size")
-    if "layers" not in said and "heads" not in said:
+    if said not in ("3 KV heads", "3 layers"):
         assert repr(architecture) in refused.message
 
 
@@ -256,47 +281,26 @@ def test_what_is_on_no_stage_is_refused(monkeypatch):
     assert "on which stage model.norm.weight is" in refusal(config_of("gemma3_text"), 1, 2).message
 
 
-ALL_DIVIDED = (
-    *(
-        "afmoe",
-        "apertus",
-        "apertus1p5_text",
-        "arcee",
-        "cohere",
-        "cohere2",
-        "cohere2_moe",
-        "cwm",
-        "ernie4_5",
-        "ernie4_5_moe",
-    ),
-    *("exaone", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt_neox"),
-    *(
-        "granite",
-        "helium",
-        "hy_v3",
-        "hyperclovax",
-        "internlm3",
-        "iquestcoder",
-        "jais2",
-        "ernie4_5_moe",
-        "laguna",
-        "mellum",
-    ),
-    *("minimax_m2", "ministral", "ministral3", "mixtral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2_moe"),
-    *("qwen3_moe", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "starcoder2", "cwm", "ernie4_5_moe"),
-)
-"""Every type that one rank can serve, by transformers' modules, and that transformers plans in both ways."""
-NOT_STAGED = ("granitemoe", "granitemoeshared", "hunyuan_v1_moe", "nanochat", "nemotron", "olmoe", "phimoe")
-"""Those that it plans for tensor parallelism alone."""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ALL_DIVIDED + NOT_STAGED)
+@pytest.mark.parametrize("architecture", ALL_DIVIDED + NOT_STAGED + STAGED_ALONE)
 def test_every_type_that_transformers_plans_gives_what_one_rank_gives(architecture, load, load_ranks, tmp_path):
     """Would catch a plan that is understood in another way than it is meant."""
-    settings = settings_of(architecture, sliding_window=20) | {"num_layers": 3}
+    more = ODD_SIZES.get(architecture, {})
+    settings = settings_of(architecture, sliding_window=20, **more) | {"num_layers": 3}
     checkpoint = tiny_model(tmp_path / architecture, architecture=architecture, **settings)
     alone = load(checkpoint, num_blocks=16, modules=True)
-    stages = (1, 2) if architecture in ALL_DIVIDED else (1,)
-    for tp_size, pp_size in {(2, pp_size) for pp_size in stages} | {(3, 1), (1, stages[-1])} - {(1, 1)}:
-        require_same(load_ranks(checkpoint, RankPlace(0, tp_size, pp_size)), alone)
+    layouts = {(2, 1), (3, 1)} if architecture in NOT_STAGED else {(1, 2)}
+    layouts |= {(2, 1), (3, 1), (2, 2)} if architecture in ALL_DIVIDED else set()
+    for layout in sorted(layouts):
+        require_same(load_ranks(checkpoint, RankPlace(0, *layout)), alone)
+
+
+def test_the_types_that_are_documented_are_those_that_are_shown():
+    """Would catch a promise that nothing keeps."""
+    page = (Path(__file__).parents[2] / "docs" / "concepts.md").read_text(encoding="utf-8")
+    both, tensor_alone, pipeline_alone = re.search(r"<!-- types.*?-->\n- (.*?)<!-- end", page, re.DOTALL)[1].split(
+        "\n- "
+    )
+    assert re.findall(r"`(\w+)`", both) == sorted(ALL_DIVIDED)
+    assert re.findall(r"`(\w+)`", tensor_alone) == sorted(NOT_STAGED)
+    assert re.findall(r"`(\w+)`", pipeline_alone) == sorted(STAGED_ALONE)

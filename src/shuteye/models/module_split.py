@@ -69,11 +69,11 @@ class _Reader:
     place: RankPlace
 
     def read(self) -> ModuleSplit:
-        module, order = self.module, self._order
+        module, plan, order = self.module, self._plan, self._order
         parameters = dict(module.named_parameters(remove_duplicate=False))
         tensors = {name: self._place(name, tuple(each.shape)) for name, each in parameters.items()}
         exchanges: dict[str, Exchange] = {}
-        if self.place.tp_size > 1:
+        if plan:
             self._check_units()
             for name, part in module.named_modules():
                 tensors |= self._cut_module(name, part, tensors)
@@ -118,6 +118,17 @@ class _Reader:
         return self._names[id(self.module.get_output_embeddings())]
 
     @cached_property
+    def _plan(self) -> Mapping[str, str]:
+        """Styles by name, with `*` for the numbers of layers; empty unless there are several ranks in a stage."""
+        if self.place.tp_size == 1:
+            return {}
+        base: Mapping[str, str] = self.config.base_model_tp_plan or {}
+        own: Mapping[str, str] = type(self.module)._tp_plan or {}
+        if not base or self._head not in own:
+            self._refuse("transformers has no `tp_plan` for it")
+        return {f"{self._prefix}{name}": style for name, style in base.items()} | dict(own)
+
+    @cached_property
     def _layers(self) -> str:
         """The list of layers, by name."""
         lists = [
@@ -128,17 +139,6 @@ class _Reader:
         if len(lists) != 1:
             self._refuse(f"its layers are not one list ({', '.join(lists) or 'none'})")
         return lists[0]
-
-    @cached_property
-    def _plan(self) -> Mapping[str, str]:
-        """Styles by name, with `*` for the numbers of layers; empty unless there are several ranks in a stage."""
-        if self.place.tp_size == 1:
-            return {}
-        base: Mapping[str, str] = self.config.base_model_tp_plan or {}
-        own: Mapping[str, str] = type(self.module)._tp_plan or {}
-        if not base or self._head not in own:
-            self._refuse("transformers has no `tp_plan` for it")
-        return {f"{self._prefix}{name}": style for name, style in base.items()} | dict(own)
 
     def _styled(self) -> Iterator[tuple[str, str]]:
         """Every module of the model that has a style."""
@@ -154,11 +154,11 @@ class _Reader:
     def _order(self) -> tuple[str, ...]:
         """What is computed one after the other, by name."""
         plan = self.config.base_model_pp_plan or {}
+        if self.place.pp_size > 1 and not plan:
+            self._refuse("transformers has no `pp_plan` for it", param="pipeline_parallel_size")
         order = tuple(f"{self._prefix}{name}" for name in plan)
         if self.place.pp_size == 1:
             return order if self._layers in order else (self._layers,)
-        if not plan:
-            self._refuse("transformers has no `pp_plan` for it", param="pipeline_parallel_size")
         takes, gives = plan.get(self._layers.removeprefix(self._prefix), ([], []))
         if list(takes)[:1] != ["hidden_states"] or list(gives) != ["hidden_states"] or self._embedding not in order:
             self._refuse(
