@@ -50,17 +50,14 @@ ALL_DIVIDED = (
     *("afmoe", "apertus", "apertus1p5_text", "arcee", "cohere", "cohere2", "cohere2_moe", "cwm", "dots1"),
     *("ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "glm"),
     *("glm4", "glm4_moe", "gpt_neox", "gptj", "granite", "helium", "hy_v3", "hyperclovax", "internlm3"),
-    *("iquestcoder", "jais2", "kolibri1", "laguna", "mellum", "minimax_m2", "minimax_m3_vl_text", "ministral", "ministral3"),
-    *("mixtral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2_moe", "qwen3_moe", "sarvam_moe"),
+    *("iquestcoder", "jais2", "kolibri1", "laguna", "mellum", "minimax_m2", "minimax_m3_vl_text", "ministral"),
+    *("ministral3", "mixtral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2_moe", "qwen3_moe", "sarvam_moe"),
     *("seed_oss", "smollm3", "solar_open", "starcoder2"),
 )
 """Every type that one rank can serve, by transformers' modules, and that transformers plans in both ways."""
 ODD_SIZES: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4, "hidden_size": 64, "num_attention_heads": 8},
-    "olmoe": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4},
-}
-    "gptj": {"rotary_dim": 4},
     "olmoe": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4},
 }
 NOT_STAGED = ("granitemoe", "granitemoeshared", "hunyuan_v1_moe", "nanochat", "nemotron", "olmoe", "phimoe")
