@@ -81,6 +81,9 @@ class Executor(ABC):
     def on_failure(self, notify: Callable[[], None]) -> None:  # noqa: B027
         """Call `notify` whenever a rank has died, from another thread."""
 
+    def on_failure_in_call(self, look: Callable[[], None]) -> None:  # noqa: B027
+        """Call `look` whenever a rank dies during a call whose other answers are waited for, from whoever waits."""
+
     def recover(self) -> bool:
         """Start ranks in the place of those that have died, their weights loaded as at first; whether there were any.
 

@@ -60,6 +60,7 @@ class MultiprocExecutor(Executor):
         self._incomplete: set[int] = set()  # started, but not yet brought to where the others are
         self._processes: dict[int, RankLink] = {}
         self._groups: Groups | None = None
+        self._look: Callable[[], None] = lambda: None
         self._watch = DeathWatch(self._note_death)
         try:
             self._meet()
@@ -158,7 +159,8 @@ class MultiprocExecutor(Executor):
                 is_late, deadline = True, time.monotonic() + _GRACE_S
                 left_s = _GRACE_S
             poller.poll(None if left_s is None else int(left_s * 1000) + 1)
-            self._watch.settle()
+            if self._watch.settle():
+                self._look()  # now, as the others may work for a long time yet
 
     def _received(self, rank: int, call_id: int, verb: str) -> tuple[Any] | None:
         """The rank's answer to the call, if it has come; answers to earlier ones are dropped."""
@@ -254,6 +256,10 @@ class MultiprocExecutor(Executor):
     def on_failure(self, notify: Callable[[], None]) -> None:
         """See `Executor.on_failure`."""
         self._watch.notify = notify
+
+    def on_failure_in_call(self, look: Callable[[], None]) -> None:
+        """See `Executor.on_failure_in_call`."""
+        self._look = look
 
     def _note_death(self, failure: RankFailure) -> None:
         """On the watching thread: the others must not wait for it."""

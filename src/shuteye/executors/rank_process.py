@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,11 +50,7 @@ class RankProcess:
             stack.callback(self.socket.close)
             logged = logs.settings()
             arguments = (self._rendezvous.endpoint, str(os.getpid()), logged.format, logged.level)
-            self.process = process = subprocess.Popen(
-                (sys.executable, "-m", self.module, *arguments),
-                stdin=subprocess.PIPE,
-                start_new_session=True,  # a terminal's Ctrl-C is for us alone
-            )
+            self.process = process = self.spawn((sys.executable, "-m", self.module, *arguments))
             stack.callback(self._end)
             self.ended_fd = os.pidfd_open(process.pid)
             stack.callback(os.close, self.ended_fd)
@@ -61,6 +58,11 @@ class RankProcess:
             with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # it has ended already: others see that
                 stdin.write(encode(start))
             self._opened = stack.pop_all()
+
+    @staticmethod
+    def spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start a process whose stdin is a pipe; a terminal's Ctrl-C is for us alone."""
+        return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def post(self, frame: bytes) -> None:
         """Ask; ZeroMQ's own thread sends it. Never waits: of one that has just ended, the death is seen soon."""

@@ -49,10 +49,13 @@ class DeathWatch:
             self._watched[link.rank] = link
         os.eventfd_write(self._changed, 1)
 
-    def settle(self) -> None:
-        """Whoever waited for deaths has been told of all so far."""
-        with contextlib.suppress(BlockingIOError):
+    def settle(self) -> bool:
+        """Whoever waited for deaths has been told of all so far; whether there were any."""
+        try:
             os.eventfd_read(self.died)
+        except BlockingIOError:
+            return False
+        return True
 
     def close(self) -> None:
         """End the thread. Idempotent."""
