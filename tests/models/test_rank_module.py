@@ -34,6 +34,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]},
 }
 MORE_CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "apertus": {},  # layers have buffers that are stored
     "cohere": {"logit_scale": 0.5},
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
     "glm": {"attention_bias": True, "intermediate_size": 70},
@@ -83,22 +84,24 @@ def checkpoint(request, make):
     return make(request.param)
 
 
-@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
-def layout(request):
-    return RankPlace(0, *request.param)
+def cases(checkpoints, often):
+    """Types on all layouts, of which the normal run has those that `often` says of (type, layout)."""
+    return [
+        pytest.param(
+            architecture,
+            RankPlace(0, *sizes),
+            marks=() if often(architecture, name) else (pytest.mark.slow,),
+            id=f"{architecture} {name}",
+        )
+        for architecture in checkpoints
+        for name, sizes in LAYOUTS.items()
+    ]
 
 
-CASES = [
-    # in the normal run each type on the layout that has everything, and one type on all of them
-    pytest.param(
-        architecture,
-        RankPlace(0, tp_size, pp_size),
-        marks=() if architecture == "gemma3_text" or tp_size * pp_size == 4 else (pytest.mark.slow,),
-        id=f"{architecture} {name}",
-    )
-    for architecture in CHECKPOINTS
-    for name, (tp_size, pp_size) in LAYOUTS.items()
-]
+CASES = cases(CHECKPOINTS, lambda architecture, name: architecture == "gemma3_text" or name == "TP 2 × PP 2")
+MORE_CASES = cases(
+    MORE_CHECKPOINTS, lambda architecture, name: architecture in {"apertus", "granite"} and name == "PP 2"
+)
 
 
 def require_same(ranks: Ranks, alone, num_tokens=4):
@@ -123,8 +126,7 @@ def test_greedy_tokens_and_logits_are_those_of_one_rank_and_of_transformers(
     assert found == [reference.tokens(model, prompt, 4) for prompt in PROMPTS]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", MORE_CHECKPOINTS)
+@pytest.mark.parametrize(("architecture", "layout"), MORE_CASES)
 def test_more_types_give_what_one_rank_gives(architecture, layout, make, load, load_ranks):
     """Would catch what is multiplied or added between embedding, layers and head, and would be done on each stage."""
     require_same(load_ranks(make(architecture), layout), load(make(architecture), num_blocks=16))
