@@ -150,9 +150,7 @@ class Worker:
         )
 
     def _open_image(self, model: str) -> WeightImage:
-        config = self._config
-        revision = config.revision if model == config.model else None
-        order = Order(model, str(config.cache_dir), revision, config.dtype, config.offline, self._place)
+        order = Order.of(self._config, self._place, model=model)
         return obtain_image(order, LoggedProgress())
 
     def allocate_kv_cache(self, num_blocks: int) -> None:

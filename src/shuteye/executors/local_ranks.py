@@ -49,10 +49,9 @@ def make_images(config: EngineConfig, place: RankPlace) -> None:
     """Where the image of `place` is not there, make those of all ranks: once, rather than by each of them.
 
     Raises:
-        ShuteyeError: see `obtain_image`.
+        ShuteyeError: the model cannot be had, served or divided; no rank needs to be started to say so.
     """
-    order = Order(config.model, str(config.cache_dir), config.revision, config.dtype, config.offline, place)
-    obtain_image(order, LoggedProgress()).close()
+    obtain_image(Order.of(config, place), LoggedProgress()).close()
 
 
 def divide_cores(cores: Sequence[int], num_ranks: int) -> tuple[tuple[int, ...], ...]:
