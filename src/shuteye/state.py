@@ -43,8 +43,21 @@ class TagReport:
 
 
 @dataclass(frozen=True, slots=True)
+class RankReport:
+    """One rank's part of a transition.
+
+    Attributes:
+        residual_bytes: what stays resident in its process after a sleep; None after a wake.
+    """
+
+    rank: int
+    tags: tuple[TagReport, ...]
+    residual_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SleepReport:
-    """The measured outcome of `sleep`; `residual_bytes` is what stays resident in the process."""
+    """The measured outcome of `sleep`; `residual_bytes` is what stays resident in the processes of all ranks."""
 
     changed: bool
     level: int
@@ -54,14 +67,17 @@ class SleepReport:
     seconds: float = 0.0
     aborted_requests: int = 0
     held_requests: int = 0
+    ranks: tuple[RankReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class WakeReport:
     """The measured outcome of `wake_up`.
 
-    `verified` says what was checked before the gate opened (`off`, `sample`, `full`, and whether the canary ran);
-    `missing` names tensors that must still be written before it can open.
+    Attributes:
+        verified: what was checked before the gate opened: `off`, `sample` or `full`; `canary`: whether that ran, too.
+        missing: tensors that must still be written before the gate can open.
+        updates_lost: a fault has taken weights that `update_weights` had written; these are the image's.
     """
 
     changed: bool
@@ -72,7 +88,9 @@ class WakeReport:
     canary: bool = False
     weights_source: str | None = None
     missing: tuple[str, ...] = ()
+    updates_lost: bool = False
     seconds: float = 0.0
+    ranks: tuple[RankReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +130,36 @@ class TagState:
 
 
 @dataclass(frozen=True, slots=True)
+class RankIdentity:
+    """Which process is a rank.
+
+    Attributes:
+        place: `tp0of2.pp0of1`, say; empty for a rank that is alone.
+    """
+
+    place: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankState:
+    """One rank: its process, and where the memory of its part of the model is.
+
+    Attributes:
+        tags: empty once it has ended.
+        failure: how it ended, such as `was ended by SIGKILL`; None while it lives.
+    """
+
+    rank: int
+    place: str
+    host: str
+    pid: int
+    tags: tuple[TagState, ...] = ()
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineState:
     """The sleep state that the engine pushes to whoever admits requests.
 
@@ -122,6 +170,7 @@ class EngineState:
         level: the deepest level asleep at, or None when awake.
         missing: tensors that must be written before the gate can open.
         faulted: why nothing can be served, or None.
+        ranks: the processes that hold the model together, in rank order; `tags` is the sum of theirs.
     """
 
     gate: Gate = "closed"
@@ -132,6 +181,7 @@ class EngineState:
     faulted: str | None = None
     transition: str | None = None
     refusing: bool = False
+    ranks: tuple[RankState, ...] = ()
 
     @property
     def is_sleeping(self) -> bool:

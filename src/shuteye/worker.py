@@ -6,6 +6,7 @@ Knows nothing of scheduling, or of when to sleep; it does what plans say and rep
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -28,12 +29,13 @@ from shuteye.models.progress import LoggedProgress
 from shuteye.models.rank_decoder import RankGroups
 from shuteye.models.weight_updates import open_shapes, open_tensors, refuse_other_model
 from shuteye.parallel.shards import ONE_RANK, Part, RankPlace
-from shuteye.state import SleepPlan, TagReport, UpdateReport, WakePlan
+from shuteye.state import RankIdentity, SleepPlan, TagReport, UpdateReport, WakePlan
 from shuteye.tasks.canary import Canary
 from shuteye.tasks.table import Plan, Result, RunnerSetup, task_of_image
 
 VERBS: Mapping[str, str] = {
     # what may be asked of a rank → the method that does it, from the worker down
+    "identity": "identity",
     "facts": "facts",
     "weights_source": "weights_source",
     "allocate_kv_cache": "allocate_kv_cache",
@@ -117,6 +119,10 @@ class Worker:
         return attrgetter(VERBS[verb])(self)(*args)
 
     # --- loading --------------------------------------------------------------------------------
+
+    def identity(self) -> RankIdentity:
+        """Which process this is."""
+        return RankIdentity(self._place.label, socket.gethostname(), os.getpid())
 
     def facts(self) -> ModelSpec:
         """What the engine sizes everything else from."""

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from shuteye.cli import main as cli
-from shuteye.state import EngineState, SleepReport, TagReport, TagState, WakeReport
+from shuteye.state import EngineState, RankState, SleepReport, TagReport, TagState, WakeReport
 
 MIB = 1024**2
 
@@ -134,6 +134,16 @@ def test_wake_says_how_it_was_verified_and_what_is_missing(server, capsys, monke
     assert "wakes all of it" not in out, "a full wake from here is a conflict"
 
 
+def test_wake_says_that_updates_were_lost(server, capsys):
+    """Catches a trainer that is shown a good wake, of weights that are not its own."""
+    server.answers |= {
+        "/wake_up": (200, answer(replace(WAKE_REPORT, updates_lost=True)) | {"status": "awake"}),
+        "/state": (200, server_state(AWAKE)),
+    }
+    assert cli.run(["wake", "--url", server.url]) == 0
+    assert "were lost in a fault" in capsys.readouterr().out
+
+
 def test_calls_that_change_nothing_say_so(server, capsys):
     """Catches a no-op reported as a sleep of zero bytes."""
     server.answers |= {
@@ -204,6 +214,20 @@ def test_ps_says_the_most_important_thing(server, capsys, state, changes, says):
     ps(server, state=state, **changes)
     out = capsys.readouterr().out
     assert out.splitlines()[0].endswith(f"  {says}")
+
+
+def test_ps_lists_ranks_if_there_are_several(server, capsys):
+    """Catches a dead rank that only the log names, and a row for each when there is one rank."""
+    alive = RankState(0, "tp0of2.pp0of1", "here", 11, AWAKE_TAGS)
+    dead = RankState(1, "tp1of2.pp0of1", "there", 12, failure="was ended by SIGKILL")
+    ps(server, state=replace(AWAKE, ranks=(alive, dead), faulted="rank 1 was ended by SIGKILL"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4].split() == ["RANK", "PLACE", "HOST", "PID", "IS", "RESIDENT"]
+    first, second = (" ".join(line.split()) for line in lines[5:7])
+    assert first == "0 tp0of2.pp0of1 here 11 weights resident, kv_cache resident 1.0 MiB"
+    assert second == "1 tp1of2.pp0of1 there 12 was ended by SIGKILL 0 B"
+    ps(server, state=replace(AWAKE, ranks=(alive,)))
+    assert "PLACE" not in capsys.readouterr().out
 
 
 def test_ps_as_json(server, capsys):

@@ -246,6 +246,15 @@ def test_weights_that_make_nonsense_are_noticed(harness):
     assert harness.core.state.gate == "open"
 
 
+def test_a_wake_after_a_fault_says_whether_updates_are_still_there(harness):
+    """Would catch weights that were written, are gone, and of which nobody says so."""
+    harness.call(UpdateCall(named_tensors=negated_head(harness)))
+    harness.core._sleep.fault("on purpose")
+    report = harness.call(WakeCall())
+    assert report.updates_lost == ("+" not in report.weights_source)
+    assert report.updates_lost
+
+
 # --- requests in flight -------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from shuteye.errors import EngineDead
-from shuteye.state import SchedulerStats
+from shuteye.state import EngineState, RankState, SchedulerStats, TagState
 
 COMPLETION = {"prompt": "abc", "max_tokens": 4}
 
@@ -97,6 +97,15 @@ def test_sleep_is_shown_per_tag_and_transitions_by_outcome(client):
         ("call", "InvalidRequest", "sleep"): 1,
     }
     assert found["shuteye_transition_seconds_count"] == {("sleep",): 2, ("wake_up",): 1}
+
+
+def test_ranks_are_shown_one_by_one(client, engine):
+    """A dead rank, or one that holds more than its share, behind a sum."""
+    tags = (TagState("weights", "resident", "image", 8, 7),)
+    engine.state = EngineState(ranks=(RankState(0, "", "a", 1, tags), RankState(1, "", "b", 2, failure="ended")))
+    found = scrape(client)
+    assert found["shuteye_rank_up"] == {("a", "0"): 1, ("b", "1"): 0}
+    assert found["shuteye_rank_resident_bytes"] == {("0", "weights"): 7}
 
 
 def test_apps_do_not_share_metrics(make_engine, client_of):

@@ -86,6 +86,8 @@ def _show_wake(report: WakeReport) -> None:
     has_weights = any(tag.tag == "weights" and tag.residency == "resident" for tag in report.tags)
     source = f" from {report.weights_source}" if has_weights and report.weights_source else ""
     show(f"Woken in {format_seconds(report.seconds)}: {format_size(report.restored_bytes)} brought back{source}.")
+    if report.updates_lost:
+        show("Weights that update_weights had written were lost in a fault; these are the image's. Write them again.")
     show(_verification(report))
     rows = [
         (tag.tag, tag.residency, format_size(tag.restored_bytes), format_seconds(tag.seconds)) for tag in report.tags

@@ -11,7 +11,7 @@ from shuteye.cli.remote import AsJson, Remote
 from shuteye.cli.terminal import format_seconds, format_size, show, show_json, table
 from shuteye.client import ServerState
 from shuteye.errors import ShuteyeError
-from shuteye.state import TagState
+from shuteye.state import RankState, TagState
 
 UNREACHABLE = 1
 ENDED = ("failed", "dead", "closed")
@@ -82,6 +82,8 @@ def _ps_one(remote: Remote, *, as_json: bool) -> int:
         show(f"Weights: {server.model.weights_are}")
     if server.state.tags:
         show(table(("TAG", "IS", "RESIDENT ", "SIZE ", "OTHERWISE IN"), map(_row, server.state.tags)))
+        if len(server.state.ranks) > 1:
+            show(table(("RANK ", "PLACE", "HOST", "PID ", "IS", "RESIDENT "), map(_rank_row, server.state.ranks)))
         show(_next_step(server))
     return 0
 
@@ -108,6 +110,12 @@ def _line(seen: _Seen) -> tuple[str, ...]:
 
 def _row(tag: TagState) -> tuple[str, ...]:
     return (tag.tag, tag.residency, format_size(tag.resident_bytes), format_size(tag.nbytes), tag.backing or "–")
+
+
+def _rank_row(rank: RankState) -> tuple[str, ...]:
+    resident = sum(tag.resident_bytes for tag in rank.tags)
+    tags = ", ".join(f"{tag.tag} {tag.residency}" for tag in rank.tags)
+    return (str(rank.rank), rank.place, rank.host, str(rank.pid), rank.failure or tags, format_size(resident))
 
 
 def _status(server: ServerState) -> str:

@@ -27,7 +27,10 @@ from shuteye.errors import (
 from shuteye.executors import Executor, answers
 from shuteye.state import (
     TAGS,
+    RankIdentity,
+    RankReport,
     RanksDisagree,
+    RankState,
     SleepPlan,
     SleepReport,
     Tag,
@@ -59,6 +62,8 @@ class SleepController:
         self._canary = canary
         self._distrusted = False  # after a fault or a failed verification
         self._proof_pending = False  # the canary goes with the next step
+        self._kept_source: str | None = None  # of the weights that a wake is to bring back; None if they were given up
+        self._identities: list[RankIdentity] = executor.call("identity")
         self.num_restarts = 0
         self.state = SleepState()
         self.refresh()
@@ -80,7 +85,11 @@ class SleepController:
             raise self.fault(f"a rank cannot tell where its memory is: {error.message}") from error
         except RanksDisagree as error:
             raise self.fault(str(error)) from error
-        self._set(tags=tags, missing=tuple(sorted({*sum(missing, ())})), epoch=epoch)
+        self._set(tags=tags, missing=tuple(sorted({*sum(missing, ())})), epoch=epoch, ranks=self._rank_states(ranks))
+
+    def _rank_states(self, tags: Sequence[tuple[TagState, ...]]) -> tuple[RankState, ...]:
+        found = enumerate(zip(self._identities, tags, strict=True))
+        return tuple(RankState(rank, who.place, who.host, who.pid, states) for rank, (who, states) in found)
 
     def set_gate(self, **changes: Unpack[GateFlags]) -> None:
         """Change what the gate depends on beside residency, and whether new requests are refused."""
@@ -127,6 +136,8 @@ class SleepController:
             EngineFaulted: a rank failed half-way; nothing is served until `wake_up` recovers it.
         """
         self._proof_pending = False
+        if plan.weights == "discard":
+            self._kept_source = None
         try:
             ranks = self._release_all(plan)
         except RankLost as error:
@@ -137,13 +148,15 @@ class SleepController:
         reports = self._summed(ranks)
         level = self.state.level
         assert level is not None, "released, and yet awake"
+        residual: list[int] = self._call("residual_bytes")
         return SleepReport(
             changed=True,
             level=level,
             tags=reports,
             freed_bytes=sum(report.freed_bytes for report in reports),
-            residual_bytes=sum(self._call("residual_bytes")),
+            residual_bytes=sum(residual),
             seconds=time.perf_counter() - begin,
+            ranks=tuple(map(RankReport, range(len(ranks)), ranks, residual)),
         )
 
     def _release_all(self, plan: SleepPlan) -> list[tuple[TagReport, ...]]:
@@ -197,6 +210,7 @@ class SleepController:
         try:
             self._check_bytes("off" if self._verify == "off" else "full")
             self._check_canary()
+            self._weights_source()
         except VerificationFailed as error:
             images = [Path(facts.image_dir) for facts in self._executor.call("facts")]
             image, names = images[0], " ".join(image.name for image in images)
@@ -244,6 +258,7 @@ class SleepController:
             hope = "" if isinstance(error, ImageFailure) else ", a retry may work"
             raise WakeFailed(f"Still asleep{hope}: {error.message}") from error
         reports = self._summed(ranks)
+        kept, source = self._kept_source, self._weights_source()
         return WakeReport(
             changed=True,
             tags=reports,
@@ -251,8 +266,10 @@ class SleepController:
             verified=verify if verified else "off",
             verified_bytes=verified,
             canary=canary,
-            weights_source=self._weights_source(),
+            weights_source=source,
             missing=self.state.missing,
+            updates_lost=kept is not None and source != kept,
+            ranks=tuple(map(RankReport, range(len(ranks)), ranks)),
         )
 
     @property
@@ -305,6 +322,7 @@ class SleepController:
     def _recover(self) -> None:
         try:
             self.num_restarts += self._executor.recover()
+            self._identities = self._executor.call("identity")
             self._executor.call("reset")
             self._make_alike()
         except ShuteyeError as error:
@@ -344,6 +362,8 @@ class SleepController:
         sources: list[str] = self._call("weights_source")
         if len({*sources}) > 1:
             raise self.fault(f"the ranks have different weights: {', '.join(sources)}")
+        if not self.state.missing:
+            self._kept_source = sources[0]
         return sources[0]
 
     def look_after_ranks(self) -> None:
@@ -351,6 +371,15 @@ class SleepController:
         failures = self._executor.failures()
         if failures and self.state.faulted is None:
             self.fault("; ".join(map(str, failures)))
+        elif failures:
+            self._mark_dead()
+
+    def _mark_dead(self) -> None:
+        how = {failure.rank: failure.how for failure in self._executor.failures()}
+        ranks = self.state.ranks
+        self._set(
+            ranks=tuple(replace(one, tags=(), failure=how[one.rank]) if one.rank in how else one for one in ranks)
+        )
 
     def step_ended(self, *, well: bool) -> None:
         """The canary that went with a step has agreed; after an error, some ranks may know it and some not."""
@@ -363,6 +392,7 @@ class SleepController:
         """Serve nothing from now on until `wake` has recovered; the error to raise."""
         self._distrusted = True
         self._set(faulted=reason)
+        self._mark_dead()
         return EngineFaulted(f"Nothing is served: {reason}. POST /wake_up tries to recover with a full verification.")
 
     def refuse_if_faulted(self) -> None:

@@ -17,6 +17,7 @@ from shuteye.state import (
     EngineState,
     Epoch,
     Gate,
+    RankState,
     SleepPlan,
     Tag,
     TagResidency,
@@ -121,6 +122,7 @@ class SleepState:
         draining: requests in flight are being finished before a transition.
         faulted: why nothing can be served.
         epoch: what the memory of every rank holds.
+        ranks: what each of them said last.
     """
 
     tags: tuple[TagState, ...] = ()
@@ -131,6 +133,7 @@ class SleepState:
     draining: bool = False
     faulted: str | None = None
     epoch: Epoch = ()
+    ranks: tuple[RankState, ...] = ()
 
     def residency(self, tag: Tag) -> TagResidency:
         """Where a tag's bytes are."""
@@ -166,4 +169,5 @@ class SleepState:
             faulted=self.faulted,
             transition=transition,
             refusing=self.refusing,
+            ranks=self.ranks,
         )

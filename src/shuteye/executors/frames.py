@@ -16,6 +16,7 @@ from shuteye.executors.wire import Decoder, encode
 from shuteye.model_info import ModelSpec
 from shuteye.parallel.shards import RankPlace
 from shuteye.state import (
+    RankIdentity,
     SleepEstimate,
     SleepPlan,
     TagReport,
@@ -68,6 +69,7 @@ SIGNATURES: Mapping[str, tuple[Any, Any]] = {
     "execute": (tuple[StepPlan], StepResult),
     "start": (tuple[()], None),
     "join": (tuple[Meeting], None),
+    "identity": (tuple[()], RankIdentity),
     "facts": (tuple[()], ModelSpec),
     "weights_source": (tuple[()], str),
     "allocate_kv_cache": (tuple[int], None),

@@ -42,7 +42,7 @@ from shuteye.server.http.auth import ControlRoute
 from shuteye.server.http.bodies import received_file
 from shuteye.server.http.events import run_to_completion
 from shuteye.server.http.middleware import limited
-from shuteye.state import SleepReport, TagReport, UpdateReport, WakeReport
+from shuteye.state import RankReport, SleepReport, TagReport, UpdateReport, WakeReport
 
 R = TypeVar("R")
 
@@ -102,6 +102,7 @@ class SleepAnswer(Struct, kw_only=True):
     seconds: float
     aborted_requests: int
     held_requests: int
+    ranks: tuple[RankReport, ...]
 
 
 class WakeAnswer(Struct, kw_only=True):
@@ -117,7 +118,9 @@ class WakeAnswer(Struct, kw_only=True):
     canary: bool
     weights_source: str | None
     missing: tuple[str, ...]
+    updates_lost: bool
     seconds: float
+    ranks: tuple[RankReport, ...]
 
 
 class SleepingAnswer(Struct):

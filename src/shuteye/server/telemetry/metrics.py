@@ -314,6 +314,7 @@ class SnapshotCollector(Collector):
             sleep_state.add_metric((self.model_name, name), float(name == now))
         yield sleep_state
         yield from self._of_tags(state)
+        yield from self._of_ranks(state)
 
     def _of_tags(self, state: EngineState) -> Iterable[Metric]:
         residency = self._family("shuteye_tag_residency", "1 for where a tag's bytes are.", "tag", "residency")
@@ -325,6 +326,15 @@ class SnapshotCollector(Collector):
             for place in get_args(TagResidency):
                 residency.add_metric((self.model_name, tag.tag, place), float(tag.residency == place))
         yield from (residency, resident, size)
+
+    def _of_ranks(self, state: EngineState) -> Iterable[Metric]:
+        alive = self._family("shuteye_rank_up", "1 while the process of a rank lives.", "rank", "host")
+        resident = self._family("shuteye_rank_resident_bytes", "Physical memory a tag holds on a rank.", "rank", "tag")
+        for rank in state.ranks:
+            alive.add_metric((self.model_name, str(rank.rank), rank.host), float(rank.failure is None))
+            for tag in rank.tags:
+                resident.add_metric((self.model_name, str(rank.rank), tag.tag), tag.resident_bytes)
+        yield from (alive, resident)
 
     def _family(self, name: str, text: str, *labels: str) -> GaugeMetricFamily:
         return GaugeMetricFamily(name, text, labels=("model_name", *labels))
