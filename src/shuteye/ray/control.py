@@ -277,9 +277,9 @@ class SleepControl:
         return report
 
     async def state(self) -> dict[str, Any]:
-        """What is wanted, what each replica is, and a single server's fields summed over them."""
-        built: dict[str, Any] = msgspec.to_builtins((await self.look()).answer)
-        return built
+        """The answer of GET /state: what is wanted, what each replica is, a single server's fields summed over them."""
+        answer: dict[str, Any] = msgspec.json.decode(msgspec.json.encode((await self.look()).answer))
+        return answer
 
     async def is_sleeping(self) -> bool:
         """True until every replica has every tag in memory."""

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
+from shuteye import logs
+from shuteye import processes as descriptors
 from shuteye.calls import Call
 from shuteye.config import EngineConfig
 from shuteye.ray.control import Orders, SleepControl
@@ -62,6 +64,8 @@ class EngineReplica:
     def __init__(self, settings: ReplicaSettings, control: Any) -> None:
         from shuteye.frontend.async_engine import AsyncEngine
 
+        logs.configure(logs.LogSettings(settings.server.log_format, settings.server.log_level))
+        descriptors.raise_limit()
         engine = AsyncEngine(_with_threads(settings.engine))
         self._replica = Replica(serve.get_replica_context().replica_tag, settings, engine, _ServeLink(control))
 

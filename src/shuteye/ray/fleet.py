@@ -98,6 +98,7 @@ def _summed_sleep(reports: Sequence[SleepReport]) -> SleepReport:
         seconds=max(report.seconds for report in reports),
         aborted_requests=sum(report.aborted_requests for report in reports),
         held_requests=sum(report.held_requests for report in reports),
+        ranks=tuple(rank for report in reports for rank in report.ranks),
     )
 
 
@@ -113,6 +114,8 @@ def _summed_wake(reports: Sequence[WakeReport]) -> WakeReport:
         canary=all(report.canary for report in moved),
         weights_source=sources.pop() if len(sources) == 1 else None,
         missing=tuple(dict.fromkeys(name for report in reports for name in report.missing)),
+        updates_lost=any(report.updates_lost for report in reports),
+        ranks=tuple(rank for report in reports for rank in report.ranks),
         seconds=max(report.seconds for report in reports),
     )
 
@@ -194,7 +197,8 @@ def _summed(numbers: Sequence[Mapping[str, int]]) -> dict[str, int]:
 def _summed_state(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Bytes are sums; for the rest, what keeps the first replica that does not serve from serving."""
     closed = next((state for state in states if state["gate"] != "open"), states[0])
-    return {**closed, "tags": [_summed_tag_state(states, tag) for tag in closed["tags"]]}
+    tags = [_summed_tag_state(states, tag) for tag in closed["tags"]]
+    return {**closed, "tags": tags, "ranks": [rank for state in states for rank in state["ranks"]]}
 
 
 def _summed_tag_state(states: Sequence[Mapping[str, Any]], tag: Mapping[str, Any]) -> dict[str, Any]:

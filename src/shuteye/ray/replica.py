@@ -8,8 +8,6 @@ from typing import Any, Protocol
 
 from fastapi import FastAPI
 
-from shuteye import logs
-from shuteye import processes as descriptors
 from shuteye.calls import Call, SleepCall, WakeCall
 from shuteye.errors import EngineDead
 from shuteye.frontend.engine import Engine
@@ -56,9 +54,6 @@ class Replica:
         Raises:
             ShuteyeError: it cannot be.
         """
-        server = self._settings.server
-        logs.configure(logs.LogSettings(server.log_format, server.log_level))
-        descriptors.raise_limit()
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._lifespan(self.app))
             await self._loaded()

@@ -17,7 +17,7 @@ class Wanted:
     Attributes:
         asleep: tags that are to be away.
         level: at which the weights are asleep, if they are: 1 or 2.
-        dozing: a `sleep(level=0)` is in force: a pause that any wake lifts.
+        dozing: a `sleep(level=0)` is in force: a pause that a wake lifts, as does `resume`.
         paused: the call that asked for the pause in force; None without one.
         revision: how many calls have been carried out; of two, the higher one is the newer.
     """
@@ -53,7 +53,7 @@ def after(wanted: Wanted, call: Call[Any]) -> Wanted:
             parse_mode(call.mode, "abort")  # what None means is for the engine to say
             changed = replace(wanted, paused=call)
         case ResumeCall():
-            changed = replace(wanted, paused=None)
+            changed = replace(wanted, paused=None, dozing=False)
         case _:
             return wanted
     return replace(changed, revision=wanted.revision + 1)
@@ -83,6 +83,7 @@ def calls_between(present: Wanted, wanted: Wanted) -> tuple[Call[Any], ...]:
         present = replace(present, asleep=(), level=None, dozing=False)
     if present.paused and not wanted.paused:
         calls.append(ResumeCall())
+        present = replace(present, paused=None, dozing=False)
     if wanted.paused and present.paused != wanted.paused:
         calls.append(wanted.paused)
     if wanted.dozing and not present.dozing:
@@ -93,6 +94,15 @@ def calls_between(present: Wanted, wanted: Wanted) -> tuple[Call[Any], ...]:
 
 
 def _needs_wake(present: Wanted, wanted: Wanted) -> bool:
-    """Whether something must come back first; a doze under a sleep stays until the next wake, as in an engine."""
+    """Whether something must come back first.
+
+    Of a doze and a pause an engine lifts the one only by waking, and lifts the other, or begins a doze, only awake.
+    """
     shallower = (present.level or 0) > (wanted.level or 0)
-    return shallower or not set(present.asleep) <= set(wanted.asleep) or (present.dozing and not wanted.dozing)
+    only_awake = (present.paused and not wanted.paused) or (wanted.dozing and not present.dozing)
+    return (
+        shallower
+        or not set(present.asleep) <= set(wanted.asleep)
+        or (present.dozing and not wanted.dozing)
+        or bool(present.asleep and only_awake)
+    )
