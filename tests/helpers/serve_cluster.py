@@ -42,6 +42,7 @@ class Cluster:
 
         self._ray, self._serve = ray, serve
         ray.init(
+            address="local",  # never somebody else's
             num_cpus=num_cpus,
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
@@ -138,7 +139,8 @@ class App:
     def kill_control(self):
         """End the process of the control as `kill -9` does."""
         title = f"ray::ServeReplica:{self.name}:SleepControl"
-        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _title(entry) == title]
+        found = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        pids = [int(entry.name) for entry in found if _title(entry).startswith(title)]
         assert len(pids) == 1, pids
         os.kill(pids[0], signal.SIGKILL)
         wait_for(lambda: not is_running(pids[0]), "the end of the control")

@@ -302,6 +302,24 @@ async def test_looks_do_not_wait_for_calls(fleet):
 
 
 @scenario
+async def test_a_replica_is_not_seen_before_it_is_what_is_wanted(fleet):
+    """Awake among sleepers, to whoever looks while it comes up."""
+    fleet.control._wanted = Wanted(ASLEEP, 1, revision=1)
+    machine = Machine()
+    machine.gate = asyncio.Event()
+    follower = Follower("a", Link(fleet.control), machine.apply)
+    starting = asyncio.create_task(follower.start())
+    await until(lambda: machine.busy)
+    looking = asyncio.create_task(fleet.control.look())
+    await asyncio.sleep(0.2)
+    assert not looking.done()
+    machine.gate.set()
+    await starting
+    assert set((await looking).states) == {"a"}
+    await follower.stop()
+
+
+@scenario
 async def test_a_start_that_cannot_reach_what_is_wanted_fails(fleet):
     """A replica that Ray Serve sends requests to, awake among sleepers."""
     fleet.control._wanted = Wanted(ASLEEP, 1, revision=1)

@@ -10,7 +10,7 @@ import pytest
 from serve_cluster import Cluster, parent_of, pss_of
 from shuteye_server import SLEEPING_BODY, is_running, wait_for
 
-from shuteye import LLM, EngineConfig
+from shuteye import LLM, EngineConfig, SamplingParams
 from shuteye.errors import InvalidRequest
 from shuteye.ray.settings import ReplicaSettings
 from shuteye.server.config import ServerConfig
@@ -41,10 +41,11 @@ def cache_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_engine(checkpoint, cache_dir):
-    """What one engine answers: (text, token ids) of a chat, and of a prompt."""
+def right(checkpoint, cache_dir):
+    """What one engine answers; it has ended by the time that others share the image's pages."""
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     with LLM(checkpoint, cache_dir=cache_dir, kv_cache_memory=4 * MIB, num_threads=1) as llm:
-        yield llm
+        return llm.chat(MESSAGES, params)[0].outputs[0].text
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def settings(checkpoint, cache_dir):
     def of(policy, **more):
         engine = EngineConfig(
             model=str(checkpoint), enable_sleep_mode=True, on_sleeping_request=policy, cache_dir=cache_dir,
-            kv_cache_memory=4 * MIB, hang_timeout_s=5,
+            kv_cache_memory=4 * MIB, kernels="torch",  # slow enough for a client to go before the end
         )  # fmt: skip
         return ReplicaSettings(engine, ServerConfig(dev_mode=True, served_model_name=(NAME,)), **more)
 
@@ -71,7 +72,7 @@ def settings(checkpoint, cache_dir):
 
 
 @pytest.fixture(scope="module")
-def rejecting_app(cluster, settings, one_engine):  # which has built the image by then
+def rejecting_app(cluster, settings, right):  # which has built the image by then
     return cluster.run("rejecting", settings("reject"), num_replicas=2)
 
 
@@ -95,14 +96,6 @@ def chat(app, **more):
 def text_of(response):
     assert response.status_code == 200, response.text
     return response.json()["choices"][0]["message"]["content"]
-
-
-@pytest.fixture(scope="module")
-def right(one_engine):
-    from shuteye import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-    return one_engine.chat(MESSAGES, params)[0].outputs[0].text
 
 
 def asked_of_both(app):

@@ -43,6 +43,7 @@ class Follower:
         self._apply = apply
         self._wanted = AWAKE
         self._turn = asyncio.Lock()
+        self._up = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
         self._working: set[asyncio.Task[None]] = set()
         self.failure: ShuteyeError | None = None
@@ -58,6 +59,7 @@ class Follower:
             self._following = asyncio.create_task(self._follow())
             for call in calls_between(AWAKE, self._wanted):
                 await self._apply(call)
+        self._up.set()
 
     async def stop(self) -> None:
         """Take no part any more."""
@@ -103,8 +105,9 @@ class Follower:
                 self.failure = error
 
     async def _carry_out(self, order: Order) -> None:
-        """Looks are answered at once; other calls wait for the one before."""
+        """Looks are answered at once, but never before the replica is up; other calls wait for the one before."""
         if isinstance(order.call, Look):
+            await self._up.wait()
             outcome = await self._outcome(order.call)
         else:
             async with self._turn:
