@@ -64,6 +64,10 @@ class Cluster:
         self.apps.append(app)
         return app
 
+    def delete(self, name):
+        """End an application."""
+        self._serve.delete(name)
+
     def close(self):
         """End everything, and see that nothing is left."""
         for app in self.apps:

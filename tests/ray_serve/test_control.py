@@ -286,7 +286,11 @@ async def test_a_late_answer_is_a_failure_and_says_so(fleet):
     machine.gate = asyncio.Event()
     with pytest.raises(ReplicasFailed, match=r"replica late: EngineHung: .*not answered for 0\.3 s; it may still"):
         await fleet.control.sleep()
+    waking = asyncio.create_task(fleet.control.wake_up())
+    await asyncio.sleep(0.1)
     machine.gate.set()
+    await waking
+    assert machine.calls == [SleepCall(), WakeCall()], "not at once, and in their order"
 
 
 @scenario

@@ -5,12 +5,14 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from serve_cluster import Cluster, parent_of, pss_of
-from shuteye_server import SLEEPING_BODY, is_running, wait_for
+from shuteye_server import SLEEPING_BODY, is_running, shuteye, wait_for
 
 from shuteye import LLM, EngineConfig, SamplingParams
+from shuteye.client import Client
 from shuteye.errors import InvalidRequest
 from shuteye.ray.settings import ReplicaSettings
 from shuteye.server.config import ServerConfig
@@ -245,6 +247,40 @@ def test_a_replica_that_is_added_while_all_sleep_comes_up_asleep(app, cluster, s
     finally:
         cluster.run("rejecting", settings("reject"), num_replicas=2)
         app.wait_for_replicas(2)
+
+
+def test_clients_and_commands_take_the_proxy_for_a_server(app):
+    url = str(app.http.base_url)
+    with Client(url) as client:
+        assert client.sleep(level=2).level == 2
+        state = client.state()
+        assert (client.is_sleeping(), state.is_sleeping, state.state.level) == (True, True, 2)
+        assert len(state.state.ranks) == 2, "the processes of both replicas"
+        shown = shuteye("ps", "--url", url)
+        assert shown.returncode == 0, shown.stderr
+        assert NAME in shown.stdout
+        assert client.wake_up().restored_bytes >= 2 * state.model.weights_bytes
+    assert shuteye("sleep", "--url", url).returncode == 0
+    assert all(app.sleeping().values())
+
+
+def test_a_replica_of_several_ranks(cluster, settings, right):
+    """One replica over two ranks: its own processes, which sleep, wake and end with it."""
+    several = settings("reject")
+    engine = replace(several.engine, tensor_parallel_size=2)
+    app = cluster.run("ranks", replace(several, engine=engine), prefix="/ranks", num_replicas=1)
+    try:
+        assert text_of(chat(app)) == right
+        (state,) = app.state()["replicas"].values()
+        ranks = [rank["pid"] for rank in state["state"]["ranks"]]
+        assert len(ranks) == 2
+        app.done("/sleep?level=2")
+        assert all(app.sleeping().values())
+        app.done("/wake_up")
+        assert text_of(chat(app)) == right
+    finally:
+        cluster.delete("ranks")
+    wait_for(lambda: not any(map(is_running, ranks)), "the end of the ranks", 20)
 
 
 def test_replicas_sleep_for_want_of_requests_and_wake_for_one(idle_app, right):

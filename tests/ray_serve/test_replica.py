@@ -7,10 +7,12 @@ import httpx2
 import pytest
 from fake_engine import FakeEngine
 
+from shuteye.calls import SleepCall
 from shuteye.config import EngineConfig
 from shuteye.errors import EngineDead, SleepFailed
 from shuteye.ray import control as control_module
 from shuteye.ray.control import SleepControl
+from shuteye.ray.idle import Work
 from shuteye.ray.replica import Replica
 from shuteye.ray.settings import ReplicaSettings
 from shuteye.server.config import ServerConfig
@@ -23,6 +25,16 @@ class BrokenSleep(FakeEngine):
 
     async def _sleep(self, call):
         raise SleepFailed("no room on this disk")
+
+
+class Recording(FakeEngine):
+    """Remembers how often it was told to sleep."""
+
+    num_sleeps = 0
+
+    async def control(self, call):
+        self.num_sleeps += isinstance(call, SleepCall)
+        return await super().control(call)
 
 
 @pytest.fixture(autouse=True)
@@ -192,17 +204,33 @@ def test_an_idle_replica_sleeps_and_the_next_request_wakes_it():
 
 def test_a_request_that_runs_longer_than_the_idle_time_is_work():
     async def scenario():
-        async with served(FakeEngine, policy="wake", idle_sleep_s=0.2) as (_, engines, (one,), _replicas):
+        async with served(Recording, policy="wake", idle_sleep_s=0.2) as (_, engines, (one,), _replicas):
             engines[0].token_delay_s = 0.2
             asking = asyncio.create_task(one.post("/v1/completions", json=PROMPT))
             await until(lambda: engines[0].running)
             while not asking.done():
-                assert not engines[0].is_sleeping
+                assert engines[0].num_sleeps == 0, "others would have to wait until it is over"
                 await asyncio.sleep(0.02)
             assert (await asking).status_code == 200
             await until(lambda: engines[0].is_sleeping)
 
     asyncio.run(scenario())
+
+
+def test_idle_time_begins_with_the_end_of_the_last_request(monkeypatch):
+    """A replica that sleeps between any two requests."""
+    now = [0.0]
+    monkeypatch.setattr("shuteye.ray.idle.time.monotonic", lambda: now[0])
+    work, seen = Work(), []
+    steps = (None, work.begin, work.begin, work.end, work.end, None, work.note)
+    for step in steps:
+        now[0] += 10
+        if step is not None:
+            step()
+        seen.append(work.idle_s)
+    assert seen == [10, 0, 0, 0, 0, 10, 0]
+    now[0] += 5
+    assert work.idle_s == 5
 
 
 def test_questions_are_no_work():
@@ -259,6 +287,18 @@ def test_a_model_that_does_not_load_fails_the_start_with_its_own_error():
         with pytest.raises(EngineDead, match="no such file"):
             await Replica("a", settings, engine, SleepControl()).start()
         assert engine.status == "closed"
+
+    asyncio.run(scenario())
+
+
+def test_whoever_serves_the_app_neither_starts_nor_ends_its_engine():
+    """Ray Serve runs the application's lifespan after the replica has loaded."""
+
+    async def scenario():
+        async with served(FakeEngine) as (_, engines, _clients, (replica,)):
+            async with replica.app.router.lifespan_context(replica.app):
+                pass
+            assert engines[0].status == "ready"
 
     asyncio.run(scenario())
 
