@@ -208,6 +208,7 @@ class Worker:
 
     def restore(self, plan: WakePlan) -> tuple[TagReport, ...]:
         """Map and fill memory; on error the rank is as it was before."""
+        self._canary_deferred = False  # of a wake that was undone, because another rank could not defer its own
         reports = self.residency.restore(plan)
         if plan.weights == "reload":
             self._enter_version(self._image_version)

@@ -1,12 +1,12 @@
 """Engines over rank processes."""
 
 import functools
-import os
-from pathlib import Path
 
 import pytest
 from core_harness import CORE_OPTIONS
+from rank_fork_server import RankForkServer
 from rank_harness import LAYOUTS, RankHarness
+from served_ranks import ServedRanks
 
 from shuteye import EngineConfig
 from shuteye.engine.core import EngineCore
@@ -40,23 +40,56 @@ def config(tiny_checkpoint, core_cache):
 
 
 @pytest.fixture(scope="module")
-def open_ranks(config, tmp_path_factory):
-    executors = []
+def faults(tmp_path_factory):
+    """Lets rank processes be such that fail where they are told to: makes the directories in which they are told.
+
+    Ranks that are started look into the one that was made last, also if they are of an engine that is older.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        server = RankForkServer()
         patch.setattr(RankProcess, "module", "faulty_rank")
-        helpers = Path(__file__).parents[1] / "helpers"
-        patch.setenv("PYTHONPATH", f"{helpers}:{os.environ.get('PYTHONPATH', '')}")
+        patch.setattr(RankProcess, "spawn", server.spawn)
 
-        def open_them(layout, **options):
-            faults = tmp_path_factory.mktemp("faults")
-            patch.setenv("FAULTS", str(faults))  # ranks that are started again find those of the last ones opened
-            wanted = config(layout, **options)
-            executor = open_executor(wanted)
-            executors.append(executor)
-            harness = RankHarness(EngineCore(wanted, executor), None)
-            harness.faults = faults
-            return harness
+        def make():
+            directory = tmp_path_factory.mktemp("faults")
+            patch.setenv("FAULTS", str(directory))
+            return directory
 
-        yield open_them
-        for executor in executors:
-            executor.close()
+        yield make
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def open_ranks(config, faults):
+    executors = []
+
+    def open_them(layout, **options):
+        directory = faults()
+        wanted = config(layout, **options)
+        executor = open_executor(wanted)
+        executors.append(executor)
+        harness = RankHarness(EngineCore(wanted, executor), None)
+        harness.faults = directory
+        return harness
+
+    yield open_them
+    for executor in executors:
+        executor.close()
+
+
+@pytest.fixture(scope="module")
+def serve_ranks(config, faults):
+    """Servers over ranks, one at a time: whoever asks for another one ends the one before."""
+    served = {}
+
+    def serve(layout, **options):
+        key = layout, *options.items()
+        if key not in served:
+            while served:
+                served.popitem()[1].close()
+            served[key] = ServedRanks(config(layout, **options), faults())
+        return served[key]
+
+    yield serve
+    for one in served.values():
+        one.close()

@@ -98,11 +98,13 @@ class Soak:
             self.ranks.plan_fault(rank)
         for _ in range(4):
             self.call(WakeCall(), self.weights)
+            sources = {*self.ranks.executor.outcomes("weights_source").values()}  # finds one that is stopped, as well
+            self.ranks.step()
             if self.ranks.core.state.gate == "open":
                 break
         assert self.ranks.core.state.gate == "open", self.ranks.core.state
         self.ranks.run()
-        (source,) = {*self.ranks.executor.call("weights_source")}
+        (source,) = sources
         if "+" not in source:
             self.weights = "image"
         prompt = self.random.randrange(len(PROMPTS))

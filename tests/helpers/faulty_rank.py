@@ -7,11 +7,15 @@ how     error    the verb is refused before it does anything
         wrong    it is done, and answers what cannot be true
         kill     the process is killed before it does anything
         stop     it is suspended before it does anything
+        hang     it never does anything again, and does not end when told to
+        slow     it takes two seconds more
         unproven the canary that goes with it finds other numbers than before
 """
 
+import json
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,22 +47,65 @@ def _next_fault(rank, verb):
     return lines[0].split()[1]
 
 
+def _fail(how, verb):
+    match how:
+        case "error":
+            raise BackendFailure(f"Injected into {verb}.")
+        case "full":
+            raise MemoryExhausted(f"Injected into {verb}.")
+        case "bug":
+            raise ValueError(f"Injected into {verb}.")
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "hang":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            while True:
+                time.sleep(60)
+        case "slow":
+            time.sleep(2)
+
+
+def _record(rank, verb, began, worker):
+    """Where `records` is, one line for each verb: when it began and ended, and where the arenas are."""
+    directory = Path(os.environ["FAULTS"]) / "records"
+    if directory.exists():
+        residency = worker.residency
+        arenas = [(arena.address, arena.nbytes) for arena in (residency._weights_arena, residency._kv_arena) if arena]
+        with (directory / str(rank)).open("a") as file:
+            file.write(json.dumps([verb, began, time.monotonic(), arenas]) + "\n")
+
+
+def records(directory, num_ranks):
+    """By rank, (verb, begin, end, arenas) of each verb since the last call of this, which begins to record them."""
+    directory = Path(directory) / "records"
+    directory.mkdir(exist_ok=True)
+    found = []
+    for rank in range(num_ranks):
+        path = directory / str(rank)
+        found.append([json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [])
+        path.unlink(missing_ok=True)
+    return found
+
+
 class FaultyRank(real._Rank):
     """Looks into the file before each verb."""
 
+    def __init__(self, start):
+        _fail(_next_fault(start.place.rank, "start"), "start")
+        super().__init__(start)
+
     def _do(self, verb, arguments):
+        began = time.monotonic()
+        try:
+            return self._fail_or_do(verb, arguments)
+        finally:
+            _record(self._place.rank, verb, began, self._worker)
+
+    def _fail_or_do(self, verb, arguments):
         how = _next_fault(self._place.rank, verb)
-        match how:
-            case "error":
-                raise BackendFailure(f"Injected into {verb}.")
-            case "full":
-                raise MemoryExhausted(f"Injected into {verb}.")
-            case "bug":
-                raise ValueError(f"Injected into {verb}.")
-            case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
+        _fail(how, verb)
         canary = self._worker._canary if how == "unproven" else None
         if canary is not None:
             canary.knows = lambda *_: False

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
-from asyncio import Runner
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx2
 import pytest
 from fake_engine import FakeEngine
 from fake_engine_server import IMPORTED, Process
 from fork_server import ForkServer
+from live_server import LiveServer
 from starlette.testclient import TestClient
 
 from shuteye.config import EngineConfig
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
-from shuteye.server.connections import open_listener
-from shuteye.server.run import _Server
 
 ENGINE_FIELDS = frozenset(EngineConfig.__dataclass_fields__)
 MODEL = "tiny"
@@ -63,32 +59,6 @@ def engine(make_engine: Callable[..., FakeEngine]) -> FakeEngine:
 @pytest.fixture
 def client(engine: FakeEngine, client_of: Callable[..., TestClient]) -> TestClient:
     return client_of(engine)
-
-
-class LiveServer:
-    """A server on a port of 127.0.0.1, run by a thread."""
-
-    def __init__(self, engine: Any, **config: Any) -> None:
-        self.config = ServerConfig(port=0, **({"dev_mode": True, "shutdown_grace_s": 2} | config))
-        self.listener = open_listener(self.config)
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.server = _Server(engine, self.config)
-        self.thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        with self.listener, Runner(loop_factory=self.server.config.get_loop_factory()) as runner:
-            runner.run(self.server.serve_until_stopped(self.listener))
-
-    def wait_ready(self) -> None:
-        deadline = time.monotonic() + 60
-        while httpx2.get(f"{self.url}/ready").status_code != 200:
-            assert time.monotonic() < deadline, "the server did not become ready"
-            time.sleep(0.01)
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(timeout=20)
-        assert not self.thread.is_alive(), "the server did not stop"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -54,6 +54,7 @@ class SleepController:
 
     Attributes:
         num_restarts: how often ranks had to be started again, which then know of no request.
+        on_fault: called at once, also in the middle of a transition.
     """
 
     def __init__(self, executor: Executor, *, verify: VerifyMode, canary: bool) -> None:
@@ -65,6 +66,7 @@ class SleepController:
         self._kept_source: str | None = None  # of the weights that a wake is to bring back; None if they were given up
         self._identities: list[RankIdentity] = executor.call("identity")
         self.num_restarts = 0
+        self.on_fault: Callable[[], None] = lambda: None
         self.state = SleepState()
         self.refresh()
 
@@ -126,8 +128,17 @@ class SleepController:
         except EngineFaulted:
             raise
         except ShuteyeError as error:
+            raise SleepFailed(f"Still awake, saving failed: {error.message}{self._abort_save()}") from error
+
+    def _abort_save(self) -> str:
+        """Let all ranks forget what they saved; who cannot does so when it next saves, and is named."""
+        try:
             self._call("abort_save")
-            raise SleepFailed(f"Still awake, saving failed: {error.message}") from error
+        except EngineFaulted:
+            raise
+        except ShuteyeError as error:
+            return f"; {error.message}"
+        return ""
 
     def release(self, plan: SleepPlan, *, begin: float) -> SleepReport:
         """Give memory back on every rank, and measure.
@@ -148,7 +159,7 @@ class SleepController:
         reports = self._summed(ranks)
         level = self.state.level
         assert level is not None, "released, and yet awake"
-        residual: list[int] = self._call("residual_bytes")
+        residual = self.residual_bytes()
         return SleepReport(
             changed=True,
             level=level,
@@ -158,6 +169,19 @@ class SleepController:
             seconds=time.perf_counter() - begin,
             ranks=tuple(map(RankReport, range(len(ranks)), ranks, residual)),
         )
+
+    def residual_bytes(self) -> list[int]:
+        """The memory of each rank's process.
+
+        Raises:
+            EngineFaulted: a rank cannot tell, or is no more.
+        """
+        try:
+            return self._call("residual_bytes")
+        except EngineFaulted:
+            raise
+        except ShuteyeError as error:
+            raise self.fault(f"a rank cannot tell how much memory it has: {error.message}") from error
 
     def _release_all(self, plan: SleepPlan) -> list[tuple[TagReport, ...]]:
         """Release on every rank; where others have released, there is no way but on: who failed tries again."""
@@ -246,6 +270,7 @@ class SleepController:
             if defer_canary and self._can_run_canary:
                 self._call("defer_canary")
                 self._proof_pending = True
+            reports, kept, source = self._summed(ranks), self._kept_source, self._weights_source()
         except EngineFaulted as error:
             if self.state.faulted is not None:
                 self._undo_on_survivors()
@@ -257,8 +282,6 @@ class SleepController:
                 raise
             hope = "" if isinstance(error, ImageFailure) else ", a retry may work"
             raise WakeFailed(f"Still asleep{hope}: {error.message}") from error
-        reports = self._summed(ranks)
-        kept, source = self._kept_source, self._weights_source()
         return WakeReport(
             changed=True,
             tags=reports,
@@ -385,7 +408,12 @@ class SleepController:
         """The canary that went with a step has agreed; after an error, some ranks may know it and some not."""
         pending, self._proof_pending = self._proof_pending, False
         if pending and not well:
-            self._call("defer_canary")
+            try:
+                self._call("defer_canary")
+            except EngineFaulted:
+                raise
+            except ShuteyeError as error:
+                raise self.fault(f"the wake cannot be proven: {error.message}") from error
             self._proof_pending = True
 
     def fault(self, reason: str) -> EngineFaulted:
@@ -393,6 +421,7 @@ class SleepController:
         self._distrusted = True
         self._set(faulted=reason)
         self._mark_dead()
+        self.on_fault()
         return EngineFaulted(f"Nothing is served: {reason}. POST /wake_up tries to recover with a full verification.")
 
     def refuse_if_faulted(self) -> None:

@@ -64,6 +64,7 @@ class EngineCore:
             executor, verify=config.verify_wake, canary=config.canary and config.enable_sleep_mode
         )
         self._sleep.check_loaded()
+        executor.on_failure_in_call(self._sleep.look_after_ranks)
         self._transitions = Transitions(
             config, executor, self._sleep, scheduler=self._scheduler, held=self._held, report=self._tell
         )
@@ -101,6 +102,10 @@ class EngineCore:
         """When (monotonic seconds) the next request that waits for the gate is given up."""
         deadlines = (self._held.next_deadline, self._give_up_at)
         return min((one for one in deadlines if one is not None), default=None)
+
+    def on_fault(self, tell: Callable[[], None]) -> None:
+        """Call `tell` as soon as the state says that nothing can be served, also in the middle of a step."""
+        self._sleep.on_fault = tell
 
     def take_auto_wakes(self) -> list[WakeReport | ShuteyeError]:
         """How wakes ended that the policy began for requests, since the last call of this."""

@@ -73,6 +73,7 @@ class _Loop:
         self._pushed: EngineState | None = None
         self._told = SchedulerStats()
         self._running = True
+        core.on_fault(self.push_state)  # health probes are not to wait for ranks that are still at work
 
     def run(self) -> None:
         self._tell([])

@@ -203,7 +203,7 @@ class Transitions:
         return SleepReport(
             changed=False,
             level=level,
-            residual_bytes=sum(self._executor.call("residual_bytes")),
+            residual_bytes=sum(self._sleep.residual_bytes()),
             seconds=time.perf_counter() - begin,
             aborted_requests=ended,
             held_requests=held,

@@ -1,6 +1,6 @@
 """The seam between the engine core and its ranks: run a step, call a verb on every rank.
 
-Knows nothing of how a rank is reached; `inproc` is the executor of one rank, `multiproc` of several.
+Knows nothing of how a rank is reached; `inproc` is the executor of one rank, `multiproc` of several, wherever they run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from shuteye.errors import (
     ShuteyeError,
     VerificationFailed,
 )
+from shuteye.parallel.shards import RankPlace
 from shuteye.tasks.table import Plan, Result
 
 
@@ -80,6 +81,9 @@ class Executor(ABC):
     def on_failure(self, notify: Callable[[], None]) -> None:  # noqa: B027
         """Call `notify` whenever a rank has died, from another thread."""
 
+    def on_failure_in_call(self, look: Callable[[], None]) -> None:  # noqa: B027
+        """Call `look` whenever a rank dies during a call whose other answers are waited for, from whoever waits."""
+
     def recover(self) -> bool:
         """Start ranks in the place of those that have died, their weights loaded as at first; whether there were any.
 
@@ -134,9 +138,11 @@ def open_executor(config: EngineConfig) -> Executor:
     if backend == "ray":
         raise InvalidRequest(f"{param} 'ray' is not supported yet: use 'mp', or leave it out.", param=param)
     if backend == "mp":
+        from shuteye.executors.local_ranks import LocalLauncher
         from shuteye.executors.multiproc import MultiprocExecutor
 
-        return MultiprocExecutor(config)
+        places = RankPlace(0, config.tensor_parallel_size, config.pipeline_parallel_size).all()
+        return MultiprocExecutor(config, LocalLauncher(places))
     if num_ranks > 1:
         raise InvalidRequest(
             f"{param} 'inproc' serves one rank, and {num_ranks} are wanted: use 'mp', or leave it out.", param=param

@@ -39,11 +39,16 @@ class Meeting(msgspec.Struct, frozen=True):
 
 
 class Start(msgspec.Struct, frozen=True):
-    """What a rank process is told first, through its stdin."""
+    """What a rank process is told first, through its stdin.
+
+    Attributes:
+        cores: on which alone it may run; empty: anywhere.
+    """
 
     config: EngineConfig
     place: RankPlace
     meeting: Meeting
+    cores: tuple[int, ...] = ()
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True):

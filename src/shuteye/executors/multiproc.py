@@ -1,6 +1,7 @@
-"""Several ranks, each a process of this machine: asked all at once, with a deadline, and watched for their death.
+"""Several ranks, each a process of its own: asked all at once, with a deadline, and watched for their death.
 
-Knows nothing of sleep: what a failure means for the engine, `engine/controller.py` says. ADR 18 has the protocol.
+Knows nothing of sleep: what a failure means for the engine, `engine/controller.py` says; nor of where ranks run, and
+how they are reached: `links.py` has the seam. ADR 18 has the protocol.
 """
 
 from __future__ import annotations
@@ -8,9 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
-import select
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -18,12 +16,12 @@ from typing import Any
 import zmq
 
 from shuteye.config import EngineConfig
-from shuteye.errors import EngineFaulted, MemoryExhausted, RankLost, ShuteyeError, UnsupportedModel, rebuild
+from shuteye.errors import EngineFaulted, RankLost, ShuteyeError, UnsupportedModel, rebuild
 from shuteye.executors import Executor, RankFailure, answers
-from shuteye.executors.frames import MEETING_VERBS, RESULTS, Meeting, Start, ask
-from shuteye.executors.rank_process import RankProcess
+from shuteye.executors.frames import MEETING_VERBS, RESULTS, Start, ask
+from shuteye.executors.links import Groups, Launcher, RankLink
+from shuteye.executors.watch import DeathWatch
 from shuteye.models.weight_updates import tensor_file
-from shuteye.parallel.group import ShmRegion
 from shuteye.parallel.shards import RankPlace
 from shuteye.tasks.table import Plan, Result
 
@@ -41,12 +39,16 @@ class MultiprocExecutor(Executor):
     A rank that fails in a step ends the step for all of them: they go on in new groups, of the next epoch. One that
     dies is seen by a thread, which ends whatever the others wait for.
 
+    Args:
+        launcher: starts the ranks, and is closed with them.
+
     Raises:
         ShuteyeError: a rank could not load.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, launcher: Launcher) -> None:
         self._config = config
+        self._launcher = launcher
         self._places = RankPlace(0, config.tensor_parallel_size, config.pipeline_parallel_size).all()
         self.num_ranks = len(self._places)
         self._sampling_rank = self.num_ranks - config.tensor_parallel_size  # see `ShardPlan.holds_sampler`
@@ -56,10 +58,10 @@ class MultiprocExecutor(Executor):
         self._kv_blocks: int | None = None
         self._reloaded_from: str | None = None
         self._incomplete: set[int] = set()  # started, but not yet brought to where the others are
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._processes: dict[int, RankProcess] = {}
-        self._groups = _Regions(self._places, epoch=0, timeout_s=0.0)
-        self._watch = _Watch(self._note_death)
+        self._processes: dict[int, RankLink] = {}
+        self._groups: Groups | None = None
+        self._look: Callable[[], None] = lambda: None
+        self._watch = DeathWatch(self._note_death)
         try:
             self._meet()
             self._start(range(self.num_ranks))
@@ -112,7 +114,10 @@ class MultiprocExecutor(Executor):
                 self._be_together()
             except ShuteyeError as error:
                 return dict.fromkeys(asked, error)
-        return self._ask(asked, verb, args)
+        outcomes = self._ask(asked, verb, args)
+        if verb in MEETING_VERBS and any(isinstance(outcome, ShuteyeError) for outcome in outcomes.values()):
+            self._abort(f"{verb} failed")  # as whoever failed has done, where this process may not see it
+        return outcomes
 
     def _ask(self, ranks: Iterable[int], verb: str, args: tuple[Any, ...]) -> dict[int, Any]:
         call_id = next(self._call_ids)
@@ -154,7 +159,8 @@ class MultiprocExecutor(Executor):
                 is_late, deadline = True, time.monotonic() + _GRACE_S
                 left_s = _GRACE_S
             poller.poll(None if left_s is None else int(left_s * 1000) + 1)
-            self._watch.settle()
+            if self._watch.settle():
+                self._look()  # now, as the others may work for a long time yet
 
     def _received(self, rank: int, call_id: int, verb: str) -> tuple[Any] | None:
         """The rank's answer to the call, if it has come; answers to earlier ones are dropped."""
@@ -173,7 +179,7 @@ class MultiprocExecutor(Executor):
         assert patience_s is not None
         if not is_late:
             ranks = ", ".join(map(str, sorted(waiting)))
-            self._groups.abort(f"rank {ranks} did not answer {verb} within {patience_s:g} s")
+            self._abort(f"rank {ranks} did not answer {verb} within {patience_s:g} s")
             return
         for rank in waiting:
             self._processes[rank].kill(f"did not answer {verb} within {patience_s:g} s")
@@ -207,10 +213,15 @@ class MultiprocExecutor(Executor):
         """Make the groups of the next epoch; nobody has joined them yet."""
         self._epoch += 1
         old = self._groups
-        self._groups = _Regions(self._places, epoch=self._epoch, timeout_s=2 * self._config.rank_timeout_s)
-        old.close()
+        self._groups = self._launcher.groups(epoch=self._epoch, timeout_s=2 * self._config.rank_timeout_s)
+        if old is not None:
+            old.close()
         for failure in self.failures():
             self._groups.abort(str(failure))
+
+    def _abort(self, reason: str) -> None:
+        if self._groups is not None:
+            self._groups.abort(reason)
 
     def _be_together(self) -> None:
         """Before ranks wait for one another: all live, and no group is one that was aborted.
@@ -220,11 +231,12 @@ class MultiprocExecutor(Executor):
         """
         if failures := self.failures():
             raise RankLost("; ".join(map(str, failures)))
-        if self._groups.aborted:
+        if self._groups is None or self._groups.aborted:
             self._meet()
             self._join(range(self.num_ranks))
 
     def _join(self, ranks: Iterable[int]) -> None:
+        assert self._groups is not None
         ranks = tuple(ranks)
         call_id = next(self._call_ids)
         for rank in ranks:
@@ -232,7 +244,7 @@ class MultiprocExecutor(Executor):
         try:
             answers(self._gather(ranks, call_id, "join", self._config.rank_timeout_s), num_ranks=self.num_ranks)
         except ShuteyeError:
-            self._groups.abort("not all ranks have joined")
+            self._abort("not all ranks have joined")
             raise
 
     # --- ranks that die -------------------------------------------------------------------------
@@ -245,10 +257,14 @@ class MultiprocExecutor(Executor):
         """See `Executor.on_failure`."""
         self._watch.notify = notify
 
+    def on_failure_in_call(self, look: Callable[[], None]) -> None:
+        """See `Executor.on_failure_in_call`."""
+        self._look = look
+
     def _note_death(self, failure: RankFailure) -> None:
         """On the watching thread: the others must not wait for it."""
         logger.error("R%s; nothing is served until the model is woken.", str(failure)[1:])
-        self._groups.abort(str(failure))
+        self._abort(str(failure))
 
     def recover(self) -> bool:
         """Start the dead again, and let all of them meet in new groups; see `Executor.recover`."""
@@ -269,13 +285,12 @@ class MultiprocExecutor(Executor):
         return True
 
     def _start(self, ranks: Iterable[int]) -> None:
+        assert self._groups is not None
         ranks = tuple(ranks)
         for rank in ranks:
-            start = Start(self._config, self._places[rank], self._groups.meeting(self._places[rank]))
-            try:
-                process = RankProcess(self._context, start)
-            except OSError as error:
-                raise MemoryExhausted(f"The process of rank {rank} cannot be started: {error}.") from error
+            process = self._launcher.start(
+                Start(self._config, self._places[rank], self._groups.meeting(self._places[rank]))
+            )
             if rank in self._processes:
                 self._processes[rank].close()
             self._processes[rank] = process
@@ -299,124 +314,6 @@ class MultiprocExecutor(Executor):
         for process in self._processes.values():
             process.close()
         self._processes.clear()
-        self._groups.close()
-        self._context.term()
-
-
-class _Regions:
-    """The memory of one epoch's groups: one for the ranks of each stage, one for those of each place in a stage."""
-
-    def __init__(self, places: tuple[RankPlace, ...], *, epoch: int, timeout_s: float) -> None:
-        first = places[0]
-        self._epoch, self._timeout_s = epoch, timeout_s
-        self._lock = threading.Lock()
-        self._tensor: list[ShmRegion] = []
-        self._pipeline: list[ShmRegion] = []
-        if epoch == 0:
-            return  # of ranks that have not met yet
-        if first.tp_size > 1:
-            self._tensor = [ShmRegion(first.tp_size, epoch=epoch) for _ in range(first.pp_size)]
-        if first.pp_size > 1:
-            self._pipeline = [ShmRegion(first.pp_size, epoch=epoch) for _ in range(first.tp_size)]
-
-    def meeting(self, place: RankPlace) -> Meeting:
-        """What a rank must know to join."""
-        return Meeting(
-            self._epoch,
-            tensor=self._tensor[place.pp_rank].path if self._tensor else None,
-            pipeline=self._pipeline[place.tp_rank].path if self._pipeline else None,
-            timeout_s=self._timeout_s,
-        )
-
-    @property
-    def aborted(self) -> bool:
-        """Whether a group was ended, by whomever."""
-        return any(region.fault() is not None for region in (*self._tensor, *self._pipeline))
-
-    def abort(self, reason: str) -> None:
-        """End every wait of every rank; from any thread."""
-        with self._lock:
-            for region in (*self._tensor, *self._pipeline):
-                region.abort(reason)
-
-    def close(self) -> None:
-        """Give up this process' part. Idempotent."""
-        with self._lock:
-            for region in (*self._tensor, *self._pipeline):
-                region.close()
-            self._tensor, self._pipeline = [], []
-
-
-class _Watch:
-    """A thread that sees processes die.
-
-    Args:
-        on_death: called from the thread, before `notify`.
-
-    Attributes:
-        died: a descriptor that can be read after a death, until `settle`.
-        notify: called from the thread, after a death.
-    """
-
-    def __init__(self, on_death: Callable[[RankFailure], None]) -> None:
-        self.died = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.notify: Callable[[], None] = lambda: None
-        self._on_death = on_death
-        self._changed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._lock = threading.Lock()
-        self._watched: dict[int, RankProcess] = {}
-        self._failures: dict[int, RankFailure] = {}
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="shuteye-ranks", daemon=True)
-        self._thread.start()
-
-    def failures(self) -> tuple[RankFailure, ...]:
-        """Those that have died and were not forgotten."""
-        with self._lock:
-            return tuple(self._failures[rank] for rank in sorted(self._failures))
-
-    def add(self, process: RankProcess) -> None:
-        """Watch a process, in the place of one that may have died."""
-        with self._lock:
-            self._failures.pop(process.rank, None)
-            self._watched[process.rank] = process
-        os.eventfd_write(self._changed, 1)
-
-    def settle(self) -> None:
-        """Whoever waited for deaths has been told of all so far."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.died)
-
-    def close(self) -> None:
-        """End the thread. Idempotent."""
-        if self._closing.is_set():
-            return
-        self._closing.set()
-        os.eventfd_write(self._changed, 1)
-        self._thread.join()
-        os.close(self.died)
-        os.close(self._changed)
-
-    def _run(self) -> None:
-        while not self._closing.is_set():
-            with self._lock:
-                watched = {process.pidfd: process for process in self._watched.values()}
-            poller = select.poll()
-            for fd in (self._changed, *watched):
-                poller.register(fd, select.POLLIN)
-            ready = [fd for fd, _ in poller.poll()]
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._changed)
-            if self._closing.is_set():
-                return
-            for process in (watched[fd] for fd in ready if fd in watched):
-                self._note(process)
-
-    def _note(self, process: RankProcess) -> None:
-        failure = RankFailure(process.rank, process.reap())
-        with self._lock:
-            del self._watched[process.rank]
-            self._failures[process.rank] = failure
-        self._on_death(failure)  # later: groups that are made meanwhile by those who know of it are ended by them
-        os.eventfd_write(self.died, 1)
-        self.notify()
+        if self._groups is not None:
+            self._groups.close()
+        self._launcher.close()

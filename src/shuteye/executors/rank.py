@@ -7,14 +7,17 @@ It does one thing after the other, and ends with its parent.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+from dataclasses import replace
 from typing import Any, cast
 
 import msgspec
 import zmq
 
 from shuteye import logs
+from shuteye.config import EngineConfig
 from shuteye.errors import ErrorInfo, GroupAborted, InternalError, ShuteyeError, info_of
 from shuteye.executors.frames import ARGUMENTS, MEETING_VERBS, Ask, Meeting, Reply, Start
 from shuteye.executors.wire import Decoder, connect_pair, encode
@@ -49,7 +52,7 @@ class _Rank:
         self.epoch = start.meeting.epoch
         self._groups = _join(start.place, start.meeting)
         self._worker = Worker(
-            start.config,
+            _settle_on_cores(start),
             place=start.place,
             groups=self._groups if start.place.num_ranks > 1 else None,
             first_epoch=self.epoch << FIRST_EPOCH_BITS,
@@ -77,6 +80,14 @@ class _Rank:
                 self.epoch = meeting.epoch
                 return None
         return self._worker.call(verb, *arguments)
+
+
+def _settle_on_cores(start: Start) -> EngineConfig:
+    """Run on the rank's cores alone, with a thread on each; the config that says so."""
+    if not start.cores:
+        return start.config
+    os.sched_setaffinity(0, start.cores)
+    return replace(start.config, num_threads=start.config.num_threads or len(start.cores))
 
 
 def _info(error: Exception, verb: str) -> ErrorInfo:

@@ -10,6 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import zmq
@@ -36,6 +39,8 @@ class RankProcess:
         self.rank = start.place.rank
         self.epoch = start.meeting.epoch  # of the groups that it joined last
         self.why_killed: str | None = None
+        self._patience_s = start.config.rank_timeout_s
+        self._stopped_at: float | None = None  # monotonic seconds
         self._has_answered = False
         self._replies: Decoder[Reply] = Decoder(Reply)
         with contextlib.ExitStack() as stack:
@@ -45,18 +50,19 @@ class RankProcess:
             stack.callback(self.socket.close)
             logged = logs.settings()
             arguments = (self._rendezvous.endpoint, str(os.getpid()), logged.format, logged.level)
-            self.process = process = subprocess.Popen(
-                (sys.executable, "-m", self.module, *arguments),
-                stdin=subprocess.PIPE,
-                start_new_session=True,  # a terminal's Ctrl-C is for us alone
-            )
+            self.process = process = self.spawn((sys.executable, "-m", self.module, *arguments))
             stack.callback(self._end)
-            self.pidfd = os.pidfd_open(process.pid)
-            stack.callback(os.close, self.pidfd)
+            self.ended_fd = os.pidfd_open(process.pid)
+            stack.callback(os.close, self.ended_fd)
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # it has ended already: others see that
                 stdin.write(encode(start))
             self._opened = stack.pop_all()
+
+    @staticmethod
+    def spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start a process whose stdin is a pipe; a terminal's Ctrl-C is for us alone."""
+        return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def post(self, frame: bytes) -> None:
         """Ask; ZeroMQ's own thread sends it. Never waits: of one that has just ended, the death is seen soon."""
@@ -72,6 +78,16 @@ class RankProcess:
         self._rendezvous.close()
         self._has_answered = True
         return reply
+
+    def check(self) -> None:
+        """Of a process that is stopped nothing is heard, and one that is idle is not asked."""
+        if not _is_stopped(self.process.pid):
+            self._stopped_at = None
+            return
+        now = time.monotonic()
+        self._stopped_at = now if self._stopped_at is None else self._stopped_at
+        if now - self._stopped_at >= self._patience_s:
+            self.kill(f"was stopped for {self._patience_s:g} s")
 
     def kill(self, why: str) -> None:
         """End it, also if it is stopped; its death is seen as any other."""
@@ -101,3 +117,12 @@ class RankProcess:
                 self.process.wait(_GRACE_S)
         self.process.kill()
         self.process.wait()
+
+
+def _is_stopped(pid: int) -> bool:
+    """By SIGSTOP, say; one that a debugger holds is not (proc_pid_stat(5))."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False  # it has ended
+    return stat.rpartition(")")[2].split()[0] == "T"
