@@ -49,8 +49,9 @@ test-clients: setup ## Run litellm and lm-eval against the server, in environmen
 	tools/clients.sh '$(VENV)' "$${SHUTEYE_TEST_CLIENTS:-$$HOME/.cache/shuteye/clients}"
 	$(VENV)/bin/python -m pytest -m clients $(ARGS)
 
-test-ray: setup ## Run the tests that need Ray, in VENV with the extra shuteye[ray].
-	$(VENV)/bin/python -m pytest -m ray $(ARGS)
+test-ray: setup ## Run ranks on Ray, with Ray in an environment of its own; as root also on two machines made of namespaces.
+	tools/ray.sh '$(VENV)' "$${SHUTEYE_TEST_RAY:-$$HOME/.cache/shuteye/ray}"
+	"$${SHUTEYE_TEST_RAY:-$$HOME/.cache/shuteye/ray}/bin/python" -m pytest -m ray $(ARGS)
 
 test-gpu: setup ## Run the tests that need a CUDA device.
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
