@@ -9,7 +9,7 @@ from fake_engine import FakeEngine
 
 from shuteye.calls import SleepCall
 from shuteye.config import EngineConfig
-from shuteye.errors import EngineDead, SleepFailed
+from shuteye.errors import EngineDead, EngineNotReady, SleepFailed
 from shuteye.ray import control as control_module
 from shuteye.ray.control import SleepControl
 from shuteye.ray.idle import Work
@@ -78,7 +78,7 @@ def test_whichever_replica_is_asked_all_of_them_sleep_and_wake():
             assert answer["freed_bytes"] == sum(each["report"]["freed_bytes"] for each in answer["replicas"]) > 0
             assert [each["replica"] for each in answer["replicas"]] == ["a", "b"]
             assert (await other.get("/is_sleeping")).json() == {
-                "is_sleeping": True, "sleeping": ["a", "b"], "replicas": ["a", "b"],
+                "is_sleeping": True, "sleeping": ["a", "b"], "replicas": ["a", "b"], "failed": [],
             }  # fmt: skip
             refused = await other.post("/v1/completions", json=PROMPT)
             assert (refused.status_code, refused.json()["error"]["type"]) == (503, "ModelSleepingError")
@@ -170,6 +170,24 @@ def test_control_routes_need_the_key_that_they_need_elsewhere():
             assert (await client.get("/state")).status_code == 401
             assert (await client.post("/sleep", headers=key)).status_code == 200
         await replica.stop()
+
+    asyncio.run(scenario())
+
+
+def test_what_nobody_can_say_is_no_answer(monkeypatch):
+    """`is_sleeping: false`, because no replica was there to say otherwise."""
+    monkeypatch.setattr(control_module, "LOOK_TIMEOUT_S", 0.2)
+
+    async def scenario():
+        async with served(FakeEngine) as (control, _engines, (one,), _replicas):
+            monkeypatch.setattr(control, "_members", {})
+            monkeypatch.setattr(control, "join", lambda *_: asyncio.Event().wait())
+            for path in ("/is_sleeping", "/is_paused"):
+                answer = await one.get(path)
+                assert (answer.status_code, answer.json()["error"]["type"]) == (503, "EngineNotReadyError")
+            with pytest.raises(EngineNotReady, match="No replica answers"):
+                await control.is_sleeping()
+            assert (await one.get("/state")).json()["replicas"] == {}
 
     asyncio.run(scenario())
 

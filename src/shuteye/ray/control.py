@@ -282,12 +282,16 @@ class SleepControl:
         return answer
 
     async def is_sleeping(self) -> bool:
-        """True until every replica has every tag in memory."""
-        return bool((await self.look()).sleeping)
+        """True until every replica that answers has every tag in memory.
+
+        Raises:
+            EngineNotReady: none answers.
+        """
+        return bool((await self.look()).require_any().sleeping)
 
     async def is_paused(self) -> bool:
-        """True while a pause is in force on any replica."""
-        return bool((await self.look()).paused)
+        """True while a pause is in force on any replica; raises as `is_sleeping`."""
+        return bool((await self.look()).require_any().paused)
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> None:

@@ -164,6 +164,16 @@ class FleetState:
         """Replicas on which a pause is in force."""
         return tuple(name for name, state in self.states.items() if state["is_paused"])
 
+    def require_any(self) -> FleetState:
+        """This, if any replica has answered.
+
+        Raises:
+            EngineNotReady: nobody can say what is so.
+        """
+        if not self.states:
+            raise EngineNotReady("No replica answers: none is running, or none is well. GET /state may tell more.")
+        return self
+
     @property
     def answer(self) -> dict[str, Any]:
         """GET /state: a single server's fields, summed over replicas, then what is wanted and each replica's own."""

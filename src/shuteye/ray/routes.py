@@ -124,16 +124,20 @@ async def reset_prefix_cache(
 
 @control_routes.get("/is_sleeping", response_model=None, dependencies=[NO_QUERY])
 async def is_sleeping(request: Request) -> Response:
-    """True until every replica has every tag in memory; names those that sleep."""
-    found = await fleet_of(request).look()
-    return JsonAnswer({"is_sleeping": bool(found.sleeping), "sleeping": found.sleeping, "replicas": list(found.states)})
+    """True until every replica that answers has every tag in memory; names those that sleep."""
+    found = (await fleet_of(request).look()).require_any()
+    return JsonAnswer({"is_sleeping": bool(found.sleeping), "sleeping": found.sleeping} | _asked(found))
 
 
 @control_routes.get("/is_paused", response_model=None, dependencies=[NO_QUERY])
 async def is_paused(request: Request) -> Response:
-    """True while a pause is in force on any replica; names those."""
-    found = await fleet_of(request).look()
-    return JsonAnswer({"is_paused": bool(found.paused), "paused": found.paused, "replicas": list(found.states)})
+    """True while a pause is in force on any replica that answers; names those."""
+    found = (await fleet_of(request).look()).require_any()
+    return JsonAnswer({"is_paused": bool(found.paused), "paused": found.paused} | _asked(found))
+
+
+def _asked(found: FleetState) -> dict[str, Any]:
+    return {"replicas": list(found.states), "failed": [one.replica for one in found.failed]}
 
 
 @state_routes.get("/state", response_model=None)
