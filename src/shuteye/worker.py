@@ -45,6 +45,7 @@ VERBS: Mapping[str, str] = {
     "abort_save": "residency.abort_save",
     "release": "release",
     "finish_release": "residency.finish_release",
+    "estimate_wake": "residency.estimate_wake",
     "restore": "restore",
     "undo_restore": "residency.undo_restore",
     "reset": "reset",
@@ -155,9 +156,7 @@ class Worker:
         return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
 
     def _open_image(self, model: str) -> WeightImage:
-        config = self._config
-        revision = config.revision if model == config.model else None
-        order = Order(model, str(config.cache_dir), revision, config.dtype, config.offline, self._place)
+        order = Order.of(self._config, self._place, model=model)
         return obtain_image(order, LoggedProgress())
 
     def allocate_kv_cache(self, num_blocks: int) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from shuteye import LLM, AsyncEngine, EngineConfig, SamplingParams
-from shuteye.errors import EngineFaulted, ShuteyeError
+from shuteye.errors import EngineFaulted, ShuteyeError, UnsupportedModel
+from shuteye.executors.local_ranks import LocalLauncher
 from shuteye.models.converter import Order, obtain_image
 from shuteye.models.progress import no_progress
 from shuteye.parallel.shards import RankPlace
+from shuteye.testing import tiny_encoder, tiny_speech_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 PATIENCE_S = 30
@@ -36,6 +38,11 @@ def options(tiny_checkpoint, core_cache):
 
 def ranks_of(engine_pid):
     """Ids of the rank processes that a process has started, by rank: they were started in this order."""
+    return children_of(engine_pid, "shuteye.executors.rank")
+
+
+def children_of(pid, module):
+    """Ids of the processes of a module that a process has started, the oldest first."""
     found = []
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
@@ -43,7 +50,7 @@ def ranks_of(engine_pid):
             parent = next(line for line in status.read_text().splitlines() if line.startswith("PPid:"))
         except (OSError, StopIteration):
             continue
-        if b"shuteye.executors.rank\0" in command and int(parent.split()[1]) == engine_pid:
+        if f"{module}\0".encode() in command and int(parent.split()[1]) == pid:
             found.append(int(status.parent.name))
     return sorted(found)
 
@@ -66,16 +73,21 @@ def test_one_rank_may_have_a_process_of_its_own(options):
 
 
 def test_an_image_that_is_being_made_goes_with_its_engine(options, tmp_path):
-    """Would catch half an image that stays behind when a server is told to stop while its ranks load."""
+    """Would catch half an image that stays behind when a server is told to stop while its ranks' are made."""
 
     async def scenario():
         engine = AsyncEngine(EngineConfig(**options | {"cache_dir": tmp_path}, tensor_parallel_size=2))
         starting = asyncio.create_task(engine.start())
-        await asyncio.to_thread(wait_until, lambda: engine._link is not None and len(ranks_of(engine._link.pid)) == 2)
-        ranks = ranks_of(engine._link.pid)
+
+        def converters():
+            return children_of(engine._link.pid, "shuteye.models.converter") if engine._link is not None else []
+
+        await asyncio.to_thread(wait_until, converters)
+        (converter,) = converters()
         await engine.close()
         await asyncio.gather(starting, return_exceptions=True)
-        assert not any(Path(f"/proc/{rank}/exe").exists() for rank in ranks)
+        await asyncio.to_thread(wait_until, lambda: not Path(f"/proc/{converter}/exe").exists())
+        assert [*tmp_path.glob("images/.*")] == []
 
     asyncio.run(scenario())
 
@@ -123,3 +135,16 @@ def test_an_engine_process_over_two_ranks(options):
                 await engine.wake_up()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("sizes", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=["TP", "PP"])
+@pytest.mark.parametrize("make", [tiny_encoder, tiny_speech_model])
+def test_models_that_embed_or_transcribe_are_refused_before_any_rank_starts(
+    make, sizes, options, tmp_path, monkeypatch
+):
+    """Would catch processes that are started to find out, and copies that nobody asked for."""
+    monkeypatch.setattr(LocalLauncher, "start", None)
+    which = {tiny_encoder: "Models that embed or score are", tiny_speech_model: "Whisper models are"}[make]
+    with pytest.raises(UnsupportedModel, match=f"{which} served by one rank only") as refusal:
+        LLM(**options | {"model": str(make(tmp_path / "model"))}, **sizes)
+    assert refusal.value.param in sizes

@@ -24,6 +24,7 @@ from shuteye.executors import rank as real
 from shuteye.state import VerifyResult
 
 WRONG = {
+    "estimate_wake": lambda found: replace(found, available_bytes=found.needed_bytes),
     "verify": lambda _found: VerifyResult(1, (0,)),
     "canary_agrees": lambda _found: False,
     "states": lambda found: (replace(found[0], residency="discarded"), *found[1:]),

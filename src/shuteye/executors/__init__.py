@@ -157,6 +157,7 @@ def _launcher(config: EngineConfig, backend: ExecutorBackend) -> Launcher:
         from shuteye.executors.ray_ranks import RayLauncher
 
         return RayLauncher(config, places)
-    from shuteye.executors.local_ranks import LocalLauncher
+    from shuteye.executors.local_ranks import LocalLauncher, make_images
 
+    make_images(config, places[0])
     return LocalLauncher(places)

@@ -24,6 +24,7 @@ from shuteye.state import (
     UpdateReport,
     VerifyMode,
     VerifyResult,
+    WakeEstimate,
     WakePlan,
 )
 from shuteye.tasks.generate.plans import StepPlan, StepResult
@@ -130,6 +131,7 @@ SIGNATURES: Mapping[str, tuple[Any, Any]] = {
     "abort_save": (tuple[()], None),
     "release": (tuple[SleepPlan], tuple[TagReport, ...]),
     "finish_release": (tuple[SleepPlan], tuple[TagReport, ...]),
+    "estimate_wake": (tuple[WakePlan], WakeEstimate),
     "restore": (tuple[WakePlan], tuple[TagReport, ...]),
     "undo_restore": (tuple[()], None),
     "reset": (tuple[()], None),

@@ -10,10 +10,13 @@ from typing import Any
 import msgspec
 import zmq
 
+from shuteye.config import EngineConfig
 from shuteye.errors import MemoryExhausted
 from shuteye.executors.frames import HeldRegion, Meeting, Start
 from shuteye.executors.links import Groups, RankLink
 from shuteye.executors.rank_process import RankProcess
+from shuteye.models.converter import Order, obtain_image
+from shuteye.models.progress import LoggedProgress
 from shuteye.parallel.group import ShmRegion
 from shuteye.parallel.shards import RankPlace, even_ranges
 
@@ -44,6 +47,15 @@ class LocalLauncher:
     def close(self) -> None:
         """See `Launcher.close`."""
         self._context.term()
+
+
+def make_images(config: EngineConfig, place: RankPlace) -> None:
+    """Where the image of `place` is not there, make those of all ranks: once, rather than by each of them.
+
+    Raises:
+        ShuteyeError: the model cannot be had, served or divided; no rank needs to be started to say so.
+    """
+    obtain_image(Order.of(config, place), LoggedProgress()).close()
 
 
 def divide_cores(cores: Sequence[int], num_ranks: int) -> tuple[tuple[int, ...], ...]:

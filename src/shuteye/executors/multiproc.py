@@ -73,7 +73,7 @@ class MultiprocExecutor(Executor):
         try:
             self._meet()
             self._launch(range(self.num_ranks))
-            self._require_all(self._gather(range(self.num_ranks), 0, "start", None))
+            self._require_all(self._gather(range(self.num_ranks), 0, "start", None))  # it may fetch and convert
             self._refuse_other_tasks()
         except BaseException:
             self.close()
@@ -337,7 +337,7 @@ class MultiprocExecutor(Executor):
         self._launch(dead)
         others = sorted(self._processes.keys() - set(dead))
         call_id = self._ask_to_join(others)  # before it is waited for those that start, who may wait for them to join
-        outcomes = self._gather(dead, 0, "start", None)
+        outcomes = self._gather(dead, 0, "start", self._config.step_timeout_s)
         if failed := [rank for rank, outcome in outcomes.items() if isinstance(outcome, ShuteyeError)]:
             self._abort("not all ranks could be started")
             self._end(failed)

@@ -19,7 +19,7 @@ import zmq
 
 from shuteye import logs
 from shuteye.config import EngineConfig
-from shuteye.errors import ErrorInfo, GroupAborted, InternalError, MemoryExhausted, ShuteyeError, info_of
+from shuteye.errors import ErrorInfo, InternalError, MemoryExhausted, ShuteyeError, info_of
 from shuteye.executors import tcp_pairs
 from shuteye.executors.frames import ARGUMENTS, MEETING_VERBS, Abort, Ask, EngineAddress, Reply, Start
 from shuteye.executors.membership import Membership
@@ -54,7 +54,7 @@ class _Rank:
             result = self._do(ask.verb, ARGUMENTS[ask.verb].decode(ask.arguments))
             return Reply(self._membership.epoch, ask.call_id, msgspec.Raw(encode(result)))
         except BaseException as error:
-            if ask.verb in MEETING_VERBS and not isinstance(error, GroupAborted):
+            if ask.verb in MEETING_VERBS:  # all of ours: whoever fails with one group is waited for in the other
                 self._membership.groups.abort(f"{ask.verb} failed: {error}")
             if not isinstance(error, Exception):
                 raise
