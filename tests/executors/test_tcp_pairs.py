@@ -122,3 +122,15 @@ def test_strangers_are_not_the_peer(door, first):
     monitor.note(zmq.EVENT_DISCONNECTED, rank)
     assert monitor.has_gone
     monitor.close()
+
+
+def test_strangers_do_not_hide_that_the_peer_has_gone(door):
+    """Would catch a lost rank that is waited for as long as somebody else keeps a connection open."""
+    asks, _, _ = door.open()
+    monitor = ConnectionMonitor(asks)
+    monitor.note(zmq.EVENT_ACCEPTED, 11)
+    monitor.note(zmq.EVENT_HANDSHAKE_SUCCEEDED, 0)
+    monitor.note(zmq.EVENT_ACCEPTED, 12)
+    monitor.note(zmq.EVENT_DISCONNECTED, 11)
+    assert monitor.has_gone
+    monitor.close()
