@@ -86,6 +86,7 @@ def start_head(*, address="127.0.0.1", port=PORT, num_cpus=4, dashboard=False, *
         f"--node-ip-address={address}",
         f"--num-cpus={num_cpus}",
         f"--include-dashboard={str(dashboard).lower()}",
+        f"--dashboard-port={port + 1}",
         **environment,
     )
 

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _GRACE_S = 1.0
 """After a deadline, how long a rank that only waited for another one may take to say so."""
+_END_S = 10.0
+"""How long a rank that was killed may take to be gone."""
 _LONG_VERBS = frozenset({"reload_weights", "check_update", "update_weights_from_file"})
 """They read files, or make an image: `step_timeout_s` is their deadline, if it is later."""
 
@@ -336,8 +338,9 @@ class MultiprocExecutor(Executor):
         others = sorted(self._processes.keys() - set(dead))
         call_id = self._ask_to_join(others)  # before it is waited for those that start, who may wait for them to join
         outcomes = self._gather(dead, 0, "start", self._config.step_timeout_s)
-        if any(isinstance(outcome, ShuteyeError) for outcome in outcomes.values()):
+        if failed := [rank for rank, outcome in outcomes.items() if isinstance(outcome, ShuteyeError)]:
             self._abort("not all ranks could be started")
+            self._end(failed)
         self._require_all(outcomes | self._gather(others, call_id, "join", self._config.rank_timeout_s))
         for rank in sorted(self._incomplete):
             self._bring_up(rank)
@@ -356,6 +359,17 @@ class MultiprocExecutor(Executor):
             self._watch.add(process)
             if self._kv_blocks is not None:
                 self._incomplete.add(rank)
+
+    def _end(self, ranks: Collection[int]) -> None:
+        """Ranks that have not loaded end; only then are they seen to be dead, and started by the next recovery."""
+        for rank in ranks:
+            self._processes[rank].kill("has not loaded")
+        poller = zmq.Poller()
+        poller.register(self._watch.died, zmq.POLLIN)
+        deadline = time.monotonic() + _END_S
+        while not {*ranks} <= {failure.rank for failure in self.failures()} and time.monotonic() < deadline:
+            poller.poll(100)
+            self._watch.settle()
 
     def _bring_up(self, rank: int) -> None:
         """Do what the others have done since they were started."""

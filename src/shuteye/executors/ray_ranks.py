@@ -56,6 +56,7 @@ class RayLauncher:
         self._links: dict[int, RayRank] = {}
         self._crossing: set[tuple[int, ...]] = set()
         self._machines: dict[int, Machine] = {}
+        self._told: tuple[int, str] | None = None  # of the newest groups that were aborted: their epoch, and why
         self._name = f"shuteye-{secrets.token_hex(3)}"
         with contextlib.ExitStack() as stack:
             self._cluster = RayCluster()
@@ -84,6 +85,8 @@ class RayLauncher:
         options = self._room.options(rank) | {"name": name}
         link = RayRank(self._door, replace_config(start, self._config), self._machines[rank], options)
         self._links[rank] = link
+        if self._told is not None and self._told[0] >= epoch:  # another rank has died before this one was there to hear
+            link.abort(*self._told)
         return link
 
     def groups(self, *, epoch: int, timeout_s: float) -> Groups:
@@ -108,6 +111,7 @@ class RayLauncher:
         return {rank: first[machine.node_id] for rank, machine in self._machines.items() if machine.node_id != here}
 
     def _tell(self, epoch: int, reason: str) -> None:
+        self._told = (epoch, reason)
         for link in tuple(self._links.values()):
             link.abort(epoch, reason)
 
