@@ -233,6 +233,14 @@ class SleepEstimate:
 
 
 @dataclass(frozen=True, slots=True)
+class WakeEstimate:
+    """What a plan would need, found before anything is touched, and what the machine has for all of its ranks."""
+
+    needed_bytes: int
+    available_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class WakePlan:
     """What to do with each tag; `keep` leaves it alone.
 

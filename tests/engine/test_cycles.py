@@ -6,8 +6,9 @@ import re
 import statistics
 
 import pytest
+from sleep_cycles import one_cycle
 
-from shuteye.calls import ReloadCall, SleepCall, WakeCall
+from shuteye.calls import SleepCall
 from shuteye.memory.backends.linux import LinuxBackend
 from shuteye.tasks.generate.requests import SamplingParams
 
@@ -61,26 +62,6 @@ def test_asleep_the_kernel_agrees_that_the_memory_is_gone(real):
     assert after <= 0.02 * before
     assert report.freed_bytes == before - after
     assert abs(report.residual_bytes - process_rss()) < 4 << 20
-
-
-def one_cycle(harness, number, chooser):
-    """A sleep and a wake, each kind in turn."""
-    match number % 5:
-        case 0 | 1:
-            harness.call(SleepCall(1, mode=chooser.choice(["wait", "keep"])))
-            harness.call(WakeCall())
-        case 2:
-            harness.call(SleepCall(2, mode="keep"))
-            harness.call(WakeCall())
-        case 3:
-            harness.call(SleepCall(1, mode="keep"))
-            for tag in chooser.sample(["weights", "kv_cache"], 2):
-                harness.call(WakeCall((tag,)))
-        case 4:
-            harness.call(SleepCall(2, mode="keep"))
-            harness.call(WakeCall(("weights",)))
-            harness.call(ReloadCall())
-            harness.call(WakeCall(("kv_cache",)))
 
 
 @pytest.mark.parametrize("cycles", [30, pytest.param(300, marks=pytest.mark.slow)])

@@ -1,4 +1,7 @@
-"""One model over several rank processes: what one rank gives, asleep and awake as one, and every way to fail."""
+"""One model over several rank processes: what one rank gives, asleep and awake as one, also after ranks have died.
+
+`test_rank_table.py` has every way to fail in every step.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ from shuteye.errors import (
     EngineFaulted,
     InvalidRequest,
     ShuteyeError,
-    SleepFailed,
     TransitionConflict,
     VerificationFailed,
-    WakeFailed,
 )
 from shuteye.executors.frames import SIGNATURES
+from shuteye.executors.rank_process import RankProcess
+from shuteye.models import converter
 from shuteye.tasks.generate.requests import SamplingParams
 from shuteye.testing import tiny_model
 from shuteye.worker import VERBS
@@ -58,7 +61,8 @@ def expected(harness):
 
 def test_every_verb_has_a_type():
     """Would catch a verb that works in this process alone."""
-    assert set(VERBS) - {"update_weights"} | {"execute", "start", "join"} == set(SIGNATURES)
+    process = {"execute", "start", "join", "receive", "forget_received"}
+    assert set(VERBS) - {"update_weights"} | process == set(SIGNATURES)
 
 
 @pytest.mark.parametrize("layout", ["PP 2", "TP 2 x PP 2"])
@@ -81,6 +85,21 @@ def test_ranks_give_what_one_gives_before_and_after_sleep(layout, open_ranks, ex
     ranks.wake()
     assert ranks.generate(PROMPT) == expected
     ranks.executor.close()
+
+
+def test_the_images_of_all_ranks_are_made_once_before_any_is_started(open_ranks, tmp_path, monkeypatch):
+    """Would catch a process that converts for each rank."""
+    made, found = [], []
+    make, spawn = converter.make_apart, RankProcess.spawn
+    monkeypatch.setattr(converter, "make_apart", lambda order, told: made.append(order.cache_dir) or make(order, told))
+    monkeypatch.setattr(
+        RankProcess,
+        "spawn",
+        staticmethod(lambda command: found.append(len([*tmp_path.glob("images/*")])) or spawn(command)),
+    )
+    open_ranks("PP 2", cache_dir=tmp_path).executor.close()
+    assert made.count(str(tmp_path)) == 1
+    assert found == [2, 2]
 
 
 def test_ten_cycles_change_nothing(ranks, expected):
@@ -185,31 +204,13 @@ def test_a_wrong_update_changes_nothing_on_any_rank(ranks, expected, wrong, othe
     assert ranks.core.state.faulted is None
 
 
-def test_an_update_that_one_rank_cannot_check_changes_nothing(ranks, expected, other_model):
-    ranks.plan_fault(1, "check_update error")
-    with pytest.raises(ShuteyeError, match=r"rank 1: Injected"):
-        ranks.call(UpdateCall(tensors_of(other_model).items()))
-    assert ranks.core.state.faulted is None
-    assert ranks.generate(PROMPT) == expected
-
-
-@pytest.mark.parametrize("how", ["error", "late"])
-def test_mixed_weights_serve_nobody(ranks, expected, other_model, how):
-    """Would catch half a model of each."""
-    ranks.plan_fault(1, f"update_weights_from_file {how}")
-    with pytest.raises(EngineFaulted, match="some ranks have the new weights"):
-        ranks.call(UpdateCall(tensors_of(other_model).items()))
-    ranks.wake()
-    assert ranks.generate(PROMPT) == expected
-
-
 def test_updates_that_die_with_a_rank_are_undone_on_all(ranks, expected, other_model):
     """Would catch a model of one rank's update and the other's image."""
     ranks.call(UpdateCall(tensors_of(other_model).items()))
     ranks.call(SleepCall(1))
     ranks.kill(0)
     ranks.wait_for_fault()
-    ranks.wake()
+    assert ranks.wake().updates_lost
     assert ranks.generate(PROMPT) == expected
     assert "+" not in ranks.call(RpcCall("weights_source"))[0]
     ranks.call(UpdateCall(tensors_of(other_model).items()))  # counted alike by both
@@ -219,113 +220,11 @@ def test_updates_that_die_with_a_rank_are_undone_on_all(ranks, expected, other_m
 # --- a rank that errs -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["error", "bug", "full"])
-@pytest.mark.parametrize("verb", ["estimate_sleep", "save"])
-def test_a_sleep_that_one_rank_cannot_prepare_leaves_all_awake(ranks, expected, verb, how):
-    ranks.plan_fault(1, f"{verb} {how}")
-    with pytest.raises(SleepFailed, match=r"Still awake.* rank 1: .*Injected"):
-        ranks.call(SleepCall(1))
-    assert ranks.core.state.gate == "open"
-    assert ranks.generate(PROMPT) == expected
-    assert ranks.call(SleepCall(1)).changed
-
-
-@pytest.mark.parametrize("how", ["error", "late"])
-def test_a_release_is_repeated_where_it_failed(ranks, expected, how):
-    ranks.plan_fault(0, f"release {how}", "finish_release error")
-    report = ranks.call(SleepCall(1))
-    assert {tag.resident_bytes for tag in ranks.core.state.tags} == {0}
-    assert report.level == 1
-    ranks.wake()
-    assert ranks.generate(PROMPT) == expected
-
-
-def test_a_release_that_goes_on_failing_is_a_fault(ranks, expected):
-    ranks.plan_fault(1, "release error", "finish_release error", "finish_release error")
-    with pytest.raises(EngineFaulted, match="releasing failed: rank 1"):
-        ranks.call(SleepCall(1))
-    ranks.wake()
-    assert ranks.generate(PROMPT) == expected
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("how", ["error", "full"])
-def test_a_wake_for_which_one_rank_has_no_memory_leaves_all_asleep(ranks, expected, rank, how):
-    ranks.call(SleepCall(1))
-    ranks.plan_fault(rank, f"restore {how}")
-    with pytest.raises(WakeFailed, match=f"Still asleep, a retry may work: rank {rank}: Injected"):
-        ranks.call(WakeCall())
-    assert {tag.resident_bytes for tag in ranks.core.state.tags} == {0}
-    ranks.call(WakeCall())
-    assert ranks.generate(PROMPT) == expected
-
-
-def test_a_wake_that_one_rank_cannot_undo_is_a_fault(ranks, expected):
-    ranks.call(SleepCall(1))
-    ranks.plan_fault(0, "undo_restore error")
-    ranks.plan_fault(1, "restore error")
-    with pytest.raises(EngineFaulted, match=r"rolling back a wake failed: rank 0.*after: rank 1"):
-        ranks.call(WakeCall())
-    ranks.wake()
-    assert ranks.generate(PROMPT) == expected
-
-
-@pytest.mark.parametrize("verb", ["verify", "canary_agrees"])
-def test_a_wake_that_one_rank_finds_wrong_is_undone_on_all(ranks, expected, verb):
-    ranks.call(SleepCall(1))
-    ranks.plan_fault(1, f"{verb} wrong")
-    with pytest.raises(VerificationFailed):
-        ranks.call(WakeCall())
-    assert {tag.resident_bytes for tag in ranks.core.state.tags} == {0}
-    ranks.call(WakeCall())
-    assert ranks.generate(PROMPT) == expected
-
-
-def test_a_canary_that_one_rank_cannot_run_is_undone_on_all(ranks, expected):
-    """Would catch the other one waiting for it until its deadline."""
-    ranks.call(SleepCall(1))
-    ranks.plan_fault(0, "canary_agrees error")
-    began = time.monotonic()
-    with pytest.raises(WakeFailed, match="rank 0: Injected"):
-        ranks.call(WakeCall())
-    assert time.monotonic() - began < SOON_S
-    ranks.call(WakeCall())
-    assert ranks.generate(PROMPT) == expected
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("how", ["error", "late", "bug"])
-def test_a_step_that_one_rank_cannot_do_fails_its_requests_alone(ranks, expected, rank, how):
-    """Would catch ranks that wait for ever, and groups that are used again although they were aborted."""
-    began = time.monotonic()
-    ranks.plan_fault(rank, f"execute {how}")
-    with pytest.raises(ShuteyeError, match=f"rank {rank}: .*Injected"):
-        ranks.generate(PROMPT)
-    assert time.monotonic() - began < SOON_S
-    assert ranks.core.state.gate == "open"
-    assert ranks.generate(PROMPT) == expected
-
-
 @pytest.fixture
 def woken_by_requests(ranks, monkeypatch):
     """Ranks whose canary goes with the first step after a wake."""
     monkeypatch.setattr(ranks.core, "config", replace(ranks.core.config, on_sleeping_request="wake"))
     return ranks
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_first_step_that_one_rank_finds_wrong_is_a_fault(woken_by_requests, expected, rank):
-    """Would catch tokens of a wake that is not proven, and ranks that wait for the one that does not believe it."""
-    ranks = woken_by_requests
-    ranks.call(SleepCall(1))
-    ranks.plan_fault(rank, "execute unproven")
-    began = time.monotonic()
-    with pytest.raises(VerificationFailed, match=f"rank {rank}"):
-        ranks.generate(PROMPT)
-    assert time.monotonic() - began < SOON_S
-    assert ranks.core.state.faulted
-    ranks.wake()
-    assert ranks.generate(PROMPT) == expected
 
 
 @pytest.mark.parametrize("how", ["error", "late"])
@@ -360,23 +259,6 @@ def test_requests_in_flight_are_kept_over_a_sleep(ranks, harness):
         ranks.call(WakeCall())
     ranks.run()
     assert {name: ranks.tokens[name] for name in prompts} == expected
-
-
-def test_ranks_that_disagree_are_a_fault(ranks, expected):
-    ranks.plan_fault(1, "states wrong")
-    with pytest.raises(EngineFaulted, match="disagree on weights: offloaded on rank 0, discarded on rank 1"):
-        ranks.call(SleepCall(1))
-    ranks.wake()
-    assert ranks.generate(PROMPT) == expected
-
-
-def test_other_weights_on_one_rank_are_a_fault(ranks, expected):
-    ranks.call(SleepCall(1))
-    ranks.plan_fault(1, "weights_source wrong")
-    with pytest.raises(EngineFaulted, match="different weights"):
-        ranks.call(WakeCall())
-    ranks.wake()
-    assert ranks.generate(PROMPT) == expected
 
 
 # --- a rank that dies -------------------------------------------------------------------------------
@@ -432,71 +314,6 @@ def test_requests_survive_a_rank_that_dies_between_steps(ranks, harness, rank):
     ranks.wake()
     ranks.run()
     assert ranks.tokens[name] == expected
-
-
-@pytest.mark.parametrize(
-    ("rank", "verb"),
-    [(0, "estimate_sleep"), (1, "save"), (0, "release"), (1, "execute"), (0, "update_weights_from_file")],
-)
-def test_a_rank_that_dies_awake_is_a_fault_and_requests_are_kept(ranks, expected, rank, verb, other_model):
-    ranks.plan_fault(rank, f"{verb} kill")
-    if verb == "execute":
-        ranks.add("kept", PROMPT)
-        ranks.wait_for_fault()
-    else:
-        update = UpdateCall(list(tensors_of(other_model).items()))
-        with pytest.raises(EngineFaulted, match=f"rank {rank} was ended by SIGKILL"):
-            ranks.call(update if "update" in verb else SleepCall(1))
-    assert f"rank {rank} was ended by SIGKILL" in ranks.core.state.faulted
-    ranks.wake()
-    ranks.run()
-    assert ranks.tokens.get("kept", expected) == expected
-    assert ranks.generate(PROMPT) == expected
-
-
-@pytest.mark.parametrize(("rank", "verb"), [(1, "restore"), (0, "verify"), (1, "canary_agrees"), (0, "undo_restore")])
-def test_a_rank_that_dies_in_a_wake_is_a_fault_and_the_others_undo(ranks, expected, rank, verb):
-    ranks.call(SleepCall(1))
-    ranks.plan_fault(rank, f"{verb} kill")
-    if verb == "undo_restore":
-        ranks.plan_fault(1 - rank, "restore full")
-    with pytest.raises(EngineFaulted, match=f"rank {rank} was ended by SIGKILL"):
-        ranks.call(WakeCall())
-    (survivor,) = ranks.executor.outcomes("states", ranks=[1 - rank]).values()
-    assert {tag.resident_bytes for tag in survivor} == {0}
-    ranks.wake()
-    assert ranks.generate(PROMPT) == expected
-
-
-def test_a_recovery_in_which_another_rank_dies_begins_again(ranks, expected):
-    """Would catch a wake that fails because the second of two ranks was seen to be dead a moment later."""
-    ranks.kill(0)
-    ranks.wait_for_fault()
-    before = ranks.pid(1)
-    ranks.plan_fault(1, "join kill")
-    ranks.call(WakeCall())
-    assert ranks.pid(1) != before, "rank 1 was not ended"
-    assert ranks.generate(PROMPT) == expected
-
-
-@pytest.mark.parametrize("verb", ["release", "execute"])
-def test_a_rank_that_is_suspended_is_killed_at_its_deadline(ranks, expected, verb, monkeypatch):
-    """Would catch the rank that only waits for it being killed, too."""
-    monkeypatch.setattr(ranks.executor, "_config", replace(ranks.executor._config, rank_timeout_s=1.0))
-    survivor = ranks.pid(0)
-    ranks.plan_fault(1, f"{verb} stop")
-    says = f"rank 1 was killed, as it did not answer {verb} within 1 s"
-    if verb == "execute":
-        ranks.add("patient", PROMPT)
-        assert ranks.wait_for_fault(within_s=10.0) == says
-    else:
-        with pytest.raises(EngineFaulted, match=says):
-            ranks.call(SleepCall(1))
-    monkeypatch.undo()
-    ranks.wake()
-    ranks.run()
-    assert ranks.pid(0) == survivor
-    assert ranks.generate(PROMPT) == expected
 
 
 def test_requests_are_kept_only_so_long(ranks, monkeypatch):

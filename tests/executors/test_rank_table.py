@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 from rank_harness import LAYOUTS
-from rank_table import CELLS, DEADLINE_S
+from rank_table import CELLS, DEADLINE_S, START_S
 from safetensors.torch import save_file
 
 from shuteye.calls import ReloadCall, SleepCall, UpdateFromFileCall, WakeCall
@@ -33,7 +33,8 @@ def each_rank():
     for number, (row, cell) in enumerate(CELLS):
         for layout, (tp_size, pp_size) in LAYOUTS.items():
             for rank in range(tp_size * pp_size):
-                quick = layout == "TP 2" and rank == (number + number // 2) % 2
+                takes_long = row.verb == "start" and cell.how == "stop"
+                quick = layout == "TP 2" and rank == (number + number // 2) % 2 and not takes_long
                 yield pytest.param(
                     *(layout, row, cell, rank),
                     id=f"{layout}-{row.step}-{cell.how}-rank {rank}",
@@ -55,6 +56,7 @@ class Trial:
 
     def begin(self):
         """Bring everything to where the step is, with requests in flight."""
+        self.pids = [self.ranks.pid(rank) for rank in range(self.num_ranks)]
         self.streams = [f"stream-{len(self.ranks.tokens)}-{number}" for number in range(len(IN_FLIGHT))]
         for name, prompt in zip(self.streams, IN_FLIGHT, strict=True):
             self.ranks.add(name, prompt, PARAMS)
@@ -71,6 +73,9 @@ class Trial:
         return (self.rank + 1) % self.num_ranks
 
     def plan(self):
+        if self.row.deed == "sleep":
+            states = self.ranks.executor.call("states")
+            self.resident = sum(tag.resident_bytes for of_rank in states for tag in of_rank)
         self.ranks.plan_fault(self.rank, *self.row.after, f"{self.row.verb} {self.cell.how}")
         if self.row.others:
             self.ranks.plan_fault(self.other, *self.row.others)
@@ -80,6 +85,8 @@ class Trial:
         ranks, deadlines = self.ranks, {"rank_timeout_s": DEADLINE_S}
         if self.row.verb in multiproc._LONG_VERBS:
             deadlines["step_timeout_s"] = DEADLINE_S
+        if self.row.verb == "start":
+            deadlines["step_timeout_s"] = START_S
         if self.cell.how in ("stop", "hang"):
             patch.setattr(ranks.executor, "_config", replace(ranks.executor._config, **deadlines))
             patch.setattr(multiproc, "_GRACE_S", 0.3)
@@ -102,7 +109,8 @@ class Trial:
 
     def call(self, call):
         try:
-            self.ranks.call(call)
+            report = self.ranks.call(call)
+            assert not isinstance(call, SleepCall) or report.freed_bytes == self.resident, "bytes were left out"
         except ShuteyeError as error:
             self.error = error
 
@@ -156,8 +164,12 @@ class Trial:
 
     def check_recovery(self, expected):
         """One wake, and all is as it was."""
-        self.ranks.wake()
+        assert not self.ranks.wake().updates_lost, "there were none"
         assert not self.ranks.executor.failures()
+        again = [rank for rank, pid in enumerate(self.pids) if pid != self.ranks.pid(rank)]
+        may_be = {self.rank, self.other} if self.row.begin == "without a rank" else {self.rank}
+        assert set(again) <= may_be, "a rank that only waited for another one was ended, too"
+        assert (self.rank in again) == (self.row.dead or self.cell.how in ("kill", "stop", "hang"))
         assert len({*self.ranks.executor.call("weights_source")}) == 1
         self.ranks.run()
         for name, prompt in zip(self.streams, (*IN_FLIGHT, IN_FLIGHT[0]), strict=False):

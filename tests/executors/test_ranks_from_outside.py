@@ -11,7 +11,6 @@ import pytest
 from shuteye import LLM, AsyncEngine, EngineConfig, SamplingParams
 from shuteye.errors import EngineFaulted, ShuteyeError, UnsupportedModel
 from shuteye.executors.local_ranks import LocalLauncher
-from shuteye.memory.image_store import ImageStore
 from shuteye.models.converter import Order, obtain_image
 from shuteye.models.progress import no_progress
 from shuteye.parallel.shards import RankPlace
@@ -37,8 +36,13 @@ def options(tiny_checkpoint, core_cache):
     }
 
 
-def ranks_of(engine_pid, module=b"shuteye.executors.rank"):
+def ranks_of(engine_pid):
     """Ids of the rank processes that a process has started, by rank: they were started in this order."""
+    return children_of(engine_pid, "shuteye.executors.rank")
+
+
+def children_of(pid, module):
+    """Ids of the processes of a module that a process has started, the oldest first."""
     found = []
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
@@ -46,7 +50,7 @@ def ranks_of(engine_pid, module=b"shuteye.executors.rank"):
             parent = next(line for line in status.read_text().splitlines() if line.startswith("PPid:"))
         except (OSError, StopIteration):
             continue
-        if module + b"\0" in command and int(parent.split()[1]) == engine_pid:
+        if f"{module}\0".encode() in command and int(parent.split()[1]) == pid:
             found.append(int(status.parent.name))
     return sorted(found)
 
@@ -69,28 +73,21 @@ def test_one_rank_may_have_a_process_of_its_own(options):
 
 
 def test_an_image_that_is_being_made_goes_with_its_engine(options, tmp_path):
-    """Would catch a converter that outlives its engine; all ranks have one, so that none has been started yet."""
+    """Would catch half an image that stays behind when a server is told to stop while its ranks' are made."""
 
     async def scenario():
         engine = AsyncEngine(EngineConfig(**options | {"cache_dir": tmp_path}, tensor_parallel_size=2))
         starting = asyncio.create_task(engine.start())
-        converters = await asyncio.to_thread(converters_of, engine)
-        assert len(converters) == 1
-        assert ranks_of(engine._link.pid) == []
+
+        def converters():
+            return children_of(engine._link.pid, "shuteye.models.converter") if engine._link is not None else []
+
+        await asyncio.to_thread(wait_until, converters)
+        (converter,) = converters()
         await engine.close()
         await asyncio.gather(starting, return_exceptions=True)
-        assert not Path(f"/proc/{converters[0]}/exe").exists()
-        assert ImageStore(tmp_path).list() == ()
-
-    def converters_of(engine):
-        found = []
-
-        def seen():
-            found[:] = ranks_of(engine._link.pid, b"shuteye.models.converter") if engine._link is not None else []
-            return found
-
-        wait_until(seen)
-        return found
+        await asyncio.to_thread(wait_until, lambda: not Path(f"/proc/{converter}/exe").exists())
+        assert [*tmp_path.glob("images/.*")] == []
 
     asyncio.run(scenario())
 

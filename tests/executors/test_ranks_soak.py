@@ -21,8 +21,10 @@ SOAK_S = float(os.environ.get("SHUTEYE_SOAK_S", "20"))
 PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 PROMPTS = [(number, 5, 300, 9, 11, 60 + number) for number in range(3, 8)]
 VERBS = (
-    *("execute", "estimate_sleep", "save", "release", "finish_release", "restore", "undo_restore", "verify"),
-    *("canary_agrees", "check_update", "update_weights_from_file", "reload_weights", "states", "join", "reset"),
+    *("execute", "estimate_sleep", "save", "abort_save", "release", "finish_release", "residual_bytes"),
+    *("estimate_wake", "restore", "undo_restore", "verify", "canary_agrees", "weights_source", "states"),
+    *("check_update", "update_weights_from_file", "reload_weights"),
+    *("start", "allocate_kv_cache", "join", "reset"),
 )
 
 
@@ -81,7 +83,7 @@ class Soak:
 
     def fault(self):
         rank = self.random.randrange(self.ranks.executor.num_ranks)
-        how = self.random.choice(["error", "late", "full", "kill", "kill now", "stop now", "stop"])
+        how = self.random.choice(["error", "bug", "late", "full", "kill", "kill now", "stop", "stop now", "hang"])
         verb = self.random.choice(VERBS)
         self.note(rank, verb, how)
         match how:
@@ -97,6 +99,8 @@ class Soak:
         for rank in range(self.ranks.executor.num_ranks):
             self.ranks.plan_fault(rank)
         for _ in range(4):
+            if self.ranks.core.state.missing:
+                self.call(ReloadCall(), "image")
             self.call(WakeCall(), self.weights)
             sources = {*self.ranks.executor.outcomes("weights_source").values()}  # finds one that is stopped, as well
             self.ranks.step()
@@ -133,7 +137,7 @@ def test_no_schedule_of_faults_gives_a_wrong_token_or_a_hang(open_ranks, layout,
     seed = int(os.environ.get("SHUTEYE_SOAK_SEED", random.randrange(1 << 30)))
     soak = Soak(ranks, seed, {"updated": tmp_path / "new", "image": None})
     soak.learn()
-    ranks.executor._config = replace(ranks.executor._config, rank_timeout_s=3.0, step_timeout_s=3.0)
+    ranks.executor._config = replace(ranks.executor._config, rank_timeout_s=3.0, step_timeout_s=6.0)
     deadline = time.monotonic() + SOAK_S
     try:
         while time.monotonic() < deadline:
@@ -143,7 +147,7 @@ def test_no_schedule_of_faults_gives_a_wrong_token_or_a_hang(open_ranks, layout,
                 case 2:
                     soak.call(SleepCall(2, mode="keep"), "image")
                 case 3 | 4:
-                    soak.call(WakeCall(), soak.weights)
+                    soak.call(WakeCall(soak.random.choice([None, None, ["weights"], ["kv_cache"]])), soak.weights)
                 case 5:
                     soak.call(UpdateFromFileCall(str(tmp_path / "new")), "updated")
                 case 6:

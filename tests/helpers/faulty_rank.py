@@ -24,6 +24,7 @@ from shuteye.executors import rank as real
 from shuteye.state import VerifyResult
 
 WRONG = {
+    "estimate_wake": lambda found: replace(found, available_bytes=found.needed_bytes),
     "verify": lambda _found: VerifyResult(1, (0,)),
     "canary_agrees": lambda _found: False,
     "states": lambda found: (replace(found[0], residency="discarded"), *found[1:]),
@@ -92,9 +93,9 @@ def records(directory, num_ranks):
 class FaultyRank(real._Rank):
     """Looks into the file before each verb."""
 
-    def __init__(self, start):
+    def __init__(self, start, membership):
         _fail(_next_fault(start.place.rank, "start"), "start")
-        super().__init__(start)
+        super().__init__(start, membership)
 
     def _do(self, verb, arguments):
         began = time.monotonic()

@@ -27,10 +27,13 @@ def rollup(pid):
     return {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines}
 
 
-def private_bytes(pid):
-    """Memory that would be free if the process were not there."""
+def own_bytes(pid):
+    """Memory without a file, and its share of what it has with others: also pages that a fork has not yet touched.
+
+    Of a fork the private ones alone would grow as it touches, one by one, those that it began with.
+    """
     fields = rollup(pid)
-    return fields["Private_Clean"] + fields["Private_Dirty"]
+    return fields["Anonymous"] + fields["Pss_Shmem"]
 
 
 def counts(pid):

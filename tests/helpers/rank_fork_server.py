@@ -58,7 +58,6 @@ class ForkedRank:
     def __init__(self, pid, stdin):
         self.pid, self.stdin = pid, stdin
         self.returncode = None
-        self._pidfd = os.pidfd_open(pid)
 
     def poll(self):
         return self._ended(os.WNOHANG)
@@ -77,7 +76,6 @@ class ForkedRank:
                 pid, status = os.waitpid(self.pid, options)
                 if pid:
                     self.returncode = os.waitstatus_to_exitcode(status)
-                    os.close(self._pidfd)
         return self.returncode
 
     def send_signal(self, number):
@@ -100,7 +98,7 @@ def _become_rank(message, stdin, parent):
     os.setsid()
     os.dup2(stdin, 0)
     os.close(stdin)
-    sys.stdin = open(0)
+    sys.stdin = open(0)  # noqa: SIM115 (as long as the process lives)
     os.environ.clear()
     os.environ.update(message["environment"])
     module, *arguments = message["command"]
@@ -123,7 +121,7 @@ def _fork_rank(message, stdin, told):
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (as the interpreter does at the end)
         traceback.print_exc()
     finally:
         sys.stderr.flush()
@@ -132,7 +130,7 @@ def _fork_rank(message, stdin, told):
 
 def main():
     """Fork until the socket is closed."""
-    import shuteye.executors.rank  # noqa: F401
+    import shuteye.executors.rank
     import shuteye.models.decoder
     import shuteye.native.decoder
     import shuteye.tasks.generate.runner  # noqa: F401

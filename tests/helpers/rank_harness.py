@@ -40,8 +40,9 @@ class RankHarness(CoreHarness):
         return self.core.state.faulted
 
     def wake(self):
-        """Awake from whatever there is; no fault is left planned."""
+        """Awake from whatever there is, no fault is left planned; what the wake reported."""
         for rank in range(self.executor.num_ranks):
             self.plan_fault(rank)
-        self.call(WakeCall())
+        report = self.call(WakeCall())
         assert self.core.state.gate == "open"
+        return report

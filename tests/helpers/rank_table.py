@@ -1,4 +1,4 @@
-"""The transaction table of ranks as data: each step of a transition, each way in which a rank fails in it, what follows.
+"""The transaction table of ranks as data: steps of transitions, ways in which a rank fails in them, what follows.
 
 Knows nothing of how a cell is tried; `executors/test_rank_table.py` does.
 """
@@ -11,6 +11,7 @@ from typing import Literal
 from shuteye.errors import (
     BackendFailure,
     EngineFaulted,
+    InternalError,
     ShuteyeError,
     SleepFailed,
     VerificationFailed,
@@ -23,6 +24,8 @@ End = Literal["awake", "asleep", "faulted"]
 Streams = Literal["served", "failed"]
 
 DEADLINE_S = 0.7
+START_S = 4.0
+"""The deadline of a rank that is started again, which takes long on a busy machine."""
 LOST = "rank {rank} was ended by SIGKILL"
 LATE = f"rank {{rank}} was killed, as it did not answer {{verb}} within {DEADLINE_S} s"
 
@@ -88,7 +91,11 @@ ROWS = (
     Row(
         "estimate",
         *("awake", "sleep", "estimate_sleep"),
-        (Cell("error", "awake", SleepFailed, f"Still awake, nothing was touched: {INJECTED}"), *lost()),
+        (
+            Cell("error", "awake", SleepFailed, f"Still awake, nothing was touched: {INJECTED}"),
+            Cell("bug", "awake", SleepFailed, "Still awake, nothing was touched: rank {rank}: .*Injected into {verb}"),
+            *lost(),
+        ),
     ),
     Row(
         "save",
@@ -132,6 +139,15 @@ ROWS = (
         "look what is left",
         *("awake", "sleep", "residual_bytes"),
         (faulted("error", f"a rank cannot tell how much memory it has: {INJECTED}"), *lost(late="hang")),
+    ),
+    Row(
+        "estimate a wake",
+        *("asleep", "wake", "estimate_wake"),
+        (
+            Cell("error", "asleep", WakeFailed, f"Still asleep, nothing was touched, a retry may work: {INJECTED}"),
+            Cell("wrong", "asleep", WakeFailed, "Still asleep, .* for the ranks on .* together and .* are available"),
+            *lost(),
+        ),
     ),
     Row(
         "restore",
@@ -205,6 +221,7 @@ ROWS = (
         (
             Cell("error", "awake", BackendFailure, INJECTED, streams="failed"),
             Cell("late", "awake", BackendFailure, "rank {rank}: Injected after execute", streams="failed"),
+            Cell("bug", "awake", InternalError, "rank {rank}: .*Injected into execute", streams="failed"),
             *lost(error=None),
             faulted("hang", LATE, None),
         ),
@@ -231,7 +248,7 @@ ROWS = (
     Row(
         "start again",
         *("without a rank", "wake", "start"),
-        (faulted("error", "recovering failed: rank {rank}: Injected into start"), again()[0]),
+        (faulted("error", "recovering failed: rank {rank}: Injected into start"), *again()),
         dead=True,
     ),
     Row(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from shuteye.engine.sleep import GateFlags, SleepState, plan_sleep, plan_wake
+from shuteye.engine.wake_room import require_room
 from shuteye.errors import (
     CANARY_DISAGREES,
     EngineFaulted,
@@ -216,6 +217,7 @@ class SleepController:
         plan = plan_wake(state.residency("weights"), state.residency("kv_cache"), tags=tags, missing=state.missing)
         if plan == WakePlan():
             return WakeReport(changed=False, missing=state.missing, seconds=time.perf_counter() - begin)
+        self._require_room(plan)
         try:
             report = self._restore(plan, verify=self._mode, defer_canary=defer_canary and not self._distrusted)
         except WakeFailed as error:
@@ -224,6 +226,18 @@ class SleepController:
             raise
         self.set_gate(paused_by_sleep=False)
         return replace(report, seconds=time.perf_counter() - begin)
+
+    def _require_room(self, plan: WakePlan) -> None:
+        """Of several ranks each sees all of the machine's memory as its own; a rank that is alone asks by itself."""
+        if self._executor.num_ranks == 1:
+            return
+        try:
+            estimates = self._call("estimate_wake", plan)
+            require_room(zip((who.host for who in self._identities), estimates, strict=True))
+        except EngineFaulted:
+            raise
+        except ShuteyeError as error:
+            raise WakeFailed(f"Still asleep, nothing was touched, a retry may work: {error.message}") from error
 
     def check_loaded(self) -> None:
         """Compare what was just loaded with its checksums, and record the canary's first pass.

@@ -33,11 +33,13 @@ from shuteye.memory.weights import ImageWatch, Verifier, WeightsState
 from shuteye.state import (
     SleepEstimate,
     SleepPlan,
+    Tag,
     TagReport,
     TagResidency,
     TagState,
     VerifyMode,
     VerifyResult,
+    WakeEstimate,
     WakePlan,
 )
 
@@ -48,6 +50,15 @@ class _Restored:
 
     weights_before: WeightsState | None
     kv_cache: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Release:
+    """What a sleep found of a tag when it began to give it back."""
+
+    was_mapped: bool
+    resident_bytes: int
+    saved_bytes: int = 0
 
 
 class Residency:
@@ -81,6 +92,7 @@ class Residency:
         self._kv: TagResidency = "discarded"
         self._missing: set[str] = set()
         self._saved: frozenset[int] | None = None
+        self._released: dict[Tag, _Release] = {}  # by the sleep under way; `finish_release` goes on from there
         self._last_restore: _Restored | None = None
         self._epoch = first_epoch
         self.watch = ImageWatch(weights)
@@ -147,6 +159,7 @@ class Residency:
         """
         self._weights.require(plan.weights)
         self._settle()
+        self._released = {}
         if plan.weights != "offload":
             return
         self.require_intact()  # else pages that nobody wrote, or that are gone, would count as the model's
@@ -168,6 +181,18 @@ class Residency:
             BackendFailure: the kernel refused; some memory may be gone, and only `reset` is safe now.
         """
         self._weights.require(plan.weights)
+        self._released = {}
+        return self._release(plan)
+
+    def finish_release(self, plan: SleepPlan) -> tuple[TagReport, ...]:
+        """Go on with a `release` of the same plan that failed half-way, whatever it had reached; reports are of both.
+
+        Raises:
+            BackendFailure: the kernel refused again.
+        """
+        return self._release(plan)
+
+    def _release(self, plan: SleepPlan) -> tuple[TagReport, ...]:
         reports = []
         if plan.weights != "keep":
             reports.append(self._release_weights(discard=plan.weights == "discard"))
@@ -175,37 +200,12 @@ class Residency:
             reports.append(self._release_kv_cache())
         return tuple(reports)
 
-    def finish_release(self, plan: SleepPlan) -> tuple[TagReport, ...]:
-        """Go on with a `release` of the same plan that failed half-way, whatever it had reached.
-
-        Raises:
-            BackendFailure: the kernel refused again.
-        """
-        reports = []
-        if plan.weights != "keep":
-            if self._weights.is_mapped:
-                reports.append(self._release_weights(discard=plan.weights == "discard"))
-            else:
-                backing = self._backing_name(self._weights) if self._weights.residency == "offloaded" else None
-                freed = _release(self._weights_arena)
-                reports.append(TagReport("weights", self._weights.residency, backing=backing, freed_bytes=freed))
-        if plan.kv_cache == "discard":
-            if self._kv == "resident":
-                reports.append(self._release_kv_cache())
-            else:
-                freed = _release(self._require_kv_cache())
-                reports.append(TagReport("kv_cache", "discarded", freed_bytes=freed))
-        return tuple(reports)
-
     def _release_weights(self, *, discard: bool) -> TagReport:
-        before = self._weights
-        self._epoch += 1
-        saved = frozenset[int]() if discard else self._require_saved()
-        self._weights = before.discarded() if discard else before.offloaded(saved)
-        self._settle()
-        self._missing.clear()
         started = time.perf_counter()
-        freed = _release(self._weights_arena) if before.is_mapped else 0
+        release = self._released.get("weights") or self._begin_release_of_weights(discard=discard)
+        if release.was_mapped:
+            self._weights_arena.release()
+        freed = release.resident_bytes - self._weights_arena.resident_bytes() if release.was_mapped else 0
         if discard:
             self._backing.drop()
         return TagReport(
@@ -213,9 +213,22 @@ class Residency:
             self._weights.residency,
             backing=None if discard else self._backing_name(self._weights),
             freed_bytes=freed,
-            saved_bytes=sum(extent.nbytes for extent in self._weights.image.layout.extents if extent.index in saved),
+            saved_bytes=release.saved_bytes,
             seconds=time.perf_counter() - started,
         )
+
+    def _begin_release_of_weights(self, *, discard: bool) -> _Release:
+        """The weights are away from here on, whatever follows: what there was of them."""
+        self._epoch += 1
+        before = self._weights
+        saved = frozenset[int]() if discard else self._require_saved()
+        resident_bytes = self._weights_arena.resident_bytes() if before.is_mapped else 0
+        self._weights = before.discarded() if discard else before.offloaded(saved)
+        self._settle()
+        self._missing.clear()
+        saved_bytes = sum(extent.nbytes for extent in self._weights.image.layout.extents if extent.index in saved)
+        self._released["weights"] = begun = _Release(before.is_mapped, resident_bytes, saved_bytes)
+        return begun
 
     def _require_saved(self) -> frozenset[int]:
         if self._saved is None:
@@ -223,11 +236,20 @@ class Residency:
         return self._saved
 
     def _release_kv_cache(self) -> TagReport:
-        arena, before, self._kv = self._require_kv_cache(), self._kv, "discarded"
-        self._epoch += 1
-        started = time.perf_counter()
-        freed = _release(arena) if before == "resident" else 0
+        started, arena = time.perf_counter(), self._require_kv_cache()
+        release = self._released.get("kv_cache") or self._begin_release_of_kv_cache(arena)
+        if release.was_mapped:
+            arena.release()
+        freed = release.resident_bytes - arena.resident_bytes() if release.was_mapped else 0
         return TagReport("kv_cache", "discarded", freed_bytes=freed, seconds=time.perf_counter() - started)
+
+    def _begin_release_of_kv_cache(self, arena: Arena) -> _Release:
+        self._epoch += 1
+        was_mapped = self._kv == "resident"
+        resident_bytes = arena.resident_bytes() if was_mapped else 0
+        self._kv = "discarded"
+        self._released["kv_cache"] = begun = _Release(was_mapped, resident_bytes)
+        return begun
 
     def _require_kv_cache(self) -> Arena:
         if self._kv_arena is None:
@@ -249,8 +271,7 @@ class Residency:
             EngineFaulted: it could not be undone; also when weights that were mapped were being replaced.
         """
         self._settle()
-        target = self._weights.after_wake(plan.weights, self.image)
-        kv = self._require_kv_cache() if plan.kv_cache == "commit" and self._kv == "discarded" else None
+        target, kv = self._after_wake(plan)
         self._require_memory(target, kv)
         if target and "image" in target.sources:
             target.image.require_intact()
@@ -270,14 +291,31 @@ class Residency:
         self._last_restore = change
         return reports
 
-    def _require_memory(self, target: WeightsState | None, kv: Arena | None) -> None:
-        """Refuse what cannot fit, all tags together: each alone might, as nothing is touched before all is mapped."""
+    def estimate_wake(self, plan: WakePlan) -> WakeEstimate:
+        """What `restore` would take, all tags together: each alone might fit.
+
+        Raises:
+            TransitionConflict: the weights are not where the plan starts.
+        """
+        return self._wake_estimate(*self._after_wake(plan))
+
+    def _after_wake(self, plan: WakePlan) -> tuple[WeightsState | None, Arena | None]:
+        """The weights as they will be, None if they stay as they are; the KV cache's arena if it is to be mapped."""
+        target = self._weights.after_wake(plan.weights, self.image)
+        commits = plan.kv_cache == "commit" and self._kv == "discarded"
+        return target, self._require_kv_cache() if commits else None
+
+    def _wake_estimate(self, target: WeightsState | None, kv: Arena | None) -> WakeEstimate:
         weights_bytes = self._weights_arena.nbytes if target and not self._weights.is_mapped else 0
         needed = weights_bytes + (kv.nbytes if kv else 0)
-        available = self._backend.available_bytes() if needed else 0
-        if needed > available:
+        return WakeEstimate(needed, self._backend.available_bytes() if needed else 0)
+
+    def _require_memory(self, target: WeightsState | None, kv: Arena | None) -> None:
+        found = self._wake_estimate(target, kv)
+        if found.needed_bytes > found.available_bytes:
             raise MemoryExhausted(
-                f"Waking takes {needed:,} bytes of memory and {available:,} are available. Free memory and try again."
+                f"Waking takes {found.needed_bytes:,} bytes of memory and {found.available_bytes:,} are available. "
+                "Free memory and try again."
             )
 
     def _bring_back(self, target: WeightsState | None, kv: Arena | None) -> tuple[TagReport, ...]:
@@ -461,14 +499,3 @@ class Residency:
         users = (self.image, self._weights.image, undoable.image if undoable else None)
         if image not in users:
             image.close()
-
-
-def _release(arena: Arena) -> int:
-    """Release the arena; the physical bytes that this took out of the process.
-
-    Raises:
-        BackendFailure: the kernel refused, or would not say.
-    """
-    before = arena.resident_bytes()
-    arena.release()
-    return before - arena.resident_bytes()
