@@ -29,6 +29,7 @@ from shuteye.memory.backends import MemoryBackend
 from shuteye.memory.backings import Backing, BackingName, DiskBacking, HostBacking
 from shuteye.memory.image import WeightImage
 from shuteye.memory.layout import first_difference
+from shuteye.memory.release import Release
 from shuteye.memory.weights import ImageWatch, Verifier, WeightsState
 from shuteye.state import (
     SleepEstimate,
@@ -50,15 +51,6 @@ class _Restored:
 
     weights_before: WeightsState | None
     kv_cache: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Release:
-    """What a sleep found of a tag when it began to give it back."""
-
-    was_mapped: bool
-    resident_bytes: int
-    saved_bytes: int = 0
 
 
 class Residency:
@@ -92,7 +84,7 @@ class Residency:
         self._kv: TagResidency = "discarded"
         self._missing: set[str] = set()
         self._saved: frozenset[int] | None = None
-        self._released: dict[Tag, _Release] = {}  # by the sleep under way; `finish_release` goes on from there
+        self._released: dict[Tag, Release] = {}  # by the sleep under way; `finish_release` goes on from there
         self._last_restore: _Restored | None = None
         self._epoch = first_epoch
         self.watch = ImageWatch(weights)
@@ -203,9 +195,7 @@ class Residency:
     def _release_weights(self, *, discard: bool) -> TagReport:
         started = time.perf_counter()
         release = self._released.get("weights") or self._begin_release_of_weights(discard=discard)
-        if release.was_mapped:
-            self._weights_arena.release()
-        freed = release.resident_bytes - self._weights_arena.resident_bytes() if release.was_mapped else 0
+        freed = release.carry_out()
         if discard:
             self._backing.drop()
         return TagReport(
@@ -217,17 +207,17 @@ class Residency:
             seconds=time.perf_counter() - started,
         )
 
-    def _begin_release_of_weights(self, *, discard: bool) -> _Release:
+    def _begin_release_of_weights(self, *, discard: bool) -> Release:
         """The weights are away from here on, whatever follows: what there was of them."""
         self._epoch += 1
         before = self._weights
         saved = frozenset[int]() if discard else self._require_saved()
-        resident_bytes = self._weights_arena.resident_bytes() if before.is_mapped else 0
+        saved_bytes = sum(extent.nbytes for extent in before.image.layout.extents if extent.index in saved)
+        begun = Release.begin(self._weights_arena, was_mapped=before.is_mapped, saved_bytes=saved_bytes)
         self._weights = before.discarded() if discard else before.offloaded(saved)
         self._settle()
         self._missing.clear()
-        saved_bytes = sum(extent.nbytes for extent in self._weights.image.layout.extents if extent.index in saved)
-        self._released["weights"] = begun = _Release(before.is_mapped, resident_bytes, saved_bytes)
+        self._released["weights"] = begun
         return begun
 
     def _require_saved(self) -> frozenset[int]:
@@ -236,19 +226,16 @@ class Residency:
         return self._saved
 
     def _release_kv_cache(self) -> TagReport:
-        started, arena = time.perf_counter(), self._require_kv_cache()
-        release = self._released.get("kv_cache") or self._begin_release_of_kv_cache(arena)
-        if release.was_mapped:
-            arena.release()
-        freed = release.resident_bytes - arena.resident_bytes() if release.was_mapped else 0
+        started = time.perf_counter()
+        release = self._released.get("kv_cache") or self._begin_release_of_kv_cache()
+        freed = release.carry_out()
         return TagReport("kv_cache", "discarded", freed_bytes=freed, seconds=time.perf_counter() - started)
 
-    def _begin_release_of_kv_cache(self, arena: Arena) -> _Release:
+    def _begin_release_of_kv_cache(self) -> Release:
         self._epoch += 1
-        was_mapped = self._kv == "resident"
-        resident_bytes = arena.resident_bytes() if was_mapped else 0
+        begun = Release.begin(self._require_kv_cache(), was_mapped=self._kv == "resident")
         self._kv = "discarded"
-        self._released["kv_cache"] = begun = _Release(was_mapped, resident_bytes)
+        self._released["kv_cache"] = begun
         return begun
 
     def _require_kv_cache(self) -> Arena:
