@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from shuteye import LLM, AsyncEngine, EngineConfig, SamplingParams
-from shuteye.errors import EngineFaulted, ShuteyeError
+from shuteye.errors import EngineFaulted, ShuteyeError, UnsupportedModel
+from shuteye.executors.local_ranks import LocalLauncher
 from shuteye.models.converter import Order, obtain_image
 from shuteye.models.progress import no_progress
 from shuteye.parallel.shards import RankPlace
+from shuteye.testing import tiny_encoder, tiny_speech_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 PATIENCE_S = 30
@@ -133,3 +135,16 @@ def test_an_engine_process_over_two_ranks(options):
                 await engine.wake_up()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("sizes", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=["TP", "PP"])
+@pytest.mark.parametrize("make", [tiny_encoder, tiny_speech_model])
+def test_models_that_embed_or_transcribe_are_refused_before_any_rank_starts(
+    make, sizes, options, tmp_path, monkeypatch
+):
+    """Would catch processes that are started to find out, and copies that nobody asked for."""
+    monkeypatch.setattr(LocalLauncher, "start", None)
+    which = {tiny_encoder: "Models that embed or score are", tiny_speech_model: "Whisper models are"}[make]
+    with pytest.raises(UnsupportedModel, match=f"{which} served by one rank only") as refusal:
+        LLM(**options | {"model": str(make(tmp_path / "model"))}, **sizes)
+    assert refusal.value.param in sizes

@@ -93,9 +93,9 @@ def records(directory, num_ranks):
 class FaultyRank(real._Rank):
     """Looks into the file before each verb."""
 
-    def __init__(self, start):
+    def __init__(self, start, membership):
         _fail(_next_fault(start.place.rank, "start"), "start")
-        super().__init__(start)
+        super().__init__(start, membership)
 
     def _do(self, verb, arguments):
         began = time.monotonic()

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from rank_models import Ranks
+from thread_group import thread_groups
 
 from shuteye.cache.kv_cache import KVCache, kv_bytes_per_token
 from shuteye.config import DType
@@ -118,6 +120,26 @@ def load(image_store: ImageStore, tmp_path: Path) -> Iterator[Callable[..., Driv
     yield load
     for driver in drivers:
         driver.close()
+
+
+@pytest.fixture
+def load_ranks(load: Callable[..., Driver]) -> Iterator[Callable[..., Ranks]]:
+    """Load a checkpoint onto several ranks, which are threads; each with torch's own would be more than cores."""
+
+    def load_ranks(checkpoint: Path, layout: RankPlace, *, dtype: DType = "auto", native: bool = False) -> Ranks:
+        groups = thread_groups(layout)
+        return Ranks(
+            [
+                load(checkpoint, dtype=dtype, place=place, num_blocks=16, native=native, groups=groups[place.rank])
+                for place in layout.all()
+            ],
+            groups,
+        )
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield load_ranks
+    torch.set_num_threads(before)
 
 
 def reference_model(checkpoint: Path | ModelSource, dtype: torch.dtype) -> Any:

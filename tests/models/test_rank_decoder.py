@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from thread_group import on_all_ranks, thread_groups
+from rank_models import BLOCK_SIZE, LAYOUTS, NINE_ON_THREE, PROMPTS, batches, greedy
+from thread_group import on_all_ranks
 
 from shuteye.errors import InvalidRequest, UnsupportedModel
 from shuteye.models import converter
@@ -19,22 +20,12 @@ from shuteye.models.progress import no_progress
 from shuteye.models.rank_decoder import RankDecoder
 from shuteye.models.sources import resolve_source
 from shuteye.parallel.shards import EMBEDDING, RankPlace
-from shuteye.tasks.generate.plans import Chunk, StepPlan
-from shuteye.tasks.generate.runner import PackedBatch
-from shuteye.testing import tiny_encoder, tiny_model
+from shuteye.tasks.generate.plans import Chunk
+from shuteye.testing import tiny_encoder, tiny_model, tiny_speech_model
 
 really_apart = converter.make_apart
 """What the suite replaces by a conversion in its own process."""
 
-BLOCK_SIZE = 16
-NINE_ON_THREE: dict[str, Any] = {
-    "hidden_size": 72,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 8,
-    "num_layers": 3,
-    "vocab_size": 321,
-}
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "llama-tied": {},
     "llama-untied-biased": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "head_dim": 16},
@@ -45,8 +36,6 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     },
     "mistral-window": {"sliding_window": 20},
 }
-LAYOUTS = {"TP 2": (2, 1), "TP 3": (3, 1), "PP 2": (1, 2), "PP 3": (1, 3), "TP 2 × PP 2": (2, 2)}
-PROMPTS = [list(range(7, 47)), [5, 300, 9], [11]]
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
@@ -59,78 +48,6 @@ def checkpoint(request, tmp_path_factory):
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
 def layout(request):
     return RankPlace(0, *request.param)
-
-
-@dataclass
-class Ranks:
-    """A driver for each rank, stepped together."""
-
-    drivers: list[Any]
-    groups: list[Any]
-
-    @property
-    def plans(self):
-        return [driver.model.shard for driver in self.drivers]
-
-    def forward(self, batch: PackedBatch) -> list[torch.Tensor]:
-        """What each rank computed."""
-        return on_all_ranks([lambda each=each: each.model.forward(batch, each.kv_cache) for each in self.drivers])
-
-    def logits(self, batch: PackedBatch) -> torch.Tensor:
-        (found,) = (each for each, plan in zip(self.forward(batch), self.plans, strict=True) if plan.holds_sampler)
-        return found
-
-
-@pytest.fixture
-def load_ranks(load):
-    """Load a checkpoint onto several ranks, which are threads."""
-
-    def load_ranks(checkpoint, layout: RankPlace, *, dtype="auto", native=False) -> Ranks:
-        groups = thread_groups(layout)
-        return Ranks(
-            [
-                load(checkpoint, dtype=dtype, place=place, num_blocks=16, native=native, groups=groups[place.rank])
-                for place in layout.all()
-            ],
-            groups,
-        )
-
-    return load_ranks
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Several ranks at once, each with torch's threads, would be many more than there are cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def batches(steps: list[list[Chunk]]) -> list[PackedBatch]:
-    return [PackedBatch.from_plan(StepPlan(tuple(step)), block_size=BLOCK_SIZE) for step in steps]
-
-
-def greedy(forward, num_tokens: int, *, prompts=PROMPTS) -> tuple[list[list[int]], torch.Tensor]:
-    """Greedy continuations of three prompts in one batch, the first prefilled in two chunks; all logits on the way."""
-    tables = [(3, 1, 5, 4), (2, 6), (7,)]
-    tokens = [list(prompt) for prompt in prompts]
-    first = Chunk("0", tuple(tokens[0][:21]), 0, tables[0], False)  # a step that samples nothing
-    (batch,) = batches([[first]])
-    assert forward(batch).shape[0] == 0
-    computed, logits = [21, 0, 0], []
-    for _ in range(num_tokens):
-        chunks = [
-            Chunk(str(index), tuple(ids[done:]), done, tables[index], True)
-            for index, (ids, done) in enumerate(zip(tokens, computed, strict=True))
-        ]
-        (batch,) = batches([chunks])
-        found = forward(batch)
-        logits.append(found)
-        computed = [len(ids) for ids in tokens]
-        for ids, row in zip(tokens, found, strict=True):
-            ids.append(int(row.argmax()))
-    return [ids[len(prompt) :] for ids, prompt in zip(tokens, prompts, strict=True)], torch.cat(logits)
 
 
 def test_greedy_tokens_and_logits_are_those_of_one_rank(checkpoint, layout, load, load_ranks):
@@ -300,10 +217,11 @@ def test_a_written_part_is_seen_as_the_whole_tensor_is(checkpoint, load, load_ra
     [
         (lambda path: tiny_model(path, **NINE_ON_THREE), (4, 1), "tensor_parallel_size", "3 KV heads"),
         (tiny_model, (1, 3), "pipeline_parallel_size", "2 layers"),
-        (lambda path: tiny_model(path, architecture="gemma3_text"), (2, 1), "tensor_parallel_size", "'gemma3_text'"),
+        (lambda path: tiny_model(path, architecture="gpt2"), (2, 1), "tensor_parallel_size", "'gpt2'"),
         (tiny_encoder, (1, 2), "pipeline_parallel_size", "embed or score"),
+        (tiny_speech_model, (2, 1), "tensor_parallel_size", "Whisper"),
     ],
-    ids=["groups", "layers", "unrecognised", "encoder"],
+    ids=["groups", "layers", "not planned", "encoder", "speech"],
 )
 def test_what_cannot_be_split_is_refused_by_name(tmp_path, image_store, make, layout, param, said):
     source = resolve_source(str(make(tmp_path / "model")), cache_dir=tmp_path)

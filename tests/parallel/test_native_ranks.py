@@ -20,6 +20,7 @@ from shuteye.models.rank_decoder import RankGroups
 from shuteye.models.sources import resolve_source
 from shuteye.parallel.group import ShmGroup, ShmRegion
 from shuteye.parallel.shards import RankPlace
+from shuteye.tasks.canary import TOLERANCE_ULPS, fixed_tokens
 from shuteye.tasks.generate.plans import Chunk, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch
 from shuteye.testing import poison, tiny_model
@@ -104,6 +105,20 @@ def compute(world, layout, paths, images, answers):
         found = [model.forward(*step).clone() for step in steps_of(answers)]
         model.close()
     return [one.numpy() for one in found]
+
+
+def canary_numbers(world, layout, paths, images):
+    """This rank's numbers of the canary's pass."""
+    groups = join(world, layout, paths)
+    with closing(WeightImage.open(images[world.rank])) as image:
+        model = Model(image, groups)
+        found = model.forward(canary_chunk(model)).clone()
+        model.close()
+    return found.float().numpy()
+
+
+def canary_chunk(model: Model) -> Chunk:
+    return Chunk("canary", fixed_tokens(model.bound.facts.vocab_size), 0, (1,), True)
 
 
 def compute_until_aborted(world, layout, paths, images):
@@ -197,6 +212,50 @@ def test_hidden_states_are_bit_identical_across_tensor_ranks(checkpoint, images_
     assert len(first) == len(second) == 4
     for left, right in zip(first, second, strict=True):
         assert left.tobytes() == right.tobytes()
+
+
+def check_bfloat16_canary(images, alone, layout, start, *, kernels):
+    with closing(WeightImage.open(alone)) as image:
+        model = Model(image, None, kernels=kernels)
+        expected = model.forward(canary_chunk(model)).float().clone()
+        model.close()
+    ranks, _ = start(canary_numbers, layout, images)
+    found = torch.from_numpy(ranks.results()[layout[0] * (layout[1] - 1)])
+    limit = TOLERANCE_ULPS * torch.finfo(torch.bfloat16).eps * float(expected.abs().max())
+    assert float((found - expected).abs().max()) <= limit
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_bfloat16_logits_are_within_the_canarys_tolerance_of_one_ranks(checkpoint, layout, images_of, start):
+    """Would catch sums that are rounded more often than they need be."""
+    images = images_of(checkpoint, layout, "bfloat16")
+    check_bfloat16_canary(images, images_of(checkpoint, (1, 1), "bfloat16")[0], layout, start, kernels=False)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_smollm2s_bfloat16_logits_are_within_the_canarys_tolerance(smollm2, layout, images_of, start):
+    images = images_of(smollm2.name, layout, "bfloat16")
+    check_bfloat16_canary(images, images_of(smollm2.name, (1, 1), "bfloat16")[0], layout, start, kernels=False)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.parametrize("layout", (LAYOUTS | {"TP 3": (3, 1), "PP 3": (1, 3)}).values())
+def test_smollm2s_tokens_are_those_of_transformers(smollm2, smollm2_reference, layout, images_of, start):
+    """Nine query heads on three KV heads, with native kernels."""
+    model = smollm2_reference(torch.float32)
+    answers = []
+    with torch.inference_mode():
+        for prompt in PROMPTS:
+            ids = torch.tensor([prompt])
+            said = model.generate(ids, max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS, do_sample=False)
+            answers.append(said[0, len(prompt) :].tolist())
+    ranks, _ = start(compute, layout, images_of(smollm2.name, layout, "float32"), answers)
+    logits = ranks.results()[layout[0] * (layout[1] - 1)][1:]
+    said = [[int(row.argmax()) for row in step] for step in logits]
+    assert [list(answer) for answer in zip(*said, strict=True)] == answers
 
 
 @pytest.mark.parametrize("checkpoint", ["llama"], indirect=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -12,7 +12,7 @@ import zmq
 
 from shuteye.config import EngineConfig
 from shuteye.errors import MemoryExhausted
-from shuteye.executors.frames import Meeting, Start
+from shuteye.executors.frames import HeldRegion, Meeting, Start
 from shuteye.executors.links import Groups, RankLink
 from shuteye.executors.rank_process import RankProcess
 from shuteye.models.converter import Order, obtain_image
@@ -40,6 +40,10 @@ class LocalLauncher:
         """See `Launcher.groups`."""
         return Regions(self._places, epoch=epoch, timeout_s=timeout_s)
 
+    def away(self) -> Mapping[int, int]:
+        """None; see `Launcher.away`."""
+        return {}
+
     def close(self) -> None:
         """See `Launcher.close`."""
         self._context.term()
@@ -49,10 +53,9 @@ def make_images(config: EngineConfig, place: RankPlace) -> None:
     """Where the image of `place` is not there, make those of all ranks: once, rather than by each of them.
 
     Raises:
-        ShuteyeError: see `obtain_image`.
+        ShuteyeError: the model cannot be had, served or divided; no rank needs to be started to say so.
     """
-    order = Order(config.model, str(config.cache_dir), config.revision, config.dtype, config.offline, place)
-    obtain_image(order, LoggedProgress()).close()
+    obtain_image(Order.of(config, place), LoggedProgress()).close()
 
 
 def divide_cores(cores: Sequence[int], num_ranks: int) -> tuple[tuple[int, ...], ...]:
@@ -85,8 +88,8 @@ class Regions:
         """What a rank must know to join."""
         return Meeting(
             self._epoch,
-            tensor=self._tensor[place.pp_rank].path if self._tensor else None,
-            pipeline=self._pipeline[place.tp_rank].path if self._pipeline else None,
+            tensor=HeldRegion(self._tensor[place.pp_rank].path) if self._tensor else None,
+            pipeline=HeldRegion(self._pipeline[place.tp_rank].path) if self._pipeline else None,
             timeout_s=self._timeout_s,
         )
 

@@ -167,10 +167,17 @@ class _Prefill:
 
 
 class AttentionContext:
-    """What every layer of one forward pass shares: where to write, whom to read."""
+    """What every layer of one forward pass shares: where to write, whom to read.
 
-    def __init__(self, batch: PackedBatch, cache: KVCache, windows: Sequence[int | None]) -> None:
+    Args:
+        first_layer: of the model, that is the first in the cache.
+    """
+
+    def __init__(
+        self, batch: PackedBatch, cache: KVCache, windows: Sequence[int | None], *, first_layer: int = 0
+    ) -> None:
         self.cache = cache
+        self.first_layer = first_layer
         self.windows = windows
         self.rows = cache.rows(batch.slots)
         starts, lengths, tables = batch.query_starts, batch.context_lengths, batch.block_tables
@@ -268,7 +275,7 @@ def paged_attention(
     if attention_mask is not None or dropout or is_causal is False:
         check_arguments({"attention_mask": attention_mask is not None, "dropout": dropout, "non_causal": not is_causal})
     check_arguments(others)
-    layer = cast(int, module.layer_idx)
+    layer = cast(int, module.layer_idx) - context.first_layer
     assert sliding_window is None or context.windows[layer] == sliding_window
     new = (each[0].transpose(0, 1) for each in (query, key, value))
     return attend(context, layer, *new, scale=scaling)[None], None

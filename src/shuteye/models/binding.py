@@ -14,6 +14,7 @@ from shuteye.errors import ImageFailure
 from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image import WeightImage
 from shuteye.model_info import PoolingInfo, WhisperSpec
+from shuteye.parallel.module_shards import ModulePlan, ModuleSplit, plan_modules
 from shuteye.parallel.shards import DecoderShape, RankPlace, ShardPlan, plan_shards
 
 TOKENIZER_DIR = "tokenizer"
@@ -65,14 +66,26 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Of which rank of which model an image holds the part; images of whole models do not have it."""
+    """Of which rank of which model an image holds the part; images of whole models do not have it.
 
-    shape: DecoderShape
+    Attributes:
+        shape: of a model that the flat loop computes.
+        split: of a model that transformers' modules compute.
+    """
+
     place: RankPlace
+    shape: DecoderShape | None = None
+    split: ModuleSplit | None = None
+
+    @classmethod
+    def at(cls, place: RankPlace, model: DecoderShape | ModuleSplit) -> Shard:
+        """The part of `place`."""
+        return cls(place, split=model) if isinstance(model, ModuleSplit) else cls(place, shape=model)
 
     def as_metadata(self) -> dict[str, Any]:
         """What goes into the image's metadata, beside the facts of the rank's model."""
-        return {"shard": msgspec.to_builtins(self)}
+        told = {"place": self.place, "shape": self.shape, "split": self.split}
+        return {"shard": msgspec.to_builtins({name: each for name, each in told.items() if each is not None})}
 
     @classmethod
     def of(cls, image: WeightImage) -> Shard | None:
@@ -80,8 +93,11 @@ class Shard:
         return msgspec.convert(image.metadata["shard"], cls) if "shard" in image.metadata else None
 
     @property
-    def plan(self) -> ShardPlan:
+    def plan(self) -> ShardPlan | ModulePlan:
         """The rank's part of each tensor."""
+        if self.split is not None:
+            return plan_modules(self.split, self.place)
+        assert self.shape is not None
         return plan_shards(self.shape, self.place)
 
 
@@ -104,7 +120,7 @@ class BoundModel(Generic[SpecT]):
     eos_token_ids: tuple[int, ...] = ()
     pooling: PoolingInfo | None = None
     speech: WhisperSpec | None = None
-    shard: ShardPlan | None = None
+    shard: ShardPlan | ModulePlan | None = None
 
     def __init__(self, facts: SpecT, slot_names: Mapping[str, str]) -> None:
         self.facts = facts
@@ -174,7 +190,9 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _require_complete(module: nn.Module, image: WeightImage) -> None:
     tensors = [*module.named_parameters(), *module.named_buffers()]
     assert not (blank := [name for name, tensor in tensors if tensor.is_meta]), f"still without memory: {blank}"
-    unused = set(image.layout.slots) - {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    slot_names = slot_names_of(image)
+    bound = {slot_names[name] for name, _ in module.named_parameters(remove_duplicate=False)}
+    unused = set(image.layout.slots) - bound
     if unused:
         raise ImageFailure(
             f"{image.path} has tensors that {type(module).__name__} does not know: {', '.join(sorted(unused)[:5])}. "

@@ -20,7 +20,7 @@ from typing import IO
 
 import msgspec
 
-from shuteye.config import DType
+from shuteye.config import DType, EngineConfig
 from shuteye.errors import ImageFailure, InternalError, MemoryExhausted, ModelNotFound, ShuteyeError, rebuild
 from shuteye.memory.cache_dir import sweep_orphans
 from shuteye.memory.image import WeightImage
@@ -49,6 +49,17 @@ class Order:
     dtype: DType = "auto"
     offline: bool = False
     place: RankPlace = ONE_RANK
+
+    @classmethod
+    def of(cls, config: EngineConfig, place: RankPlace, *, model: str | None = None) -> Order:
+        """The image that an engine needs for a rank.
+
+        Args:
+            model: another checkpoint than the config's; its revision is not the config's then.
+        """
+        revision = config.revision if model in (None, config.model) else None
+        cache_dir = str(config.cache_dir)
+        return cls(model or config.model, cache_dir, revision, config.dtype, config.offline, place)
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):

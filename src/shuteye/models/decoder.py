@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
+from shuteye.errors import ImageFailure
 from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image import WeightImage
 from shuteye.memory.layout import Slot
@@ -17,10 +18,13 @@ from shuteye.models import attention
 from shuteye.models.attention import AttentionContext, attending
 from shuteye.models.binding import BoundModel, CommonSpec, Shard, bind_module, read_image_config, slot_names_of
 from shuteye.models.fused import INVERSE_FREQUENCIES, FusedDecoder, FusedSpec, wide_weights
+from shuteye.models.module_split import divide
 from shuteye.models.modules import build_module, quiet
 from shuteye.models.rank_decoder import RankDecoder, RankGroups, rank_weights
+from shuteye.models.rank_module import RankModule, RankModuleDecoder
 from shuteye.models.support import AttentionSpec, check
-from shuteye.parallel.shards import ShardPlan
+from shuteye.parallel.module_shards import ModulePlan
+from shuteye.parallel.shards import RankPlace, ShardPlan
 
 if TYPE_CHECKING:
     from shuteye.cache.kv_cache import KVCache
@@ -81,9 +85,9 @@ class LoadedModel(BoundModel[ImageSpec]):
     def __init__(
         self,
         facts: ImageSpec,
-        decoder: FusedDecoder | ModuleDecoder | RankDecoder,
+        decoder: FusedDecoder | ModuleDecoder | RankDecoder | RankModuleDecoder,
         slot_names: dict[str, str],
-        shard: ShardPlan | None = None,
+        shard: ShardPlan | ModulePlan | None = None,
     ) -> None:
         super().__init__(facts, slot_names)
         self.shard = shard
@@ -116,7 +120,7 @@ def bind(
         arena: need not be resident yet.
         modules: use transformers' modules even for a model that the flat loop can compute.
         native: let the flat loop use the native kernels where they can be used.
-        groups: the other ranks, if the image holds a rank's part; that is computed by the flat loop.
+        groups: the other ranks, if the image holds a rank's part.
 
     Raises:
         ImageFailure: image and module disagree; the message names the tensors.
@@ -127,10 +131,10 @@ def bind(
     shard = Shard.of(image)
     assert (shard is None) == (groups is None), "groups are for the image of a rank's part"
     if shard is not None and groups is not None:
-        model = _bind_rank(image, arena, facts, shard.plan, groups, native=native)
-        if native and shard.place.rank == 0 and not model.decoder.native_tokens:
-            logger.info("Each of %d ranks computes with torch, not with the native kernels.", shard.place.num_ranks)
-        return model
+        plan = shard.plan
+        if isinstance(plan, ModulePlan):
+            return _bind_rank_module(image, arena, facts, plan, groups)
+        return _bind_rank(image, arena, facts, plan, groups, native=native)
     decoder = None if modules else _bind_flat(image, arena, facts, slot_names, native=native)
     if decoder is not None:
         return LoadedModel(facts, decoder, slot_names)
@@ -163,7 +167,48 @@ def _bind_rank(
     frequencies = image.read_buffers()[INVERSE_FREQUENCIES]
     windows = facts.attention.windows
     decoder = RankDecoder(plan, facts.fused, weights, frequencies, windows, groups=groups, native=native)
+    if native and plan.spec.rank == 0 and not decoder.native_tokens:
+        num_ranks = plan.spec.tp_size * plan.spec.pp_size
+        logger.info("Each of %d ranks computes with torch, not with the native kernels.", num_ranks)
     return LoadedModel(facts, decoder, slot_names, plan)
+
+
+def _bind_rank_module(
+    image: WeightImage, arena: Arena, facts: ImageSpec, plan: ModulePlan, groups: RankGroups
+) -> LoadedModel:
+    config = read_image_config(image)
+    _require_same_split(image, facts, config, plan)
+    part = RankModule(
+        _blank_module(facts, config),
+        plan,
+        add_up=groups.add_up,
+        side_by_side=lambda columns: groups.side_by_side(columns, plan),
+    )
+    bind_module(part.module, image, arena)
+    part.attach_tied_head()
+    decoder = RankModuleDecoder(part, facts.attention.windows, groups, torch_dtype(facts.dtype))
+    return LoadedModel(facts, decoder, slot_names_of(image), plan)
+
+
+def _require_same_split(image: WeightImage, facts: ImageSpec, config: Any, plan: ModulePlan) -> None:
+    """If transformers has changed since the image was made, it must still divide the model so.
+
+    Raises:
+        ImageFailure: it divides the model otherwise.
+        UnsupportedModel: not at all.
+    """
+    from transformers import __version__
+
+    if facts.transformers == __version__:
+        return
+    spec = plan.spec
+    place = RankPlace(spec.rank, spec.tp_size, spec.pp_size)
+    found = divide(config, check(config), place).with_tie(plan.split.tied)
+    if found != plan.split:
+        raise ImageFailure(
+            f"{image.path} was made with transformers {facts.transformers}; {__version__} divides models of type "
+            f"{config.model_type!r} among ranks in another way. Remove the image to have it rebuilt."
+        )
 
 
 def _slots_by_name(image: WeightImage, slot_names: dict[str, str]) -> dict[str, Slot]:
@@ -171,11 +216,15 @@ def _slots_by_name(image: WeightImage, slot_names: dict[str, str]) -> dict[str, 
 
 
 def _bind_module(image: WeightImage, arena: Arena, facts: ImageSpec, config: Any) -> Any:
-    attention.register()
-    with quiet():
-        module = build_module(config, dtype=torch_dtype(facts.dtype), attention=attention.IMPLEMENTATION)
+    module = _blank_module(facts, config)
     bind_module(module, image, arena)
     return module
+
+
+def _blank_module(facts: ImageSpec, config: Any) -> Any:
+    attention.register()
+    with quiet():
+        return build_module(config, dtype=torch_dtype(facts.dtype), attention=attention.IMPLEMENTATION)
 
 
 def _current_facts(facts: ImageSpec, config: Any) -> ImageSpec:

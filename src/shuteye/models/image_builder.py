@@ -36,11 +36,13 @@ from shuteye.models.formats.checkpoint import (
 )
 from shuteye.models.formats.files import refusing
 from shuteye.models.fused import INVERSE_FREQUENCIES, FusedSpec, are_joined, group_of, layout_order, recognise
+from shuteye.models.module_split import divide
 from shuteye.models.modules import build_module, quiet, task_of, tied_names
 from shuteye.models.progress import Advanced, Finished, Progress, Started, no_progress
 from shuteye.models.sources import ModelSource
 from shuteye.models.support import AttentionSpec, check
-from shuteye.parallel.shards import HEAD, ONE_RANK, DecoderShape, Part, RankPlace, ShardPlan, plan_shards
+from shuteye.parallel.module_shards import ModulePlan, ModuleSplit
+from shuteye.parallel.shards import HEAD, ONE_RANK, DecoderShape, Part, RankPlace, ShardPlan, part_shape, plan_shards
 
 if TYPE_CHECKING:
     from shuteye.models.whisper import WhisperImageSpec
@@ -60,12 +62,21 @@ class _Model:
 
     Attributes:
         buffers: that are in no checkpoint but are needed.
-        shape: what it is split by; None if it cannot be.
+        split: what it is split by; None: one rank has all of it.
     """
 
     facts: ImageSpec | EncoderSpec | WhisperImageSpec
     buffers: Mapping[str, torch.Tensor]
-    shape: DecoderShape | None = None
+    split: DecoderShape | ModuleSplit | None = None
+
+    def split_of(self, tensors: CheckpointTensors) -> DecoderShape | ModuleSplit | None:
+        """What it is split by, with its head tied as it is in the checkpoint."""
+        match self.split:
+            case ModuleSplit() as split:
+                return split.with_tie(split.head in tensors.aliases)
+            case DecoderShape() as shape:
+                return replace(shape, tied=HEAD in tensors.aliases)
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +89,16 @@ class _Target:
 
     writer: ImageWriter
     shard: Shard | None
-    plan: ShardPlan | None
+    plan: ShardPlan | ModulePlan | None
 
     @classmethod
-    def of(cls, writer: ImageWriter, places: Iterable[RankPlace], shape: DecoderShape | None) -> _Target:
+    def of(cls, writer: ImageWriter, places: Iterable[RankPlace], split: DecoderShape | ModuleSplit | None) -> _Target:
         """The part that the writer's identity names."""
-        if shape is None:
+        if split is None:
             return cls(writer, None, None)
         (place,) = (place for place in places if place.label == writer.identity.shard)
-        return cls(writer, Shard(shape, place), plan_shards(shape, place))
+        shard = Shard.at(place, split)
+        return cls(writer, shard, shard.plan)
 
     def part_of(self, name: str, shape: tuple[int, ...]) -> Part | None:
         """What of a tensor goes here; None if nothing does."""
@@ -101,9 +113,9 @@ class _Target:
             shape, dtype = tensors.parameters[name]
             part = self.part_of(name, shape)
             if part is not None:
-                mine = tuple(len(range(*each.indices(size))) for each, size in zip(part, shape, strict=True))
                 # Parts may be smaller than a cache line; whole tensors lie where they always lay.
-                joined = self.plan is not None and bool(specs) and are_joined(specs[-1].name, name)
+                joined = isinstance(self.plan, ShardPlan) and bool(specs) and are_joined(specs[-1].name, name)
+                mine = part_shape(part, shape)
                 specs.append(TensorSpec(name, mine, dtype_name(dtype), group=group_of(name), joined=joined))
         names = {spec.name for spec in specs}
         facts = model.facts
@@ -118,6 +130,12 @@ class _Target:
             beside_bytes=beside_bytes,
         )
         return layout.nbytes
+
+    def put_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:
+        """Write those that are not of layers of other stages."""
+        for name, buffer in buffers.items():
+            if not isinstance(self.plan, ModulePlan) or self.plan.has_module(name):
+                self.writer.put_buffer(name, buffer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +194,7 @@ class _Conversion:
             blueprint = build_module(config, dtype=self.dtype, attention="eager")
         facts = _facts(config, read_generation_config(self.source), self.dtype, attention, recognise(blueprint))
         if facts.fused is None:
-            self._refuse_ranks(f"Models of type {config.model_type!r} are")
-            return _Model(facts, {})
+            return _Model(facts, {}, divide(config, attention, self.place) if self.place.num_ranks > 1 else None)
         buffers = {INVERSE_FREQUENCIES: blueprint.get_buffer(INVERSE_FREQUENCIES)}
         if self.place.num_ranks == 1:
             return _Model(facts, buffers)
@@ -208,8 +225,8 @@ class _Conversion:
         self, writers: Sequence[ImageWriter], tensors: CheckpointTensors, model: _Model, origin: Origin
     ) -> None:
         """Read each tensor once, and write to each image its part of it."""
-        shape = model.shape and replace(model.shape, tied=HEAD in tensors.aliases)
-        targets = [_Target.of(writer, self.place.all(), shape) for writer in writers]
+        split = model.split_of(tensors)
+        targets = [_Target.of(writer, self.place.all(), split) for writer in writers]
         order = layout_order(list(tensors.parameters))
         nbytes = 0
         for target in targets:
@@ -222,9 +239,8 @@ class _Conversion:
                 if part is not None:
                     target.writer.put(name, tensor[part])
             self.progress(Advanced(tensor.nbytes))
-        for writer in writers:
-            for name, buffer in (*tensors.buffers.items(), *model.buffers.items()):
-                writer.put_buffer(name, buffer)
+        for target in targets:
+            target.put_buffers({**tensors.buffers, **model.buffers})
         self.progress(Finished())
 
 
@@ -271,16 +287,16 @@ def _shape(config: Any, fused: FusedSpec, *, tied: bool) -> DecoderShape:
     )
 
 
-def _facts_of_rank(facts: ImageSpec, plan: ShardPlan) -> ImageSpec:
+def _facts_of_rank(facts: ImageSpec, plan: ShardPlan | ModulePlan) -> ImageSpec:
     """The facts of a model that has the rank's layers and heads alone."""
-    assert facts.fused is not None
     layers, num_kv_heads = plan.spec.layers, len(plan.spec.kv_groups)
     windows = facts.attention.windows[layers.start : layers.stop]
-    return replace(
-        facts,
-        attention=replace(facts.attention, num_layers=len(layers), num_kv_heads=num_kv_heads, windows=windows),
-        fused=replace(facts.fused, num_layers=len(layers), num_heads=plan.num_heads, num_kv_heads=num_kv_heads),
-    )
+    attention = replace(facts.attention, num_layers=len(layers), num_kv_heads=num_kv_heads, windows=windows)
+    if isinstance(plan, ModulePlan):
+        return replace(facts, attention=attention)
+    assert facts.fused is not None
+    fused = replace(facts.fused, num_layers=len(layers), num_heads=plan.num_heads, num_kv_heads=num_kv_heads)
+    return replace(facts, attention=attention, fused=fused)
 
 
 def _facts(

@@ -13,7 +13,7 @@ from torch.nn.functional import embedding
 from shuteye.memory.layout import Slot
 from shuteye.models.fused import FlatLoop, FusedSpec, NamedViews, Projection, RankWeights
 from shuteye.parallel.group import Group, ShmGroup
-from shuteye.parallel.shards import EMBEDDING, ShardPlan
+from shuteye.parallel.shards import EMBEDDING, RankPlan, ShardPlan
 
 if TYPE_CHECKING:
     from shuteye.cache.kv_cache import KVCache
@@ -45,6 +45,36 @@ class RankGroups:
         for group in old:
             if group is not None:
                 group.close()
+
+    # --- what a step needs of them ----------------------------------------------------------------
+
+    def receive(self, blank: Tensor, plan: RankPlan) -> Tensor | None:
+        """Hidden states of the stage before, in `blank`; None on the first."""
+        if self.pipeline is None or plan.embeds:
+            return None
+        self.pipeline.recv(blank, plan.spec.pp_rank - 1)
+        return blank
+
+    def pass_on(self, hidden: Tensor, plan: RankPlan) -> None:
+        """Hidden states go to the next stage, if there is one."""
+        if self.pipeline is not None and not plan.has_head:
+            self.pipeline.send(hidden.contiguous(), plan.spec.pp_rank + 1)
+
+    def add_up(self, product: Tensor) -> Tensor:
+        """The sum of what the ranks of a stage have of it, in place."""
+        if self.tensor is not None and product.numel():
+            self.tensor.all_reduce(product)
+        return product
+
+    def side_by_side(self, logits: Tensor, plan: RankPlan) -> Tensor:
+        """All ranks' columns on the rank that holds the sampler; [num_sampled, columns of each]."""
+        if self.tensor is None:
+            return logits
+        if not len(logits):
+            return logits.new_empty((0, plan.vocab_size))
+        gathered = self.tensor.gather(logits.contiguous(), [len(part) for part in plan.vocabularies])
+        assert (gathered is not None) == plan.holds_sampler
+        return logits if gathered is None else gathered
 
 
 def rank_weights(
@@ -99,7 +129,6 @@ class RankDecoder(FlatLoop):
         super().__init__(facts, weights, inverse_frequencies, windows, native=native)
         self._plan = plan
         self._groups = groups
-        self._widths = [len(part) for part in plan.vocabularies]
 
     def forward(self, batch: PackedBatch, kv_cache: KVCache) -> Tensor:
         """Compute the rank's part of a step: take what the stage before sends, and send on.
@@ -108,14 +137,9 @@ class RankDecoder(FlatLoop):
             On the rank that holds the sampler, logits [num_sampled, vocab_size]. On others what they computed of
             it: their own columns of the logits, or the hidden states [num_tokens, hidden_size] that they sent.
         """
-        pipeline, stage = self._groups.pipeline, self._plan.spec.pp_rank
-        hidden = None
-        if pipeline is not None and not self._plan.embeds:
-            hidden = self._blank_hidden(batch.num_tokens)
-            pipeline.recv(hidden, stage - 1)
+        hidden = self._groups.receive(self._blank_hidden(batch.num_tokens), self._plan)
         found = self.compute(batch, kv_cache, hidden)
-        if pipeline is not None and not self._plan.has_head:
-            pipeline.send(found, stage + 1)
+        self._groups.pass_on(found, self._plan)
         return found
 
     def compute(self, batch: PackedBatch, kv_cache: KVCache, hidden_in: Tensor | None) -> Tensor:
@@ -132,7 +156,7 @@ class RankDecoder(FlatLoop):
             found = self._compute_natively(batch, kv_cache, hidden_in=hidden_in, group=group)
         if found is None:
             found = self._compute_in_torch(batch, kv_cache, hidden_in)
-        return self._side_by_side(found) if self._plan.has_head else found
+        return self._groups.side_by_side(found, self._plan) if self._plan.has_head else found
 
     def _compute_in_torch(self, batch: PackedBatch, kv_cache: KVCache, hidden_in: Tensor | None) -> Tensor:
         """Hidden states, or the rank's columns of the logits."""
@@ -149,16 +173,4 @@ class RankDecoder(FlatLoop):
         return torch.empty((num_tokens, self._plan.shape.hidden_size), dtype=self._dtype)
 
     def _whole(self, product: Tensor) -> Tensor:
-        if self._groups.tensor is not None and product.numel():
-            self._groups.tensor.all_reduce(product)
-        return product
-
-    def _side_by_side(self, logits: Tensor) -> Tensor:
-        """All ranks' columns on the rank that holds the sampler."""
-        if self._groups.tensor is None:
-            return logits
-        if not len(logits):
-            return logits.new_empty((0, self._plan.shape.vocab_size))
-        gathered = self._groups.tensor.gather(logits, self._widths)
-        assert (gathered is not None) == self._plan.holds_sampler
-        return logits if gathered is None else gathered
+        return self._groups.add_up(product)

@@ -17,6 +17,8 @@ import torch
 from shuteye.errors import UnsupportedModel
 from shuteye.models.attention import check_arguments
 from shuteye.models.modules import build_module, model_class, quiet, task_of
+from shuteye.models.rank_module import RankModule
+from shuteye.parallel.module_shards import ModulePlan
 
 _IMPLEMENTATION = "shuteye_probe"
 _NUM_TOKENS = 8
@@ -63,30 +65,62 @@ def probe_attention(config: Any) -> AttentionSpec:
     Raises:
         UnsupportedModel: it needs something that paged attention or a KV cache cannot give; the message says what.
     """
+    with _examining(config) as recorder:
+        module = build_module(config, dtype=torch.bfloat16, attention=_IMPLEMENTATION, buffers_on_meta=True)
+        _refuse_unusual_positions(module)
+        positions = torch.arange(_NUM_TOKENS, device="meta")[None]
+        module(input_ids=positions, **_inputs(recorder), logits_to_keep=_wanted())
+    return _facts(recorder, module.config.num_hidden_layers)
+
+
+def probe_part(config: Any, plan: ModulePlan, attention: AttentionSpec) -> None:
+    """Run a rank's part of the model of `config` on meta, as if other ranks were there.
+
+    Args:
+        attention: of the whole model.
+
+    Raises:
+        UnsupportedModel: its modules do not compute with parts of that size; the message says what.
+    """
+    with _examining(config) as recorder:
+        module = build_module(config, dtype=torch.bfloat16, attention=_IMPLEMENTATION, buffers_on_meta=True)
+        part = RankModule(module, plan, add_up=lambda _: None, side_by_side=lambda columns: columns)
+        part.attach_tied_head()
+        blank = torch.empty((_NUM_TOKENS, plan.split.hidden_size), dtype=torch.bfloat16, device="meta")
+        positions = torch.arange(_NUM_TOKENS, device="meta")[None]
+        found = part(positions, None if plan.embeds else blank, wanted=_wanted(), **_inputs(recorder))
+    wanted = dict.fromkeys(plan.spec.layers, (len(plan.spec.kv_groups), attention.head_dim))
+    if recorder.shapes != wanted or (not plan.has_head and (found.shape, found.dtype) != (blank.shape, blank.dtype)):
+        raise UnsupportedModel(
+            f"Layers of a part of model type {config.model_type!r} attend with {recorder.shapes} (heads, head size), "
+            f"expected {wanted}, and give {found.dtype} {tuple(found.shape)}, expected {blank.dtype} "
+            f"{tuple(blank.shape)} where another stage follows. Serve it from one rank: leave out tensor_parallel_size "
+            "and pipeline_parallel_size."
+        )
+
+
+@contextmanager
+def _examining(config: Any) -> Iterator[_Recorder]:
+    """Whatever a model's own code stumbles over inside is why it is refused."""
     _register()
     with _recording() as recorder, quiet(), torch.no_grad():
         try:
-            module = build_module(config, dtype=torch.bfloat16, attention=_IMPLEMENTATION, buffers_on_meta=True)
-            _refuse_unusual_positions(module)
-            _run(module, recorder)
+            yield recorder
         except (UnsupportedModel, AssertionError):
             raise
         except Exception as error:
             raise UnsupportedModel(
                 f"Model type {config.model_type!r} could not be examined: {type(error).__name__}: {error}"
             ) from error
-    return _facts(recorder, module.config.num_hidden_layers)
 
 
-def _run(module: Any, recorder: _Recorder) -> None:
+def _inputs(recorder: _Recorder) -> dict[str, Any]:
     positions = torch.arange(_NUM_TOKENS, device="meta")[None]
-    module(
-        input_ids=positions,
-        position_ids=positions,
-        cache=_cache_spy(recorder),
-        use_cache=True,
-        logits_to_keep=torch.zeros(1, dtype=torch.int64, device="meta"),
-    )
+    return {"position_ids": positions, "cache": _cache_spy(recorder), "use_cache": True}
+
+
+def _wanted() -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int64, device="meta")
 
 
 def _facts(recorder: _Recorder, num_layers: int) -> AttentionSpec:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NoReturn, Protocol
 
 from shuteye.errors import InvalidRequest, UnsupportedModel
 
@@ -22,8 +23,16 @@ together (two tiles of 16 rows, or one step of 32 in depth), and 64 bytes of bfl
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
-Part = tuple[slice, ...]
-"""Of a tensor, one slice per dimension."""
+Part = tuple[slice | list[int], ...]
+"""Of a tensor, per dimension a slice, or the indices where the part is not in one piece."""
+
+
+def part_shape(part: Part, shape: Sequence[int]) -> tuple[int, ...]:
+    """What is left of a tensor of `shape`."""
+    return tuple(
+        len(range(*each.indices(size)) if isinstance(each, slice) else each)
+        for each, size in zip(part, shape, strict=True)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +139,27 @@ def even_ranges(total: int, num_parts: int, *, multiple: int = 1) -> tuple[range
     return tuple(range(begin, end) for begin, end in pairwise(ends))
 
 
-def stage_layers(shape: DecoderShape, *, tp_size: int, pp_size: int) -> tuple[range, ...]:
+class StageSizes(Protocol):
+    """What stages are made equal by."""
+
+    @property
+    def num_layers(self) -> int:
+        """Of the whole model."""
+
+    @property
+    def tied(self) -> bool:
+        """The head's rows are the embedding's."""
+
+    @property
+    def layer_numel(self) -> int:
+        """Numbers in one layer's matrices."""
+
+    @property
+    def embedding_numel(self) -> int:
+        """Numbers in the embedding, and as many in the head."""
+
+
+def stage_layers(shape: StageSizes, *, tp_size: int, pp_size: int) -> tuple[range, ...]:
     """The layers of each stage, so that the largest rank has as few bytes as possible.
 
     The first stage has the embedding beside its layers, whole on every rank; the last a rank's share of the head.
@@ -180,15 +209,33 @@ def _refuse_too_many(shape: DecoderShape, place: RankPlace) -> None:
         (shape.intermediate_size, "rows in its MLP"),
         (shape.vocab_size, "tokens in its vocabulary"),
     ):
-        if place.tp_size > count:
-            raise UnsupportedModel(
-                f"tensor_parallel_size is {place.tp_size}, and the model has {count} {what}; use at most {count}.",
-                param="tensor_parallel_size",
-            )
-    if place.pp_size > shape.num_layers:
+        refuse_more_ranks_than(count, what, place)
+    refuse_more_stages_than_layers(place, shape.num_layers)
+
+
+def refuse_more_ranks_than(count: int, what: str, place: RankPlace) -> None:
+    """Every rank of a stage has at least one of what is split.
+
+    Raises:
+        UnsupportedModel: there are not enough of them.
+    """
+    if place.tp_size > count:
         raise UnsupportedModel(
-            f"pipeline_parallel_size is {place.pp_size}, and the model has {shape.num_layers} layers; use at most "
-            f"{shape.num_layers}.",
+            f"tensor_parallel_size is {place.tp_size}, and the model has {count} {what}; use at most {count}.",
+            param="tensor_parallel_size",
+        )
+
+
+def refuse_more_stages_than_layers(place: RankPlace, num_layers: int) -> None:
+    """Every stage has at least one layer.
+
+    Raises:
+        UnsupportedModel: there are not enough of them.
+    """
+    if place.pp_size > num_layers:
+        raise UnsupportedModel(
+            f"pipeline_parallel_size is {place.pp_size}, and the model has {num_layers} layers; use at most "
+            f"{num_layers}.",
             param="pipeline_parallel_size",
         )
 
@@ -226,14 +273,11 @@ _ADDED_ONCE = frozenset({"self_attn.o_proj.bias", "mlp.down_proj.bias"})
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-@dataclass(frozen=True, slots=True)
-class ShardPlan:
-    """One rank's part of each tensor of a decoder."""
+class RankPlan:
+    """What one rank has to do, however the model is split."""
 
-    shape: DecoderShape
+    __slots__ = ()
     spec: RankSpec
-
-    # --- what the rank has to do --------------------------------------------------------------------
 
     @property
     def embeds(self) -> bool:
@@ -251,30 +295,19 @@ class ShardPlan:
         return self.has_head and self.spec.tp_rank == 0
 
     @property
-    def num_heads(self) -> int:
-        """Query heads of this rank."""
-        return len(self.spec.kv_groups) * self.shape.num_heads // self.shape.num_kv_heads
-
-    @property
-    def intermediate(self) -> range:
-        """Its rows of gate and up, which are its columns of down."""
-        return even_ranges(self.shape.intermediate_size, self.spec.tp_size, multiple=ROW_MULTIPLE)[self.spec.tp_rank]
+    def vocab_size(self) -> int:
+        """Tokens of the whole model."""
+        raise NotImplementedError
 
     @property
     def vocabularies(self) -> tuple[range, ...]:
         """The tokens whose logits each rank of the last stage computes, by tp_rank."""
-        return even_ranges(self.shape.vocab_size, self.spec.tp_size, multiple=ROW_MULTIPLE)
+        return even_ranges(self.vocab_size, self.spec.tp_size, multiple=ROW_MULTIPLE)
 
     @property
     def vocabulary(self) -> range:
         """Those of this rank, if it has a head."""
         return self.vocabularies[self.spec.tp_rank]
-
-    def kv_bytes_per_token(self, *, itemsize: int) -> int:
-        """Bytes of one token's keys and values on this rank; others may have more or fewer."""
-        return 2 * len(self.spec.layers) * len(self.spec.kv_groups) * self.shape.head_dim * itemsize
-
-    # --- tensors ------------------------------------------------------------------------------------
 
     def part_of(self, name: str, shape: Sequence[int]) -> Part | None:
         """The rank's part of the checkpoint's tensor `name`; None if it holds nothing of it.
@@ -285,6 +318,56 @@ class ShardPlan:
         Raises:
             InvalidRequest: the model has no tensor of that name, or of another shape.
         """
+        raise NotImplementedError
+
+
+def refuse_name(name: str) -> NoReturn:
+    """Say that the model has no such tensor."""
+    raise InvalidRequest(f"{name!r} is not a tensor of this model.", param=name)
+
+
+def require_shape(name: str, shape: Sequence[int], expected: Sequence[int]) -> None:
+    """Refuse a tensor of another shape.
+
+    Raises:
+        InvalidRequest: says both.
+    """
+    if tuple(shape) != tuple(expected):
+        raise InvalidRequest(f"{name!r} has shape {tuple(shape)}, expected {tuple(expected)}.", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan(RankPlan):
+    """One rank's part of each tensor of a Llama-like decoder."""
+
+    shape: DecoderShape
+    spec: RankSpec
+
+    # --- what the rank has to do --------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the whole model."""
+        return self.shape.vocab_size
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of this rank."""
+        return len(self.spec.kv_groups) * self.shape.num_heads // self.shape.num_kv_heads
+
+    @property
+    def intermediate(self) -> range:
+        """Its rows of gate and up, which are its columns of down."""
+        return even_ranges(self.shape.intermediate_size, self.spec.tp_size, multiple=ROW_MULTIPLE)[self.spec.tp_rank]
+
+    def kv_bytes_per_token(self, *, itemsize: int) -> int:
+        """Bytes of one token's keys and values on this rank; others may have more or fewer."""
+        return 2 * len(self.spec.layers) * len(self.spec.kv_groups) * self.shape.head_dim * itemsize
+
+    # --- tensors ------------------------------------------------------------------------------------
+
+    def part_of(self, name: str, shape: Sequence[int]) -> Part | None:
+        """See `RankPlan.part_of`."""
         match = _LAYER.fullmatch(name)
         if match and int(match[1]) < self.shape.num_layers:
             dimensions, mine = _DIMENSIONS.get(match[2]), self._has_in_layer(int(match[1]), match[2])
@@ -294,11 +377,9 @@ class ShardPlan:
         else:
             dimensions, mine = _LAST_DIMENSIONS.get(name), self.has_head
         if dimensions is None:
-            raise InvalidRequest(f"{name!r} is not a tensor of this model.", param=name)
+            refuse_name(name)
         full = self._full_sizes()
-        expected = tuple(full[dimension] for dimension in dimensions)
-        if tuple(shape) != expected:
-            raise InvalidRequest(f"{name!r} has shape {tuple(shape)}, expected {expected}.", param=name)
+        require_shape(name, shape, [full[dimension] for dimension in dimensions])
         return self._slices(dimensions) if mine else None
 
     def _has_in_layer(self, layer: int, leaf: str) -> bool:
