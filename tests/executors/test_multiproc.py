@@ -265,8 +265,12 @@ def test_requests_in_flight_are_kept_over_a_sleep(ranks, harness):
 
 @pytest.mark.parametrize(
     ("fault", "ends", "faulted"),
-    [("save error", "length", False), ("save kill", "length", True), ("release late", "abort", False)]
-    + [("release kill", "abort", True)],
+    [
+        ("save error", "length", False),
+        ("save kill", "length", True),
+        ("release late", "abort", False),
+        ("release kill", "abort", True),
+    ],
 )
 def test_requests_that_a_sleep_is_to_abort_end_once_it_cannot_fail_any_more(ranks, harness, fault, ends, faulted):
     """Would catch requests that were aborted for a sleep that never came, and those that nobody ends."""
