@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from shuteye.memory.arena import Arena
+from shuteye.memory.release import Release
 from shuteye.state import TagReport, TagResidency, TagState
 
 
@@ -18,7 +19,7 @@ class KVCacheMemory:
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
         self.residency: TagResidency = "discarded"
-        self._resident_before: int | None = None  # bytes when the release under way began; None: there is none
+        self._released: Release | None = None  # by the sleep under way
 
     def state(self) -> TagState:
         """Where it is, measured now.
@@ -30,7 +31,7 @@ class KVCacheMemory:
 
     def begin_release(self) -> None:
         """The next `release` is another sleep's."""
-        self._resident_before = None
+        self._released = None
 
     def release(self) -> TagReport:
         """Give it back; after an error the next call goes on, and reports what both have freed.
@@ -39,10 +40,9 @@ class KVCacheMemory:
             BackendFailure: the kernel refused; it counts as discarded all the same.
         """
         started = time.perf_counter()
-        if self._resident_before is None:
-            self._resident_before = self.arena.resident_bytes() if self.residency == "resident" else 0
-        self.discard()
-        freed = self._resident_before - self.arena.resident_bytes()
+        release = self._released or Release.begin(self.arena, was_mapped=self.residency == "resident")
+        self.residency, self._released = "discarded", release
+        freed = release.carry_out()
         return TagReport("kv_cache", "discarded", freed_bytes=freed, seconds=time.perf_counter() - started)
 
     def discard(self) -> None:

@@ -30,6 +30,7 @@ from shuteye.memory.backings import Backing, BackingName, DiskBacking, HostBacki
 from shuteye.memory.image import WeightImage
 from shuteye.memory.kv_cache_memory import KVCacheMemory
 from shuteye.memory.layout import first_difference
+from shuteye.memory.release import Release
 from shuteye.memory.weights import ImageWatch, Verifier, WeightsState
 from shuteye.state import (
     SleepEstimate,
@@ -49,15 +50,6 @@ class _Restored:
 
     weights_before: WeightsState | None
     kv_cache: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Release:
-    """What a sleep found of the weights when it began to give them back."""
-
-    was_mapped: bool
-    resident_bytes: int
-    saved_bytes: int
 
 
 class Residency:
@@ -90,7 +82,7 @@ class Residency:
         self._kv_cache: KVCacheMemory | None = None
         self._missing: set[str] = set()
         self._saved: frozenset[int] | None = None
-        self._released: _Release | None = None  # by the sleep under way; `finish_release` goes on from there
+        self._released: Release | None = None  # of the weights; `finish_release` goes on from there
         self._last_restore: _Restored | None = None
         self._epoch = first_epoch
         self.watch = ImageWatch(weights)
@@ -204,9 +196,7 @@ class Residency:
     def _release_weights(self, *, discard: bool) -> TagReport:
         started = time.perf_counter()
         release = self._released or self._begin_release_of_weights(discard=discard)
-        if release.was_mapped:
-            self._weights_arena.release()
-        freed = release.resident_bytes - self._weights_arena.resident_bytes() if release.was_mapped else 0
+        freed = release.carry_out()
         if discard:
             self._backing.drop()
         return TagReport(
@@ -218,17 +208,17 @@ class Residency:
             seconds=time.perf_counter() - started,
         )
 
-    def _begin_release_of_weights(self, *, discard: bool) -> _Release:
+    def _begin_release_of_weights(self, *, discard: bool) -> Release:
         """The weights are away from here on, whatever follows: what there was of them."""
         self._epoch += 1
         before = self._weights
         saved = frozenset[int]() if discard else self._require_saved()
-        resident_bytes = self._weights_arena.resident_bytes() if before.is_mapped else 0
+        saved_bytes = sum(extent.nbytes for extent in before.image.layout.extents if extent.index in saved)
+        begun = Release.begin(self._weights_arena, was_mapped=before.is_mapped, saved_bytes=saved_bytes)
         self._weights = before.discarded() if discard else before.offloaded(saved)
         self._settle()
         self._missing.clear()
-        saved_bytes = sum(extent.nbytes for extent in self._weights.image.layout.extents if extent.index in saved)
-        self._released = begun = _Release(before.is_mapped, resident_bytes, saved_bytes)
+        self._released = begun
         return begun
 
     def _require_saved(self) -> frozenset[int]:
