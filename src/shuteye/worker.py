@@ -5,6 +5,7 @@ Knows nothing of scheduling, or of when to sleep; it does what plans say and rep
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -21,6 +22,7 @@ from shuteye.errors import CANARY_DISAGREES, ImageFailure, InternalError, Invali
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends import MemoryBackend, open_backend
 from shuteye.memory.image import WeightImage
+from shuteye.memory.image_store import ImageStore
 from shuteye.memory.residency import Residency
 from shuteye.model_info import ModelSpec
 from shuteye.models.binding import TOKENIZER_DIR, Origin
@@ -32,6 +34,8 @@ from shuteye.parallel.shards import ONE_RANK, Part, RankPlace
 from shuteye.state import RankIdentity, SleepPlan, TagReport, UpdateReport, WakePlan
 from shuteye.tasks.canary import Canary
 from shuteye.tasks.table import Plan, Result, RunnerSetup, task_of_image
+
+logger = logging.getLogger(__name__)
 
 VERBS: Mapping[str, str] = {
     # what may be asked of a rank → the method that does it, from the worker down
@@ -70,6 +74,7 @@ class Worker:
         place: which rank this is.
         groups: the other ranks, if there are any.
         first_epoch: of its memory; more than what a rank in this place before it has reached.
+        image_key: the image to serve, whatever has become of the checkpoint; another is made only if it is gone.
 
     Attributes:
         residency: the rank's memory: where it is, and how it gets elsewhere.
@@ -89,6 +94,7 @@ class Worker:
         place: RankPlace = ONE_RANK,
         groups: RankGroups | None = None,
         first_epoch: int = 0,
+        image_key: str | None = None,
     ) -> None:
         self._config = config
         self._place = place
@@ -98,7 +104,7 @@ class Worker:
         self._num_updates = 0
         self._canary_deferred = False
         with ExitStack() as undo:
-            self._image = image = self._open_image(config.model)
+            self._image = image = self._open_image(config.model, image_key)
             undo.callback(image.close)
             self._version = self._image_version
             self._weights = Arena.reserve(self.backend, tag="weights", nbytes=image.layout.nbytes)
@@ -155,7 +161,12 @@ class Worker:
         directory = self._image.path / TOKENIZER_DIR
         return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
 
-    def _open_image(self, model: str) -> WeightImage:
+    def _open_image(self, model: str, key: str | None = None) -> WeightImage:
+        if key is not None:
+            try:
+                return ImageStore(self._config.cache_dir).open_key(key)
+            except ImageFailure as failure:
+                logger.warning("%s The image is made again of %s.", failure.message, model)
         order = Order.of(self._config, self._place, model=model)
         return obtain_image(order, LoggedProgress())
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shuteye.calls import ReloadCall, RpcCall, SleepCall, UpdateCall, UpdateFromFileCall, WakeCall
+from shuteye.calls import PauseCall, ReloadCall, RpcCall, SleepCall, UpdateCall, UpdateFromFileCall, WakeCall
 from shuteye.errors import (
     EngineFaulted,
     InvalidRequest,
@@ -355,6 +355,41 @@ def test_requests_are_kept_only_so_long(ranks, monkeypatch):
     skip[0] = 61.0
     ranks.step()
     assert isinstance(ranks.ended["impatient"], EngineFaulted)
+
+
+def test_requests_are_kept_only_so_long_though_a_recovery_ended_asleep(ranks, monkeypatch):
+    """Would catch requests that wait for ever for an image that is damaged, of a server that says it is well."""
+    monkeypatch.setattr(time, "monotonic", functools.partial(_later, time.monotonic, skip := [0.0]))
+    ranks.add("asleep", PROMPT, LONG)
+    ranks.step()
+    ranks.kill(1)
+    ranks.wait_for_fault()
+    ranks.plan_fault(0, "verify wrong")
+    with pytest.raises(VerificationFailed):
+        ranks.call(WakeCall())
+    assert ranks.core.state.faulted is None
+    ranks.step()
+    skip[0] = 61.0
+    ranks.step()
+    assert isinstance(ranks.ended["asleep"], EngineFaulted)
+
+
+@pytest.mark.parametrize("call", [SleepCall(1, mode="wait"), PauseCall("wait")])
+def test_a_drain_ends_with_a_rank(ranks, expected, call):
+    """Would catch a wake that waits behind a drain, which waits for requests, which wait for the wake."""
+    name = f"drained-{call.verb}"
+    ranks.add(name, PROMPT, LONG)
+    ranks.step()
+    answers = ranks.submit(call)
+    ranks.step()
+    assert not answers
+    ranks.kill(1)
+    ranks.wait_for_fault()
+    ranks.step()
+    assert [type(answer) for answer in answers] == [EngineFaulted]
+    ranks.wake()
+    ranks.run()
+    assert ranks.tokens[name][: len(expected)] == expected
 
 
 def _later(clock, skip):

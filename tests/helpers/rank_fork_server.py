@@ -40,7 +40,11 @@ class RankForkServer:
     def spawn(self, command):
         """A rank process, as `subprocess.Popen` would have it."""
         stdin, ours = os.pipe()
-        message = {"command": command[2:], "environment": dict(os.environ), "parent": os.getpid()}
+        message = {
+            "command": command[command.index("-m") :][1:],
+            "environment": dict(os.environ),
+            "parent": os.getpid(),
+        }
         socket.send_fds(self._socket, [json.dumps(message).encode()], [stdin])
         os.close(stdin)
         return ForkedRank(int(self._socket.recv(LONGEST_MESSAGE)), open(ours, "wb"))

@@ -136,7 +136,7 @@ def test_a_stream_is_there_before_its_end_and_ends_with_its_client(app):
     body = GREEDY | {"prompt": "a", "max_tokens": 480, "stream": True}
     with app.http.stream("POST", "/v1/completions", json=body) as response:
         next(response.iter_lines())
-        assert app.state()["stats"]["num_running"] == 1
+        wait_for(lambda: app.state()["stats"]["num_running"] == 1, "the request's place in the batch", 5)
     wait_for(lambda: app.state()["stats"]["num_running"] == 0, "the end of the request", 10)
     assert app.state()["stats"]["num_generation_tokens_total"] - before < 480
 

@@ -248,7 +248,7 @@ class SleepController:
         try:
             self._check_bytes("off" if self._verify == "off" else "full")
             self._check_canary()
-            self._weights_source()
+            self._kept_source = self._weights_source()
         except VerificationFailed as error:
             images = [Path(facts.image_dir) for facts in self._executor.call("facts")]
             image, names = images[0], " ".join(image.name for image in images)
@@ -268,7 +268,7 @@ class SleepController:
             if reloaded:
                 self._check_bytes(self._mode)
             self._check_canary()
-            self._weights_source()
+            self._kept_source = self._weights_source()
         except EngineFaulted:
             raise
         except ShuteyeError as error:
@@ -296,6 +296,8 @@ class SleepController:
                 raise
             hope = "" if isinstance(error, ImageFailure) else ", a retry may work"
             raise WakeFailed(f"Still asleep{hope}: {error.message}") from error
+        if not self.state.missing:
+            self._kept_source = source
         return WakeReport(
             changed=True,
             tags=reports,
@@ -399,8 +401,6 @@ class SleepController:
         sources: list[str] = self._call("weights_source")
         if len({*sources}) > 1:
             raise self.fault(f"the ranks have different weights: {', '.join(sources)}")
-        if not self.state.missing:
-            self._kept_source = sources[0]
         return sources[0]
 
     def look_after_ranks(self) -> None:
@@ -412,11 +412,15 @@ class SleepController:
             self._mark_dead()
 
     def _mark_dead(self) -> None:
+        """What the dead held is gone: it is neither theirs any more, nor in the sum."""
         how = {failure.rank: failure.how for failure in self._executor.failures()}
-        ranks = self.state.ranks
-        self._set(
-            ranks=tuple(replace(one, tags=(), failure=how[one.rank]) if one.rank in how else one for one in ranks)
+        ranks = [replace(one, tags=(), failure=how[one.rank]) if one.rank in how else one for one in self.state.ranks]
+        left = [tag for one in ranks for tag in one.tags]
+        tags = (
+            replace(tag, resident_bytes=sum(one.resident_bytes for one in left if one.tag == tag.tag))
+            for tag in self.state.tags
         )
+        self._set(ranks=tuple(ranks), tags=tuple(tags))
 
     def step_ended(self, *, well: bool) -> None:
         """The canary that went with a step has agreed; after an error, some ranks may know it and some not."""

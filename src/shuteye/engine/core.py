@@ -75,6 +75,7 @@ class EngineCore:
         # Times are of the monotonic clock, in seconds.
         self._refreshed_at = time.monotonic()
         self._give_up_at: float | None = None  # what a fault has caught
+        self._fault_reason = ""
         self._waking_for_requests = False
         self._num_restarts = 0  # of ranks, that the scheduler knows of
 
@@ -227,16 +228,23 @@ class EngineCore:
         self._transitions.submit(WakeForRequests(), answer)
 
     def _give_up_after_fault(self) -> None:
-        """Requests in flight wait for a fault to be recovered, but only for `hold_timeout_s`; then they fail."""
-        reason = self._sleep.state.faulted
-        if reason is None or not (self._scheduler.has_unfinished or self._held):
+        """Requests in flight wait for a fault to be recovered, but only for `hold_timeout_s`; then they fail.
+
+        A recovery that ends asleep, as the wake that it is part of has failed, is none for them.
+        """
+        state = self._sleep.state
+        if state.faulted is not None:
+            self._fault_reason = state.faulted
+        recovered = state.faulted is None and not (state.is_sleeping and self._give_up_at is not None)
+        if recovered or not (self._scheduler.has_unfinished or self._held):
             self._give_up_at = None
             return
         now = time.monotonic()
         if self._give_up_at is None:
             self._give_up_at = now + self.config.hold_timeout_s
         elif now >= self._give_up_at:
-            error = info_of(EngineFaulted(f"The engine is faulted ({reason}), and was not recovered in time."))
+            reason = self._fault_reason
+            error = info_of(EngineFaulted(f"The engine was faulted ({reason}), and not recovered in time."))
             self._deltas += [RequestDelta(one.request_id, error=error) for one in self._scheduler.abort_all()]
             self._deltas += self._held.fail(error)
             self._give_up_at = None

@@ -300,6 +300,7 @@ class Transitions:
             return
         deadline = time.monotonic() + allowed_s
         while self._scheduler.has_unfinished:
+            self._sleep.refuse_if_faulted()  # they wait for a wake, which would wait for this
             if time.monotonic() > deadline:
                 unfinished = self._scheduler.num_running + self._scheduler.num_waiting
                 raise DrainTimeout(

@@ -80,6 +80,7 @@ class Start(msgspec.Struct, frozen=True):
     Attributes:
         engine: of a rank whose engine may be on another machine.
         cores: on which alone it may run; empty: anywhere.
+        image_key: the image that another rank in this place had mapped; None if this is the first.
     """
 
     config: EngineConfig
@@ -87,6 +88,7 @@ class Start(msgspec.Struct, frozen=True):
     meeting: Meeting
     cores: tuple[int, ...] = ()
     engine: EngineAddress | None = None
+    image_key: str | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True):

@@ -35,7 +35,7 @@ class RankLink(Protocol):
         """The next reply, if one has come."""
 
     def check(self) -> None:
-        """On the watching thread, every second: kill it if it has shown no life for `EngineConfig.rank_timeout_s`."""
+        """On the watching thread, every second: kill it if it has shown no life for `EngineConfig.hang_timeout_s`."""
 
     def kill(self, why: str) -> None:
         """End it, also if it is stopped or out of reach; its end is seen as any other."""

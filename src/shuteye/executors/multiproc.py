@@ -37,6 +37,8 @@ _GRACE_S = 1.0
 """After a deadline, how long a rank that only waited for another one may take to say so."""
 _END_S = 10.0
 """How long a rank that was killed may take to be gone."""
+_LONGEST_POLL_S = 3600.0
+"""ZeroMQ counts milliseconds in a C int."""
 _LONG_VERBS = frozenset({"reload_weights", "check_update", "update_weights_from_file"})
 """They read files, or make an image: `step_timeout_s` is their deadline, if it is later."""
 
@@ -64,7 +66,8 @@ class MultiprocExecutor(Executor):
         self._epoch = 0
         self._num_updates = 0
         self._kv_blocks: int | None = None
-        self._reloaded_from: str | None = None
+        self._model_config = config  # of the model that is served: reloading may have changed where it comes from
+        self._image_keys: dict[int, str] = {}
         self._incomplete: set[int] = set()  # started, but not yet brought to where the others are
         self._processes: dict[int, RankLink] = {}
         self._groups: Groups | None = None
@@ -75,6 +78,7 @@ class MultiprocExecutor(Executor):
             self._launch(range(self.num_ranks))
             self._require_all(self._gather(range(self.num_ranks), 0, "start", None))  # it may fetch and convert
             self._refuse_other_tasks()
+            self._note_images()
         except BaseException:
             self.close()
             raise
@@ -177,7 +181,7 @@ class MultiprocExecutor(Executor):
                 self._be_late(waiting, verb, patience_s, is_late=is_late)
                 is_late, deadline = True, time.monotonic() + _GRACE_S
                 left_s = _GRACE_S
-            poller.poll(None if left_s is None else int(left_s * 1000) + 1)
+            poller.poll(None if left_s is None else int(min(left_s, _LONGEST_POLL_S) * 1000) + 1)
             if self._watch.settle():
                 self._look()  # now, as the others may work for a long time yet
 
@@ -233,8 +237,15 @@ class MultiprocExecutor(Executor):
         if all(isinstance(outcome, ShuteyeError) for outcome in outcomes.values()):
             return answers(outcomes, num_ranks=self.num_ranks)  # raises; all of them are as one
         written = self._written(outcomes)
-        self._reloaded_from = path or self._reloaded_from
+        if path is not None:
+            self._model_config = replace(self._config, model=path, revision=None)
+        self._note_images()
         return written
+
+    def _note_images(self) -> None:
+        """What ranks serve is what those that may have to take their places are to serve."""
+        for rank, facts in enumerate(super().call("facts")):
+            self._image_keys[rank] = Path(facts.image_dir).name
 
     def _written(self, outcomes: dict[int, Any]) -> list[Any]:
         try:
@@ -343,16 +354,18 @@ class MultiprocExecutor(Executor):
             self._end(failed)
         self._require_all(outcomes | self._gather(others, call_id, "join", self._config.rank_timeout_s))
         for rank in sorted(self._incomplete):
-            self._bring_up(rank)
+            answers(self._ask([rank], "allocate_kv_cache", (self._kv_blocks,)), num_ranks=self.num_ranks)
+            self._incomplete.remove(rank)
+        self._note_images()
         return True
 
     def _launch(self, ranks: Iterable[int]) -> None:
         """Start ranks; nobody waits for them yet."""
         assert self._groups is not None
         for rank in ranks:
-            process = self._launcher.start(
-                Start(self._config, self._places[rank], self._groups.meeting(self._places[rank]))
-            )
+            meeting = self._groups.meeting(self._places[rank])
+            start = Start(self._model_config, self._places[rank], meeting, image_key=self._image_keys.get(rank))
+            process = self._launcher.start(start)
             if rank in self._processes:
                 self._processes[rank].close()
             self._processes[rank] = process
@@ -370,13 +383,6 @@ class MultiprocExecutor(Executor):
         while not {*ranks} <= {failure.rank for failure in self.failures()} and time.monotonic() < deadline:
             poller.poll(100)
             self._watch.settle()
-
-    def _bring_up(self, rank: int) -> None:
-        """Do what the others have done since they were started."""
-        if self._reloaded_from is not None:
-            answers(self._ask([rank], "reload_weights", (self._reloaded_from,)), num_ranks=self.num_ranks)
-        answers(self._ask([rank], "allocate_kv_cache", (self._kv_blocks,)), num_ranks=self.num_ranks)
-        self._incomplete.remove(rank)
 
     def close(self) -> None:
         """Kill every rank; see `Executor.close`."""

@@ -46,6 +46,7 @@ class _Rank:
             place=start.place,
             groups=membership.groups if start.place.num_ranks > 1 else None,
             first_epoch=membership.epoch << FIRST_EPOCH_BITS,
+            image_key=start.image_key,
         )
 
     def answer(self, frame: bytes) -> Reply:
@@ -98,6 +99,8 @@ def _settle_on_cores(start: Start) -> EngineConfig:
 def _info(error: Exception, verb: str) -> ErrorInfo:
     if isinstance(error, ShuteyeError):
         return info_of(error)
+    if isinstance(error, MemoryError):
+        return info_of(MemoryExhausted(f"{verb} needs more memory than this rank can have."))
     logger.error("%s failed on a rank because of a bug of ours.", verb, exc_info=error)
     return info_of(InternalError(f"{verb} failed: {type(error).__name__}: {error}"))
 

@@ -39,7 +39,7 @@ class RankProcess:
         self.rank = start.place.rank
         self.epoch = start.meeting.epoch  # of the groups that it joined last
         self.why_killed: str | None = None
-        self._patience_s = start.config.rank_timeout_s
+        self._patience_s = min(start.config.rank_timeout_s, start.config.hang_timeout_s)
         self._stopped_at: float | None = None  # monotonic seconds
         self._has_answered = False
         self._replies: Decoder[Reply] = Decoder(Reply)
@@ -50,7 +50,7 @@ class RankProcess:
             stack.callback(self.socket.close)
             logged = logs.settings()
             arguments = (self._rendezvous.endpoint, str(os.getpid()), logged.format, logged.level)
-            self.process = process = self.spawn((sys.executable, "-m", self.module, *arguments))
+            self.process = process = self.spawn((sys.executable, "-P", "-m", self.module, *arguments))
             stack.callback(self._end)
             self.ended_fd = os.pidfd_open(process.pid)
             stack.callback(os.close, self.ended_fd)

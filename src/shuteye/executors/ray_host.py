@@ -45,7 +45,7 @@ class RankHost:
                 f"could not be started: shuteye {shuteye.__version__} is installed there, and the engine is "
                 f"{order.version}; install the same"
             )
-        command = (sys.executable, "-m", order.module, "-", str(os.getpid()), order.log_format, order.log_level)
+        command = (sys.executable, "-P", "-m", order.module, "-", str(os.getpid()), order.log_format, order.log_level)
         try:
             self._process = process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         except OSError as error:

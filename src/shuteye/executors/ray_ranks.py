@@ -68,12 +68,7 @@ class RayLauncher:
             stack.callback(self._context.term)
             self._door = FrontDoor(self._context, self._cluster.here.address)
             stack.callback(self._door.close)
-            self._config = replace(
-                config,
-                model=_findable(config.model),
-                cache_dir=config.cache_dir.absolute(),
-                num_threads=placement.cpus_per_rank,
-            )
+            self._num_threads = placement.cpus_per_rank
             self._opened = stack.pop_all()
 
     def start(self, start: Start) -> RankLink:
@@ -83,11 +78,22 @@ class RayLauncher:
             filter(None, (f"{self._name}-rank{rank}", start.place.label, f"epoch{epoch}" if epoch > 1 else ""))
         )
         options = self._room.options(rank) | {"name": name}
-        link = RayRank(self._door, replace_config(start, self._config), self._machines[rank], options)
+        link = RayRank(self._door, self._findable(start), self._machines[rank], options)
         self._links[rank] = link
         if self._told is not None and self._told[0] >= epoch:  # another rank has died before this one was there to hear
             link.abort(*self._told)
         return link
+
+    def _findable(self, start: Start) -> Start:
+        """Paths as other machines may have them; what else a model may be called is left as it is."""
+        config, model = start.config, start.config.model
+        config = replace(
+            config,
+            model=str(Path(model).absolute()) if Path(model).exists() else model,
+            cache_dir=config.cache_dir.absolute(),
+            num_threads=self._num_threads,
+        )
+        return msgspec.structs.replace(start, config=config)
 
     def groups(self, *, epoch: int, timeout_s: float) -> Groups:
         """See `Launcher.groups`."""
@@ -118,16 +124,6 @@ class RayLauncher:
     def close(self) -> None:
         """See `Launcher.close`."""
         self._opened.close()
-
-
-def _findable(model: str) -> str:
-    """A path as other machines may have it; what else a model may be called is left as it is."""
-    return str(Path(model).absolute()) if Path(model).exists() else model
-
-
-def replace_config(start: Start, config: EngineConfig) -> Start:
-    """The same with another config."""
-    return msgspec.structs.replace(start, config=config)
 
 
 class RayRank:

@@ -18,6 +18,8 @@ from pathlib import Path
 from shuteye.memory.cache_dir import try_lock
 
 PREFIX = "shuteye-engine-"
+LONGEST_PARENT = 70
+"""Bytes; the name of a socket has at most 107 (unix(7)), of which ours takes 32."""
 
 
 class Rendezvous:
@@ -28,9 +30,12 @@ class Rendezvous:
     """
 
     def __init__(self) -> None:
-        _sweep(Path(tempfile.gettempdir()))
+        parent = tempfile.gettempdir()
+        if len(os.fsencode(parent)) > LONGEST_PARENT:
+            parent = "/tmp"  # the directory in it is this user's alone
+        _sweep(Path(parent))
         while True:
-            self._directory = Path(tempfile.mkdtemp(prefix=PREFIX))
+            self._directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
             lock = _lock(self._directory)
             if lock is not None:
                 break

@@ -80,7 +80,7 @@ class ProcessLink:
         self._open()
         logged = logs.settings()
         arguments = (self._rendezvous.endpoint, str(os.getpid()), str(self._pulse.fd), logged.format, logged.level)
-        command = (sys.executable, "-m", "shuteye.engine.process", *arguments)
+        command = (sys.executable, "-P", "-m", "shuteye.engine.process", *arguments)
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,

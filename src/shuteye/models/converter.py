@@ -150,7 +150,14 @@ def make_apart(order: Order, progress: Progress) -> str:
 
 
 def _command(order: Order) -> tuple[str, ...]:
-    return (sys.executable, "-m", "shuteye.models.converter", str(os.getpid()), msgspec.json.encode(order).decode())
+    return (
+        sys.executable,
+        "-P",
+        "-m",
+        "shuteye.models.converter",
+        str(os.getpid()),
+        msgspec.json.encode(order).decode(),
+    )
 
 
 def _unexpected_end(model: str, code: int) -> ShuteyeError:
