@@ -139,6 +139,9 @@ class ImageWriter:
             _give_name(self._fd, self.directory / WEIGHTS_FILE)
             _make_read_only(self.directory)
             sync_tree(self.directory)
+            # Page cache that was written tensor by tensor is in small pieces, which every wake would map one by one
+            # (docs/LOG.md, 2026-11-30); what is read from the disk again is in large ones.
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _write_buffers(self) -> tuple[Slot, ...]:
         """The slots in `buffers.bin`; no file if there are none."""
