@@ -10,15 +10,16 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import zmq
 
 from shuteye.config import EngineConfig
-from shuteye.errors import EngineFaulted, RankLost, ShuteyeError, UnsupportedModel, rebuild
-from shuteye.executors import Executor, RankFailure, answers
-from shuteye.executors.frames import MEETING_VERBS, RESULTS, Start, ask
+from shuteye.errors import EngineFaulted, GroupAborted, RankLost, ShuteyeError, UnsupportedModel, rebuild
+from shuteye.executors import Executor, RankFailure, Ticket, answers
+from shuteye.executors.frames import MEETING_VERBS, RESULTS, Reply, Start, ask
 from shuteye.executors.links import Groups, Launcher, RankLink
 from shuteye.executors.watch import DeathWatch
 from shuteye.models.weight_updates import tensor_file
@@ -51,8 +52,12 @@ class MultiprocExecutor(Executor):
         self._launcher = launcher
         self._places = RankPlace(0, config.tensor_parallel_size, config.pipeline_parallel_size).all()
         self.num_ranks = len(self._places)
+        self.max_in_flight = config.pipeline_parallel_size  # one step for each stage
         self._sampling_rank = self.num_ranks - config.tensor_parallel_size  # see `ShardPlan.holds_sampler`
         self._call_ids = itertools.count(1)
+        # Steps posted and not collected, and what has been answered to them: a stage may be ahead of the others.
+        self._posted: deque[Ticket] = deque()
+        self._early: dict[tuple[int, int], Reply] = {}  # by call id and rank
         self._epoch = 0
         self._num_updates = 0
         self._kv_blocks: int | None = None
@@ -84,8 +89,36 @@ class MultiprocExecutor(Executor):
 
     def execute(self, plan: Plan) -> Result:
         """Run one step on every rank; the result of the one that samples. See `Executor.execute`."""
-        outcomes = self.outcomes("execute", plan)
-        answers(outcomes, num_ranks=self.num_ranks)
+        return self.collect(self.post(plan))
+
+    def post(self, plan: Plan) -> Ticket:
+        """Ask every rank, behind the steps before; nobody, if one of those has failed. See `Executor.post`."""
+        assert len(self._posted) < self.max_in_flight, "as many steps are in flight as may be"
+        ticket = Ticket(plan, next(self._call_ids))
+        try:
+            self._be_together()
+        except ShuteyeError as error:
+            ticket = Ticket(plan, error=error)
+        else:
+            self._send(dict.fromkeys(range(self.num_ranks), ask(ticket.call_id, "execute", (plan,))))
+        self._posted.append(ticket)
+        return ticket
+
+    def collect(self, ticket: Ticket) -> Result:
+        """The result of the rank that samples; see `Executor.collect`. The deadline counts from here."""
+        assert ticket is self._posted[0], "steps are collected in the order in which they were posted"
+        try:
+            if ticket.error is not None:
+                raise ticket.error
+            outcomes = self._gather(range(self.num_ranks), ticket.call_id, "execute", self._config.rank_timeout_s)
+            answers(outcomes, num_ranks=self.num_ranks)
+        except ShuteyeError:
+            self._abort("execute failed")  # as whoever failed has done, where this process may not see it
+            raise
+        finally:
+            self._posted.popleft()
+            if not self._posted:
+                self._early.clear()
         result: Result = outcomes[self._sampling_rank]
         return result
 
@@ -108,6 +141,7 @@ class MultiprocExecutor(Executor):
 
     def outcomes(self, verb: str, *args: Any, ranks: Collection[int] | None = None) -> dict[int, Any]:
         """Ask all of them before waiting for any; see `Executor.outcomes`."""
+        assert not self._posted, f"{verb} was asked before every step was collected"
         asked = range(self.num_ranks) if ranks is None else ranks
         if verb in MEETING_VERBS:
             try:
@@ -123,14 +157,17 @@ class MultiprocExecutor(Executor):
         call_id = next(self._call_ids)
         frame = ask(call_id, verb, args)
         ranks = tuple(ranks)
-        dead = {failure.rank for failure in self.failures()}
-        for rank in ranks:
-            if rank not in dead:
-                self._processes[rank].post(frame)
+        self._send(dict.fromkeys(ranks, frame))
         patience_s = self._config.rank_timeout_s
         if verb in _LONG_VERBS:
             patience_s = max(patience_s, self._config.step_timeout_s)
         return self._gather(ranks, call_id, verb, patience_s)
+
+    def _send(self, frames: Mapping[int, bytes]) -> None:
+        dead = {failure.rank for failure in self.failures()}
+        for rank, frame in frames.items():
+            if rank not in dead:
+                self._processes[rank].post(frame)
 
     def _gather(self, ranks: Iterable[int], call_id: int, verb: str, patience_s: float | None) -> dict[int, Any]:
         """Every rank's answer; of those that died, or have to be killed at the deadline, `RankLost`."""
@@ -163,10 +200,17 @@ class MultiprocExecutor(Executor):
                 self._look()  # now, as the others may work for a long time yet
 
     def _received(self, rank: int, call_id: int, verb: str) -> tuple[Any] | None:
-        """The rank's answer to the call, if it has come; answers to earlier ones are dropped."""
+        """The rank's answer to the call, if it has come.
+
+        Answers to other steps in flight are kept, those to earlier calls are dropped.
+        """
         process = self._processes[rank]
-        while (reply := process.received()) is not None:
-            if reply.call_id != call_id or reply.epoch not in (process.epoch, self._epoch):
+        while (reply := self._early.pop((call_id, rank), None) or process.received()) is not None:
+            if reply.epoch not in (process.epoch, self._epoch):
+                continue
+            if reply.call_id != call_id:
+                if any(reply.call_id == ticket.call_id for ticket in self._posted):
+                    self._early[reply.call_id, rank] = reply
                 continue
             if reply.error is not None:
                 return (rebuild(reply.error.kind, reply.error.message, reply.error.param),)
@@ -228,10 +272,13 @@ class MultiprocExecutor(Executor):
 
         Raises:
             RankLost: a rank is dead.
+            GroupAborted: the group of steps in flight was, and no other one can be joined before they are collected.
         """
         if failures := self.failures():
             raise RankLost("; ".join(map(str, failures)))
         if self._groups is None or self._groups.aborted:
+            if self._posted:
+                raise GroupAborted("a step before this one has failed")
             self._meet()
             self._join(range(self.num_ranks))
 
