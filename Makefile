@@ -19,7 +19,7 @@ SETUP_INPUTS := pyproject.toml requirements/lock.txt requirements/torch.txt tool
 	src/shuteye/native/build.py $(sort $(wildcard src/shuteye/native/csrc/*))
 STAMP := $(VENV)/.set-up-$(shell { pwd; cat $(SETUP_INPUTS); } | sha256sum | cut -c1-16)
 
-.PHONY: help setup lock serve test test-latest test-slow test-clients test-gpu test-asan test-tsan chaos soak-ranks check bench bench-peers bench-sleep docs clean
+.PHONY: help setup lock serve test test-latest test-slow test-clients test-ray test-gpu test-asan test-tsan chaos soak-ranks check bench bench-peers bench-sleep docs clean
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -36,18 +36,22 @@ serve: setup ## Serve MODEL on 127.0.0.1:8000 with sleep mode, in development mo
 	SHUTEYE_SERVER_DEV_MODE=1 $(VENV)/bin/shuteye serve '$(MODEL)' --enable-sleep-mode $(ARGS)
 
 test: setup ## Run the tests that need neither minutes nor a GPU.
-	$(VENV)/bin/python -m pytest -m 'not slow and not gpu and not clients' $(ARGS)
+	$(VENV)/bin/python -m pytest -m 'not slow and not gpu and not clients and not ray' $(ARGS)
 
 test-latest: ## Run the tests on today's newest versions instead of the locked ones, in VENV-latest.
 	@PYTHON='$(PYTHON)' tools/setup.sh --latest '$(VENV)-latest'
-	$(VENV)-latest/bin/python -m pytest -m 'not slow and not gpu and not clients' $(ARGS)
+	$(VENV)-latest/bin/python -m pytest -m 'not slow and not gpu and not clients and not ray' $(ARGS)
 
 test-slow: setup ## Run the tests that take minutes.
-	$(VENV)/bin/python -m pytest -m 'slow and not gpu and not clients' $(ARGS)
+	$(VENV)/bin/python -m pytest -m 'slow and not gpu and not clients and not ray' $(ARGS)
 
 test-clients: setup ## Run litellm and lm-eval against the server, in environments of their own.
 	tools/clients.sh '$(VENV)' "$${SHUTEYE_TEST_CLIENTS:-$$HOME/.cache/shuteye/clients}"
 	$(VENV)/bin/python -m pytest -m clients $(ARGS)
+
+test-ray: setup ## Run ranks on Ray, with Ray in an environment of its own; as root also on two machines made of namespaces.
+	tools/ray.sh '$(VENV)' "$${SHUTEYE_TEST_RAY:-$$HOME/.cache/shuteye/ray}"
+	"$${SHUTEYE_TEST_RAY:-$$HOME/.cache/shuteye/ray}/bin/python" -m pytest -m ray $(ARGS)
 
 test-gpu: setup ## Run the tests that need a CUDA device.
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)

@@ -20,8 +20,9 @@ def canonical(name):
 
 
 def declared():
-    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
-    return sorted({text for group in groups for text in group})
+    """All but what has an environment of its own (tools/ray.sh)."""
+    extras = [group for name, group in PROJECT["optional-dependencies"].items() if name != "ray"]
+    return sorted({text for group in [PROJECT["dependencies"], *extras] for text in group})
 
 
 @pytest.mark.parametrize("text", [text for text in declared() if Requirement(text).name != "torch"])
@@ -42,6 +43,13 @@ def test_torch_is_pinned_beside_the_lock_within_its_range_and_for_the_resolver_a
     (metadata,) = tomllib.loads((ROOT / "requirements/uv.toml").read_text())["dependency-metadata"]
     assert (metadata["name"], metadata["version"]) == ("torch", version)
     assert not [name for name, _ in LOCKED if canonical(name) == "torch" or name.startswith(("nvidia", "triton"))]
+
+
+def test_the_ray_that_tests_run_with_is_one_that_users_may_have():
+    (wanted,) = map(Requirement, PROJECT["optional-dependencies"]["ray"])
+    pin = Requirement(re.search(r"^ray=\('(.+)'\)$", (ROOT / "tools/ray.sh").read_text(), re.MULTILINE)[1])
+    assert (pin.name, pin.extras) == (wanted.name, wanted.extras)
+    assert Version(str(pin.specifier).removeprefix("==")) in wanted.specifier
 
 
 def test_every_locked_version_has_a_hash():

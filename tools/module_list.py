@@ -41,6 +41,7 @@ LAYERS = {
     "frontend/: the callers' side; no torch": ("frontend",),
     "server/: HTTP": ("server",),
     "cli/: the `shuteye` command; the only place that reads the environment": ("cli",),
+    "ray/: replicas on Ray Serve; only `ray/deployment.py` imports Ray": ("ray",),
     "client/: for other programs; sees only errors and state": ("client",),
     "Entry points and tests' tools": ("__init__", "__main__", "testing"),
 }

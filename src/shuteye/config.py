@@ -20,6 +20,7 @@ DType = Literal["auto", "bfloat16", "float32"]
 SleepingPolicy = Literal["reject", "hold", "wake"]
 Kernels = Literal["auto", "torch"]
 ExecutorBackend = Literal["inproc", "mp", "ray"]
+RayPlacement = Literal["auto", "pack", "spread"]
 MemoryBackendName = Literal["auto", "linux", "fake", "cuda"]
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -64,6 +65,8 @@ class EngineConfig:
         num_threads: compute threads of a rank; None divides all cores among the ranks.
         kernels: `auto` uses the native kernels where they can be used, `torch` never.
         distributed_executor_backend: where ranks run; None is `inproc` for one and `mp` for several.
+        ray_placement: of `ray`, which machines ranks go to: `auto` as few as have CPUs, `pack` one, `spread` one for
+            each stage, or for each rank if there is one stage.
         rank_timeout_s: a rank that does not answer for so long is killed.
 
     Raises:
@@ -98,6 +101,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     distributed_executor_backend: ExecutorBackend | None = None
+    ray_placement: RayPlacement = "auto"
     rank_timeout_s: float = 60.0
     memory_backend: MemoryBackendName = "auto"
     cache_dir: Path = field(default_factory=default_cache_dir)

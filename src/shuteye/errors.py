@@ -33,6 +33,7 @@ Knows nothing of HTTP libraries: `server/http/errors.py` turns these into OpenAI
         ├── MemoryExhausted             503  the system will not give the bytes
         ├── BackendFailure              503  a call to the kernel or driver failed
         ├── ImageFailure                503  a weight image is damaged, busy or unreadable
+        ├── ReplicasFailed              503  some of several replicas did not carry out a call; the message names them
         └── ServerUnreachable           503  nothing answers at the address (raised by `client`)
 """
 
@@ -269,6 +270,13 @@ class ImageFailure(ServerError):
 
     status_code = 503
     error_type = "ImageFailureError"
+
+
+class ReplicasFailed(ServerError):
+    """Some replicas of an application did not carry out a call that the others did; the message names them."""
+
+    status_code = 503
+    error_type = "ReplicasFailedError"
 
 
 class ServerUnreachable(ServerError):

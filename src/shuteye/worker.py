@@ -37,6 +37,7 @@ VERBS: Mapping[str, str] = {
     # what may be asked of a rank → the method that does it, from the worker down
     "identity": "identity",
     "facts": "facts",
+    "tokenizer_files": "tokenizer_files",
     "weights_source": "weights_source",
     "allocate_kv_cache": "allocate_kv_cache",
     "estimate_sleep": "residency.estimate",
@@ -148,6 +149,11 @@ class Worker:
             source=origin.source,
             source_format=origin.source_format,
         )
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """What is in `ModelSpec.tokenizer_dir`, for an engine that cannot read it: by name."""
+        directory = self._image.path / TOKENIZER_DIR
+        return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
 
     def _open_image(self, model: str) -> WeightImage:
         order = Order.of(self._config, self._place, model=model)

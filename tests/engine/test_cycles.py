@@ -53,7 +53,7 @@ def test_asleep_the_kernel_agrees_that_the_memory_is_gone(real):
         harness.add(f"fill-{token}", [token] * 900, SHORT)
     harness.run()
     residency = harness.core._executor._worker.residency
-    arenas = residency._weights_arena, residency._kv_arena
+    arenas = residency._weights_arena, residency._kv_cache.arena
     before = smaps_rss(*arenas)
     assert before > arenas[0].nbytes + 0.9 * arenas[1].nbytes, "the test must fill the KV cache"
     report = harness.call(SleepCall(1))

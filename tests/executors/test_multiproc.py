@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -20,6 +21,7 @@ from shuteye.errors import (
     EngineFaulted,
     InvalidRequest,
     ShuteyeError,
+    SleepFailed,
     TransitionConflict,
     VerificationFailed,
 )
@@ -61,7 +63,8 @@ def expected(harness):
 
 def test_every_verb_has_a_type():
     """Would catch a verb that works in this process alone."""
-    assert set(VERBS) - {"update_weights"} | {"execute", "start", "join"} == set(SIGNATURES)
+    process = {"execute", "start", "join", "receive", "forget_received"}
+    assert set(VERBS) - {"update_weights"} | process == set(SIGNATURES)
 
 
 @pytest.mark.parametrize("layout", ["PP 2", "TP 2 x PP 2"])
@@ -258,6 +261,33 @@ def test_requests_in_flight_are_kept_over_a_sleep(ranks, harness):
         ranks.call(WakeCall())
     ranks.run()
     assert {name: ranks.tokens[name] for name in prompts} == expected
+
+
+@pytest.mark.parametrize(
+    ("fault", "ends", "faulted"),
+    [
+        ("save error", "length", False),
+        ("save kill", "length", True),
+        ("release late", "abort", False),
+        ("release kill", "abort", True),
+    ],
+)
+def test_requests_that_a_sleep_is_to_abort_end_once_it_cannot_fail_any_more(ranks, harness, fault, ends, faulted):
+    """Would catch requests that were aborted for a sleep that never came, and those that nobody ends."""
+    name = f"to be aborted: {fault}"
+    expected = harness.generate(PROMPT, LONG)
+    ranks.add(name, PROMPT, LONG)
+    for _ in range(9):
+        ranks.step()
+    ranks.plan_fault(1, fault)
+    with contextlib.suppress(SleepFailed, EngineFaulted):
+        ranks.call(SleepCall(1, mode="abort"))
+    assert bool(ranks.core.state.faulted) == faulted
+    assert (name in ranks.ended) == (ends == "abort")
+    ranks.wake()
+    ranks.run()
+    assert ranks.ended[name] == ends
+    assert ranks.tokens[name] == expected[: len(ranks.tokens[name])]
 
 
 # --- a rank that dies -------------------------------------------------------------------------------

@@ -153,11 +153,9 @@ class Trial:
         with pytest.raises(EngineFaulted):
             self.ranks.call(SleepCall(1))
         lost = {failure.rank for failure in self.ranks.executor.failures()}
-        if lost and (self.row.verb in ("release", "finish_release") or self.row.begin == "asleep"):
-            if self.row.deed == "wake" and self.row.verb == "weights_source":
-                return  # by then all is mapped, and the canary has agreed: it stays until somebody wakes the model
-            if self.row.deed == "first step":
-                return
+        if lost and (
+            self.row.verb in ("release", "finish_release") or (self.row.begin, self.row.deed) == ("asleep", "wake")
+        ):
             alive = [rank for rank in range(self.num_ranks) if rank not in lost]
             for states in self.ranks.executor.outcomes("states", ranks=alive).values():
                 assert {tag.resident_bytes for tag in states} == {0}, "a survivor has not finished"

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from shuteye_server import Served, is_running, wait_for
 
 from shuteye import LLM, AsyncEngine, EngineConfig, SamplingParams
 from shuteye.errors import EngineFaulted, ShuteyeError, UnsupportedModel
@@ -148,3 +149,26 @@ def test_models_that_embed_or_transcribe_are_refused_before_any_rank_starts(
     with pytest.raises(UnsupportedModel, match=f"{which} served by one rank only") as refusal:
         LLM(**options | {"model": str(make(tmp_path / "model"))}, **sizes)
     assert refusal.value.param in sizes
+
+
+@pytest.mark.slow
+def test_a_server_over_four_ranks(options):
+    """Would catch a server process that learns nothing of its engine's ranks, or leaves them behind."""
+    flags = ("--dev-mode", "--enable-sleep-mode", "--num-threads", "1", "--dtype", "float32")
+    layout = ("--tensor-parallel-size", "2", "--pipeline-parallel-size", "2")
+    server = Served(options["model"], *flags, *layout, cache_dir=options["cache_dir"]).wait_until_ready()
+    try:
+        expected = server.complete("a river")
+        for rank in range(4):
+            server.done("/sleep" if rank % 2 else "/sleep?level=2")
+            pid = server.get("/state").json()["state"]["ranks"][rank]["pid"]
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: server.get("/health").status_code == 503, "its death", seconds=1.0)
+            assert f"rank {rank} was ended by SIGKILL" in server.get("/health").text
+            server.done("/wake_up")
+            assert server.complete("a river") == expected
+        ranks = ranks_of(server.engine_pid)
+        assert len(ranks) == 4
+    finally:
+        server.stop()
+    wait_until(lambda: not any(is_running(rank) for rank in ranks))

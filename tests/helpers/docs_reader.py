@@ -56,7 +56,7 @@ class Block:
         """The command that starts a server, if the block is one."""
         if re.search(r"^make serve\b", self.text, re.MULTILINE):
             return MADE_SERVER
-        return self.text if re.search(r"^(\w+=\S+ )*shuteye serve\b", self.text, re.MULTILINE) else None
+        return self.text if re.search(r"^(\w+=\S+ )*(shuteye serve|serve run)\b", self.text, re.MULTILINE) else None
 
 
 def blocks_of(page):
@@ -85,7 +85,10 @@ class Reader:
             elif block.is_run and block.language == "sh":
                 self._shell(block)
             elif block.is_run:
-                exec(compile(self._here(block.text), str(page), "exec"), self._names)
+                self._python(block, page)
+
+    def _python(self, block, page):
+        exec(compile(self._here(block.text), str(page), "exec"), self._names)
 
     def _here(self, text):
         return text.replace(SHOWN_URL, self._url).replace("/models/trained", str(self._checkpoint))

@@ -72,10 +72,11 @@ def _record(rank, verb, began, worker):
     """Where `records` is, one line for each verb: when it began and ended, and where the arenas are."""
     directory = Path(os.environ["FAULTS"]) / "records"
     if directory.exists():
-        residency = worker.residency
-        arenas = [(arena.address, arena.nbytes) for arena in (residency._weights_arena, residency._kv_arena) if arena]
+        residency, kv_cache = worker.residency, worker.residency._kv_cache
+        arenas = [residency._weights_arena, *([kv_cache.arena] if kv_cache else [])]
+        ranges = [(arena.address, arena.nbytes) for arena in arenas]
         with (directory / str(rank)).open("a") as file:
-            file.write(json.dumps([verb, began, time.monotonic(), arenas]) + "\n")
+            file.write(json.dumps([verb, began, time.monotonic(), ranges]) + "\n")
 
 
 def records(directory, num_ranks):
@@ -93,9 +94,9 @@ def records(directory, num_ranks):
 class FaultyRank(real._Rank):
     """Looks into the file before each verb."""
 
-    def __init__(self, start):
+    def __init__(self, start, membership):
         _fail(_next_fault(start.place.rank, "start"), "start")
-        super().__init__(start)
+        super().__init__(start, membership)
 
     def _do(self, verb, arguments):
         began = time.monotonic()

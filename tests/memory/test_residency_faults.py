@@ -5,15 +5,15 @@ The steps are those that the backend recorded in a run without failure, so none 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 from memory_harness import LEVEL_1, LEVEL_2, RELOAD, WAKE, World
 
 from shuteye.errors import BackendFailure, EngineFaulted
 from shuteye.memory.image import WeightImage
-from shuteye.state import SleepPlan, WakePlan
+from shuteye.state import SleepPlan, TagReport, WakePlan
 
 MakeWorld = Callable[..., World]
 
@@ -258,3 +258,34 @@ def test_a_failed_verification_changes_nothing(make_world: MakeWorld, prepare) -
         with pytest.raises(BackendFailure):
             world.residency.verify("full")
         assert snapshot(world) == before
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("plan", [LEVEL_1, LEVEL_2], ids=["level 1", "level 2"])
+def test_a_release_that_is_finished_reports_what_the_first_try_freed_too(
+    make_world: MakeWorld, plan: SleepPlan, when: str
+) -> None:
+    """Would catch bytes that left the process before the failure, and are told by nobody."""
+
+    def begin() -> World:
+        world = make_world()
+        changed(world)
+        world.residency.save(plan)
+        world.backend.clear()
+        return world
+
+    def told(world: World, reports: Sequence[TagReport]) -> list[TagReport]:
+        assert world.where == {report.tag: report.residency for report in reports}
+        return [replace(report, seconds=0.0) for report in reports]
+
+    whole = begin()
+    reports, steps = whole.residency.release(plan), tuple(whole.backend.steps)
+    expected = told(whole, reports)
+    assert all(report.freed_bytes for report in expected)
+    for step in range(len(steps)):
+        world = begin()
+        world.backend.fail_at(step, when=when)
+        with pytest.raises(BackendFailure):
+            world.residency.release(plan)
+        world.backend.clear()
+        assert told(world, world.residency.finish_release(plan)) == expected, (step, steps)

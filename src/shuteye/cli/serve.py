@@ -82,8 +82,13 @@ ENGINE_FLAGS = {
     "tensor_parallel_size": Flag("Ranks that each hold a slice of every layer."),
     "pipeline_parallel_size": Flag("Ranks that each hold a part of the layers."),
     "distributed_executor_backend": Flag(
-        "Where ranks run: in the engine process, in processes of their own, or on Ray. By default one rank runs in the "
-        "engine process, and several in processes of their own."
+        "Where ranks run: in the engine process, in processes of their own, or on the machines of a Ray cluster, which "
+        "RAY_ADDRESS names (without it: the one that runs here, or a new one). By default one rank runs in the engine "
+        "process, and several in processes of their own."
+    ),
+    "ray_placement": Flag(
+        "Which machines of a Ray cluster ranks go to: auto takes as few as have CPUs, and keeps a stage on one machine "
+        "if it can; pack takes one; spread takes one for each pipeline stage, or for each rank if there is one stage."
     ),
     "rank_timeout_s": Flag(
         "A rank that does not answer for so many seconds is killed, and the engine is faulted until it is woken."

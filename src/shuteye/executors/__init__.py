@@ -8,9 +8,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from shuteye.config import EngineConfig
+from shuteye.config import EngineConfig, ExecutorBackend
 from shuteye.errors import (
     EngineFaulted,
     GroupAborted,
@@ -21,6 +21,9 @@ from shuteye.errors import (
 )
 from shuteye.parallel.shards import RankPlace
 from shuteye.tasks.table import Plan, Result
+
+if TYPE_CHECKING:
+    from shuteye.executors.links import Launcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,15 +168,10 @@ def open_executor(config: EngineConfig) -> Executor:
     num_ranks = config.tensor_parallel_size * config.pipeline_parallel_size
     backend = config.distributed_executor_backend or ("inproc" if num_ranks == 1 else "mp")
     param = "distributed_executor_backend"
-    if backend == "ray":
-        raise InvalidRequest(f"{param} 'ray' is not supported yet: use 'mp', or leave it out.", param=param)
-    if backend == "mp":
-        from shuteye.executors.local_ranks import LocalLauncher, make_images
+    if backend != "inproc":
         from shuteye.executors.multiproc import MultiprocExecutor
 
-        places = RankPlace(0, config.tensor_parallel_size, config.pipeline_parallel_size).all()
-        make_images(config, places[0])
-        return MultiprocExecutor(config, LocalLauncher(places))
+        return MultiprocExecutor(config, _launcher(config, backend))
     if num_ranks > 1:
         raise InvalidRequest(
             f"{param} 'inproc' serves one rank, and {num_ranks} are wanted: use 'mp', or leave it out.", param=param
@@ -181,3 +179,15 @@ def open_executor(config: EngineConfig) -> Executor:
     from shuteye.executors.inproc import InprocExecutor
 
     return InprocExecutor(config)
+
+
+def _launcher(config: EngineConfig, backend: ExecutorBackend) -> Launcher:
+    places = RankPlace(0, config.tensor_parallel_size, config.pipeline_parallel_size).all()
+    if backend == "ray":
+        from shuteye.executors.ray_ranks import RayLauncher
+
+        return RayLauncher(config, places)
+    from shuteye.executors.local_ranks import LocalLauncher, make_images
+
+    make_images(config, places[0])
+    return LocalLauncher(places)

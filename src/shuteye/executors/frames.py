@@ -30,19 +30,55 @@ from shuteye.state import (
 from shuteye.tasks.generate.plans import StepPlan, StepResult
 
 
+class HeldRegion(msgspec.Struct, frozen=True, tag=True):
+    """Shared memory that the engine process holds: ranks of its machine open `path`."""
+
+    path: str
+
+
+class HandedRegion(msgspec.Struct, frozen=True, tag=True):
+    """Shared memory that the first rank of a group makes and hands to the others of its machine, who ask for `name`."""
+
+    name: str
+
+
+class NetworkMeeting(msgspec.Struct, frozen=True, tag=True):
+    """A group of several machines: where its ranks find each other, and by which address of theirs the others do."""
+
+    address: str
+    host: str
+
+
+MeetingPoint = HeldRegion | HandedRegion | NetworkMeeting
+
+
 class Meeting(msgspec.Struct, frozen=True):
-    """The groups of one epoch that a rank belongs to: paths of their regions, None where there is nobody else."""
+    """The groups of one epoch that a rank belongs to, None where there is nobody else."""
 
     epoch: int
-    tensor: str | None
-    pipeline: str | None
+    tensor: MeetingPoint | None
+    pipeline: MeetingPoint | None
     timeout_s: float
+
+
+class EngineAddress(msgspec.Struct, frozen=True):
+    """How a rank on any machine reaches its engine: two endpoints, and the keys of both sides (CURVE, as Z85 text)."""
+
+    asks: str
+    aborts: str
+    engine_key: str
+    public_key: str
+    secret_key: str
+
+    def __repr__(self) -> str:
+        return f"EngineAddress({self.asks}, {self.aborts}, keys not shown)"
 
 
 class Start(msgspec.Struct, frozen=True):
     """What a rank process is told first, through its stdin.
 
     Attributes:
+        engine: of a rank whose engine may be on another machine.
         cores: on which alone it may run; empty: anywhere.
     """
 
@@ -50,6 +86,14 @@ class Start(msgspec.Struct, frozen=True):
     place: RankPlace
     meeting: Meeting
     cores: tuple[int, ...] = ()
+    engine: EngineAddress | None = None
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True):
+    """The groups of `epoch` are to end every wait."""
+
+    epoch: int
+    reason: str
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True):
@@ -75,8 +119,11 @@ SIGNATURES: Mapping[str, tuple[Any, Any]] = {
     "execute": (tuple[StepPlan], StepResult),
     "start": (tuple[()], None),
     "join": (tuple[Meeting], None),
+    "receive": (tuple[int, bytes], str),
+    "forget_received": (tuple[()], None),
     "identity": (tuple[()], RankIdentity),
     "facts": (tuple[()], ModelSpec),
+    "tokenizer_files": (tuple[()], dict[str, bytes]),
     "weights_source": (tuple[()], str),
     "allocate_kv_cache": (tuple[int], None),
     "estimate_sleep": (tuple[SleepPlan], SleepEstimate),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import zmq
@@ -82,6 +83,9 @@ class Launcher(Protocol):
         Args:
             timeout_s: the longest wait in one of them.
         """
+
+    def away(self) -> Mapping[int, int]:
+        """The ranks that run on other machines, each with one of its machine that may hold files for all of them."""
 
     def close(self) -> None:
         """Give back what is not a rank's own, once all are closed. Idempotent."""

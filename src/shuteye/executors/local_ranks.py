@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -12,7 +12,7 @@ import zmq
 
 from shuteye.config import EngineConfig
 from shuteye.errors import MemoryExhausted
-from shuteye.executors.frames import Meeting, Start
+from shuteye.executors.frames import HeldRegion, Meeting, Start
 from shuteye.executors.links import Groups, RankLink
 from shuteye.executors.rank_process import RankProcess
 from shuteye.models.converter import Order, obtain_image
@@ -39,6 +39,10 @@ class LocalLauncher:
     def groups(self, *, epoch: int, timeout_s: float) -> Groups:
         """See `Launcher.groups`."""
         return Regions(self._places, epoch=epoch, timeout_s=timeout_s)
+
+    def away(self) -> Mapping[int, int]:
+        """None; see `Launcher.away`."""
+        return {}
 
     def close(self) -> None:
         """See `Launcher.close`."""
@@ -84,8 +88,8 @@ class Regions:
         """What a rank must know to join."""
         return Meeting(
             self._epoch,
-            tensor=self._tensor[place.pp_rank].path if self._tensor else None,
-            pipeline=self._pipeline[place.tp_rank].path if self._pipeline else None,
+            tensor=HeldRegion(self._tensor[place.pp_rank].path) if self._tensor else None,
+            pipeline=HeldRegion(self._pipeline[place.tp_rank].path) if self._pipeline else None,
             timeout_s=self._timeout_s,
         )
 

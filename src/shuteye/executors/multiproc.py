@@ -11,7 +11,9 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -19,17 +21,22 @@ import zmq
 from shuteye.config import EngineConfig
 from shuteye.errors import EngineFaulted, GroupAborted, RankLost, ShuteyeError, UnsupportedModel, rebuild
 from shuteye.executors import Executor, RankFailure, Ticket, answers
+from shuteye.executors.file_copies import FileCopies, write_files
 from shuteye.executors.frames import MEETING_VERBS, RESULTS, Reply, Start, ask
 from shuteye.executors.links import Groups, Launcher, RankLink
 from shuteye.executors.watch import DeathWatch
-from shuteye.models.weight_updates import tensor_file
+from shuteye.model_info import ModelSpec
+from shuteye.models.weight_updates import tensor_file, tensor_files
 from shuteye.parallel.shards import RankPlace
+from shuteye.state import UpdateReport
 from shuteye.tasks.table import Plan, Result
 
 logger = logging.getLogger(__name__)
 
 _GRACE_S = 1.0
 """After a deadline, how long a rank that only waited for another one may take to say so."""
+_END_S = 10.0
+"""How long a rank that was killed may take to be gone."""
 _LONG_VERBS = frozenset({"reload_weights", "check_update", "update_weights_from_file"})
 """They read files, or make an image: `step_timeout_s` is their deadline, if it is later."""
 
@@ -69,7 +76,8 @@ class MultiprocExecutor(Executor):
         self._watch = DeathWatch(self._note_death)
         try:
             self._meet()
-            self._start(range(self.num_ranks), patience_s=None)  # the first time may fetch and convert
+            self._launch(range(self.num_ranks))
+            self._require_all(self._gather(range(self.num_ranks), 0, "start", None))  # it may fetch and convert
             self._refuse_other_tasks()
         except BaseException:
             self.close()
@@ -80,8 +88,8 @@ class MultiprocExecutor(Executor):
         task = super().call("facts")[0].task
         if task != "generate":
             raise UnsupportedModel(
-                f"distributed_executor_backend 'mp' serves models that generate, and this is one for the task "
-                f"{task!r}; leave it out.",
+                f"distributed_executor_backend {self._config.distributed_executor_backend!r} serves models that "
+                f"generate, and this is one for the task {task!r}; leave it out.",
                 param="distributed_executor_backend",
             )
 
@@ -137,11 +145,12 @@ class MultiprocExecutor(Executor):
                 return self._reload(*args)
             case "allocate_kv_cache":
                 (self._kv_blocks,) = args
+            case "facts":
+                return self._facts()
         return super().call(verb, *args)
 
     def outcomes(self, verb: str, *args: Any, ranks: Collection[int] | None = None) -> dict[int, Any]:
         """Ask all of them before waiting for any; see `Executor.outcomes`."""
-        assert not self._posted, f"{verb} was asked before every step was collected"
         asked = range(self.num_ranks) if ranks is None else ranks
         if verb in MEETING_VERBS:
             try:
@@ -156,12 +165,20 @@ class MultiprocExecutor(Executor):
     def _ask(self, ranks: Iterable[int], verb: str, args: tuple[Any, ...]) -> dict[int, Any]:
         call_id = next(self._call_ids)
         frame = ask(call_id, verb, args)
-        ranks = tuple(ranks)
-        self._send(dict.fromkeys(ranks, frame))
+        return self._answers_to(dict.fromkeys(ranks, frame), call_id, verb)
+
+    def _ask_each(self, args: Mapping[int, tuple[Any, ...]], verb: str) -> dict[int, Any]:
+        """As `_ask`, with arguments for each rank."""
+        call_id = next(self._call_ids)
+        return self._answers_to({rank: ask(call_id, verb, its) for rank, its in args.items()}, call_id, verb)
+
+    def _answers_to(self, frames: Mapping[int, bytes], call_id: int, verb: str) -> dict[int, Any]:
+        assert not self._posted, f"{verb} was asked before every step was collected"
+        self._send(frames)
         patience_s = self._config.rank_timeout_s
         if verb in _LONG_VERBS:
             patience_s = max(patience_s, self._config.step_timeout_s)
-        return self._gather(ranks, call_id, verb, patience_s)
+        return self._gather(frames, call_id, verb, patience_s)
 
     def _send(self, frames: Mapping[int, bytes]) -> None:
         dead = {failure.rank for failure in self.failures()}
@@ -231,9 +248,27 @@ class MultiprocExecutor(Executor):
     # --- weights --------------------------------------------------------------------------------
 
     def _update(self, path: str) -> list[Any]:
-        super().call("check_update", path)
-        self._num_updates += 1
-        return self._written(self.outcomes("update_weights_from_file", path, self._num_updates))
+        """Check on all ranks, then write on all, whose reports are of all files together."""
+        with FileCopies(self._call_some, self._launcher.away()) as copies:
+            files = tensor_files(path) if self._launcher.away() else [Path(path)]
+            paths = [copies.paths(file, range(self.num_ranks)) for file in files]
+            for where in paths:
+                answers(
+                    self._ask_each({rank: (path,) for rank, path in where.items()}, "check_update"),
+                    num_ranks=self.num_ranks,
+                )
+            self._num_updates += 1
+            number = self._num_updates
+            reports = [
+                self._written(
+                    self._ask_each({rank: (path, number) for rank, path in where.items()}, "update_weights_from_file")
+                )
+                for where in paths
+            ]
+        return [_added(of_rank) for of_rank in zip(*reports, strict=True)]
+
+    def _call_some(self, ranks: Collection[int], verb: str, args: tuple[Any, ...]) -> list[Any]:
+        return answers(self._ask(ranks, verb, args), num_ranks=self.num_ranks)
 
     def _reload(self, path: str | None) -> list[Any]:
         outcomes = self.outcomes("reload_weights", path)
@@ -251,17 +286,29 @@ class MultiprocExecutor(Executor):
         except ShuteyeError as error:
             raise EngineFaulted(f"some ranks have the new weights and some have not: {error.message}") from error
 
+    def _facts(self) -> list[Any]:
+        """Of a tokenizer that lies on another machine, a copy is named that this one can read."""
+        found: list[ModelSpec] = super().call("facts")
+        if 0 not in self._launcher.away():
+            return found
+        here = self._config.cache_dir / "tokenizers" / Path(found[0].image_dir).name
+        if not here.is_dir():
+            (files,) = self._call_some([0], "tokenizer_files", ())
+            write_files(here, files)
+        return [replace(found[0], tokenizer_dir=str(here)), *found[1:]]
+
     # --- groups ---------------------------------------------------------------------------------
 
-    def _meet(self) -> None:
-        """Make the groups of the next epoch; nobody has joined them yet."""
+    def _meet(self, *, instead_of: Collection[int] = ()) -> None:
+        """Make the groups of the next epoch; nobody has joined them yet. Ranks start `instead_of` dead ones."""
         self._epoch += 1
         old = self._groups
         self._groups = self._launcher.groups(epoch=self._epoch, timeout_s=2 * self._config.rank_timeout_s)
         if old is not None:
             old.close()
         for failure in self.failures():
-            self._groups.abort(str(failure))
+            if failure.rank not in instead_of:
+                self._groups.abort(str(failure))
 
     def _abort(self, reason: str) -> None:
         if self._groups is not None:
@@ -283,13 +330,20 @@ class MultiprocExecutor(Executor):
             self._join(range(self.num_ranks))
 
     def _join(self, ranks: Iterable[int]) -> None:
-        assert self._groups is not None
         ranks = tuple(ranks)
+        self._require_all(self._gather(ranks, self._ask_to_join(ranks), "join", self._config.rank_timeout_s))
+
+    def _ask_to_join(self, ranks: Iterable[int]) -> int:
+        assert self._groups is not None
         call_id = next(self._call_ids)
         for rank in ranks:
             self._processes[rank].post(ask(call_id, "join", (self._groups.meeting(self._places[rank]),)))
+        return call_id
+
+    def _require_all(self, outcomes: dict[int, Any]) -> None:
+        """All are in the groups, or nobody waits for the others there."""
         try:
-            answers(self._gather(ranks, call_id, "join", self._config.rank_timeout_s), num_ranks=self.num_ranks)
+            answers(outcomes, num_ranks=self.num_ranks)
         except ShuteyeError:
             self._abort("not all ranks have joined")
             raise
@@ -324,16 +378,22 @@ class MultiprocExecutor(Executor):
         dead = [failure.rank for failure in self.failures()]
         if not dead and not self._incomplete:
             return False
-        self._meet()
-        self._start(dead, patience_s=self._config.step_timeout_s)
-        self._join(sorted(self._processes.keys() - set(dead)))
+        self._meet(instead_of=dead)
+        self._launch(dead)
+        others = sorted(self._processes.keys() - set(dead))
+        call_id = self._ask_to_join(others)  # before it is waited for those that start, who may wait for them to join
+        outcomes = self._gather(dead, 0, "start", self._config.step_timeout_s)
+        if failed := [rank for rank, outcome in outcomes.items() if isinstance(outcome, ShuteyeError)]:
+            self._abort("not all ranks could be started")
+            self._end(failed)
+        self._require_all(outcomes | self._gather(others, call_id, "join", self._config.rank_timeout_s))
         for rank in sorted(self._incomplete):
             self._bring_up(rank)
         return True
 
-    def _start(self, ranks: Iterable[int], *, patience_s: float | None) -> None:
+    def _launch(self, ranks: Iterable[int]) -> None:
+        """Start ranks; nobody waits for them yet."""
         assert self._groups is not None
-        ranks = tuple(ranks)
         for rank in ranks:
             process = self._launcher.start(
                 Start(self._config, self._places[rank], self._groups.meeting(self._places[rank]))
@@ -344,7 +404,17 @@ class MultiprocExecutor(Executor):
             self._watch.add(process)
             if self._kv_blocks is not None:
                 self._incomplete.add(rank)
-        answers(self._gather(ranks, 0, "start", patience_s), num_ranks=self.num_ranks)
+
+    def _end(self, ranks: Collection[int]) -> None:
+        """Ranks that have not loaded end; only then are they seen to be dead, and started by the next recovery."""
+        for rank in ranks:
+            self._processes[rank].kill("has not loaded")
+        poller = zmq.Poller()
+        poller.register(self._watch.died, zmq.POLLIN)
+        deadline = time.monotonic() + _END_S
+        while not {*ranks} <= {failure.rank for failure in self.failures()} and time.monotonic() < deadline:
+            poller.poll(100)
+            self._watch.settle()
 
     def _bring_up(self, rank: int) -> None:
         """Do what the others have done since they were started."""
@@ -364,3 +434,13 @@ class MultiprocExecutor(Executor):
         if self._groups is not None:
             self._groups.close()
         self._launcher.close()
+
+
+def _added(reports: Sequence[UpdateReport]) -> UpdateReport:
+    """Of one rank, for one file after the other."""
+    return replace(
+        reports[-1],
+        updated=sum(report.updated for report in reports),
+        updated_bytes=sum(report.updated_bytes for report in reports),
+        seconds=sum(report.seconds for report in reports),
+    )

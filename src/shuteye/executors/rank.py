@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,12 +19,12 @@ import zmq
 
 from shuteye import logs
 from shuteye.config import EngineConfig
-from shuteye.errors import ErrorInfo, InternalError, ShuteyeError, info_of
-from shuteye.executors.frames import ARGUMENTS, MEETING_VERBS, Ask, Meeting, Reply, Start
+from shuteye.errors import ErrorInfo, InternalError, MemoryExhausted, ShuteyeError, info_of
+from shuteye.executors import tcp_pairs
+from shuteye.executors.frames import ARGUMENTS, MEETING_VERBS, Abort, Ask, EngineAddress, Reply, Start
+from shuteye.executors.membership import Membership
 from shuteye.executors.wire import Decoder, connect_pair, encode
-from shuteye.models.rank_decoder import RankGroups
-from shuteye.parallel.group import Group, ShmGroup
-from shuteye.parallel.shards import RankPlace
+from shuteye.handover import NamelessFile
 from shuteye.processes import die_with_parent
 from shuteye.worker import Worker
 
@@ -34,41 +35,30 @@ FIRST_EPOCH_BITS = 32
 had before it is never taken for what it has now."""
 
 
-def _join(place: RankPlace, meeting: Meeting) -> RankGroups:
-    def group(path: str | None, rank: int, size: int) -> Group | None:
-        if path is None:
-            return None
-        return ShmGroup(path, rank, size, epoch=meeting.epoch, timeout_s=meeting.timeout_s)
-
-    return RankGroups(
-        tensor=group(meeting.tensor, place.tp_rank, place.tp_size),
-        pipeline=group(meeting.pipeline, place.pp_rank, place.pp_size),
-    )
-
-
 class _Rank:
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, membership: Membership) -> None:
         self._place = start.place
-        self.epoch = start.meeting.epoch
-        self._groups = _join(start.place, start.meeting)
+        self._membership = membership
+        self._received: dict[int, NamelessFile] = {}
+        membership.join(start.meeting)
         self._worker = Worker(
             _settle_on_cores(start),
             place=start.place,
-            groups=self._groups if start.place.num_ranks > 1 else None,
-            first_epoch=self.epoch << FIRST_EPOCH_BITS,
+            groups=membership.groups if start.place.num_ranks > 1 else None,
+            first_epoch=membership.epoch << FIRST_EPOCH_BITS,
         )
 
     def answer(self, frame: bytes) -> Reply:
         ask: Ask = _ASKS.decode(frame)
         try:
             result = self._do(ask.verb, ARGUMENTS[ask.verb].decode(ask.arguments))
-            return Reply(self.epoch, ask.call_id, msgspec.Raw(encode(result)))
+            return Reply(self._membership.epoch, ask.call_id, msgspec.Raw(encode(result)))
         except BaseException as error:
             if ask.verb in MEETING_VERBS:  # all of ours: whoever fails with one group is waited for in the other
-                self._groups.abort(f"{ask.verb} failed: {error}")
+                self._membership.groups.abort(f"{ask.verb} failed: {error}")
             if not isinstance(error, Exception):
                 raise
-            return Reply(self.epoch, ask.call_id, error=_info(error, ask.verb))
+            return Reply(self._membership.epoch, ask.call_id, error=_info(error, ask.verb))
 
     def _do(self, verb: str, arguments: tuple[Any, ...]) -> Any:
         match verb:
@@ -76,10 +66,25 @@ class _Rank:
                 return self._worker.execute(*arguments)
             case "join":
                 (meeting,) = arguments
-                self._groups.replace(_join(self._place, meeting))
-                self.epoch = meeting.epoch
+                self._membership.join(meeting)
+                return None
+            case "receive":
+                return self._receive(*arguments)
+            case "forget_received":
+                while self._received:
+                    self._received.popitem()[1].close()
                 return None
         return self._worker.call(verb, *arguments)
+
+    def _receive(self, number: int, content: bytes) -> str:
+        """Append to a file of the engine's that this rank holds for all of its machine; where they find it."""
+        try:
+            if number not in self._received:
+                self._received[number] = NamelessFile()
+            self._received[number].write(content)
+        except OSError as error:
+            raise MemoryExhausted(f"New weights do not fit in shared memory ({error.strerror}).") from error
+        return self._received[number].path
 
 
 def _settle_on_cores(start: Start) -> EngineConfig:
@@ -98,6 +103,26 @@ def _info(error: Exception, verb: str) -> ErrorInfo:
 
 
 _ASKS: Decoder[Ask] = Decoder(Ask)
+_ABORTS: Decoder[Abort] = Decoder(Abort)
+
+
+def _heed(engine: EngineAddress, membership: Membership) -> None:
+    """On a thread: end waits when the engine says so, and this process when the engine is lost."""
+    context: zmq.Context[Any] = zmq.Context()
+    aborts = tcp_pairs.connect(context, engine.aborts, engine)
+    connection = tcp_pairs.ConnectionMonitor(aborts)
+    poller = zmq.Poller()
+    poller.register(aborts, zmq.POLLIN)
+    poller.register(connection.socket, zmq.POLLIN)
+    while True:
+        ready = dict(poller.poll())
+        connection.look()
+        if connection.has_gone:
+            logger.error("This rank has lost its engine, and ends.")
+            os._exit(1)
+        if aborts in ready:
+            told = _ABORTS.decode(aborts.recv())
+            membership.abort(told.epoch, told.reason)
 
 
 def main() -> None:
@@ -108,10 +133,15 @@ def main() -> None:
     logs.configure(logs.LogSettings(cast(logs.LogFormat, sys.argv[3]), cast(logs.LogLevel, sys.argv[4])))
     start = Decoder[Start](Start).decode(sys.stdin.buffer.read())
     context: zmq.Context[Any] = zmq.Context()
-    socket = connect_pair(context, sys.argv[1])
+    membership = Membership(start.place)
+    if start.engine is None:
+        socket = connect_pair(context, sys.argv[1])
+    else:
+        socket = tcp_pairs.connect(context, start.engine.asks, start.engine)
+        threading.Thread(target=_heed, args=(start.engine, membership), name="shuteye-aborts", daemon=True).start()
     socket.linger = 5_000  # milliseconds: the last words, such as a refusal, must get through
     try:
-        rank = _Rank(start)
+        rank = _Rank(start, membership)
     except Exception as error:
         socket.send(encode(Reply(start.meeting.epoch, 0, error=_info(error, "loading"))))
         socket.close()
@@ -120,7 +150,7 @@ def main() -> None:
             sys.exit(1)
         raise
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    socket.send(encode(Reply(rank.epoch, 0)))
+    socket.send(encode(Reply(membership.epoch, 0)))
     while True:
         socket.send(encode(rank.answer(socket.recv())))
 

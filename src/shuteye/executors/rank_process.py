@@ -99,7 +99,7 @@ class RankProcess:
         code = self.process.wait()
         if self.why_killed is not None:
             return f"was killed, as it {self.why_killed}"
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        return how_ended(code)
 
     def close(self) -> None:
         """End it and give back everything. Idempotent."""
@@ -117,6 +117,11 @@ class RankProcess:
                 self.process.wait(_GRACE_S)
         self.process.kill()
         self.process.wait()
+
+
+def how_ended(code: int) -> str:
+    """What the return code of a `Popen` means."""
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
 
 
 def _is_stopped(pid: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -40,9 +41,9 @@ class Decoder(Generic[T]):
         return self._decoder.decode(frame)
 
 
-def bind_pair(context: zmq.Context[S], endpoint: str) -> S:
-    """The side that was there first."""
-    socket = _pair(context)
+def bind_pair(context: zmq.Context[S], endpoint: str, options: Mapping[int, int | bytes] | None = None) -> S:
+    """The side that was there first; `options` of the socket are set before."""
+    socket = _pair(context, options)
     try:
         socket.bind(endpoint)
     except zmq.ZMQError:
@@ -51,15 +52,17 @@ def bind_pair(context: zmq.Context[S], endpoint: str) -> S:
     return socket
 
 
-def connect_pair(context: zmq.Context[S], endpoint: str) -> S:
+def connect_pair(context: zmq.Context[S], endpoint: str, options: Mapping[int, int | bytes] | None = None) -> S:
     """The side that joins."""
-    socket = _pair(context)
+    socket = _pair(context, options)
     socket.connect(endpoint)
     return socket
 
 
-def _pair(context: zmq.Context[S]) -> S:
+def _pair(context: zmq.Context[S], options: Mapping[int, int | bytes] | None) -> S:
     socket = context.socket(zmq.PAIR)
     socket.set_hwm(0)  # never drop or block: the sides bound their own queues
     socket.linger = 0
+    for option, value in (options or {}).items():
+        socket.setsockopt(option, value)
     return socket

@@ -28,14 +28,14 @@ from shuteye.memory.arena import Arena
 from shuteye.memory.backends import MemoryBackend
 from shuteye.memory.backings import Backing, BackingName, DiskBacking, HostBacking
 from shuteye.memory.image import WeightImage
+from shuteye.memory.kv_cache_memory import KVCacheMemory
 from shuteye.memory.layout import first_difference
+from shuteye.memory.release import Release
 from shuteye.memory.weights import ImageWatch, Verifier, WeightsState
 from shuteye.state import (
     SleepEstimate,
     SleepPlan,
-    Tag,
     TagReport,
-    TagResidency,
     TagState,
     VerifyMode,
     VerifyResult,
@@ -50,15 +50,6 @@ class _Restored:
 
     weights_before: WeightsState | None
     kv_cache: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Release:
-    """What a sleep found of a tag when it began to give it back."""
-
-    was_mapped: bool
-    resident_bytes: int
-    saved_bytes: int = 0
 
 
 class Residency:
@@ -88,11 +79,10 @@ class Residency:
         self._weights = WeightsState.initial(image)
         self.image = image
         self._backing: Backing = DiskBacking(backend, spill_dir) if backing == "disk" else HostBacking(backend)
-        self._kv_arena: Arena | None = None
-        self._kv: TagResidency = "discarded"
+        self._kv_cache: KVCacheMemory | None = None
         self._missing: set[str] = set()
         self._saved: frozenset[int] | None = None
-        self._released: dict[Tag, _Release] = {}  # by the sleep under way; `finish_release` goes on from there
+        self._released: Release | None = None  # of the weights; `finish_release` goes on from there
         self._last_restore: _Restored | None = None
         self._epoch = first_epoch
         self.watch = ImageWatch(weights)
@@ -111,12 +101,13 @@ class Residency:
     @property
     def all_resident(self) -> bool:
         """True if the model can run: every tag is resident and loaded."""
-        return self._weights.residency == "resident" and self._kv == "resident"
+        kv = self._kv_cache
+        return self._weights.residency == "resident" and kv is not None and kv.residency == "resident"
 
     def attach_kv_cache(self, arena: Arena) -> None:
         """Take charge of the KV cache's arena: reserved, nothing committed."""
-        assert self._kv_arena is None, "a rank has one KV cache"
-        self._kv_arena = arena
+        assert self._kv_cache is None, "a rank has one KV cache"
+        self._kv_cache = KVCacheMemory(arena)
 
     def states(self) -> tuple[TagState, ...]:
         """Where each tag is, measured now.
@@ -127,8 +118,7 @@ class Residency:
         arena = self._weights_arena
         backing = self._backing_name(self._weights) if self._weights.residency == "offloaded" else None
         weights = TagState("weights", self._weights.residency, backing, arena.nbytes, arena.resident_bytes())
-        kv = self._kv_arena
-        return (weights, TagState("kv_cache", self._kv, None, kv.nbytes, kv.resident_bytes())) if kv else (weights,)
+        return (weights, self._kv_cache.state()) if self._kv_cache else (weights,)
 
     def _backing_name(self, state: WeightsState) -> BackingName:
         """`image` if it alone brings everything back; else the backing, which then holds what the image does not."""
@@ -159,7 +149,6 @@ class Residency:
         """
         self._weights.require(plan.weights)
         self._settle()
-        self._released = {}
         if plan.weights != "offload":
             return
         self.require_intact()  # else pages that nobody wrote, or that are gone, would count as the model's
@@ -181,7 +170,9 @@ class Residency:
             BackendFailure: the kernel refused; some memory may be gone, and only `reset` is safe now.
         """
         self._weights.require(plan.weights)
-        self._released = {}
+        self._released = None
+        if self._kv_cache:
+            self._kv_cache.begin_release()
         return self._release(plan)
 
     def finish_release(self, plan: SleepPlan) -> tuple[TagReport, ...]:
@@ -197,15 +188,15 @@ class Residency:
         if plan.weights != "keep":
             reports.append(self._release_weights(discard=plan.weights == "discard"))
         if plan.kv_cache == "discard":
-            reports.append(self._release_kv_cache())
+            kv = self._require_kv_cache()
+            self._epoch += 1
+            reports.append(kv.release())
         return tuple(reports)
 
     def _release_weights(self, *, discard: bool) -> TagReport:
         started = time.perf_counter()
-        release = self._released.get("weights") or self._begin_release_of_weights(discard=discard)
-        if release.was_mapped:
-            self._weights_arena.release()
-        freed = release.resident_bytes - self._weights_arena.resident_bytes() if release.was_mapped else 0
+        release = self._released or self._begin_release_of_weights(discard=discard)
+        freed = release.carry_out()
         if discard:
             self._backing.drop()
         return TagReport(
@@ -217,17 +208,17 @@ class Residency:
             seconds=time.perf_counter() - started,
         )
 
-    def _begin_release_of_weights(self, *, discard: bool) -> _Release:
+    def _begin_release_of_weights(self, *, discard: bool) -> Release:
         """The weights are away from here on, whatever follows: what there was of them."""
         self._epoch += 1
         before = self._weights
         saved = frozenset[int]() if discard else self._require_saved()
-        resident_bytes = self._weights_arena.resident_bytes() if before.is_mapped else 0
+        saved_bytes = sum(extent.nbytes for extent in before.image.layout.extents if extent.index in saved)
+        begun = Release.begin(self._weights_arena, was_mapped=before.is_mapped, saved_bytes=saved_bytes)
         self._weights = before.discarded() if discard else before.offloaded(saved)
         self._settle()
         self._missing.clear()
-        saved_bytes = sum(extent.nbytes for extent in self._weights.image.layout.extents if extent.index in saved)
-        self._released["weights"] = begun = _Release(before.is_mapped, resident_bytes, saved_bytes)
+        self._released = begun
         return begun
 
     def _require_saved(self) -> frozenset[int]:
@@ -235,26 +226,10 @@ class Residency:
             raise InternalError("Weights were to be offloaded without being saved first.")
         return self._saved
 
-    def _release_kv_cache(self) -> TagReport:
-        started, arena = time.perf_counter(), self._require_kv_cache()
-        release = self._released.get("kv_cache") or self._begin_release_of_kv_cache(arena)
-        if release.was_mapped:
-            arena.release()
-        freed = release.resident_bytes - arena.resident_bytes() if release.was_mapped else 0
-        return TagReport("kv_cache", "discarded", freed_bytes=freed, seconds=time.perf_counter() - started)
-
-    def _begin_release_of_kv_cache(self, arena: Arena) -> _Release:
-        self._epoch += 1
-        was_mapped = self._kv == "resident"
-        resident_bytes = arena.resident_bytes() if was_mapped else 0
-        self._kv = "discarded"
-        self._released["kv_cache"] = begun = _Release(was_mapped, resident_bytes)
-        return begun
-
-    def _require_kv_cache(self) -> Arena:
-        if self._kv_arena is None:
+    def _require_kv_cache(self) -> KVCacheMemory:
+        if self._kv_cache is None:
             raise InternalError("The plan names the KV cache, and none is attached.")
-        return self._kv_arena
+        return self._kv_cache
 
     # --- wake ------------------------------------------------------------------------------------
 
@@ -287,7 +262,7 @@ class Residency:
             self.watch.remapped()
             self._missing = set(self._weights.image.layout.slots) if target.residency == "blank" else set()
         if kv:
-            self._kv = "resident"
+            kv.residency = "resident"
         self._last_restore = change
         return reports
 
@@ -299,18 +274,18 @@ class Residency:
         """
         return self._wake_estimate(*self._after_wake(plan))
 
-    def _after_wake(self, plan: WakePlan) -> tuple[WeightsState | None, Arena | None]:
-        """The weights as they will be, None if they stay as they are; the KV cache's arena if it is to be mapped."""
+    def _after_wake(self, plan: WakePlan) -> tuple[WeightsState | None, KVCacheMemory | None]:
+        """The weights as they will be, None if they stay as they are; the KV cache if it is to be mapped."""
         target = self._weights.after_wake(plan.weights, self.image)
-        commits = plan.kv_cache == "commit" and self._kv == "discarded"
-        return target, self._require_kv_cache() if commits else None
+        kv = self._require_kv_cache() if plan.kv_cache == "commit" else None
+        return target, kv if kv and kv.residency == "discarded" else None
 
-    def _wake_estimate(self, target: WeightsState | None, kv: Arena | None) -> WakeEstimate:
+    def _wake_estimate(self, target: WeightsState | None, kv: KVCacheMemory | None) -> WakeEstimate:
         weights_bytes = self._weights_arena.nbytes if target and not self._weights.is_mapped else 0
-        needed = weights_bytes + (kv.nbytes if kv else 0)
+        needed = weights_bytes + (kv.arena.nbytes if kv else 0)
         return WakeEstimate(needed, self._backend.available_bytes() if needed else 0)
 
-    def _require_memory(self, target: WeightsState | None, kv: Arena | None) -> None:
+    def _require_memory(self, target: WeightsState | None, kv: KVCacheMemory | None) -> None:
         found = self._wake_estimate(target, kv)
         if found.needed_bytes > found.available_bytes:
             raise MemoryExhausted(
@@ -318,14 +293,14 @@ class Residency:
                 "Free memory and try again."
             )
 
-    def _bring_back(self, target: WeightsState | None, kv: Arena | None) -> tuple[TagReport, ...]:
+    def _bring_back(self, target: WeightsState | None, kv: KVCacheMemory | None) -> tuple[TagReport, ...]:
         reports = []
         started = time.perf_counter()
         if target:
             self._map_weights(target)
         mapped = time.perf_counter()
         if kv:
-            kv.commit()
+            kv.arena.commit()
         committed = time.perf_counter()
         if target:
             resident = target.residency == "resident"
@@ -342,8 +317,8 @@ class Residency:
                 )
             )
         if kv:
-            commit_s = committed - mapped
-            reports.append(TagReport("kv_cache", "resident", restored_bytes=kv.resident_bytes(), seconds=commit_s))
+            restored_bytes = kv.arena.resident_bytes()
+            reports.append(TagReport("kv_cache", "resident", restored_bytes=restored_bytes, seconds=committed - mapped))
         return tuple(reports)
 
     def _map_weights(self, target: WeightsState) -> None:
@@ -376,8 +351,7 @@ class Residency:
                 self._missing.clear()
                 self._weights_arena.release()
             if change.kv_cache:
-                self._kv = "discarded"
-                self._require_kv_cache().release()
+                self._require_kv_cache().discard()
         except ShuteyeError as failure:
             raise EngineFaulted(f"A failed wake could not be undone: {failure} Reset the engine.") from failure
         if replaced:
@@ -454,10 +428,9 @@ class Residency:
         self._epoch += 1
         self._weights = self._weights_after_reset()
         self._missing.clear()
-        self._kv = "discarded"
         self._weights_arena.release()
-        if self._kv_arena:
-            self._kv_arena.release()
+        if self._kv_cache:
+            self._kv_cache.discard()
         if self._weights.residency == "discarded":
             self._backing.drop()
 
@@ -484,8 +457,8 @@ class Residency:
             stack.callback(self._settle)
             stack.callback(self._backing.drop)
             stack.callback(self._weights_arena.close)
-            if self._kv_arena:
-                stack.callback(self._kv_arena.close)
+            if self._kv_cache:
+                stack.callback(self._kv_cache.arena.close)
 
     def _settle(self) -> None:
         """A new move begins: the last save is stale, the last restore can no longer be undone."""

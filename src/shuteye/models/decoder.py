@@ -202,9 +202,9 @@ def _require_same_split(image: WeightImage, facts: ImageSpec, config: Any, plan:
     if facts.transformers == __version__:
         return
     spec = plan.spec
-    place = RankPlace(spec.rank, spec.tp_size, spec.pp_size)
-    found = divide(config, check(config), place).with_tie(plan.split.tied)
-    if found != plan.split:
+    attention = check(config)
+    found = divide(config, attention, RankPlace(spec.rank, spec.tp_size, spec.pp_size)).with_tie(plan.split.tied)
+    if found != plan.split or attention.windows[spec.layers.start : spec.layers.stop] != facts.attention.windows:
         raise ImageFailure(
             f"{image.path} was made with transformers {facts.transformers}; {__version__} divides models of type "
             f"{config.model_type!r} among ranks in another way. Remove the image to have it rebuilt."

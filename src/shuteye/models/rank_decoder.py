@@ -48,12 +48,13 @@ class RankGroups:
 
     # --- what a step needs of them ----------------------------------------------------------------
 
-    def receive(self, blank: Tensor, plan: RankPlan) -> Tensor | None:
-        """Hidden states of the stage before, in `blank`; None on the first."""
+    def receive(self, shape: tuple[int, int], dtype: torch.dtype, plan: RankPlan) -> Tensor | None:
+        """Hidden states of the stage before; None on the first."""
         if self.pipeline is None or plan.embeds:
             return None
-        self.pipeline.recv(blank, plan.spec.pp_rank - 1)
-        return blank
+        hidden = torch.empty(shape, dtype=dtype)
+        self.pipeline.recv(hidden, plan.spec.pp_rank - 1)
+        return hidden
 
     def pass_on(self, hidden: Tensor, plan: RankPlan) -> None:
         """Hidden states go to the next stage, if there is one."""
@@ -137,7 +138,7 @@ class RankDecoder(FlatLoop):
             On the rank that holds the sampler, logits [num_sampled, vocab_size]. On others what they computed of
             it: their own columns of the logits, or the hidden states [num_tokens, hidden_size] that they sent.
         """
-        hidden = self._groups.receive(self._blank_hidden(batch.num_tokens), self._plan)
+        hidden = self._groups.receive((batch.num_tokens, self._plan.shape.hidden_size), self._dtype, self._plan)
         found = self.compute(batch, kv_cache, hidden)
         self._groups.pass_on(found, self._plan)
         return found
@@ -168,9 +169,6 @@ class RankDecoder(FlatLoop):
             return self._compute_layers(hidden_in, batch, kv_cache, wanted=None)
         hidden = self._compute_layers(hidden_in, batch, kv_cache, wanted=batch.logits_indices)
         return weights.head(self._norm(hidden, weights.norm))
-
-    def _blank_hidden(self, num_tokens: int) -> Tensor:
-        return torch.empty((num_tokens, self._plan.shape.hidden_size), dtype=self._dtype)
 
     def _whole(self, product: Tensor) -> Tensor:
         return self._groups.add_up(product)

@@ -186,8 +186,7 @@ class RankModuleDecoder:
         """Compute the rank's part of a step; what it gives is said at `RankDecoder.forward`."""
         plan = self._part.plan
         context = AttentionContext(batch, kv_cache, self._windows, first_layer=plan.spec.layers.start)
-        blank = torch.empty((batch.num_tokens, plan.split.hidden_size), dtype=self._dtype)
-        hidden = self._groups.receive(blank, plan)
+        hidden = self._groups.receive((batch.num_tokens, plan.split.hidden_size), self._dtype, plan)
         with attending(context):
             found = self._part(
                 batch.input_ids[None],

@@ -96,7 +96,7 @@ def open_tensors(path: str) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
         InvalidRequest: there is no such file, or one that cannot be read; found before the first tensor.
     """
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(_open(one)) for one in _files_of(Path(path))]
+        files = [stack.enter_context(_open(one)) for one in tensor_files(path)]
         yield ((name, file.get_tensor(name)) for file in files for name in file.keys())  # noqa: SIM118 (not a dict)
 
 
@@ -104,13 +104,19 @@ def open_tensors(path: str) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
 def open_shapes(path: str) -> Iterator[Iterator[tuple[str, tuple[int, ...]]]]:
     """`open_tensors` for the shapes alone, of which the files' headers tell."""
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(_open(one)) for one in _files_of(Path(path))]
+        files = [stack.enter_context(_open(one)) for one in tensor_files(path)]
         yield ((name, tuple(file.get_slice(name).get_shape())) for file in files for name in file.keys())  # noqa: SIM118
 
 
-def _files_of(path: Path) -> list[Path]:
+def tensor_files(path: str) -> list[Path]:
+    """The file itself, or every `*.safetensors` of a directory.
+
+    Raises:
+        InvalidRequest: there is none, or the directory cannot be read.
+    """
+    directory = Path(path)
     try:
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else [directory]
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"The path cannot be read on the server's host: {error}.", param="path") from error
     if not files:

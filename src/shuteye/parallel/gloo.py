@@ -5,6 +5,7 @@ Knows nothing of who starts ranks. Only to be imported where gloo is used: torch
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -90,7 +91,15 @@ class GlooGroup(Group):
         options = _gloo.ProcessGroupGloo._Options()
         options._devices = [_gloo.ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timedelta(days=1)  # the deadlines are ours: gloo does not say who is missing
-        self._group = _gloo.ProcessGroupGloo(_gloo.PrefixStore("gloo", self._store), self.rank, self.size, options)
+        # by a connection of its own: gloo waits in it for the others, and who looks for aborts would wait behind it
+        store = _gloo.TCPStore(
+            self._store.host,
+            self._store.port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=self.timeout_s),
+        )
+        self._group = _gloo.ProcessGroupGloo(_gloo.PrefixStore("gloo", store), self.rank, self.size, options)
 
     def all_reduce(self, x: Tensor) -> None:
         """Fetch the parts of all ranks and add them here; see `Group.all_reduce`."""
@@ -128,7 +137,8 @@ class GlooGroup(Group):
 
     def abort(self, reason: str) -> None:
         """Write the reason where every long wait looks."""
-        _tell_abort(self._store, by=self.rank, reason=reason)
+        with contextlib.suppress(RuntimeError):  # the rendezvous is gone, which ends every wait
+            _tell_abort(self._store, by=self.rank, reason=reason)
 
     def close(self) -> None:
         """Close the connections; of an aborted group they stay until the peers are gone."""
@@ -188,6 +198,7 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8) if x.numel() else x.new_empty(0, dtype=torch.uint8)
 
 
+@torch.inference_mode()  # as of whoever waits: gloo fills tensors that may have been made in it
 def _wait_for_gloo(jobs: SimpleQueue[Callable[[], object] | None], done: SimpleQueue[RuntimeError | None]) -> None:
     while (job := jobs.get()) is not None:
         try:

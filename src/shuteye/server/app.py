@@ -10,9 +10,10 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from shuteye import __version__
@@ -35,7 +36,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def create_app(engine: Engine, config: ServerConfig, *, tracer: Tracer | None = None) -> FastAPI:
+@dataclass(frozen=True, slots=True)
+class EngineRoutes:
+    """The routes that act on the engine as a whole, or tell of it; where there are several engines, on all of them.
+
+    Attributes:
+        state: behind the inference key.
+        control: there is an admin key or development mode, and sleep mode is on.
+        restart: there is an admin key or development mode.
+    """
+
+    state: APIRouter
+    control: APIRouter
+    restart: APIRouter
+
+
+ONE_ENGINE = EngineRoutes(health.keyed, routes.router, routes.restarting)
+
+
+def create_app(
+    engine: Engine, config: ServerConfig, *, tracer: Tracer | None = None, engine_routes: EngineRoutes = ONE_ENGINE
+) -> FastAPI:
     """An application that starts `engine` in the background when it starts, and closes it when it ends.
 
     Control routes exist only if there is an admin key or development mode; all of them but `/restart_engine` only if
@@ -43,6 +64,7 @@ def create_app(engine: Engine, config: ServerConfig, *, tracer: Tracer | None = 
 
     Args:
         tracer: used in place of the one that the config asks for.
+        engine_routes: in place of those that act on `engine` alone.
 
     Raises:
         InvalidRequest: the config asks for spans, and OpenTelemetry is not installed.
@@ -67,11 +89,12 @@ def create_app(engine: Engine, config: ServerConfig, *, tracer: Tracer | None = 
         app.include_router(module.router)
     for module in (models, health, docs_page):
         app.include_router(module.router)
-    app.include_router(health.keyed)
+    app.include_router(health.measured)
+    app.include_router(engine_routes.state)
     if config.has_control_routes:
-        app.include_router(routes.restarting)
+        app.include_router(engine_routes.restart)
         if engine.config.enable_sleep_mode:
-            app.include_router(routes.router)
+            app.include_router(engine_routes.control)
     log_notices(engine.config, config)
     return app
 

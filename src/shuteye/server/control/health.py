@@ -23,6 +23,7 @@ from shuteye.state import EngineState, SchedulerStats, Tag
 
 router = APIRouter()
 keyed = APIRouter(route_class=InferenceRoute)
+measured = APIRouter(route_class=InferenceRoute)
 
 
 class AliveAnswer(Struct):
@@ -164,7 +165,7 @@ def _waking_cost(state: EngineState, metrics: Metrics) -> WakingCost:
     )
 
 
-@keyed.get("/metrics", response_model=None)
+@measured.get("/metrics", response_model=None)
 async def metrics(context: Context) -> Response:
     """All metrics; the engine is not asked, so it may be asleep or busy."""
     return Response(context.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -135,7 +135,7 @@ class PausedAnswer(Struct):
     is_paused: bool
 
 
-def _measured(report: SleepReport | WakeReport) -> dict[str, Any]:
+def measured(report: SleepReport | WakeReport) -> dict[str, Any]:
     """What a report says, by the answer's names: `tags` are those asked for, so what was measured is `tag_reports`."""
     fields = {each.name: getattr(report, each.name) for each in dataclasses.fields(report)}
     return {"tag_reports": fields.pop("tags"), **fields}
@@ -145,7 +145,7 @@ def _measured(report: SleepReport | WakeReport) -> dict[str, Any]:
 async def sleep(call: Annotated[SleepCall, requested(SleepCall)], context: Context) -> Response:
     """Gives memory back; answers once the system says that it came back. Parameters may also be a JSON body."""
     report = await _carried_out(context, call)
-    return JsonAnswer(SleepAnswer(tags=call.tags, **_measured(report)))
+    return JsonAnswer(SleepAnswer(tags=call.tags, **measured(report)))
 
 
 @router.post("/wake_up", response_model=None, openapi_extra=documented_body(WakeCall))
@@ -153,7 +153,7 @@ async def wake_up(call: Annotated[WakeCall, requested(WakeCall)], context: Conte
     """Brings memory back; answers once the model is verified. Parameters may also be a JSON body."""
     report = await _carried_out(context, call)
     status: Literal["awake", "sleeping"] = "sleeping" if context.engine.is_sleeping else "awake"
-    return JsonAnswer(WakeAnswer(status=status, tags=call.tags, **_measured(report)))
+    return JsonAnswer(WakeAnswer(status=status, tags=call.tags, **measured(report)))
 
 
 @router.get("/is_sleeping", response_model=None, dependencies=[NO_QUERY])

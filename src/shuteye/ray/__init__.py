@@ -1,0 +1,1 @@
+"""Replicas on Ray Serve that sleep and wake through one handle; only `deployment` imports Ray."""
