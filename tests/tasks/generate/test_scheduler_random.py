@@ -198,7 +198,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return True
 
     def fail(self, plan, meant):
-        """The step fails, and those behind it, half way or before they begin: they are computed again."""
+        """The step fails; those behind it, of which the first ones had begun, are computed again."""
         self.worker.fail(plan)
         deltas = self.scheduler.fail_step(plan, ErrorInfo("InternalError", "boom"))
         assert [d.request_id for d in deltas] == [name for name, one in meant.items() if self.live.get(name) is one]
@@ -206,8 +206,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             del self.live[delta.request_id]
         if not self.flying:
             return
+        num_begun = len(self.live) % (1 + len(self.flying))
         for number, (behind, _) in enumerate(self.flying):
-            if number % 2 == len(self.live) % 2:
+            if number < num_begun:
                 self.worker.fail(behind)
             self.scheduler.drop_step(behind)
         self.flying.clear()
