@@ -110,16 +110,10 @@ def main() -> None:
     try:
         print(f"| {arguments.model} {arguments.dtype}, PP {arguments.stages} | one | {arguments.stages} | gain |")
         print("|---|---|---|---|")
-        for batch in BATCHES:
-            compare(
-                f"decode x{batch}, a token each", *pipelines, partial(Pipeline.decode, batch=batch), arguments.rounds
-            )
-        compare(
-            f"first token of {LONG_PROMPT}",
-            *pipelines,
-            partial(Pipeline.first_token, num_tokens=LONG_PROMPT),
-            arguments.rounds,
-        )
+        cases = {f"decode x{batch}, a token each": partial(Pipeline.decode, batch=batch) for batch in BATCHES}
+        cases[f"first token of {LONG_PROMPT}"] = partial(Pipeline.first_token, num_tokens=LONG_PROMPT)
+        for what, measure in cases.items():
+            compare(what, *pipelines, measure, arguments.rounds)
     finally:
         for pipeline in pipelines:
             pipeline.close()

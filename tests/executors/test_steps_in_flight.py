@@ -284,7 +284,7 @@ def test_three_stages_give_what_one_rank_gives(open_ranks, make_harness, tmp_pat
     model = str(tiny_model(tmp_path / "three", num_layers=3))
     alone = make_harness(model=model)
     ranks = open_ranks("PP 2", pipeline_parallel_size=3, model=model, max_num_batched_tokens=32)
-    crowd = Crowd(ranks)
+    crowd = Crowd(ranks, LENGTHS * 2)
     crowd.step_until_in_flight()
     assert len(ranks.core._in_flight) == 2
     gone = list(crowd.asked)[::4]

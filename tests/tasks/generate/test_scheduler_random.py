@@ -10,12 +10,14 @@ Up to three plans are in flight, which the worker executes in order, each when i
 from collections import Counter, deque
 from hashlib import blake2b
 from itertools import count
+from unittest.mock import patch
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from shuteye.errors import ErrorInfo
+from shuteye.tasks.generate import scheduler
 from shuteye.tasks.generate.plans import SampledToken, StepPlan, StepResult
 from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
 from shuteye.tasks.generate.scheduler import Limits, Scheduler
@@ -110,8 +112,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         weights=st.integers(0, 200),
         depth=st.integers(1, 3),
+        share=st.integers(1, 3),
     )
-    def start(self, *, num_blocks, block_size, max_num_seqs, budget, caching, weights, depth):
+    def start(self, *, num_blocks, block_size, max_num_seqs, budget, caching, weights, depth, share):
+        self.shares = patch.object(scheduler, "MIN_STAGE_SEQUENCES", share)
+        self.shares.start()
         self.max_length = min(30, (num_blocks - 1) * block_size + 1)
         limits = Limits(
             num_blocks=num_blocks,
@@ -188,7 +193,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def post(self):
         """Schedule one more plan; whether there was any."""
+        before = [part for _, parts in self.scheduler._in_flight for part in parts if part.counts]
         plan = self.scheduler.schedule()
+        assert all(part.counts for part in before), "preempted in flight: its sampler is a token ahead"
         assert plan is not None or self.flying or not self.live, "requests exist, but nothing is scheduled"
         if plan is None:
             return False
@@ -295,6 +302,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Drain. The oldest request advances at every step and is never preempted, which bounds the steps."""
         if not hasattr(self, "scheduler"):
             return
+        self.shares.stop()
         bound = self.depth * (1 + sum(self.max_length for _ in self.live))
         steps = 0
         while self.live or self.flying:

@@ -31,6 +31,9 @@ from shuteye.tasks.generate.sequences import ActiveSequence, Batch, Part
 MAX_SCORED_CHUNK = 256
 """Prompt tokens computed in one step if their logits are wanted, each of which is as wide as the vocabulary."""
 
+MIN_STAGE_SEQUENCES = 4
+"""Sequences that are worth a step of their own beside others: each step reads all weights, however few there are."""
+
 MAX_STAGE_TOKENS = 256
 """Tokens of prompts in one step of several in flight: small enough that stages work on one prompt at the same time."""
 
@@ -199,11 +202,16 @@ class Scheduler(TaskScheduler):
         return plan
 
     def _open_batch(self) -> Batch:
-        """Of several plans in flight each takes its share of the batch, so that stages take turns at steps alike."""
+        """Of several plans in flight each takes its share of the batch, so that stages take turns at steps alike.
+
+        A batch too small to be shared stays together: whoever came back first waits for the others.
+        """
         limits = self._limits
         if limits.max_in_flight == 1:
             return Batch(budget=limits.max_num_batched_tokens, places=limits.max_num_seqs)
-        places = -(-len(self._running) // limits.max_in_flight)
+        num_shares = max(1, min(limits.max_in_flight, len(self._running) // MIN_STAGE_SEQUENCES))
+        num_taken = sum(any(part.chunk.sample for part in parts) for _, parts in self._in_flight)
+        places = -(-len(self._running) // num_shares) if num_taken < num_shares else 0
         return Batch(budget=min(limits.max_num_batched_tokens, places + MAX_STAGE_TOKENS), places=places)
 
     def _schedule_running(self, batch: Batch) -> bool:
