@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import signal
 import time
 from dataclasses import replace
@@ -106,7 +107,6 @@ def test_many_requests_at_once_give_what_each_gives_alone(ranks, expected):
         sizes.append(len(ranks.core._in_flight))
     crowd.check(expected)
     assert max(sizes) == ranks.executor.max_in_flight - 1 == 1
-    assert not ranks.executor._early
     assert ranks.core.stats.num_free_blocks == ranks.core.stats.num_blocks
 
 
@@ -176,6 +176,28 @@ def test_other_calls_find_no_step_in_flight(ranks, expected):
         ranks.call(UpdateFromFileCall("/nowhere/at/all"))
     ranks.run()
     crowd.check(expected)
+
+
+def test_memory_is_accounted_with_no_step_in_flight(ranks, expected):
+    """Would catch a question that ranks answer behind a step, by its own deadline, or an account that is never due."""
+    crowd = Crowd(ranks, salt=12)
+    crowd.step_until_in_flight()
+    ranks.core._refreshed_at = -math.inf
+    ranks.step()
+    assert ranks.core._refreshed_at > 0
+    assert not ranks.core._in_flight
+    ranks.run()
+    crowd.check(expected)
+
+
+def test_requests_that_are_all_aborted_leave_no_step_behind(ranks):
+    """Would catch an engine that rests while ranks are at work, and a state that tells the memory of before."""
+    crowd = Crowd(ranks, salt=13)
+    crowd.step_until_in_flight()
+    ranks.core.abort(list(crowd.asked))
+    ranks.run()
+    assert not ranks.core._in_flight
+    assert not ranks.executor._posted
 
 
 def test_the_first_step_after_a_wake_for_requests_is_alone(ranks, expected, monkeypatch):

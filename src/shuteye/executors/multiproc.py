@@ -22,7 +22,7 @@ from shuteye.config import EngineConfig
 from shuteye.errors import EngineFaulted, GroupAborted, RankLost, ShuteyeError, UnsupportedModel, rebuild
 from shuteye.executors import Executor, RankFailure, Ticket, answers
 from shuteye.executors.file_copies import FileCopies, write_files
-from shuteye.executors.frames import MEETING_VERBS, RESULTS, Reply, Start, ask
+from shuteye.executors.frames import MEETING_VERBS, RESULTS, Start, ask
 from shuteye.executors.links import Groups, Launcher, RankLink
 from shuteye.executors.watch import DeathWatch
 from shuteye.model_info import ModelSpec
@@ -62,9 +62,8 @@ class MultiprocExecutor(Executor):
         self.max_in_flight = config.pipeline_parallel_size  # one step for each stage
         self._sampling_rank = self.num_ranks - config.tensor_parallel_size  # see `ShardPlan.holds_sampler`
         self._call_ids = itertools.count(1)
-        # Steps posted and not collected, and what has been answered to them: a stage may be ahead of the others.
+        # Steps posted and not collected. Each rank answers in their order, so that answers wait in its socket.
         self._posted: deque[Ticket] = deque()
-        self._early: dict[tuple[int, int], Reply] = {}  # by call id and rank
         self._epoch = 0
         self._num_updates = 0
         self._kv_blocks: int | None = None
@@ -125,8 +124,6 @@ class MultiprocExecutor(Executor):
             raise
         finally:
             self._posted.popleft()
-            if not self._posted:
-                self._early.clear()
         result: Result = outcomes[self._sampling_rank]
         return result
 
@@ -205,6 +202,7 @@ class MultiprocExecutor(Executor):
                 if outcome is not None:
                     (found[rank],) = outcome
                     waiting.remove(rank)
+                    poller.unregister(self._processes[rank].socket)  # what comes next is of a later step
             if not waiting:
                 return {rank: found[rank] for rank in sorted(found)}
             left_s = None if deadline is None else deadline - time.monotonic()
@@ -217,17 +215,10 @@ class MultiprocExecutor(Executor):
                 self._look()  # now, as the others may work for a long time yet
 
     def _received(self, rank: int, call_id: int, verb: str) -> tuple[Any] | None:
-        """The rank's answer to the call, if it has come.
-
-        Answers to other steps in flight are kept, those to earlier calls are dropped.
-        """
+        """The rank's answer to the call, if it has come; answers to earlier ones are dropped."""
         process = self._processes[rank]
-        while (reply := self._early.pop((call_id, rank), None) or process.received()) is not None:
-            if reply.epoch not in (process.epoch, self._epoch):
-                continue
-            if reply.call_id != call_id:
-                if any(reply.call_id == ticket.call_id for ticket in self._posted):
-                    self._early[reply.call_id, rank] = reply
+        while (reply := process.received()) is not None:
+            if reply.call_id != call_id or reply.epoch not in (process.epoch, self._epoch):
                 continue
             if reply.error is not None:
                 return (rebuild(reply.error.kind, reply.error.message, reply.error.param),)
