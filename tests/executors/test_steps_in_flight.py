@@ -28,6 +28,7 @@ DRAWN = SamplingParams(temperature=1.0, seed=3, max_tokens=20, ignore_eos=True, 
 LENGTHS = (3, 5, 17, 40, 64, 2, 90, 33, 21, 8)
 BLOCK_BYTES = 16 * 2 * 2 * 2 * 16 * 4
 """Of the tiny model: 16 tokens, 2 layers, K and V, 2 heads of 16 numbers of float32."""
+SOON_S = 10.0
 names = itertools.count()
 
 
@@ -195,6 +196,8 @@ def test_requests_that_are_all_aborted_leave_no_step_behind(ranks):
     crowd = Crowd(ranks, salt=13)
     crowd.step_until_in_flight()
     ranks.core.abort(list(crowd.asked))
+    ranks.core._deltas.clear()  # as if they had been told
+    assert ranks.core.can_step
     ranks.run()
     assert not ranks.core._in_flight
     assert not ranks.executor._posted
@@ -271,6 +274,23 @@ def test_a_rank_that_hangs_is_killed_by_the_deadline_of_the_oldest_step(ranks, e
     ranks.wake()
     ranks.run()
     crowd.check(expected)
+
+
+def test_requests_whose_first_step_was_not_even_posted_are_admitted_again(ranks, expected):
+    """Would catch requests that the sampler has never heard of."""
+    crowd = Crowd(ranks, salt=14)
+    crowd.step_until_in_flight()
+    time.sleep(0.3)  # the step in flight is done, though not collected
+    ranks.plan_fault(1, "execute error")
+    ranks.step()
+    deadline = time.monotonic() + SOON_S
+    while not ranks.executor._groups.aborted:
+        assert time.monotonic() < deadline, "the step did not fail"
+        time.sleep(0.001)
+    late = Crowd(ranks, (5, 9), salt=15)
+    ranks.run()
+    late.check(expected)
+    assert any(isinstance(ranks.ended[name], BackendFailure) for name in crowd.asked)
 
 
 def test_nothing_is_posted_behind_a_step_that_has_failed(ranks, expected):
