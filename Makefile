@@ -63,13 +63,14 @@ soak-ranks: setup ## Faults at random on every layout of ranks, ten minutes each
 	SHUTEYE_SOAK_S=$${SHUTEYE_SOAK_S:-600} $(VENV)/bin/python -m pytest tests/executors/test_ranks_soak.py -m slow --timeout 0 $(ARGS)
 
 # Python itself leaks by design, so leaks are not looked for; torch must be loaded after the sanitizer's runtime.
-test-asan: setup ## Run the native kernels' tests under AddressSanitizer and UBSan.
+test-asan: setup ## Run the tests of native kernels, groups of ranks and the decoder's parts under AddressSanitizer and UBSan.
 	mkdir -p build
 	$(VENV)/bin/python src/shuteye/native/build.py build/kernels-asan.so -g -O1 -fno-omit-frame-pointer \
 	  -fsanitize=address,undefined -fno-sanitize-recover=undefined
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 SHUTEYE_TEST_LIBRARY=$(CURDIR)/build/kernels-asan.so \
-	  $(VENV)/bin/python -m pytest tests/native --deselect tests/native/test_pool.py::test_idle_workers_cost_no_cpu $(ARGS)
+	  $(VENV)/bin/python -m pytest tests/native tests/parallel/test_group.py \
+	  tests/parallel/test_native_ranks.py -m 'not slow' --timeout 600 --deselect tests/native/test_pool.py::test_idle_workers_cost_no_cpu $(ARGS)
 
 test-tsan: setup ## Run the ranks' groups under ThreadSanitizer, with suspended ranks and aborts at random.
 	$(VENV)/bin/python -m pytest tests/parallel/test_stress.py $(ARGS)

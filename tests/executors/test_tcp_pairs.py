@@ -48,7 +48,7 @@ def stranger(context, address, how):
             its = msgspec.structs.replace(address, public_key=public, secret_key=secret)
         case "the rank's public key":
             its = msgspec.structs.replace(address, secret_key=secret)
-    return tcp_pairs.connect(context, address.asks, its)
+    return tcp_pairs.connect(context, address.asks, its)[0]
 
 
 @pytest.mark.parametrize("how", ["no keys", "keys of its own", "the rank's public key"])
@@ -58,7 +58,7 @@ def test_nobody_else_speaks_to_an_engine(door, context, how):
     intruder = stranger(context, address, how)
     intruder.send(b"I am the rank")
     assert not asks.poll(500), "a stranger was heard"
-    rank = tcp_pairs.connect(context, address.asks, address)
+    rank, _ = tcp_pairs.connect(context, address.asks, address)
     assert exchange(asks, rank) == b"welcome"
     assert not intruder.poll(100)
 
@@ -66,7 +66,7 @@ def test_nobody_else_speaks_to_an_engine(door, context, how):
 def test_a_rank_speaks_to_its_engine_alone(door, context):
     """Would catch a rank that obeys whoever has taken the engine's port."""
     asks, _, address = door.open()
-    rank = tcp_pairs.connect(context, address.asks, msgspec.structs.replace(address, engine_key="a" * 40))
+    rank, _ = tcp_pairs.connect(context, address.asks, msgspec.structs.replace(address, engine_key="a" * 40))
     rank.send(b"hello")
     assert not asks.poll(500)
 
@@ -74,7 +74,7 @@ def test_a_rank_speaks_to_its_engine_alone(door, context):
 def test_a_rank_that_was_replaced_gets_in_no_more(door, context):
     asks, _, address = door.open()
     door.forget(address)
-    rank = tcp_pairs.connect(context, address.asks, address)
+    rank, _ = tcp_pairs.connect(context, address.asks, address)
     rank.send(b"hello")
     assert not asks.poll(500)
 
@@ -88,7 +88,7 @@ def test_a_peer_that_goes_is_noticed(door, context):
     """Would catch strangers at the port who hide it."""
     asks, _, address = door.open()
     monitor = ConnectionMonitor(asks)
-    rank = tcp_pairs.connect(context, address.asks, address)
+    rank, _ = tcp_pairs.connect(context, address.asks, address)
     exchange(asks, rank)
     intruder = stranger(context, address, "no keys")
     time.sleep(0.1)
@@ -122,3 +122,31 @@ def test_strangers_are_not_the_peer(door, first):
     monitor.note(zmq.EVENT_DISCONNECTED, rank)
     assert monitor.has_gone
     monitor.close()
+
+
+def test_strangers_do_not_hide_that_the_peer_has_gone(door):
+    """Would catch a lost rank that is waited for as long as somebody else keeps a connection open."""
+    asks, _, _ = door.open()
+    monitor = ConnectionMonitor(asks)
+    monitor.note(zmq.EVENT_ACCEPTED, 11)
+    monitor.note(zmq.EVENT_HANDSHAKE_SUCCEEDED, 0)
+    monitor.note(zmq.EVENT_ACCEPTED, 12)
+    monitor.note(zmq.EVENT_DISCONNECTED, 11)
+    assert monitor.has_gone
+    monitor.close()
+
+
+def test_a_rank_sees_its_engine_come_and_go(door, context):
+    """Would catch a rank that ends because it began to watch when its engine was there already."""
+    for _ in range(20):
+        asks, _, address = door.open()
+        rank, connection = tcp_pairs.connect(context, address.asks, address)
+        exchange(asks, rank)
+        connection.look()
+        assert connection.has_come
+        assert not connection.has_gone
+        asks.close()
+        connection.socket.poll(2_000)
+        connection.look()
+        assert connection.has_gone
+        connection.close()

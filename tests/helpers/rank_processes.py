@@ -8,6 +8,7 @@ import traceback
 from dataclasses import dataclass
 from multiprocessing import get_context
 
+import chosen_library  # noqa: F401
 import torch
 
 from shuteye.errors import GroupAborted

@@ -1,16 +1,12 @@
 """Every test runs the native library at every instruction set that this machine has; skipped where there is none."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import chosen_library  # noqa: F401
 import pytest
 
 from shuteye import native
-from shuteye.native import library
-
-if chosen := os.environ.get("SHUTEYE_TEST_LIBRARY"):  # make test-asan
-    library.use_library(Path(chosen))
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
 LEVELS = native.levels() if native.available() else ("portable",)

@@ -109,8 +109,7 @@ _ABORTS: Decoder[Abort] = Decoder(Abort)
 def _heed(engine: EngineAddress, membership: Membership) -> None:
     """On a thread: end waits when the engine says so, and this process when the engine is lost."""
     context: zmq.Context[Any] = zmq.Context()
-    aborts = tcp_pairs.connect(context, engine.aborts, engine)
-    connection = tcp_pairs.ConnectionMonitor(aborts)
+    aborts, connection = tcp_pairs.connect(context, engine.aborts, engine)
     poller = zmq.Poller()
     poller.register(aborts, zmq.POLLIN)
     poller.register(connection.socket, zmq.POLLIN)
@@ -137,7 +136,8 @@ def main() -> None:
     if start.engine is None:
         socket = connect_pair(context, sys.argv[1])
     else:
-        socket = tcp_pairs.connect(context, start.engine.asks, start.engine)
+        socket, connection = tcp_pairs.connect(context, start.engine.asks, start.engine)
+        connection.close()  # one of the two is enough to watch
         threading.Thread(target=_heed, args=(start.engine, membership), name="shuteye-aborts", daemon=True).start()
     socket.linger = 5_000  # milliseconds: the last words, such as a refusal, must get through
     try:

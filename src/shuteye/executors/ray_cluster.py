@@ -55,7 +55,7 @@ class RayCluster:
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise InvalidRequest(
                     f"{PARAM} 'ray' finds no Ray cluster, and can start none: {error} Start one with `ray start "
-                    "--head`, and give its address in RAY_ADDRESS.",
+                    "--head`, and give its address in RAY_ADDRESS; one with tokens also wants RAY_AUTH_MODE=token.",
                     param=PARAM,
                 ) from error
         here = ray.get_runtime_context().get_node_id()

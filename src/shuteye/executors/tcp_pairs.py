@@ -15,7 +15,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from shuteye.executors.frames import EngineAddress
-from shuteye.executors.wire import bind_pair, connect_pair
+from shuteye.executors.wire import bind_pair, open_pair
 
 SILENCE_S = 4.0
 """A peer that says nothing for so long is lost; after the last heartbeat, of which there are two a second."""
@@ -86,14 +86,19 @@ def _endpoint(socket: zmq.Socket[Any]) -> str:
     return endpoint.decode().rstrip("\0")
 
 
-def connect(context: zmq.Context[Any], endpoint: str, address: EngineAddress) -> zmq.Socket[Any]:
-    """A rank's side of one of the two."""
+def connect(
+    context: zmq.Context[Any], endpoint: str, address: EngineAddress
+) -> tuple[zmq.Socket[Any], ConnectionMonitor]:
+    """A rank's side of one of the two, and whether its engine is there."""
     keys: dict[int, int | bytes] = {
         zmq.CURVE_SERVERKEY: address.engine_key.encode(),
         zmq.CURVE_PUBLICKEY: address.public_key.encode(),
         zmq.CURVE_SECRETKEY: address.secret_key.encode(),
     }
-    return connect_pair(context, endpoint, {**_HEARTBEATS, **keys})
+    socket = open_pair(context, {**_HEARTBEATS, **keys})
+    monitor = ConnectionMonitor(socket)  # before it connects: what comes earlier is told to nobody
+    socket.connect(endpoint)
+    return socket, monitor
 
 
 class ConnectionMonitor:

@@ -43,7 +43,7 @@ class Decoder(Generic[T]):
 
 def bind_pair(context: zmq.Context[S], endpoint: str, options: Mapping[int, int | bytes] | None = None) -> S:
     """The side that was there first; `options` of the socket are set before."""
-    socket = _pair(context, options)
+    socket = open_pair(context, options)
     try:
         socket.bind(endpoint)
     except zmq.ZMQError:
@@ -54,12 +54,13 @@ def bind_pair(context: zmq.Context[S], endpoint: str, options: Mapping[int, int 
 
 def connect_pair(context: zmq.Context[S], endpoint: str, options: Mapping[int, int | bytes] | None = None) -> S:
     """The side that joins."""
-    socket = _pair(context, options)
+    socket = open_pair(context, options)
     socket.connect(endpoint)
     return socket
 
 
-def _pair(context: zmq.Context[S], options: Mapping[int, int | bytes] | None) -> S:
+def open_pair(context: zmq.Context[S], options: Mapping[int, int | bytes] | None = None) -> S:
+    """A socket that is neither side yet."""
     socket = context.socket(zmq.PAIR)
     socket.set_hwm(0)  # never drop or block: the sides bound their own queues
     socket.linger = 0
