@@ -20,6 +20,7 @@ from shuteye.engine.core import EngineCore
 from shuteye.errors import BackendFailure, GroupAborted, InvalidRequest, RankLost, ShuteyeError
 from shuteye.executors import multiproc
 from shuteye.executors.inproc import InprocExecutor
+from shuteye.tasks.generate import scheduler
 from shuteye.tasks.generate.requests import SamplingParams
 from shuteye.testing import tiny_model
 
@@ -30,6 +31,12 @@ BLOCK_BYTES = 16 * 2 * 2 * 2 * 16 * 4
 """Of the tiny model: 16 tokens, 2 layers, K and V, 2 heads of 16 numbers of float32."""
 SOON_S = 10.0
 names = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def small_shares(monkeypatch):
+    """Ten requests are too few to be worth several steps."""
+    monkeypatch.setattr(scheduler, "MIN_STAGE_SEQUENCES", 2)
 
 
 def prompt_of(length, salt=0):
@@ -270,7 +277,7 @@ def test_a_rank_that_hangs_is_killed_by_the_deadline_of_the_oldest_step(ranks, e
     assert "did not answer execute" in ranks.wait_for_fault(within_s=8.0)
     assert time.monotonic() - begun >= 1.0
     assert not ranks.core._in_flight
-    monkeypatch.undo()
+    monkeypatch.setattr(ranks.executor, "_config", replace(ranks.executor._config, rank_timeout_s=60.0))
     ranks.wake()
     ranks.run()
     crowd.check(expected)

@@ -1,9 +1,17 @@
 """Several plans in flight: what they look like; that tokens are right, test_scheduler_random.py says."""
 
+import pytest
 from test_scheduler import lengths, make_scheduler, request, step
 
 from shuteye.errors import ErrorInfo
+from shuteye.tasks.generate import scheduler as scheduler_module
 from shuteye.tasks.generate.plans import SampledToken, StepResult
+
+
+@pytest.fixture(autouse=True)
+def shares_of_four(monkeypatch):
+    """Small numbers are easier to follow than those that are measured to be worth a step."""
+    monkeypatch.setattr(scheduler_module, "MIN_STAGE_SEQUENCES", 4)
 
 
 def decoding(count, **changes):
@@ -76,7 +84,7 @@ def test_a_prompt_within_the_budget_is_shared_out_to_stages_too():
 
 def test_the_older_one_waits_for_the_younger_ones_blocks_if_they_are_in_flight(monkeypatch):
     """Would catch the oldest request at the back of the queue, or blocks taken from a step that writes them."""
-    monkeypatch.setattr("shuteye.tasks.generate.scheduler.MIN_STAGE_SEQUENCES", 1)
+    monkeypatch.setattr(scheduler_module, "MIN_STAGE_SEQUENCES", 1)
     scheduler = make_scheduler(max_in_flight=2, num_blocks=5, enable_prefix_caching=False)  # of 4 tokens each
     for name in ("old", "young"):
         scheduler.add(request(name, range(3), ignore_eos=True))

@@ -31,7 +31,7 @@ from shuteye.tasks.generate.sequences import ActiveSequence, Batch, Part
 MAX_SCORED_CHUNK = 256
 """Prompt tokens computed in one step if their logits are wanted, each of which is as wide as the vocabulary."""
 
-MIN_STAGE_SEQUENCES = 4
+MIN_STAGE_SEQUENCES = 8
 """Sequences that are worth a step of their own beside others: each step reads all weights, however few there are."""
 
 MAX_STAGE_TOKENS = 256
