@@ -49,9 +49,12 @@ test-clients: setup ## Run litellm and lm-eval against the server, in environmen
 	tools/clients.sh '$(VENV)' "$${SHUTEYE_TEST_CLIENTS:-$$HOME/.cache/shuteye/clients}"
 	$(VENV)/bin/python -m pytest -m clients $(ARGS)
 
+# Each in a process of its own: Ray remembers the token of the first cluster that a process has spoken to.
 test-ray: setup ## Run ranks on Ray, with Ray in an environment of its own; as root also on two machines made of namespaces.
 	tools/ray.sh '$(VENV)' "$${SHUTEYE_TEST_RAY:-$$HOME/.cache/shuteye/ray}"
-	"$${SHUTEYE_TEST_RAY:-$$HOME/.cache/shuteye/ray}/bin/python" -m pytest -m ray $(ARGS)
+	for part in tests/executors/test_ray.py tests/executors/test_ray_machines.py tests/ray_serve; do \
+	  "$${SHUTEYE_TEST_RAY:-$$HOME/.cache/shuteye/ray}/bin/python" -m pytest -m ray $$part $(ARGS) || exit; \
+	done
 
 test-gpu: setup ## Run the tests that need a CUDA device.
 	$(VENV)/bin/python -m pytest -m gpu $(ARGS)

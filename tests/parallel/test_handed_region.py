@@ -46,6 +46,21 @@ def test_ranks_meet_whoever_comes_first(name):
     assert not any("shuteye-group" in link for link in links)
 
 
+def test_a_first_rank_that_is_slow_has_its_memory_itself(name, monkeypatch):
+    """Would catch memory that is closed here, as all others have it, before this rank has mapped it."""
+    real = handed_region.ShmGroup
+
+    def slow(source, rank, *arguments, **options):
+        if rank == 0:
+            time.sleep(0.5)
+        return real(source, rank, *arguments, **options)
+
+    monkeypatch.setattr(handed_region, "ShmGroup", slow)
+    with ThreadPoolExecutor(2) as threads:
+        for group in threads.map(lambda rank: join(name, rank), range(2)):
+            group.close()
+
+
 def test_a_group_that_is_given_up_is_not_waited_for(name):
     """Would catch a rank that waits its full time for one that is dead."""
     began = time.monotonic()

@@ -34,9 +34,14 @@ def join_handed(
         NativeUnavailable, BackendFailure, MemoryExhausted: as `ShmRegion`.
     """
     if rank == 0:
-        region = ShmRegion(size, epoch=epoch)
-        _hand_out(region, name, size - 1, timeout_s)
-        return ShmGroup(region.fd, rank, size, epoch=epoch, timeout_s=timeout_s)
+        with contextlib.ExitStack() as undo:
+            region = ShmRegion(size, epoch=epoch)
+            undo.callback(region.close)
+            group = ShmGroup(region.fd, rank, size, epoch=epoch, timeout_s=timeout_s)
+            undo.callback(group.close)
+            _hand_out(region, name, size - 1, timeout_s)  # last: once all have it, the region is closed
+            undo.pop_all()
+        return group
     fd = _ask_for(name, timeout_s, stopped)
     try:
         return ShmGroup(fd, rank, size, epoch=epoch, timeout_s=timeout_s)
