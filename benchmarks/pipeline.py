@@ -1,8 +1,9 @@
-"""Would several plans in flight make a pipeline faster? Steps posted one at a time, and as many at once as stages.
+"""What several steps in flight bring to a pipeline: engines with one at a time and with one for each stage, in turn.
 
-Asks the ranks of PP 2 directly, past the engine, which has one plan in flight. Run nothing else meanwhile.
+Both are up at once and the same but for that. Prints medians, and the median of the ratios of rounds. Run nothing else
+meanwhile.
 
-    python benchmarks/pipeline.py [--model smollm2-135m] [--dtype bfloat16] [--rounds 5]
+    python benchmarks/pipeline.py [--model smollm2-135m] [--dtype bfloat16] [--stages 2] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -11,128 +12,83 @@ import argparse
 import itertools
 import statistics
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 
 from shuteye import EngineConfig, SamplingParams
+from shuteye.engine.core import EngineCore
 from shuteye.executors import open_executor
-from shuteye.executors.frames import ask
-from shuteye.executors.multiproc import MultiprocExecutor
-from shuteye.tasks.generate.plans import Admission, Chunk, StepPlan
+from shuteye.tasks.base import RequestDelta
+from shuteye.tasks.generate.requests import GenerateRequest
 
-STAGES = 2
-BLOCK_SIZE = 16
-CONTEXT = 256
-STEPS = 24
-GREEDY = SamplingParams(temperature=0.0, max_tokens=STEPS, ignore_eos=True)
+PROMPT_TOKENS = 64
+NEW_TOKENS = 32
+BATCHES = (1, 2, 4, 8, 16, 32)
+LONG_PROMPT = 1024
 
 
-class Ranks:
-    """The ranks of a pipeline, asked past the executor's one call at a time."""
+class Pipeline:
+    """An engine over a pipeline's ranks, stepped here."""
 
-    def __init__(self, executor: MultiprocExecutor, *, num_blocks: int) -> None:
-        executor.call("allocate_kv_cache", num_blocks)
-        self._executor = executor
-        self._epoch = tuple(executor.call("epoch"))
-        self._ids = itertools.count(1 << 40)
+    def __init__(self, config: EngineConfig, *, in_flight: int | None) -> None:
+        self._executor = open_executor(config)
+        self._executor.max_in_flight = in_flight or self._executor.max_in_flight
+        self._core = EngineCore(config, self._executor)
+        self._names = itertools.count()
 
-    def post(self, plan: StepPlan) -> int:
-        call_id = next(self._ids)
-        frame = ask(call_id, "execute", (replace(plan, epoch=self._epoch),))
-        for rank in self._executor._processes.values():
-            rank.post(frame)
-        return call_id
+    def decode(self, batch: int) -> float:
+        """Milliseconds from the first token of all to the last one, by the tokens that each of them got meanwhile."""
+        counts = self._add(batch, PROMPT_TOKENS, NEW_TOKENS)
+        while min(counts.values()) == 0:
+            self._step(counts)
+        begun, before = time.perf_counter(), sum(counts.values())
+        self._run(counts)
+        return (time.perf_counter() - begun) * 1e3 / (sum(counts.values()) - before) * batch
 
-    def run(self, plans: Iterable[StepPlan], *, in_flight: int) -> float:
-        """Seconds until all are done, with so many posted at a time, in order."""
+    def first_token(self, num_tokens: int) -> float:
+        """Milliseconds until a prompt of that length has its first token."""
+        counts = self._add(1, num_tokens, 1)
         begun = time.perf_counter()
-        posted: deque[int] = deque()
-        for plan in plans:
-            if len(posted) == in_flight:
-                self._await(posted.popleft())
-            posted.append(self.post(plan))
-        while posted:
-            self._await(posted.popleft())
-        return time.perf_counter() - begun
+        self._run(counts)
+        return (time.perf_counter() - begun) * 1e3
 
-    def _await(self, call_id: int) -> None:
-        """Every rank answers in the order in which it was asked."""
-        for rank in self._executor._processes.values():
-            while (reply := rank.received()) is None:
-                rank.socket.poll(1000)
-            assert reply.call_id == call_id, "an answer to something else"
-            assert reply.error is None, reply.error
+    def close(self) -> None:
+        self._executor.close()
 
+    def _add(self, batch: int, num_tokens: int, max_tokens: int) -> dict[str, int]:
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        names = [f"request-{next(self._names)}" for _ in range(batch)]
+        for index, name in enumerate(names):
+            prompt = tuple(1000 + (index + 7 * at) % 40_000 for at in range(num_tokens))
+            self._core.add(GenerateRequest(name, prompt, params))
+        return dict.fromkeys(names, 0)
 
-class Sequences:
-    """Sequences with blocks of their own, and the plans of their steps."""
+    def _step(self, counts: dict[str, int]) -> None:
+        for delta in self._core.step():
+            assert isinstance(delta, RequestDelta), "a model that generates answers with tokens"
+            assert delta.error is None, delta.error
+            counts[delta.request_id] += len(delta.token_ids)
 
-    def __init__(self, count: int, *, length: int) -> None:
-        self._blocks_each = -(-(length + STEPS) // BLOCK_SIZE)
-        self._length = length
-        self.names = [f"sequence-{index}-of-{count}-{length}" for index in range(count)]
-
-    @property
-    def num_blocks(self) -> int:
-        return 1 + self._blocks_each * len(self.names)
-
-    def admit(self, *, chunk: int) -> list[StepPlan]:
-        """The plans of their prompts, `chunk` tokens a step; nothing is sampled."""
-        plans = []
-        for index, name in enumerate(self.names):
-            for start in range(0, self._length, chunk):
-                tokens = tuple(1000 + at % 40_000 for at in range(start, start + chunk))
-                first = (Admission(name, GREEDY, tokens),) if start == 0 else ()
-                plans.append(StepPlan((self._chunk(index, tokens, start, sample=False),), first))
-        return plans
-
-    def forget(self) -> StepPlan:
-        """Their samplers' state can go; the step itself computes one token of the first."""
-        return StepPlan((self._chunk(0, (7,), 0, sample=False),), forget=tuple(self.names))
-
-    def decode(self, step: int, indices: Sequence[int]) -> StepPlan:
-        """One token of each of these."""
-        return StepPlan(tuple(self._chunk(index, (7,), self._length + step, sample=True) for index in indices))
-
-    def _chunk(self, index: int, tokens: tuple[int, ...], start: int, *, sample: bool) -> Chunk:
-        end = start + len(tokens)
-        first = 1 + index * self._blocks_each
-        return Chunk(self.names[index], tokens, start, tuple(range(first, first + -(-end // BLOCK_SIZE))), sample)
+    def _run(self, counts: dict[str, int]) -> None:
+        while self._core.can_step:
+            self._step(counts)
 
 
-def decode(ranks: Ranks, batch: int, rounds: int) -> None:
-    """Print the time of a decode step of `batch` sequences: whole, and in as many parts as there are stages."""
-    sequences = Sequences(batch, length=CONTEXT)
-    ranks.run(sequences.admit(chunk=CONTEXT), in_flight=1)
-    whole = [sequences.decode(step, range(batch)) for step in range(STEPS)]
-    parts = [
-        sequences.decode(step, range(part * batch // STAGES, (part + 1) * batch // STAGES))
-        for step in range(STEPS)
-        for part in range(STAGES)
-    ]
-    pairs = [(ranks.run(whole, in_flight=1), ranks.run(parts, in_flight=STAGES)) for _ in range(rounds)]
-    ranks.run([sequences.forget()], in_flight=1)
-    _print(f"decode x{batch}, a step", [(one / STEPS, other / STEPS) for one, other in pairs])
-
-
-def prefill(ranks: Ranks, length: int, chunk: int, rounds: int) -> None:
-    """Print the time of a prompt in chunks: one chunk at a time, and the next begun as soon as a stage is free."""
+def compare(what: str, one: Pipeline, several: Pipeline, measure: Callable[[Pipeline], float], rounds: int) -> None:
+    """Print the medians of both, in turn, and of their ratios."""
+    measure(one), measure(several)
     pairs = []
-    for _ in range(rounds):
-        sequences = Sequences(1, length=length)
-        found = []
-        for in_flight in (1, STAGES):
-            found.append(ranks.run(sequences.admit(chunk=chunk), in_flight=in_flight))
-            ranks.run([sequences.forget()], in_flight=1)
-        pairs.append((found[0], found[1]))
-    _print(f"a prompt of {length} in chunks of {chunk}", pairs)
-
-
-def _print(what: str, pairs: list[tuple[float, float]]) -> None:
-    one, several = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
-    gain = statistics.median(first / second for first, second in pairs)
-    print(f"| {what} | {one:.1f} ms | {several:.1f} ms | {gain:.2f} |", flush=True)
+    for number in range(rounds):
+        order = (one, several) if number % 2 == 0 else (several, one)
+        found = {id(pipeline): measure(pipeline) for pipeline in order}
+        pairs.append((found[id(one)], found[id(several)]))
+    first, second = (statistics.median(column) for column in zip(*pairs, strict=True))
+    gains = sorted(one_ms / several_ms for one_ms, several_ms in pairs)
+    print(
+        f"| {what} | {first:.1f} ms | {second:.1f} ms | {statistics.median(gains):.2f} "
+        f"({gains[0]:.2f} to {gains[-1]:.2f}) |",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -140,21 +96,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    config = EngineConfig(arguments.model, dtype=arguments.dtype, pipeline_parallel_size=STAGES)
-    executor = open_executor(config)
-    assert isinstance(executor, MultiprocExecutor)
+    config = EngineConfig(
+        arguments.model,
+        dtype=arguments.dtype,
+        pipeline_parallel_size=arguments.stages,
+        kv_cache_memory=256 << 20,
+        enable_prefix_caching=False,
+    )
+    pipelines = [Pipeline(config, in_flight=in_flight) for in_flight in (1, None)]
     try:
-        ranks = Ranks(executor, num_blocks=Sequences(32, length=CONTEXT).num_blocks)
-        print(f"| {arguments.model} {arguments.dtype}, PP {STAGES} | one in flight | {STAGES} in flight | gain |")
+        print(f"| {arguments.model} {arguments.dtype}, PP {arguments.stages} | one | {arguments.stages} | gain |")
         print("|---|---|---|---|")
-        for batch in (2, 8, 16, 32):
-            decode(ranks, batch, arguments.rounds)
-        for chunk in (256, 128):
-            prefill(ranks, 1024, chunk, arguments.rounds)
+        cases = {f"decode x{batch}, a token each": partial(Pipeline.decode, batch=batch) for batch in BATCHES}
+        cases[f"first token of {LONG_PROMPT}"] = partial(Pipeline.first_token, num_tokens=LONG_PROMPT)
+        for what, measure in cases.items():
+            compare(what, *pipelines, measure, arguments.rounds)
     finally:
-        executor.close()
+        for pipeline in pipelines:
+            pipeline.close()
 
 
 if __name__ == "__main__":

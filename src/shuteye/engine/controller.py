@@ -56,6 +56,7 @@ class SleepController:
     Attributes:
         num_restarts: how often ranks had to be started again, which then know of no request.
         on_fault: called at once, also in the middle of a transition.
+        proof_pending: the canary goes with the next step.
     """
 
     def __init__(self, executor: Executor, *, verify: VerifyMode, canary: bool) -> None:
@@ -63,7 +64,7 @@ class SleepController:
         self._verify = verify
         self._canary = canary
         self._distrusted = False  # after a fault or a failed verification
-        self._proof_pending = False  # the canary goes with the next step
+        self.proof_pending = False
         self._kept_source: str | None = None  # of the weights that a wake is to bring back; None if they were given up
         self._identities: list[RankIdentity] = executor.call("identity")
         self.num_restarts = 0
@@ -147,7 +148,7 @@ class SleepController:
         Raises:
             EngineFaulted: a rank failed half-way; nothing is served until `wake_up` recovers it.
         """
-        self._proof_pending = False
+        self.proof_pending = False
         if plan.weights == "discard":
             self._kept_source = None
         try:
@@ -275,7 +276,7 @@ class SleepController:
             raise self.fault(f"the new weights cannot be trusted: {error.message}") from error
 
     def _restore(self, plan: WakePlan, *, verify: VerifyMode, defer_canary: bool) -> WakeReport:
-        self._proof_pending = False
+        self.proof_pending = False
         try:
             ranks = self._call("restore", plan)
             self.refresh()
@@ -283,7 +284,7 @@ class SleepController:
             canary = not defer_canary and self._check_canary()
             if defer_canary and self._can_run_canary:
                 self._call("defer_canary")
-                self._proof_pending = True
+                self.proof_pending = True
             reports, kept, source = self._summed(ranks), self._kept_source, self._weights_source()
         except EngineFaulted as error:
             if self.state.faulted is not None:
@@ -424,7 +425,7 @@ class SleepController:
 
     def step_ended(self, *, well: bool) -> None:
         """The canary that went with a step has agreed; after an error, some ranks may know it and some not."""
-        pending, self._proof_pending = self._proof_pending, False
+        pending, self.proof_pending = self.proof_pending, False
         if pending and not well:
             try:
                 self._call("defer_canary")
@@ -432,7 +433,7 @@ class SleepController:
                 raise
             except ShuteyeError as error:
                 raise self.fault(f"the wake cannot be proven: {error.message}") from error
-            self._proof_pending = True
+            self.proof_pending = True
 
     def fault(self, reason: str) -> EngineFaulted:
         """Serve nothing from now on until `wake` has recovered; the error to raise."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -28,7 +29,7 @@ from shuteye.errors import (
     info_of,
     refusal,
 )
-from shuteye.executors import Executor
+from shuteye.executors import Executor, Ticket
 from shuteye.model_info import ModelSpec, model_info, sum_facts
 from shuteye.state import EngineState, SchedulerStats, WakeReport
 from shuteye.tasks.base import Delta, RequestDelta
@@ -58,7 +59,10 @@ class EngineCore:
         num_blocks = config.kv_cache_memory // block_bytes if block_bytes else 0
         executor.call("allocate_kv_cache", num_blocks)
         self.info = model_info(config, spec, num_blocks)
-        self._scheduler = TASKS[spec.task].open_scheduler(SchedulerSetup(config, spec, num_blocks, report=self._tell))
+        self._scheduler = TASKS[spec.task].open_scheduler(
+            SchedulerSetup(config, spec, num_blocks, report=self._tell, max_in_flight=executor.max_in_flight)
+        )
+        self._in_flight: deque[Ticket] = deque()  # steps that the executor has, oldest first
         self._held = HeldRequests(limit=config.hold_queue_size)
         self._sleep = SleepController(
             executor, verify=config.verify_wake, canary=config.canary and config.enable_sleep_mode
@@ -96,7 +100,7 @@ class EngineCore:
     def can_step(self) -> bool:
         """True if `step` would do something now."""
         running = self._sleep.state.gate != "closed" and self._scheduler.has_unfinished
-        return running or bool(self._transitions) or bool(self._deltas)
+        return running or bool(self._transitions) or bool(self._deltas) or bool(self._in_flight)
 
     @property
     def next_deadline(self) -> float | None:
@@ -141,8 +145,14 @@ class EngineCore:
         self._transitions.submit(call, answer)
 
     def step(self) -> list[Delta]:
-        """Advance the oldest control call as far as it goes, then run one step of the model if the gate lets it."""
+        """Advance the oldest control call as far as it goes, then run one step of the model if the gate lets it.
+
+        A control call finds no step in flight. Between two calls of this there may be some, all but one of the most.
+        """
         self._sleep.look_after_ranks()
+        if self._in_flight and (self._transitions or self._sleep.state.gate == "closed"):
+            self._settle()
+            self._account()
         self._transitions.advance(before_each=self._release_held)
         self._release_held()
         self._deltas += self._held.expire(time.monotonic())
@@ -158,38 +168,80 @@ class EngineCore:
         self._deltas += deltas
 
     def _run_model(self) -> None:
+        """Let the ranks have as many steps as they can work at, then take the outcome of the oldest."""
+        while len(self._in_flight) < self._depth and self._post_step():
+            pass
+        if self._in_flight:
+            self._collect_step()
+            self._account()
+
+    @property
+    def _depth(self) -> int:
+        """How many steps may be in flight: a wake that is yet to be proven is by one step alone."""
+        return 1 if self._sleep.proof_pending else self._executor.max_in_flight
+
+    def _settle(self) -> None:
+        """Take the outcomes of all steps in flight."""
+        while self._in_flight:
+            self._collect_step()
+
+    def _post_step(self) -> bool:
+        """Plan a step and give it to the ranks; False if there is nothing to do until others have come back."""
         if self._num_restarts != self._sleep.num_restarts:
             self._num_restarts = self._sleep.num_restarts
             self._scheduler.readmit_all()
         self._scheduler.enter_epoch(self._sleep.state.epoch)
         plan = self._scheduler.schedule()
         if plan is None:
-            return
+            return False
         now = time.monotonic()
         self._started += [(request_id, now) for request_id in plan.starts]
+        self._in_flight.append(self._executor.post(plan))
+        return True
+
+    def _collect_step(self) -> None:
+        """Wait for the oldest step, and do what its outcome asks for."""
+        ticket = self._in_flight.popleft()
+        plan = ticket.plan
         try:
-            result = self._executor.execute(plan)
+            result = self._executor.collect(ticket)
         except VerificationFailed as error:  # of the canary that went with the step, or of the image under it
             self._deltas += self._scheduler.fail_step(plan, info_of(error))
+            self._drop_steps()
             self._sleep.fault(error.message)
         except RankLost as error:
             self._scheduler.drop_step(plan)
+            self._drop_steps()
             self._sleep.fault(error.message)
         except ShuteyeError as error:
             self._deltas += self._scheduler.fail_step(plan, info_of(error))
+            self._drop_steps()
             with contextlib.suppress(EngineFaulted):  # the state says so
                 self._sleep.step_ended(well=False)
             self._refreshed_at = -math.inf  # whatever went wrong, look again where memory is before the next step
         else:
             self._deltas += self._scheduler.update(plan, result)
             self._sleep.step_ended(well=True)
-        self._account()
+
+    def _drop_steps(self) -> None:
+        """Behind a step that failed nothing counts: it may build on what was not computed. It is computed again.
+
+        What became of those steps on each rank is not known, so that samplers are told of all requests anew.
+        """
+        dropped = bool(self._in_flight)
+        while self._in_flight:
+            ticket = self._in_flight.popleft()
+            with contextlib.suppress(ShuteyeError):  # it failed as the one before did, or is not wanted
+                self._executor.collect(ticket)
+            self._scheduler.drop_step(ticket.plan)
+        if dropped:
+            self._scheduler.readmit_all()
 
     def _account(self) -> None:
         """Requests touch KV memory: now and then, and whenever the batch runs empty, ask how much there is."""
-        now = time.monotonic()
-        if now - self._refreshed_at > REFRESH_EVERY_S or not self._scheduler.has_unfinished:
-            self._refreshed_at = now
+        if time.monotonic() - self._refreshed_at > REFRESH_EVERY_S or not self._scheduler.has_unfinished:
+            self._settle()
+            self._refreshed_at = time.monotonic()
             with contextlib.suppress(EngineFaulted):  # if a rank cannot tell, the state says so, and nothing is served
                 self._sleep.refresh()
 

@@ -27,6 +27,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Ticket:
+    """A step that was posted, and for whose outcome one can ask once.
+
+    Attributes:
+        call_id: what the answers to it carry; 0 if nobody was asked yet.
+        error: why no rank was asked at all.
+    """
+
+    plan: Plan
+    call_id: int = 0
+    error: ShuteyeError | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RankFailure:
     """A rank that is no more.
 
@@ -46,9 +60,11 @@ class Executor(ABC):
 
     Attributes:
         num_ranks: how many.
+        max_in_flight: steps that may have been posted and not yet collected; more than one where ranks work in turn.
     """
 
     num_ranks: int = 1
+    max_in_flight: int = 1
 
     @abstractmethod
     def execute(self, plan: Plan) -> Result:
@@ -58,6 +74,20 @@ class Executor(ABC):
             RankLost: a rank has died; which requests of the step it had computed is not known.
             ShuteyeError: the step failed; no rank advanced its requests.
         """
+
+    def post(self, plan: Plan) -> Ticket:
+        """Give a step to every rank, behind those that were posted before. Never waits, unless nothing is in flight."""
+        return Ticket(plan)
+
+    def collect(self, ticket: Ticket) -> Result:
+        """Wait for the oldest step that was posted; nothing but `post` may be asked before all are collected.
+
+        Once this has raised, whatever was posted behind must not be used: it may build on what was not computed.
+
+        Raises:
+            RankLost, ShuteyeError: as `execute` does.
+        """
+        return self.execute(ticket.plan)
 
     @abstractmethod
     def outcomes(self, verb: str, *args: Any, ranks: Collection[int] | None = None) -> dict[int, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -59,3 +60,15 @@ class FileCopies:
         if holders:
             with contextlib.suppress(ShuteyeError):  # of a rank that has died, which holds nothing any more
                 self._call(holders, "forget_received", ())
+
+
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """All of them or none, whoever does the same meanwhile."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".new-") as scratch:
+        new = Path(scratch, "files")
+        new.mkdir()
+        for name, content in files.items():
+            (new / name).write_bytes(content)
+        with contextlib.suppress(OSError):  # somebody was faster
+            new.rename(directory)

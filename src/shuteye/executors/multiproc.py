@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,9 @@ from typing import Any
 import zmq
 
 from shuteye.config import EngineConfig
-from shuteye.errors import EngineFaulted, RankLost, ShuteyeError, UnsupportedModel, rebuild
-from shuteye.executors import Executor, RankFailure, answers
-from shuteye.executors.file_copies import FileCopies
+from shuteye.errors import EngineFaulted, GroupAborted, RankLost, ShuteyeError, UnsupportedModel, rebuild
+from shuteye.executors import Executor, RankFailure, Ticket, answers
+from shuteye.executors.file_copies import FileCopies, write_files
 from shuteye.executors.frames import MEETING_VERBS, RESULTS, Start, ask
 from shuteye.executors.links import Groups, Launcher, RankLink
 from shuteye.executors.watch import DeathWatch
@@ -61,8 +61,11 @@ class MultiprocExecutor(Executor):
         self._launcher = launcher
         self._places = RankPlace(0, config.tensor_parallel_size, config.pipeline_parallel_size).all()
         self.num_ranks = len(self._places)
+        self.max_in_flight = config.pipeline_parallel_size  # one step for each stage
         self._sampling_rank = self.num_ranks - config.tensor_parallel_size  # see `ShardPlan.holds_sampler`
         self._call_ids = itertools.count(1)
+        # Steps posted and not collected. Each rank answers in their order, so that answers wait in its socket.
+        self._posted: deque[Ticket] = deque()
         self._epoch = 0
         self._num_updates = 0
         self._kv_blocks: int | None = None
@@ -97,8 +100,34 @@ class MultiprocExecutor(Executor):
 
     def execute(self, plan: Plan) -> Result:
         """Run one step on every rank; the result of the one that samples. See `Executor.execute`."""
-        outcomes = self.outcomes("execute", plan)
-        answers(outcomes, num_ranks=self.num_ranks)
+        return self.collect(self.post(plan))
+
+    def post(self, plan: Plan) -> Ticket:
+        """Ask every rank, behind the steps before; nobody, if one of those has failed. See `Executor.post`."""
+        assert len(self._posted) < self.max_in_flight, "as many steps are in flight as may be"
+        ticket = Ticket(plan, next(self._call_ids))
+        try:
+            self._be_together()
+        except ShuteyeError as error:
+            ticket = Ticket(plan, error=error)
+        else:
+            self._send(dict.fromkeys(range(self.num_ranks), ask(ticket.call_id, "execute", (plan,))))
+        self._posted.append(ticket)
+        return ticket
+
+    def collect(self, ticket: Ticket) -> Result:
+        """The result of the rank that samples; see `Executor.collect`. The deadline counts from here."""
+        assert ticket is self._posted[0], "steps are collected in the order in which they were posted"
+        try:
+            if ticket.error is not None:
+                raise ticket.error
+            outcomes = self._gather(range(self.num_ranks), ticket.call_id, "execute", self._config.rank_timeout_s)
+            answers(outcomes, num_ranks=self.num_ranks)
+        except ShuteyeError:
+            self._abort("execute failed")  # as whoever failed has done, where this process may not see it
+            raise
+        finally:
+            self._posted.popleft()
         result: Result = outcomes[self._sampling_rank]
         return result
 
@@ -145,15 +174,18 @@ class MultiprocExecutor(Executor):
         return self._answers_to({rank: ask(call_id, verb, its) for rank, its in args.items()}, call_id, verb)
 
     def _answers_to(self, frames: Mapping[int, bytes], call_id: int, verb: str) -> dict[int, Any]:
-        ranks = tuple(frames)
-        dead = {failure.rank for failure in self.failures()}
-        for rank in ranks:
-            if rank not in dead:
-                self._processes[rank].post(frames[rank])
+        assert not self._posted, f"{verb} was asked before every step was collected"
+        self._send(frames)
         patience_s = self._config.rank_timeout_s
         if verb in _LONG_VERBS:
             patience_s = max(patience_s, self._config.step_timeout_s)
-        return self._gather(ranks, call_id, verb, patience_s)
+        return self._gather(frames, call_id, verb, patience_s)
+
+    def _send(self, frames: Mapping[int, bytes]) -> None:
+        dead = {failure.rank for failure in self.failures()}
+        for rank, frame in frames.items():
+            if rank not in dead:
+                self._processes[rank].post(frame)
 
     def _gather(self, ranks: Iterable[int], call_id: int, verb: str, patience_s: float | None) -> dict[int, Any]:
         """Every rank's answer; of those that died, or have to be killed at the deadline, `RankLost`."""
@@ -174,6 +206,7 @@ class MultiprocExecutor(Executor):
                 if outcome is not None:
                     (found[rank],) = outcome
                     waiting.remove(rank)
+                    poller.unregister(self._processes[rank].socket)  # what comes next is of a later step
             if not waiting:
                 return {rank: found[rank] for rank in sorted(found)}
             left_s = None if deadline is None else deadline - time.monotonic()
@@ -263,7 +296,7 @@ class MultiprocExecutor(Executor):
         here = self._config.cache_dir / "tokenizers" / Path(found[0].image_dir).name
         if not here.is_dir():
             (files,) = self._call_some([0], "tokenizer_files", ())
-            _write_files(here, files)
+            write_files(here, files)
         return [replace(found[0], tokenizer_dir=str(here)), *found[1:]]
 
     # --- groups ---------------------------------------------------------------------------------
@@ -288,10 +321,13 @@ class MultiprocExecutor(Executor):
 
         Raises:
             RankLost: a rank is dead.
+            GroupAborted: the group of steps in flight was, and no other one can be joined before they are collected.
         """
         if failures := self.failures():
             raise RankLost("; ".join(map(str, failures)))
         if self._groups is None or self._groups.aborted:
+            if self._posted:
+                raise GroupAborted("a step before this one has failed")
             self._meet()
             self._join(range(self.num_ranks))
 
@@ -405,15 +441,3 @@ def _added(reports: Sequence[UpdateReport]) -> UpdateReport:
         updated_bytes=sum(report.updated_bytes for report in reports),
         seconds=sum(report.seconds for report in reports),
     )
-
-
-def _write_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """All of them or none, whoever does the same meanwhile."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".new-") as scratch:
-        new = Path(scratch, "files")
-        new.mkdir()
-        for name, content in files.items():
-            (new / name).write_bytes(content)
-        with contextlib.suppress(OSError):  # somebody was faster
-            new.rename(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -161,8 +162,9 @@ def id_in_use(request_id: str) -> InvalidRequest:
 class TaskScheduler(ABC):
     """Requests of one kind on their way through steps.
 
-    Use is strictly `schedule`, then `update` or `fail_step` with that plan. In between, `abort` and `preempt_all` are
-    allowed: what the step yields for those requests is then ignored. Plans, results and requests are of one kind each.
+    Use is strictly `schedule`, then `update`, `fail_step` or `drop_step` with that plan; where several plans may be in
+    flight, in the order in which they were scheduled. In between, `abort` and `preempt_all` are allowed: what the step
+    yields for those requests is then ignored. Plans, results and requests are of one kind each.
 
     A scheduler keeps every request in `_requests`, in order of arrival, and takes it out with `_remove` alone.
     """
@@ -171,7 +173,8 @@ class TaskScheduler(ABC):
 
     def __init__(self) -> None:
         self._requests = {}
-        self._in_flight: tuple[Any, tuple[Any, ...]] | None = None  # a plan, and its parts, each with a `request_id`
+        # Plans, oldest first, and their parts, each with a `request_id`.
+        self._in_flight: deque[tuple[Any, tuple[Any, ...]]] = deque()
         self._epoch: Epoch = ()
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
@@ -233,7 +236,7 @@ class TaskScheduler(ABC):
 
     @abstractmethod
     def schedule(self) -> Any:
-        """The next step's plan, or None if there is no request at all."""
+        """The next step's plan; None if there is no request at all, or what there is waits for plans in flight."""
 
     @abstractmethod
     def update(self, plan: Any, result: Any) -> Sequence[Delta]:
@@ -249,10 +252,10 @@ class TaskScheduler(ABC):
         self.preempt_all()
 
     def _land(self, plan: Any) -> tuple[Any, ...]:
-        """Take the plan's parts; nothing is in flight any more."""
-        assert self._in_flight is not None, "the outcome of a plan that is not in flight"
-        (in_flight, parts), self._in_flight = self._in_flight, None
-        assert plan is in_flight, "the outcome of a plan that is not in flight"
+        """Take the parts of the oldest plan in flight, which this must be."""
+        assert self._in_flight, "the outcome of a plan that is not in flight"
+        in_flight, parts = self._in_flight.popleft()
+        assert plan is in_flight, "the outcome of a plan that is not the oldest in flight"
         return parts
 
     # --- what can be seen ------------------------------------------------------------------------

@@ -54,12 +54,14 @@ class SchedulerSetup:
 
     Attributes:
         report: takes refusals of requests that had been let in, whenever they are found.
+        max_in_flight: plans that may be in flight at a time.
     """
 
     config: EngineConfig
     spec: ModelSpec
     num_blocks: int
     report: Callable[[Iterable[RequestDelta]], None]
+    max_in_flight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ def _generate_scheduler(setup: SchedulerSetup) -> ConstrainedScheduler:
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.max_model_len,
+        max_in_flight=setup.max_in_flight,
     )
     return ConstrainedScheduler(
         limits,

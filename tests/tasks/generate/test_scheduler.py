@@ -408,7 +408,7 @@ class TestAbortAndFailure:
         scheduler = make_scheduler()
         scheduler.add(request("a", [1]))
         scheduler.schedule()
-        with pytest.raises(AssertionError, match="previous plan"):
+        with pytest.raises(AssertionError, match="oldest plan"):
             scheduler.schedule()
 
 

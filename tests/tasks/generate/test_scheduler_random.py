@@ -3,18 +3,22 @@
 A simulated worker keeps a real block store: the K/V of a token is a hash over the K/V before it, its own id and the
 version of the weights, read through the block table the plan gave. So a block written by two owners, found by a wrong
 hash, not computed, or computed with old weights changes a token, and the comparison with a plain model fails.
+
+Up to three plans are in flight, which the worker executes in order, each when its outcome is asked for.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from hashlib import blake2b
 from itertools import count
+from unittest.mock import patch
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from shuteye.errors import ErrorInfo
-from shuteye.tasks.generate.plans import SampledToken, StepResult
+from shuteye.tasks.generate import scheduler
+from shuteye.tasks.generate.plans import SampledToken, StepPlan, StepResult
 from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
 from shuteye.tasks.generate.scheduler import Limits, Scheduler
 
@@ -40,6 +44,7 @@ class Worker:
         self.slots = [[b"unwritten"] * block_size for _ in range(num_blocks)]
         self.known = set()
         self.version = version
+        self.was_told_anew = False  # some of what it is to forget may never have been admitted
 
     def read(self, chunk, position):
         block_id = chunk.block_ids[position // self.block_size]
@@ -47,7 +52,7 @@ class Worker:
 
     def take_over(self, plan):
         """The bookkeeping of a plan: forget, then admit; every chunk must be of a known request."""
-        assert self.known.issuperset(plan.forget)
+        assert self.was_told_anew or self.known.issuperset(plan.forget)
         self.known.difference_update(plan.forget)
         admitted = {admission.request_id for admission in plan.admissions}
         assert self.known.isdisjoint(admitted)
@@ -106,8 +111,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 20),
         caching=st.booleans(),
         weights=st.integers(0, 200),
+        depth=st.integers(1, 3),
+        share=st.integers(1, 3),
     )
-    def start(self, *, num_blocks, block_size, max_num_seqs, budget, caching, weights):
+    def start(self, *, num_blocks, block_size, max_num_seqs, budget, caching, weights, depth, share):
+        self.shares = patch.object(scheduler, "MIN_STAGE_SEQUENCES", share)
+        self.shares.start()
         self.max_length = min(30, (num_blocks - 1) * block_size + 1)
         limits = Limits(
             num_blocks=num_blocks,
@@ -115,11 +124,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             max_model_len=30,
+            max_in_flight=depth,
         )
         self.scheduler = Scheduler(limits, eos_token_ids=(EOS,), enable_prefix_caching=caching)
         self.worker = Worker(num_blocks=num_blocks, block_size=block_size, version=weights)
         self.block_size, self.budget, self.max_num_seqs = block_size, budget, max_num_seqs
         self.live: dict[str, Expected] = {}
+        self.depth = depth
+        self.flying: deque[tuple[StepPlan, dict[str, Expected]]] = deque()
 
     # --- what a caller may do ---
 
@@ -179,21 +191,48 @@ class SchedulerMachine(RuleBasedStateMachine):
         for name in chosen:
             del self.live[name]
 
-    def run_step(self, outcome, data=None):
+    def post(self):
+        """Schedule one more plan; whether there was any."""
+        before = [part for _, parts in self.scheduler._in_flight for part in parts if part.counts]
         plan = self.scheduler.schedule()
-        assert (plan is None) == (not self.live), "requests exist, but nothing is scheduled"
+        assert all(part.counts for part in before), "preempted in flight: its sampler is a token ahead"
+        assert plan is not None or self.flying or not self.live, "requests exist, but nothing is scheduled"
         if plan is None:
-            return
+            return False
         self.check_plan(plan)
+        self.check_beside_others()
+        self.flying.append((plan, {chunk.request_id: self.live[chunk.request_id] for chunk in plan.chunks}))
+        return True
+
+    def fail(self, plan, meant):
+        """The step fails; those behind it, of which the first ones had begun, are computed again."""
+        self.worker.fail(plan)
+        deltas = self.scheduler.fail_step(plan, ErrorInfo("InternalError", "boom"))
+        assert [d.request_id for d in deltas] == [name for name, one in meant.items() if self.live.get(name) is one]
+        for delta in deltas:
+            del self.live[delta.request_id]
+        if not self.flying:
+            return
+        num_begun = len(self.live) % (1 + len(self.flying))
+        for number, (behind, _) in enumerate(self.flying):
+            if number < num_begun:
+                self.worker.fail(behind)
+            self.scheduler.drop_step(behind)
+        self.flying.clear()
+        self.scheduler.readmit_all()
+        self.worker.was_told_anew = True
+
+    def run_step(self, outcome, data=None):
+        while len(self.flying) < self.depth and self.post():
+            pass
+        if not self.flying:
+            return
+        plan, meant = self.flying.popleft()
         if outcome == "failed":
-            self.worker.fail(plan)
-            deltas = self.scheduler.fail_step(plan, ErrorInfo("InternalError", "boom"))
-            assert [d.request_id for d in deltas] == [chunk.request_id for chunk in plan.chunks]
-            for delta in deltas:
-                del self.live[delta.request_id]
+            self.fail(plan, meant)
             return
         result = self.worker.execute(plan)
-        if outcome == "aborted in flight":
+        if outcome == "aborted in flight" and self.live:
             self.abort_some(data)
         elif outcome == "preempted in flight":
             self.scheduler.preempt_all()
@@ -225,6 +264,18 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(chunk.block_ids) == -(-end // self.block_size)
             assert 0 not in chunk.block_ids
 
+    def check_beside_others(self):
+        """Of what is in flight: no two plans write one slot, and none has a sequence whose token is not known yet."""
+        written, sampled = set(), set()
+        for part in (part for _, parts in self.scheduler._in_flight for part in parts if part.counts):
+            chunk = part.chunk
+            assert chunk.request_id not in sampled
+            sampled |= {chunk.request_id} if chunk.sample else set()
+            for position in range(chunk.start, chunk.start + len(chunk.token_ids)):
+                slot = chunk.block_ids[position // self.block_size], position % self.block_size
+                assert slot not in written
+                written.add(slot)
+
     @invariant()
     def blocks_are_owned_exactly(self):
         running = self.scheduler._running
@@ -251,9 +302,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Drain. The oldest request advances at every step and is never preempted, which bounds the steps."""
         if not hasattr(self, "scheduler"):
             return
-        bound = sum(self.max_length for _ in self.live)
+        self.shares.stop()
+        bound = self.depth * (1 + sum(self.max_length for _ in self.live))
         steps = 0
-        while self.live:
+        while self.live or self.flying:
             self.run_step("done")
             self.blocks_are_owned_exactly()
             steps += 1

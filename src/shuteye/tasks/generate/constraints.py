@@ -88,11 +88,10 @@ class ConstrainedScheduler(Scheduler):
         """The next step, or None if nothing can run yet."""
         if self._grammars.num_compiling > 0:
             self._admit_compiled(wait_s=0.0 if super().has_unfinished else GRAMMAR_WAIT_S)
-        plan = super().schedule()
-        if plan is not None:
-            plan = self._grammars.masked(plan)
-            self._in_flight = plan, plan.chunks
-        return plan
+        return super().schedule()
+
+    def _complete(self, plan: StepPlan) -> StepPlan:
+        return self._grammars.masked(plan)
 
     def _admit_compiled(self, *, wait_s: float) -> None:
         for request, refusal in self._grammars.compiled(wait_s=wait_s):

@@ -7,6 +7,10 @@ computes some of the rest, within one token budget over all sequences. When it c
 
     tokens   [0 ........ num_computed) [num_computed ........ len(token_ids))
               in the KV cache           to be computed; the last one's logits choose the next token
+
+Where stages of a pipeline compute different plans at once, several plans are in flight, which every rank executes in
+the order in which they were scheduled. A sequence whose next token is being sampled is in no further plan, but the next
+chunk of a prompt is scheduled before the chunk in front of it has come back. See ADR 22.
 """
 
 from __future__ import annotations
@@ -14,81 +18,24 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from shuteye.cache.blocks import BlockPool, HashChain, PrefixCache
 from shuteye.errors import ErrorInfo, InvalidRequest, PromptTooLong
 from shuteye.state import RESERVED_BLOCKS, Epoch, SchedulerStats
-from shuteye.tasks.base import ActiveRequest, RequestDelta, TaskScheduler
-from shuteye.tasks.generate.plans import Admission, Chunk, SampledToken, Scoring, StepPlan, StepResult
+from shuteye.tasks.base import RequestDelta, TaskScheduler
+from shuteye.tasks.generate.plans import Admission, Chunk, SampledToken, StepPlan, StepResult
 from shuteye.tasks.generate.requests import FinishReason, GenerateRequest, TokenLogprobs
+from shuteye.tasks.generate.sequences import ActiveSequence, Batch, Part
 
 MAX_SCORED_CHUNK = 256
 """Prompt tokens computed in one step if their logits are wanted, each of which is as wide as the vocabulary."""
 
+MIN_STAGE_SEQUENCES = 8
+"""Sequences that are worth a step of their own beside others: each step reads all weights, however few there are."""
 
-@dataclass(slots=True, eq=False)
-class ActiveSequence(ActiveRequest):
-    """A request on its way: waiting if it has no place in the batch, running otherwise.
-
-    Attributes:
-        token_ids: prompt, then output; it only grows, also across preemptions.
-        max_length: prompt plus output at which it finishes with "length".
-        block_ids: the block table, covering at least [0, num_computed); empty while waiting.
-        num_cached: prompt tokens found in the prefix cache when first scheduled; None before that.
-        admitted: a worker knows it.
-        epoch: in which its blocks were taken; only then do they hold its K/V.
-        scored: log-probabilities of the prompt's tokens are wanted.
-        num_scored: how many positions of the prompt have told what follows them.
-        max_chunk: most tokens computed in one step.
-    """
-
-    request: GenerateRequest
-    token_ids: list[int]
-    hashes: HashChain
-    stop_token_ids: frozenset[int]
-    max_length: int
-    block_ids: tuple[int, ...] = ()
-    num_computed: int = 0
-    num_cached: int | None = None
-    admitted: bool = False
-    running: bool = False
-    epoch: Epoch = ()
-    scored: bool = False
-    num_scored: int = 0
-    max_chunk: int = sys.maxsize
-
-    @property
-    def has_grammar(self) -> bool:
-        """Whether its output has a structure, which allows an eos only where it may end."""
-        return self.request.params.structured_outputs is not None
-
-    @property
-    def to_be_scored(self) -> bool:
-        """Whether some of the prompt has yet to tell how likely it was."""
-        return self.scored and self.num_scored < self.num_prompt - 1
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_token_ids)
-
-    @property
-    def num_output(self) -> int:
-        """Tokens generated so far."""
-        return len(self.token_ids) - self.num_prompt
-
-    def scoring(self, start: int, end: int) -> Scoring | None:
-        """What is yet to be told of positions [start, end)."""
-        params = self.request.params
-        first, last = max(start, self.num_scored), min(end, self.num_prompt - 1)
-        targets = self.request.prompt_token_ids[first + 1 : last + 1]
-        return Scoring(first - start, targets, params.prompt_logprobs or 0) if targets else None
-
-    @property
-    def num_missing(self) -> int:
-        """Known tokens that have no K/V yet."""
-        return len(self.token_ids) - self.num_computed
+MAX_STAGE_TOKENS = 256
+"""Tokens of prompts in one step of several in flight: small enough that stages work on one prompt at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +47,7 @@ class Limits:
         max_num_seqs: requests in one batch.
         max_num_batched_tokens: the token budget of one step.
         max_model_len: longest prompt plus output in tokens; also bounded by what the blocks can hold.
+        max_in_flight: plans that may be in flight at a time.
     """
 
     num_blocks: int
@@ -107,15 +55,7 @@ class Limits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
-
-
-@dataclass(slots=True)
-class _Batch:
-    """A plan in the making; `budget` is how many more tokens it may compute."""
-
-    budget: int
-    chunks: list[Chunk] = field(default_factory=list)
-    admissions: list[Admission] = field(default_factory=list)
+    max_in_flight: int = 1
 
 
 class Scheduler(TaskScheduler):
@@ -235,25 +175,47 @@ class Scheduler(TaskScheduler):
     # --- a step ----------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
-        """The next step, or None if there is no request at all: while there is one, some request makes progress."""
-        assert self._in_flight is None, "schedule() before update() or fail_step() of the previous plan"
-        batch = _Batch(budget=self._limits.max_num_batched_tokens)
+        """The next step; None if there is no request at all, or only such that wait for plans in flight.
+
+        While there is a request and nothing is in flight, some request makes progress.
+        """
+        assert len(self._in_flight) < self._limits.max_in_flight, "schedule() before the oldest plan has come back"
+        batch = self._open_batch()
         if self._schedule_running(batch):
             self._schedule_waiting(batch)
-        if not batch.chunks:
+        if not batch.parts:
             return None
-        plan = StepPlan(
-            chunks=tuple(batch.chunks),
-            admissions=tuple(batch.admissions),
-            forget=tuple(self._forget),
-            epoch=self._epoch,
+        plan = self._complete(
+            StepPlan(
+                chunks=tuple(part.chunk for part in batch.parts),
+                admissions=tuple(batch.admissions),
+                forget=tuple(self._forget),
+                epoch=self._epoch,
+            )
         )
         self._forget.clear()
-        self._in_flight = plan, plan.chunks
+        self._in_flight.append((plan, tuple(batch.parts)))
         return plan
 
-    def _schedule_running(self, batch: _Batch) -> bool:
-        """Give running requests their share, oldest first; False if one had to be preempted for lack of blocks.
+    def _complete(self, plan: StepPlan) -> StepPlan:
+        """The plan with all that a step needs."""
+        return plan
+
+    def _open_batch(self) -> Batch:
+        """Of several plans in flight each takes its share of the batch, so that stages take turns at steps alike.
+
+        A batch too small to be shared stays together: whoever came back first waits for the others.
+        """
+        limits = self._limits
+        if limits.max_in_flight == 1:
+            return Batch(budget=limits.max_num_batched_tokens, places=limits.max_num_seqs)
+        num_shares = max(1, min(limits.max_in_flight, len(self._running) // MIN_STAGE_SEQUENCES))
+        num_taken = sum(any(part.chunk.sample for part in parts) for _, parts in self._in_flight)
+        places = -(-len(self._running) // num_shares) if num_taken < num_shares else 0
+        return Batch(budget=min(limits.max_num_batched_tokens, places + MAX_STAGE_TOKENS), places=places)
+
+    def _schedule_running(self, batch: Batch) -> bool:
+        """Give running requests their share, oldest first; False if blocks ran out.
 
         A victim is always younger than the request it makes room for (or is that request), hence not in the plan yet:
         whatever a plan registers, its step computes.
@@ -262,15 +224,32 @@ class Scheduler(TaskScheduler):
         index = 0
         while index < len(self._running) and batch.budget > 0:
             sequence = self._running[index]
-            end = sequence.num_computed + min(sequence.num_missing, sequence.max_chunk, batch.budget)
-            while sequence.running and self._num_blocks_to_add(sequence, end) > self._pool.num_free:
-                self._preempt(self._running.pop())
-            if sequence.running:
-                self._append_chunk(batch, sequence, end)
+            end = sequence.num_planned + min(sequence.num_missing, sequence.max_chunk, batch.budget)
+            if end > sequence.num_planned and (batch.places > 0 or end < len(sequence.token_ids)):
+                if not self._make_room(index, end):
+                    return False
+                if sequence.running:
+                    self._append_chunk(batch, sequence, end)
             index += 1
         return len(self._running) == num_running
 
-    def _schedule_waiting(self, batch: _Batch) -> None:
+    def _make_room(self, index: int, end: int) -> bool:
+        """Preempt until the running sequence of that index can grow to `end` tokens, itself last.
+
+        False if those who have the blocks are in flight: nobody younger is scheduled then until they have come back.
+        """
+        sequence = self._running[index]
+        while sequence.running and self._num_blocks_to_add(sequence, end) > self._pool.num_free:
+            younger = [one for one in self._running[index + 1 :] if not one.is_in_flight]
+            is_last = sequence is self._running[-1] and not sequence.is_in_flight
+            if not younger and not is_last:
+                return False
+            victim = younger[-1] if younger else sequence
+            self._running.remove(victim)
+            self._preempt(victim)
+        return True
+
+    def _schedule_waiting(self, batch: Batch) -> None:
         # Digests of blocks begin with this: nothing from before the last reset, or of another epoch, has it.
         root = repr((self._epoch, self._num_resets)).encode()
         while self._waiting and batch.budget > 0 and len(self._running) < self._limits.max_num_seqs:
@@ -281,7 +260,7 @@ class Scheduler(TaskScheduler):
             if not self._has_room(sequence, matched):
                 return
             self._admit(self._waiting.popleft(), matched, batch)
-            end = sequence.num_computed + min(sequence.num_missing, sequence.max_chunk, batch.budget)
+            end = sequence.num_planned + min(sequence.num_missing, sequence.max_chunk, batch.budget)
             self._append_chunk(batch, sequence, end)
 
     def _has_room(self, sequence: ActiveSequence, matched: tuple[int, ...]) -> bool:
@@ -294,11 +273,11 @@ class Scheduler(TaskScheduler):
         num_new = self._num_blocks(len(sequence.token_ids)) - len(matched)
         return num_revived + num_new + len(self._running) <= self._pool.num_free
 
-    def _admit(self, sequence: ActiveSequence, matched: tuple[int, ...], batch: _Batch) -> None:
+    def _admit(self, sequence: ActiveSequence, matched: tuple[int, ...], batch: Batch) -> None:
         for block_id in matched:
             self._pool.share(block_id)
         sequence.block_ids = matched
-        sequence.num_computed = len(matched) * self._block_size
+        sequence.num_computed = sequence.num_planned = len(matched) * self._block_size
         sequence.running = True
         sequence.epoch = self._epoch
         self._running.append(sequence)
@@ -312,10 +291,10 @@ class Scheduler(TaskScheduler):
             self._num_prompt_tokens += sequence.num_prompt
             self._num_prefix_hits += sequence.num_cached
 
-    def _append_chunk(self, batch: _Batch, sequence: ActiveSequence, end: int) -> None:
-        """Plan tokens [num_computed, end): allocate their blocks and register those that the step will fill."""
+    def _append_chunk(self, batch: Batch, sequence: ActiveSequence, end: int) -> None:
+        """Plan tokens [num_planned, end): allocate their blocks and register those that the step will fill."""
         assert sequence.epoch == self._epoch, "the blocks of a sequence are those of another epoch"
-        start = sequence.num_computed
+        start = sequence.num_planned
         num_new = self._num_blocks_to_add(sequence, end)
         if num_new > 0:
             sequence.block_ids += tuple(self._pool.allocate() for _ in range(num_new))
@@ -328,8 +307,10 @@ class Scheduler(TaskScheduler):
             sample=end == len(sequence.token_ids),
             scoring=sequence.scoring(start, end) if sequence.scored else None,
         )
-        batch.chunks.append(chunk)
+        sequence.num_planned = end
+        batch.parts.append(Part(sequence, chunk, sequence.stint))
         batch.budget -= end - start
+        batch.places -= chunk.sample
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
@@ -341,17 +322,17 @@ class Scheduler(TaskScheduler):
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestDelta]:
         """Take the step's tokens; one delta per request that got one, in the order of the plan."""
-        self._land(plan)
+        parts: tuple[Part, ...] = self._land(plan)
         if plan.epoch != self._epoch:
             return []
         sampled, scored = iter(result.sampled), iter(result.scored)
         deltas = []
-        for chunk in plan.chunks:
+        for part in parts:
+            sequence, chunk = part.sequence, part.chunk
             scores = next(scored) if chunk.scoring is not None else ()
             token = next(sampled) if chunk.sample else None
             assert token is None or token.request_id == chunk.request_id, "results are not in the order of the plan"
-            sequence = self._requests.get(chunk.request_id)
-            if sequence is None or not sequence.running:  # aborted or preempted while the step ran
+            if not part.counts:
                 continue
             sequence.num_computed = chunk.start + len(chunk.token_ids)
             if scores:
@@ -363,15 +344,22 @@ class Scheduler(TaskScheduler):
 
     def fail_step(self, plan: StepPlan, error: ErrorInfo) -> list[RequestDelta]:
         """The step was not computed: end its requests with `error` and forget the blocks it was to fill."""
-        for chunk in plan.chunks:
-            end = chunk.start + len(chunk.token_ids)
-            self._prefix.forget(block_ids=chunk.block_ids, start=chunk.start, end=end)
-        return super().fail_step(plan, error)
+        self._forget_blocks(plan)
+        parts: tuple[Part, ...] = self._land(plan)
+        known = [part.request_id for part in parts if self._requests.get(part.request_id) is part.sequence]
+        return self._end(known, error=error)
 
     def drop_step(self, plan: StepPlan) -> None:
         """The step was not computed, and its requests are to be computed again; what ended before it still has."""
+        self._forget_blocks(plan)
         super().drop_step(plan)
         self._forget[:0] = plan.forget
+
+    def _forget_blocks(self, plan: StepPlan) -> None:
+        """Nobody finds the blocks that the plan was to fill."""
+        for chunk in plan.chunks:
+            end = chunk.start + len(chunk.token_ids)
+            self._prefix.forget(block_ids=chunk.block_ids, start=chunk.start, end=end)
 
     def _advance(self, sequence: ActiveSequence, token: SampledToken) -> RequestDelta:
         is_first = sequence.num_output == 0
@@ -412,7 +400,8 @@ class Scheduler(TaskScheduler):
     def _free(self, sequence: ActiveSequence) -> None:
         self._pool.release(sequence.block_ids)
         sequence.block_ids = ()
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_planned = 0
+        sequence.stint += 1
         sequence.running = False
 
     def _remove(self, active: ActiveSequence) -> None:

@@ -134,7 +134,7 @@ class PoolScheduler(TaskScheduler):
 
     def preempt_all(self) -> int:
         """Forget the rows computed so far, so that no request mixes those of two sets of weights."""
-        in_flight = {each.request_id for each in self._in_flight[1]} if self._in_flight else set()
+        in_flight = {each.request_id for _, chosen in self._in_flight for each in chosen}
         begun = [each for each in self._requests.values() if each.rows or each.request_id in in_flight]
         for pooling in begun:
             self._requests[pooling.request_id] = _Pooling.start(pooling.request)
@@ -145,14 +145,14 @@ class PoolScheduler(TaskScheduler):
 
     def schedule(self) -> PoolPlan | None:
         """The next step, or None if there is no request at all."""
-        assert self._in_flight is None, "schedule() before update() or fail_step() of the previous plan"
+        assert not self._in_flight, "schedule() before update() or fail_step() of the previous plan"
         waiting = list(islice(self._waiting(), WINDOW * self._max_num_seqs))
         if not waiting:
             return None
         chosen = tuple(self._choose(waiting))
         starts = dict.fromkeys(each.request_id for each in chosen if not each.pooling.rows)
         plan = PoolPlan(tuple(each.item for each in chosen), tuple(starts), self._epoch)
-        self._in_flight = plan, chosen
+        self._in_flight.append((plan, chosen))
         return plan
 
     def _waiting(self) -> Iterator[_Waiting]:

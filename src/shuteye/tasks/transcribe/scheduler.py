@@ -186,7 +186,7 @@ class SpeechScheduler(TaskScheduler):
 
     def schedule(self) -> SpeechPlan | None:
         """The next step, or None if there is nothing to do; it may be only to forget those that have ended."""
-        assert self._in_flight is None, "schedule() before update() or fail_step() of the previous plan"
+        assert not self._in_flight, "schedule() before update() or fail_step() of the previous plan"
         if not self.has_unfinished:
             return None
         stepping = [each for each in self._running if each.open]
@@ -202,7 +202,7 @@ class SpeechScheduler(TaskScheduler):
         for each in admitted:
             each.admitted = each.known = True
         self._forget.clear()
-        self._in_flight = plan, (*opening, *stepping)
+        self._in_flight.append((plan, (*opening, *stepping)))
         return plan
 
     def _next_to_open(self) -> list[_AudioRequest]:
