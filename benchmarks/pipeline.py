@@ -106,16 +106,16 @@ def main() -> None:
         kv_cache_memory=256 << 20,
         enable_prefix_caching=False,
     )
-    pipelines = [Pipeline(config, in_flight=in_flight) for in_flight in (1, None)]
+    one, several = (Pipeline(config, in_flight=in_flight) for in_flight in (1, None))
     try:
         print(f"| {arguments.model} {arguments.dtype}, PP {arguments.stages} | one | {arguments.stages} | gain |")
         print("|---|---|---|---|")
         cases = {f"decode x{batch}, a token each": partial(Pipeline.decode, batch=batch) for batch in BATCHES}
         cases[f"first token of {LONG_PROMPT}"] = partial(Pipeline.first_token, num_tokens=LONG_PROMPT)
         for what, measure in cases.items():
-            compare(what, *pipelines, measure, arguments.rounds)
+            compare(what, one, several, measure, arguments.rounds)
     finally:
-        for pipeline in pipelines:
+        for pipeline in (one, several):
             pipeline.close()
 
 
