@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +41,20 @@ def test_tensors_of_any_order_stride_and_device_form_land_in_their_slots(writer:
     assert image.damaged_extents() == ()
     assert image.read_buffers() == {}
     image.close()
+
+
+def test_a_new_image_is_not_left_in_the_page_cache(writer: ImageWriter) -> None:
+    """Would catch wakes that map small pieces, one by one, until the machine runs out of memory or is restarted."""
+    writer.begin([TensorSpec("a", (1 << 20,), "float32"), TensorSpec("b", (1 << 20,), "float32")])
+    for name in ("b", "a"):
+        writer.put(name, torch.ones(1 << 20))
+    writer.finish()
+    with (writer.directory / WEIGHTS_FILE).open("rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as mapping:
+        num_pages = len(mapping) // mmap.PAGESIZE
+        cached = (ctypes.c_ubyte * num_pages)()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapping)), cached) == 0
+        assert sum(page & 1 for page in cached) < num_pages // 10
 
 
 @pytest.mark.parametrize("data", [bytes(12), bytearray(12), memoryview(bytes(12)), memoryview(bytes(12)).cast("h")])
