@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from shuteye.calls import ReloadCall, SleepCall, UpdateCall, WakeCall
+from shuteye.errors import EngineFaulted
 from shuteye.testing import tiny_model
 
 PROMPT = (5, 300, 9, 11, 60)
@@ -78,3 +79,15 @@ def test_half_an_update_that_is_lost_is_said_to_be(ranks):
     assert ranks.core.state.missing
     lose(ranks, 1)
     assert ranks.call(WakeCall()).updates_lost
+
+
+@pytest.mark.parametrize("how", ["error", "late"])
+def test_a_rank_that_cannot_be_brought_up_is_started_again(ranks, how):
+    """Would catch a rank that is half there for ever, and refuses what it has already."""
+    expected = ranks.generate(PROMPT)
+    lose(ranks, 1)
+    ranks.plan_fault(1, f"allocate_kv_cache {how}")
+    with pytest.raises(EngineFaulted, match="Injected"):
+        ranks.call(WakeCall())
+    ranks.call(WakeCall())
+    assert ranks.generate(PROMPT) == expected

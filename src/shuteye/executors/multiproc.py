@@ -390,7 +390,10 @@ class MultiprocExecutor(Executor):
             self._end(failed)
         self._require_all(outcomes | self._gather(others, call_id, "join", self._config.rank_timeout_s))
         for rank in sorted(self._incomplete):
-            answers(self._ask([rank], "allocate_kv_cache", (self._kv_blocks,)), num_ranks=self.num_ranks)
+            outcomes = self._ask([rank], "allocate_kv_cache", (self._kv_blocks,))
+            if isinstance(outcomes[rank], ShuteyeError):  # how far it came is not known: the next one begins afresh
+                self._end([rank])
+            answers(outcomes, num_ranks=self.num_ranks)
             self._incomplete.remove(rank)
         self._note_images()
         return True
@@ -410,9 +413,9 @@ class MultiprocExecutor(Executor):
                 self._incomplete.add(rank)
 
     def _end(self, ranks: Collection[int]) -> None:
-        """Ranks that have not loaded end; only then are they seen to be dead, and started by the next recovery."""
+        """End ranks that could not be brought up: only then are they dead, and started by the next recovery."""
         for rank in ranks:
-            self._processes[rank].kill("has not loaded")
+            self._processes[rank].kill("could not be brought up")
         poller = zmq.Poller()
         poller.register(self._watch.died, zmq.POLLIN)
         deadline = time.monotonic() + _END_S
