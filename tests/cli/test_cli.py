@@ -119,6 +119,7 @@ def other_value(config, name):  # noqa: PLR0911
         "default_sleep_mode": "keep",
         "verify_wake": "full",
         "distributed_executor_backend": "mp",
+        "ray_placement": "spread",
         "memory_backend": "fake",
         "kernels": "torch",
         "log_level": "error",
