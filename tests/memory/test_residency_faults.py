@@ -289,3 +289,17 @@ def test_a_release_that_is_finished_reports_what_the_first_try_freed_too(
             world.residency.release(plan)
         world.backend.clear()
         assert told(world, world.residency.finish_release(plan)) == expected, (step, steps)
+
+
+@pytest.mark.parametrize("plan", [LEVEL_1, LEVEL_2], ids=["level 1", "level 2"])
+def test_a_release_that_never_began_is_not_finished_as_the_last_one_was(make_world: MakeWorld, plan: SleepPlan) -> None:
+    """Would catch memory that is given back while the weights count as resident: what an update wrote would be gone."""
+    world = make_world()
+    world.residency.save(LEVEL_1)
+    world.residency.release(LEVEL_1)
+    world.wake(WAKE)
+    changed(world)
+    world.residency.save(plan)
+    reports = world.residency.finish_release(plan)  # another rank's release had an error, ours was not even asked
+    assert world.where == {report.tag: report.residency for report in reports}
+    assert world.where["weights"] == ("offloaded" if plan == LEVEL_1 else "discarded")

@@ -149,6 +149,7 @@ class Residency:
         """
         self._weights.require(plan.weights)
         self._settle()
+        self._begin_releases()
         if plan.weights != "offload":
             return
         self.require_intact()  # else pages that nobody wrote, or that are gone, would count as the model's
@@ -170,9 +171,7 @@ class Residency:
             BackendFailure: the kernel refused; some memory may be gone, and only `reset` is safe now.
         """
         self._weights.require(plan.weights)
-        self._released = None
-        if self._kv_cache:
-            self._kv_cache.begin_release()
+        self._begin_releases()
         return self._release(plan)
 
     def finish_release(self, plan: SleepPlan) -> tuple[TagReport, ...]:
@@ -182,6 +181,12 @@ class Residency:
             BackendFailure: the kernel refused again.
         """
         return self._release(plan)
+
+    def _begin_releases(self) -> None:
+        """The next release is another sleep's, also one that `finish_release` begins, as `release` was refused."""
+        self._released = None
+        if self._kv_cache:
+            self._kv_cache.begin_release()
 
     def _release(self, plan: SleepPlan) -> tuple[TagReport, ...]:
         reports = []
