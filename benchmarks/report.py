@@ -13,6 +13,7 @@ import targets
 from checkpoints import FORMATS
 from machine import Machine
 from rounds import METRICS, WAKING, Metric, Results, best_peer, ratios
+from scores import MOST_PERCENT, ScoreReport, Scores
 
 TITLES = {
     "shuteye": "shuteye",
@@ -63,6 +64,13 @@ again there. Memory is read, and products are computed, by `benchmarks/peaks.cpp
 - **Sleep**: how long it took until it said so. llama.cpp goes to sleep by itself after idle seconds.
 - **Wake to first token**: from sending a 32-token request to a sleeping engine to its first token; the request wakes it
   (vLLM is told to wake first).
+"""
+PERPLEXITY = """\
+`benchmarks/perplexity.py` scores the prose of mpmath's documentation, 20,480 tokens in windows of 512, with
+SmolLM2-135M-Instruct: shuteye from the file that it serves, transformers in float32 on the weights that the file stands
+for. llama.cpp (`llama-perplexity`) scores the second half of each window; its difference is from transformers on the
+same tokens. The last three columns are how far apart log-probabilities of single tokens are (root mean square):
+shuteye's and llama.cpp's from transformers', which is the rounding of activations to 16 or 8 bits, and from each other.
 """
 
 
@@ -164,7 +172,7 @@ def lines(report: Report) -> list[str]:
 # --- Markdown -------------------------------------------------------------------------------------
 
 
-def page(reports: Sequence[Report]) -> str:
+def page(reports: Sequence[Report], scored: Sequence[ScoreReport] = ()) -> str:
     """docs/benchmarks.md."""
     head = "# Benchmarks\n\n<!-- Written by `make bench ARGS=--docs` from benchmarks/results/; do not edit. -->\n\n"
     parts = [head, "How shuteye compares with other engines on a CPU, and how to measure it again.\n\n"]
@@ -173,6 +181,9 @@ def page(reports: Sequence[Report]) -> str:
     parts += ["make bench ARGS='--level avx2 --docs'    # everyone held to an instruction set\n```\n\n"]
     parts += ["## What is measured\n\n", DEFINITIONS, "\nMedians, with minimum–maximum.\n"]
     parts += ["\n## Asked and measured\n\n", *_targets(reports)]
+    parts += ["\n## Perplexity\n\n", PERPLEXITY] if scored else []
+    for each in scored:
+        parts += [f"\n{each.machine.title}, {each.date}\n\n", *_scores(each.scores)]
     for machine in machines(reports):
         parts.append(f"\n## {machine.title}\n")
         parts += ["".join(_section(report)) for report in reports if report.machine.key == machine.key]
@@ -222,6 +233,19 @@ def _targets(reports: Sequence[Report]) -> list[str]:
                 shown = [_reached(found.get(each.key), target) for each in columns]
                 parts.append(_row(target.title, [target.asked, *shown]))
     return parts
+
+
+def _scores(scores: Sequence[Scores]) -> list[str]:
+    """Perplexities, and root mean squares of differences between single tokens' log-probabilities."""
+    heads = ["shuteye", "transformers", "differs", f"within {MOST_PERCENT}%", "llama.cpp differs", "shuteye's tokens"]
+    rows = [_row("", [*heads, "llama.cpp's tokens", "between them"]), "|---" * (len(heads) + 3) + "|\n"]
+    for each in scores:
+        met = "met" if abs(each.percent) <= MOST_PERCENT else "not met"
+        own = [f"{each.shuteye:.4f}", f"{each.reference:.4f}", f"{each.percent:+.3f}%", met]
+        theirs = [f"{each.llama_percent:+.3f}%", f"{each.llama_apart:.4f}", f"{each.llama_from_shuteye:.4f}"]
+        beside = theirs if each.llama_tokens else [NO_RATIO] * 3
+        rows.append(_row(FORMATS[each.format].title, [*own, beside[0], f"{each.apart:.4f}", *beside[1:]]))
+    return rows
 
 
 def _reached(report: Report | None, target: targets.Target) -> str:

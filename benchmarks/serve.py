@@ -34,9 +34,12 @@ from peers.llama_cpp import program
 from peers.process import ending_engines
 from prompts import Prompts
 from report import Report, headline, lines, page
+from scores import ScoreReport
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SCORES = RESULTS / "perplexity"
+"""What perplexity.py has kept, one file for each machine."""
 PAGE, PICTURE, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg", ROOT / "README.md"
 HEADLINE = re.compile(r"(<!-- beside others: begin -->\n).*?(<!-- beside others: end -->)", re.DOTALL)
 ROUNDS = {"smollm2": 4, "llama-1b": 2}
@@ -95,10 +98,15 @@ def read_reports() -> list[Report]:
     return sorted(kept, key=lambda each: (each.machine.key, models.index(each.model), forms.index(each.format)))
 
 
+def read_scores() -> list[ScoreReport]:
+    """What perplexity.py has kept, by processor."""
+    return [ScoreReport.from_dict(json.loads(path.read_text())) for path in sorted(SCORES.glob("*.json"))]
+
+
 def write_docs() -> None:
     """docs/benchmarks.md of all that was measured so far, its picture, and what the README says of it."""
     reports = read_reports()
-    PAGE.write_text(page(reports))
+    PAGE.write_text(page(reports, read_scores()))
     PICTURE.write_text(picture.draw(reports))
     README.write_text(with_headline(README.read_text(), reports))
     rounds.to_stderr(f"Wrote {', '.join(str(path.relative_to(ROOT)) for path in (PAGE, PICTURE, README))}.")

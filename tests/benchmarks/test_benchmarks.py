@@ -564,7 +564,9 @@ def test_the_picture_is_svg_with_a_bar_for_every_figure(a_report):
 
 def test_the_page_and_the_picture_are_what_the_kept_results_say():
     reports = serve.read_reports()
-    assert serve.PAGE.read_text() == report.page(reports), "run: python benchmarks/serve.py --render"
+    assert serve.PAGE.read_text() == report.page(reports, serve.read_scores()), (
+        "run: python benchmarks/serve.py --render"
+    )
     assert serve.PICTURE.read_text() == picture.draw(reports)
     assert str(Path.home()) not in serve.PAGE.read_text()
 
