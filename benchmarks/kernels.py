@@ -1,6 +1,7 @@
-"""Measures the native kernels beside torch: GB/s of a product's weights, ms of a whole decoder step.
+"""Measures the native kernels beside their floors: products of every kind of matrix, attention, whole decoder steps.
 
-Random weights of SmolLM2-135M's shapes, or another's; knows nothing of engines. A and B alternate; medians and minima.
+Weights of SmolLM2-135M's shapes, or another's; knows nothing of engines. A and B alternate, and with them a plain
+reading of the same memory; medians and minima.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import mmap
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,8 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from machine import this_machine
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
+from shuteye.matrices.kinds import kind_of
+from shuteye.matrices.matrix import Matrix
 from shuteye.models.fused import FusedDecoder, FusedSpec, FusedWeights, Layer, Projection, decoder_spec
 from shuteye.native.decoder import DecoderStep, Numbers
 from shuteye.tasks.generate.plans import Chunk, StepPlan
@@ -147,29 +151,101 @@ def alternate(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
     return times
 
 
-def products(rounds: int) -> Iterator[str]:
-    """GB/s over weights too large for the caches of a core, many of them in turn."""
-    yield f"{'M':>3} {'in -> out':>14} {'read GB/s':>16} {'torch GB/s':>16} {'native GB/s':>16}   (median, best)"
-    for width, rows, copies in ((576, 3072, 30), (1536, 576, 60), (2048, 11264, 4)):
-        weights = torch.empty(copies, rows, width, dtype=torch.bfloat16).normal_()
-        for num_tokens in (1, 8, 16, 32, 64):
-            x = torch.randn(num_tokens, width).bfloat16()
-            by_torch = partial(_each_torch, x, weights)
-            by_native = partial(_each_native, x, weights, torch.empty(num_tokens, rows, dtype=torch.bfloat16))
-            times = alternate([partial(native.read, weights), by_torch, by_native], rounds)
-            rates = [[weights.nbytes / seconds / 1e9 for seconds in own] for own in times]
-            shown = [f"{statistics.median(own):7.1f} {max(own):7.1f}" for own in rates]
-            yield f"{num_tokens:>3} {f'{width} -> {rows}':>14} {shown[0]:>16} {shown[1]:>16} {shown[2]:>16}"
+KINDS = ("rows", "bf16", "q8_0", "q4_0", "q4_k")
+TOKENS = (1, 4, 8, 16, 64, 512)
+FALLBACK = "q5_0"
+"""For widths that are no multiple of 256, as llama-quantize has it."""
+FILLING = 0x2C
+"""Every byte of quantized matrices: scales are finite, numbers are in range, and nothing is denormal."""
 
 
-def _each_torch(x: Tensor, weights: Tensor) -> None:
-    for weight in weights:
-        linear(x, weight)
+class Products:
+    """All matrices of a model's layers, of one kind, one after the other in memory."""
+
+    def __init__(self, shape: dict[str, int], kind: str) -> None:
+        hidden, inner, heads, kv_heads = (shape[name] for name in ("hidden", "intermediate", "heads", "kv_heads"))
+        sizes = [(heads * HEAD_DIM, hidden), *[(kv_heads * HEAD_DIM, hidden)] * 2, (hidden, heads * HEAD_DIM)]
+        sizes = [*sizes, (inner, hidden), (inner, hidden), (hidden, inner)] * shape["layers"]
+        kinds = [kind_of(kind) if kind_of(kind).fits(columns) else kind_of(FALLBACK) for _, columns in sizes]
+        lengths = [each.nbytes(size, "bfloat16") for each, size in zip(kinds, sizes, strict=True)]
+        self.memory = huge_pages(sum(lengths) // 2).view(torch.uint8).fill_(FILLING)
+        begins = [self.memory.data_ptr() + sum(lengths[:index]) for index in range(len(lengths))]
+        self.matrices = [
+            Matrix(each, *size, "bfloat16", begin) for each, size, begin in zip(kinds, sizes, begins, strict=True)
+        ]
+        self.num_weights = sum(rows * columns for rows, columns in sizes)
+
+    def calls(self, num_tokens: int) -> tuple[Callable[[], None], Callable[[], None]]:
+        """All products of so many tokens; the same by torch, which knows only `rows`."""
+        inputs = {each.columns: torch.randn(num_tokens, each.columns).bfloat16() for each in self.matrices}
+        outputs = {each.rows: torch.empty(num_tokens, each.rows, dtype=torch.bfloat16) for each in self.matrices}
+        weights = self.memory[: self.num_weights * 2].view(torch.bfloat16)
+        pieces = torch.split(weights, [each.rows * each.columns for each in self.matrices])
+
+        def by_native() -> None:
+            for each in self.matrices:
+                native.linear(inputs[each.columns], each, None, outputs[each.rows])
+
+        def by_torch() -> None:
+            for each, piece in zip(self.matrices, pieces, strict=True):
+                linear(inputs[each.columns], piece.view(each.rows, each.columns))
+
+        return by_native, by_torch
 
 
-def _each_native(x: Tensor, weights: Tensor, out: Tensor) -> None:
-    for weight in weights:
-        native.linear(x, weight, None, out)
+def products(shape: dict[str, int], kinds: Sequence[str], rounds: int) -> Iterator[str]:
+    """Milliseconds for all matrices of the layers, beside reading them once; rate of multiplications and additions."""
+    heads = f"{'kind':>8} {'M':>4} {'MiB':>6} {'read ms':>16} {'native ms':>16} {'÷ read':>7} {'GFLOP/s':>8}"
+    yield f"{heads} {'torch ms':>16}"
+    for kind in kinds:
+        whole = Products(shape, kind)
+        for num_tokens in TOKENS:
+            by_native, by_torch = whole.calls(num_tokens)
+            calls: list[Callable[[], Any]] = [partial(native.read, whole.memory), by_native]
+            calls += [by_torch] if kind == "rows" else []
+            read, own, *others = alternate(calls, rounds)
+            rate = 2 * whole.num_weights * num_tokens / statistics.median(own) / 1e9
+            yield (
+                f"{kind:>8} {num_tokens:>4} {whole.memory.nbytes / 2**20:>6.0f} {shown(read):>16} {shown(own):>16} "
+                f"{ratio(own, read):>7.2f} {rate:>8.0f} {shown(others[0]) if others else '':>16}"
+            )
+
+
+def shown(seconds: Sequence[float]) -> str:
+    """Median and best, in milliseconds."""
+    return f"{statistics.median(seconds) * 1e3:7.2f} {min(seconds) * 1e3:7.2f}"
+
+
+def ratio(own: Sequence[float], floor: Sequence[float]) -> float:
+    """Median of the rounds' ratios: what is measured side by side shares the machine's mood."""
+    return statistics.median(one / other for one, other in zip(own, floor, strict=True))
+
+
+def attention(shape: dict[str, int], rounds: int) -> Iterator[str]:
+    """Milliseconds of the attention of all layers, beside reading their keys and values once; rate of products."""
+    yield f"{'sequences x new (context)':>26} {'read KV ms':>16} {'native ms':>16} {'÷ read':>7} {'GFLOP/s':>8}"
+    heads, kv_heads, layers = shape["heads"], shape["kv_heads"], shape["layers"]
+    for num_sequences, num_new, context in ((16, 1, 1024), (1, 1, 4096), (8, 1, 256), (1, 512, 512), (1, 512, 2048)):
+        width = -(-context // BLOCK_SIZE)
+        blocks = (num_sequences * width, layers, 2, BLOCK_SIZE, kv_heads, HEAD_DIM)
+        memory = huge_pages(math.prod(blocks)).normal_()
+        query = torch.randn(num_sequences * num_new, heads, HEAD_DIM).bfloat16()
+        tables = [range(index * width, (index + 1) * width) for index in range(num_sequences)]
+        starts = [index * num_new for index in range(num_sequences + 1)]
+        one_layer = partial(
+            native.paged_attention, query, memory.view(blocks), starts, [context] * num_sequences, tables,
+            scale=HEAD_DIM**-0.5, out=torch.empty_like(query),
+        )  # fmt: skip
+        read, own = alternate([partial(native.read, memory), partial(_each_layer, one_layer, layers)], rounds)
+        seen = num_sequences * sum(range(context - num_new + 1, context + 1))
+        rate = 4 * seen * heads * HEAD_DIM * layers / statistics.median(own) / 1e9
+        name = f"{num_sequences} x {num_new} ({context})"
+        yield f"{name:>26} {shown(read):>16} {shown(own):>16} {ratio(own, read):>7.2f} {rate:>8.0f}"
+
+
+def _each_layer(call: Callable[..., Any], layers: int) -> None:
+    for layer in range(layers):
+        call(layer=layer)
 
 
 def whole_steps(shape: dict[str, int], rounds: int, *, mapped: bool) -> Iterator[str]:
@@ -182,8 +258,8 @@ def whole_steps(shape: dict[str, int], rounds: int, *, mapped: bool) -> Iterator
         (1, 8, 64), (1, 32, 32), (1, 64, 64), (1, 64, 512), (1, 128, 128), (1, 256, 256), (1, 512, 512), (1, 512, 2048),
     ):  # fmt: skip
         times = alternate([partial(native.read, whole.memory), *whole.steps(num_sequences, num_new, context)], rounds)
-        shown = [f"{statistics.median(t) * 1e3:7.2f} {min(t) * 1e3:7.2f}" for t in times]
-        yield f"{f'{num_sequences} x {num_new} ({context})':>26} {shown[0]:>16} {shown[1]:>16} {shown[2]:>16}"
+        read, by_torch, by_native = map(shown, times)
+        yield f"{f'{num_sequences} x {num_new} ({context})':>26} {read:>16} {by_torch:>16} {by_native:>16}"
 
 
 def main() -> None:
@@ -193,18 +269,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--mapped", action="store_true", help="weights in a private file mapping, as in the engine")
-    parser.add_argument("--only", choices=["products", "steps"], default=None)
+    parser.add_argument("--only", choices=["products", "attention", "steps"], default=None)
+    parser.add_argument("--kinds", type=lambda text: text.split(","), default=KINDS, help=f"default {','.join(KINDS)}")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     native.set_num_threads(arguments.threads)
     if arguments.level:
         native.set_level(arguments.level)
-    print(f"level {native.level()}, {arguments.threads} threads, torch {torch.__version__}")
+    shape = SHAPES[arguments.model]
+    parts = {
+        "products": lambda: products(shape, arguments.kinds, arguments.rounds),
+        "attention": lambda: attention(shape, arguments.rounds),
+        "steps": lambda: whole_steps(shape, arguments.rounds, mapped=arguments.mapped),
+    }
+    print(f"level {native.level()}, {arguments.threads} threads, torch {torch.__version__}; {this_machine().words}")
     with torch.inference_mode():
-        if arguments.only != "steps":
-            print(*products(arguments.rounds), sep="\n")
-        if arguments.only != "products":
-            for line in whole_steps(SHAPES[arguments.model], arguments.rounds, mapped=arguments.mapped):
+        for name in [arguments.only] if arguments.only else parts:
+            for line in parts[name]():
                 print(line, flush=True)
 
 
