@@ -142,7 +142,7 @@ def test_facts_come_from_config_and_generation_config(tmp_path, load):
     assert (model.facts.architecture, model.facts.task) == ("LlamaForCausalLM", "generate")
     assert (model.facts.vocab_size, model.facts.context_length) == (320, 512)
     cached = model.facts.attention
-    assert (cached.num_layers, cached.num_kv_heads, cached.head_dim, model.dtype) == (2, 2, 16, torch.float32)
+    assert (cached.num_layers, cached.num_kv_heads, cached.head_dim, model.dtype) == (2, 2, 16, "float32")
 
 
 def test_the_images_tokenizer_needs_nothing_else(tiny_checkpoint, tmp_path):
