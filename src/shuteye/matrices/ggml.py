@@ -77,7 +77,7 @@ def _fields(name: str) -> tuple[str, ...]:
     return block_dtype(name).names or ()
 
 
-# --- the weights: [rows, blocks] of a block → uint8 [rows, blocks, units, 32] -------------------------------------------
+# --- the weights: [rows, blocks] of a block → uint8 [rows, blocks, units, 32] ---------------------
 
 
 def _q8_0(blocks: NDArray[np.void]) -> Bytes:
@@ -147,7 +147,7 @@ _INTEGERS: dict[str, Callable[[NDArray[np.void]], Bytes]] = {
 }
 
 
-# --- scales within a block: uint8 [rows, blocks, units] each ------------------------------------------------------------
+# --- scales within a block: uint8 [rows, blocks, units] each --------------------------------------
 
 
 def _by_half(scales: Bytes) -> tuple[Bytes, ...]:

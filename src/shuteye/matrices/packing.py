@@ -99,7 +99,7 @@ def _chunks(num_rows: int, columns: int, panel_rows: int) -> Iterator[slice]:
         yield slice(first, min(first + step, num_rows))
 
 
-# --- bfloat16 -----------------------------------------------------------------------------------------------------------
+# --- bfloat16 -------------------------------------------------------------------------------------
 
 
 def pack_bf16(rows: NDArray[np.uint16]) -> Bytes:
@@ -131,7 +131,7 @@ def _bf16_panels(memory: Bytes, columns: int) -> NDArray[np.uint32]:
     return memory.view(np.uint32).reshape(-1, pairs, BF16.panel_rows)
 
 
-# --- quantized: into panels -----------------------------------------------------------------------------------------------
+# --- quantized: into panels -----------------------------------------------------------------------
 
 
 def pack_blocks(kind: MatrixKind, blocks: Bytes) -> Bytes:
@@ -243,7 +243,7 @@ _PLANES: dict[int, Callable[[Bytes], Bytes]] = {
 }
 
 
-# --- quantized: out of panels ---------------------------------------------------------------------------------------------
+# --- quantized: out of panels ---------------------------------------------------------------------
 
 
 def unpack(kind: MatrixKind, memory: Bytes, rows: int, columns: int) -> NDArray[np.float32]:
