@@ -12,7 +12,14 @@ from shuteye.matrices.kinds import BF16, KINDS, kind_of
 from shuteye.matrices.packing import pack_bf16, pack_blocks, pack_groups, unpack, unpack_bf16, unpack_rows
 
 BLOCK_KINDS = tuple(name for name in KINDS if name not in ("rows", "bf16"))
-GROUP_KINDS = ("int4_g32_f16", "int4_g128_bf16_zeros", "int4_row_f32", "int4_g64_f16_zeros", "int8_row_f32", "int8_g32_bf16")  # fmt: skip
+GROUP_KINDS = (
+    "int4_g32_f16",
+    "int4_g128_bf16_zeros",
+    "int4_row_f32",
+    "int4_g64_f16_zeros",
+    "int8_row_f32",
+    "int8_g32_bf16",
+)
 
 
 def some_blocks(name: str, *, rows: int, columns: int, seed: int) -> np.ndarray:

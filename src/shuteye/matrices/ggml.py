@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,13 +44,15 @@ class Parts:
     """What blocks are made of, taken apart.
 
     Attributes:
-        u: the unsigned integer of each weight [rows, blocks, units, 32].
+        planes: some bits of each weight, 4 bytes of a row and unit for each bit, lowest bits first. Of 8 bits: a
+            byte is a column. Of 4: low nibbles are columns 0 to 15, high ones 16 to 31. Of 2: bits 2 i of byte
+            4 p + c are column 16 p + 4 i + c. Of 1: bit k is column k. Each [rows, blocks, units, bytes].
         floats: float16 of each block, as the bits they are: scale, and minimum if there is one [rows, blocks] each.
         subs: scales within the blocks, and minima, as the bytes that they have in memory [rows, blocks, units] each.
     """
 
-    u: Bytes
-    floats: tuple[NDArray[np.uint16], ...]
+    planes: tuple[Bytes, ...]
+    floats: tuple[NDArray[Any], ...]
     subs: tuple[Bytes, ...] = ()
 
 
@@ -70,80 +73,88 @@ def take_apart(name: str, blocks: Bytes) -> Parts:
     typed = blocks.view(block_dtype(name))
     floats = tuple(typed[field] for field in ("d", "m") if field in _fields(name))
     scales = _SUB_SCALES.get(name)
-    return Parts(_INTEGERS[name](typed), floats, () if scales is None else scales(typed))
+    return Parts(_PLANES[name](typed), floats, () if scales is None else scales(typed))
 
 
 def _fields(name: str) -> tuple[str, ...]:
     return block_dtype(name).names or ()
 
 
-# --- the weights: [rows, blocks] of a block → uint8 [rows, blocks, units, 32] ---------------------
+# --- the weights, from blocks [rows, blocks] ------------------------------------------------------
 
 
-def _q8_0(blocks: NDArray[np.void]) -> Bytes:
-    return (blocks["q"] ^ 0x80)[:, :, None]
+def bits_of(values: Bytes, first: int, count: int) -> Bytes:
+    """`count` bits of each byte, from bit `first` on."""
+    found: Bytes = np.right_shift(values, np.uint8(first)) & np.uint8((1 << count) - 1)
+    return found
 
 
-def _halves(blocks: NDArray[np.void]) -> Bytes:
-    """Low nibbles are the first 16 columns, high ones the others; a fifth bit apart."""
-    q = blocks["q"]
-    u = np.empty((*q.shape[:2], 1, UNIT_COLUMNS), np.uint8)
-    u[:, :, 0, :16] = q & 0x0F
-    u[:, :, 0, 16:] = q >> 4
-    if "high" in (blocks.dtype.names or ()):
-        u[:, :, 0] |= np.unpackbits(blocks["high"], axis=-1, bitorder="little") << 4
-    return u
+def joined(low: Bytes, high: Bytes, shift: int) -> Bytes:
+    """Bytes that have the bits of `high` above the `shift` bits of `low`."""
+    found: Bytes = low | np.left_shift(high, np.uint8(shift))
+    return found
 
 
-def _strips(packed: Bytes, bits: int) -> Bytes:
-    """Each strip of 32 bytes has one number of `bits` bits for as many units in a row, lowest bits first."""
-    strips = packed.reshape(*packed.shape[:2], -1, UNIT_COLUMNS)
-    per_strip = 8 // bits
-    u = np.empty((*packed.shape[:2], strips.shape[2], per_strip, UNIT_COLUMNS), np.uint8)
-    for index in range(per_strip):
-        np.right_shift(strips, bits * index, out=u[:, :, :, index])
-    u &= (1 << bits) - 1
-    return u.reshape(*packed.shape[:2], -1, UNIT_COLUMNS)
+def _as_stored(blocks: NDArray[np.void]) -> tuple[Bytes, ...]:
+    """Files have these planes as they are here."""
+    planes = (blocks["q"], blocks["high"]) if "high" in (blocks.dtype.names or ()) else (blocks["q"],)
+    return tuple(plane.reshape(*blocks.shape, -1, 4 * bits) for plane, bits in zip(planes, (4, 1), strict=False))
 
 
-def _q2_k(blocks: NDArray[np.void]) -> Bytes:
-    return _strips(blocks["q"], 2)
+def _q8_0(blocks: NDArray[np.void]) -> tuple[Bytes, ...]:
+    return (np.bitwise_xor(blocks["q"], np.uint8(0x80))[:, :, None],)
 
 
-def _q3_k(blocks: NDArray[np.void]) -> Bytes:
-    return _strips(blocks["q"], 2) | _strips(blocks["high"], 1) << 2
+# Below, arrays are flat and elements as wide as what stays together: many short rows are what numpy is slow at.
 
 
-def _q4_k(blocks: NDArray[np.void]) -> Bytes:
-    return _strips(blocks["q"], 4)
+def _nibbles(stored: Bytes) -> tuple[Bytes, Bytes]:
+    """Strips of 32 bytes, of which low nibbles are a unit, and high ones another → both [strips, 16]."""
+    halves = np.ascontiguousarray(stored).view(np.complex128).reshape(-1, 2)  # 16 bytes each
+    first, second = (np.ascontiguousarray(halves[:, half]).view(np.uint8) for half in (0, 1))
+    low, high = joined(first & np.uint8(0x0F), second, 4), bits_of(first, 4, 4) | second & np.uint8(0xF0)
+    return low.reshape(-1, 16), high.reshape(-1, 16)
 
 
-def _q5_k(blocks: NDArray[np.void]) -> Bytes:
-    return _strips(blocks["q"], 4) | _strips(blocks["high"], 1) << 4
+def _pairs(stored: Bytes) -> Bytes:
+    """Strips of 32 bytes, in which two bits are of each of four units → [rows, blocks, units, 8]."""
+    words = np.ascontiguousarray(stored).view(np.uint32).reshape(-1, 4)
+    vectors = [np.ascontiguousarray(words[:, index]).view(np.uint8) for index in range(4)]
+    planes = np.empty((len(words) // 2, 4), np.uint64)
+    for unit in range(4):
+        one, two, three, four = (bits_of(vector, 2 * unit, 2) for vector in vectors)
+        planes[:, unit] = joined(joined(one, two, 2), joined(three, four, 2), 4).view(np.uint64)
+    return planes.view(np.uint8).reshape(*stored.shape[:2], -1, 8)
 
 
-def _q6_k(blocks: NDArray[np.void]) -> Bytes:
-    """Strips of 64 bytes: low nibbles of two units, then of the next two."""
-    strips = blocks["q"].reshape(*blocks.shape, 2, 1, 2, UNIT_COLUMNS)
-    low = np.concatenate((strips & 0x0F, strips >> 4), axis=3).reshape(*blocks.shape, _SUPER, UNIT_COLUMNS)
-    return low | _strips(blocks["high"], 2) << 4
+def _bits(stored: Bytes) -> Bytes:
+    """32 bytes, in which a bit is of each of eight units → [rows, blocks, units, 4]."""
+    columns = np.ascontiguousarray(stored).reshape(-1)
+    planes = np.empty((len(columns) // UNIT_COLUMNS, _SUPER), np.uint32)
+    for unit in range(_SUPER):
+        planes[:, unit] = np.packbits(columns & np.uint8(1 << unit), bitorder="little").view(np.uint32)
+    return planes.view(np.uint8).reshape(*stored.shape[:2], _SUPER, 4)
 
 
-def _iq4_xs(blocks: NDArray[np.void]) -> Bytes:
-    """As `_halves`, eight times."""
-    strips = blocks["q"].reshape(*blocks.shape, _SUPER, 16)
-    return np.concatenate((strips & 0x0F, strips >> 4), axis=-1)
+def _q4_k(blocks: NDArray[np.void]) -> tuple[Bytes, ...]:
+    """A strip is two units, one after the other."""
+    return (np.stack(_nibbles(blocks["q"]), axis=1).reshape(*blocks.shape, _SUPER, 16),)
 
 
-_INTEGERS: dict[str, Callable[[NDArray[np.void]], Bytes]] = {
+def _q6_k(blocks: NDArray[np.void]) -> tuple[Bytes, ...]:
+    """Two strips are four units: low nibbles of both, then high ones of both."""
+    low, high = (half.reshape(-1, 2 * 16) for half in _nibbles(blocks["q"]))
+    return np.stack((low, high), axis=1).reshape(*blocks.shape, _SUPER, 16), _pairs(blocks["high"])
+
+
+_PLANES: dict[str, Callable[[NDArray[np.void]], tuple[Bytes, ...]]] = {
     "q8_0": _q8_0,
-    **dict.fromkeys(("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl"), _halves),
-    "q2_k": _q2_k,
-    "q3_k": _q3_k,
+    **dict.fromkeys(("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs"), _as_stored),
+    "q2_k": lambda blocks: (_pairs(blocks["q"]),),
+    "q3_k": lambda blocks: (_pairs(blocks["q"]), _bits(blocks["high"])),
     "q4_k": _q4_k,
-    "q5_k": _q5_k,
+    "q5_k": lambda blocks: (*_q4_k(blocks), _bits(blocks["high"])),
     "q6_k": _q6_k,
-    "iq4_xs": _iq4_xs,
 }
 
 

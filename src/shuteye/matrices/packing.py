@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shuteye.matrices.ggml import IQ4_VALUES, Bytes, Parts, block_dtype, take_apart
+from shuteye.matrices.ggml import IQ4_VALUES, Bytes, Parts, bits_of, block_dtype, joined, take_apart
 from shuteye.matrices.kinds import BF16, UNIT_COLUMNS, MatrixKind
 
 _ROWS = 16  # of a panel of a quantized kind
@@ -28,7 +28,7 @@ class _Form:
 
     Attributes:
         planes: bits of each plane of a unit, lowest first; their sum is how many bits a weight has.
-        zero: the integer that means 0, and that rows have which do not exist.
+        zero: the integer that means 0, where no zero points are.
         floats, subs: floats of a block, bytes of a unit, for each row.
     """
 
@@ -66,7 +66,7 @@ def _form(kind: MatrixKind) -> _Form:
 def _block_dtype(kind: MatrixKind, columns: int) -> np.dtype[np.void]:
     """One block of a panel."""
     form = _form(kind)
-    planes = [(f"plane{index}", "u1", (64 * bits,)) for index, bits in enumerate(form.planes)]
+    planes = [(f"plane{index}", "<u4", (bits, _ROWS)) for index, bits in enumerate(form.planes)]
     unit = np.dtype([("subs", "u1", (form.subs, _ROWS)), *planes])
     fields: list[Any] = [("floats", _FLOATS[kind.scale_dtype], (form.floats, _ROWS))]
     if kind.has_zeros:
@@ -137,7 +137,10 @@ def _bf16_panels(memory: Bytes, columns: int) -> NDArray[np.uint32]:
 def pack_blocks(kind: MatrixKind, blocks: Bytes) -> Bytes:
     """Blocks [rows, bytes of a row], as they are in a GGUF file → panels of the same kind."""
     return _pack(
-        kind, len(blocks), _columns_of(kind, blocks), lambda rows: take_apart(kind.name, _contiguous(blocks[rows]))
+        kind,
+        len(blocks),
+        _columns_of(kind, blocks),
+        lambda rows: take_apart(kind.name, np.ascontiguousarray(blocks[rows])),
     )
 
 
@@ -155,18 +158,16 @@ def pack_groups(kind: MatrixKind, u: Bytes, scales: NDArray[np.generic], zeros: 
     bits = scales.view(_FLOATS[kind.scale_dtype])
 
     def parts(rows: slice) -> Parts:
-        units = _contiguous(u[rows]).reshape(rows.stop - rows.start, bits.shape[1], -1, UNIT_COLUMNS)
-        return Parts(units, (bits[rows],))
+        units = np.ascontiguousarray(u[rows]).reshape(rows.stop - rows.start, bits.shape[1], -1, UNIT_COLUMNS)
+        if _form(kind).planes == (4,):
+            units = joined(units[..., :16], units[..., 16:], 4)
+        return Parts((units,), (bits[rows],))
 
     return _pack(kind, len(u), u.shape[1], parts, zeros)
 
 
-def _contiguous(array: Bytes) -> Bytes:
-    return np.ascontiguousarray(array)
-
-
 def _columns_of(kind: MatrixKind, blocks: Bytes) -> int:
-    num_blocks, left = divmod(blocks.shape[1], block_dtype(kind.name).itemsize)
+    num_blocks, left = divmod(int(blocks.shape[1]), block_dtype(kind.name).itemsize)
     assert left == 0, f"rows of {blocks.shape[1]} bytes are no blocks of {kind.name}"
     return num_blocks * kind.block_columns
 
@@ -174,21 +175,19 @@ def _columns_of(kind: MatrixKind, blocks: Bytes) -> int:
 def _pack(
     kind: MatrixKind, num_rows: int, columns: int, parts_of: Callable[[slice], Parts], zeros: Bytes | None = None
 ) -> Bytes:
-    form = _form(kind)
     out = np.zeros(kind.nbytes((num_rows, columns), "bfloat16"), np.uint8)
     panels = _panels(kind, out, columns)
     for chunk in _chunks(num_rows, columns, _ROWS):
         parts = parts_of(chunk)
         target = panels[chunk.start // _ROWS : -(-chunk.stop // _ROWS)]
-        _put_planes(target["units"], _vectors(parts.u, len(target), form.zero), form.planes)
+        for index, plane in enumerate(parts.planes):
+            _put_plane(target["units"][f"plane{index}"], plane)
         for index, values in enumerate(parts.floats):
             _put(target["floats"][:, :, index], values)
         for index, scales in enumerate(parts.subs):
             _put(target["units"]["subs"][:, :, :, index], scales)
         if zeros is not None:
             _put(target["zeros"], zeros[chunk])
-            last = target["zeros"][-1, :, (chunk.stop - chunk.start - 1) % _ROWS + 1 :]
-            last[...] = form.zero
     return out
 
 
@@ -201,46 +200,20 @@ def _put(target: NDArray[Any], values: NDArray[Any]) -> None:
         target[whole, ..., :left] = np.moveaxis(values[-left:], 0, -1)
 
 
-def _vectors(u: Bytes, num_panels: int, zero: int) -> Bytes:
-    """Integers [rows, blocks, units, 32] → [panels, blocks, units, 8, 64]: byte 4 r + c is row r, column 4 j + c."""
-    _, blocks, units, _ = u.shape
-    vectors = np.empty((num_panels, blocks, units, _VECTORS, _ROWS), np.uint32)
-    if len(u) % _ROWS:
-        vectors[-1] = zero * 0x01010101
-    _put(vectors, u.view(np.uint32))
-    return vectors.view(np.uint8)
+def _put_plane(target: NDArray[np.uint32], plane: Bytes) -> None:
+    """Bytes [rows, blocks, units, 4 x bits] → [panels, blocks, units, bits, 16]: words of 4 columns of each row.
 
-
-def _put_planes(units: NDArray[np.void], vectors: Bytes, planes: Sequence[int]) -> None:
-    """Cut the bits of vectors [panels, blocks, units, 8, 64] into planes."""
-    shift = 0
-    for index, bits in enumerate(planes):
-        part = (vectors >> shift) & ((1 << bits) - 1) if len(planes) > 1 else vectors
-        units[f"plane{index}"] = _PLANES[bits](part).reshape(*vectors.shape[:3], -1)
-        shift += bits
-
-
-def _bits_plane(part: Bytes) -> Bytes:
-    return np.packbits(part, axis=-1, bitorder="little")
-
-
-def _pairs_plane(part: Bytes) -> Bytes:
-    """Vectors 4 p … 4 p + 3 in one byte, lowest bits first."""
-    quads = part.reshape(*part.shape[:3], 2, 4, 64)
-    return quads[..., 0, :] | quads[..., 1, :] << 2 | quads[..., 2, :] << 4 | quads[..., 3, :] << 6
-
-
-def _nibbles_plane(part: Bytes) -> Bytes:
-    """Vectors p and p + 4 in one byte."""
-    return part[..., :4, :] | part[..., 4:, :] << 4
-
-
-_PLANES: dict[int, Callable[[Bytes], Bytes]] = {
-    1: _bits_plane,
-    2: _pairs_plane,
-    4: _nibbles_plane,
-    8: lambda part: part,
-}
+    Of one bit, words have two rows each, 4 columns of both in one byte.
+    """
+    if plane.shape[-1] > 4:
+        return _put(target, np.ascontiguousarray(plane).view(np.uint32))
+    by_row = np.empty((*target.shape[:3], 4, _ROWS), np.uint8)
+    _put(by_row, plane)
+    even, odd = np.ascontiguousarray(by_row[..., 0::2]), np.ascontiguousarray(by_row[..., 1::2])
+    words = target.view(np.uint8).reshape(*target.shape[:3], 4, 2, _ROWS // 2)
+    words[..., 0, :] = joined(even & np.uint8(0x0F), odd, 4)
+    words[..., 1, :] = bits_of(even, 4, 4) | odd & np.uint8(0xF0)
+    return None
 
 
 # --- quantized: out of panels ---------------------------------------------------------------------
@@ -298,21 +271,19 @@ def _integers(units: NDArray[np.void], planes: Sequence[int]) -> Bytes:
     u = np.zeros((*units.shape, _VECTORS, 64), np.uint8)
     shift = 0
     for index, bits in enumerate(planes):
-        u |= _vectors_of_plane(units[f"plane{index}"], bits) << shift
+        u = joined(u, _vectors_of(units[f"plane{index}"].view(np.uint8), bits), shift)
         shift += bits
     return u.reshape(*units.shape, 2, _VECTORS // 2, _ROWS, 4)
 
 
-def _vectors_of_plane(plane: Bytes, bits: int) -> Bytes:
-    """The inverse of `_PLANES`: [panels, blocks, units, 8, 64]."""
+def _vectors_of(plane: Bytes, bits: int) -> Bytes:
+    """Plane [panels, blocks, units, bits, 64] → numbers of so many bits [panels, blocks, units, 8, 64]."""
+    shape = (*plane.shape[:3], _VECTORS, 64)
     if bits == 1:
-        return np.unpackbits(plane, axis=-1, bitorder="little").reshape(*plane.shape[:3], _VECTORS, 64)
-    parts = plane.reshape(*plane.shape[:3], bits, 64)
-    if bits == 8:
-        return parts
-    if bits == 4:
-        return np.concatenate((parts & 0x0F, parts >> 4), axis=3)
-    return np.stack([parts >> shift & 3 for shift in (0, 2, 4, 6)], axis=4).reshape(*plane.shape[:3], _VECTORS, 64)
+        return np.unpackbits(plane, axis=-1, bitorder="little").reshape(shape)
+    if bits == 2:
+        return np.stack([bits_of(plane, shift, 2) for shift in (0, 2, 4, 6)], axis=4).reshape(shape)
+    return plane if bits == 8 else np.concatenate((bits_of(plane, 0, 4), bits_of(plane, 4, 4)), axis=3)
 
 
 def _scales(kind: MatrixKind, panels: NDArray[np.void]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
