@@ -39,7 +39,7 @@ def pull(
     quantization: Annotated[
         Quantization,
         Parameter(
-            help="auto keeps the bits that the checkpoint has, none dequantizes them, others quantize what has not been.",
+            help="auto keeps the checkpoint's bits, none dequantizes them, others quantize what is not quantized.",
             env_var="SHUTEYE_QUANTIZATION",
         ),
     ] = "auto",
