@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 
 from shuteye.config import DType
 from shuteye.errors import UnsupportedModel
+from shuteye.matrices.kinds import MatrixKind
+from shuteye.matrices.stored import StoredMatrix
 from shuteye.models.formats.files import (
     gguf_formats,
     main_formats,
@@ -35,20 +37,22 @@ class CheckpointTensors:
     """Everything that a module needs of a checkpoint.
 
     Attributes:
-        parameters: names in module order → shape and dtype; tied ones only once.
+        parameters: names in module order → shape, and the dtype that is computed in; tied ones only once.
         aliases: tied name → the name in `parameters` that holds its values.
-        read: gives one parameter, cast.
+        read: gives one parameter, cast; or as it is stored, if that is quantized.
         buffers: persistent buffers.
+        stored: the kinds of those that are quantized.
     """
 
     parameters: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     aliases: Mapping[str, str]
-    read: Callable[[str], torch.Tensor]
+    read: Callable[[str], torch.Tensor | StoredMatrix]
     buffers: Mapping[str, torch.Tensor]
+    stored: Mapping[str, MatrixKind] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parameters."""
+        """Bytes of all parameters, were they of the dtype that is computed in."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.parameters.values())
 
 
