@@ -5,24 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
+import numpy as np
 import torch
 
 from shuteye.errors import ImageFailure
-from shuteye.memory.arena import Arena, torch_dtype
+from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.memory.layout import Slot
 from shuteye.models import attention
 from shuteye.models.attention import AttentionContext, attending
-from shuteye.models.binding import BoundModel, CommonSpec, Shard, bind_module, read_image_config, slot_names_of
+from shuteye.models.binding import BoundModel, CommonSpec, Shard, read_image_config, slot_names_of
 from shuteye.models.fused import INVERSE_FREQUENCIES, FusedDecoder, FusedSpec, wide_weights
+from shuteye.models.module_binding import bind_module
 from shuteye.models.module_split import divide
 from shuteye.models.modules import build_module, quiet
 from shuteye.models.rank_decoder import RankDecoder, RankGroups, rank_weights
 from shuteye.models.rank_module import RankModule, RankModuleDecoder
 from shuteye.models.support import AttentionSpec, check
+from shuteye.models.tensors import arena_view, buffers_of, torch_dtype
 from shuteye.parallel.module_shards import ModulePlan
 from shuteye.parallel.shards import RankPlace, ShardPlan
 
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     from shuteye.tasks.generate.runner import PackedBatch
 
 logger = logging.getLogger(__name__)
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +72,10 @@ class ModuleDecoder:
         """Logits [num_sampled, vocab_size] of the tokens in `batch.logits_indices`, in that order."""
         with attending(AttentionContext(batch, kv_cache, self._windows)):
             output = self.module(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.positions[None],
+                input_ids=torch.from_numpy(batch.input_ids)[None],
+                position_ids=torch.from_numpy(batch.positions)[None],
                 use_cache=False,
-                logits_to_keep=batch.logits_indices,
+                logits_to_keep=torch.from_numpy(batch.logits_indices),
             )
         logits: torch.Tensor = output.logits[0]
         return logits
@@ -96,14 +102,14 @@ class LoadedModel(BoundModel[ImageSpec]):
         self.decoder = decoder
 
     @torch.inference_mode()
-    def forward(self, batch: PackedBatch, kv_cache: KVCache) -> torch.Tensor:
+    def forward(self, batch: PackedBatch, kv_cache: KVCache) -> Array:
         """Compute a packed step: its keys and values go to the cache.
 
         Returns:
             float32 logits [num_sampled, vocab_size] of the tokens in `batch.logits_indices`, in that order. On a rank
             that does not hold the sampler, what it computed instead: see `RankDecoder.forward`.
         """
-        return self.decoder.forward(batch, kv_cache).float()
+        return self.decoder.forward(batch, kv_cache).float().numpy()
 
 
 def bind(
@@ -151,10 +157,10 @@ def _bind_flat(
     if facts.fused is None:
         return None
     slots = _slots_by_name(image, slot_names)
-    weights = wide_weights(slots, arena.view, num_layers=facts.fused.num_layers)
+    weights = wide_weights(slots, partial(arena_view, arena), num_layers=facts.fused.num_layers)
     if weights is None:
         return None
-    frequencies = image.read_buffers()[INVERSE_FREQUENCIES]
+    frequencies = buffers_of(image)[INVERSE_FREQUENCIES]
     return FusedDecoder(facts.fused, weights, frequencies, facts.attention.windows, native=native)
 
 
@@ -163,8 +169,8 @@ def _bind_rank(
 ) -> LoadedModel:
     assert facts.fused is not None, "only recognised models are split"
     slot_names = slot_names_of(image)
-    weights = rank_weights(_slots_by_name(image, slot_names), arena.view, plan)
-    frequencies = image.read_buffers()[INVERSE_FREQUENCIES]
+    weights = rank_weights(_slots_by_name(image, slot_names), partial(arena_view, arena), plan)
+    frequencies = buffers_of(image)[INVERSE_FREQUENCIES]
     windows = facts.attention.windows
     decoder = RankDecoder(plan, facts.fused, weights, frequencies, windows, groups=groups, native=native)
     if native and plan.spec.rank == 0 and not decoder.native_tokens:

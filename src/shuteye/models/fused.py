@@ -18,6 +18,7 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 
 from shuteye.memory.layout import Slot
 from shuteye.models.attention import AttentionContext, attend
+from shuteye.models.kv_tensors import KVTensors
 from shuteye.native import MAX_TOKENS, DecoderSpec, LayerSpec, NativeDecoder, NativeGroup, available
 from shuteye.native.decoder import unsupported_shape
 
@@ -236,16 +237,16 @@ class FlatLoop:
         native = self._native_over(kv_cache)
         if native is None or len(batch.input_ids) > native.max_tokens:
             return None
-        cos, sin = self._rotation(batch.positions, self._dtype)
+        cos, sin = self._rotation(torch.from_numpy(batch.positions), self._dtype)
         return native.forward(
-            batch.input_ids,
+            torch.from_numpy(batch.input_ids),
             cos,
             sin,
-            batch.slots,
+            torch.from_numpy(batch.slots),
             batch.query_starts,
             batch.context_lengths,
             batch.block_tables,
-            batch.logits_indices,
+            torch.from_numpy(batch.logits_indices),
             hidden_in=hidden_in,
             group=group,
         )
@@ -255,7 +256,7 @@ class FlatLoop:
         if not self.native_tokens:
             return None
         if self._native is None or self._native[0] is not kv_cache:
-            spec = decoder_spec(self._facts, self._weights, self._windows, kv_cache.blocks)
+            spec = decoder_spec(self._facts, self._weights, self._windows, KVTensors(kv_cache).blocks)
             self._native = (kv_cache, NativeDecoder.create(spec))
         return self._native[1]
 
@@ -268,7 +269,7 @@ class FlatLoop:
             wanted: int64 [num_wanted], the tokens whose states are returned; None: all.
         """
         context = AttentionContext(batch, kv_cache, self._windows)
-        cos, sin = self._rotation(batch.positions, hidden.dtype)
+        cos, sin = self._rotation(torch.from_numpy(batch.positions), hidden.dtype)
         sin[:, : sin.shape[1] // 2].neg_()
         rotation = cos[:, None], sin[:, None]
         layers = self._weights.layers
@@ -324,8 +325,8 @@ class FusedDecoder(FlatLoop):
 
     def _forward_in_torch(self, batch: PackedBatch, kv_cache: KVCache) -> Tensor:
         weights = self._weights
-        hidden = embedding(batch.input_ids, weights.embedding)  # [num_tokens, hidden_size]
-        hidden = self._compute_layers(hidden, batch, kv_cache, wanted=batch.logits_indices)
+        hidden = embedding(torch.from_numpy(batch.input_ids), weights.embedding)  # [num_tokens, hidden_size]
+        hidden = self._compute_layers(hidden, batch, kv_cache, wanted=torch.from_numpy(batch.logits_indices))
         return weights.head(self._norm(hidden, weights.norm))
 
 
@@ -343,7 +344,7 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def decoder_spec(facts: FusedSpec, weights: RankWeights, windows: Sequence[int | None], blocks: Tensor) -> DecoderSpec:
-    """The same model, or part, as the native kernels take it, over the KV cache `blocks` (see `KVCache.blocks`)."""
+    """The same model, or part, as the native kernels take it, over the KV cache `blocks` (see `KVTensors.blocks`)."""
     return DecoderSpec(
         layers=tuple(map(_layer_spec, weights.layers, windows)),
         embedding=weights.embedding,

@@ -17,7 +17,6 @@ import torch
 
 from shuteye.config import DType
 from shuteye.errors import UnsupportedModel
-from shuteye.memory.arena import dtype_name
 from shuteye.memory.image import ImageIdentity, WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.memory.image_writer import ImageWriter
@@ -41,6 +40,7 @@ from shuteye.models.modules import build_module, quiet, task_of, tied_names
 from shuteye.models.progress import Advanced, Finished, Progress, Started, no_progress
 from shuteye.models.sources import ModelSource
 from shuteye.models.support import AttentionSpec, check
+from shuteye.models.tensors import as_bytes, dtype_name
 from shuteye.parallel.module_shards import ModulePlan, ModuleSplit
 from shuteye.parallel.shards import HEAD, ONE_RANK, DecoderShape, Part, RankPlace, ShardPlan, part_shape, plan_shards
 
@@ -135,7 +135,7 @@ class _Target:
         """Write those that are not of layers of other stages."""
         for name, buffer in buffers.items():
             if not isinstance(self.plan, ModulePlan) or self.plan.has_module(name):
-                self.writer.put_buffer(name, buffer)
+                self.writer.put_buffer(name, as_bytes(buffer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +237,7 @@ class _Conversion:
             for target in targets:
                 part = target.part_of(name, tuple(tensor.shape))
                 if part is not None:
-                    target.writer.put(name, tensor[part])
+                    target.writer.put(name, as_bytes(tensor[part]))
             self.progress(Advanced(tensor.nbytes))
         for target in targets:
             target.put_buffers({**tensors.buffers, **model.buffers})

@@ -164,10 +164,10 @@ class RankDecoder(FlatLoop):
         weights = self._weights
         if hidden_in is None:
             assert weights.embedding is not None
-            hidden_in = embedding(batch.input_ids, weights.embedding)
+            hidden_in = embedding(torch.from_numpy(batch.input_ids), weights.embedding)
         if weights.head is None or weights.norm is None:
             return self._compute_layers(hidden_in, batch, kv_cache, wanted=None)
-        hidden = self._compute_layers(hidden_in, batch, kv_cache, wanted=batch.logits_indices)
+        hidden = self._compute_layers(hidden_in, batch, kv_cache, wanted=torch.from_numpy(batch.logits_indices))
         return weights.head(self._norm(hidden, weights.norm))
 
     def _whole(self, product: Tensor) -> Tensor:

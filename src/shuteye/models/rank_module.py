@@ -189,10 +189,10 @@ class RankModuleDecoder:
         hidden = self._groups.receive((batch.num_tokens, plan.split.hidden_size), self._dtype, plan)
         with attending(context):
             found = self._part(
-                batch.input_ids[None],
+                torch.from_numpy(batch.input_ids)[None],
                 hidden,
-                wanted=batch.logits_indices,
-                position_ids=batch.positions[None],
+                wanted=torch.from_numpy(batch.logits_indices),
+                position_ids=torch.from_numpy(batch.positions)[None],
                 use_cache=False,
             )
         self._groups.pass_on(found, plan)
