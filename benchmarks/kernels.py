@@ -17,12 +17,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, from_numpy
 from torch.nn.functional import linear
 
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
 from shuteye.models.fused import FusedDecoder, FusedSpec, FusedWeights, Layer, Projection, decoder_spec
+from shuteye.models.tensors import as_bytes
 from shuteye.tasks.generate.plans import Chunk, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch
 
@@ -93,7 +94,7 @@ class Whole:
         arena = _Anonymous(huge_pages(math.prod(blocks)).view(blocks))
         self.cache = KVCache(
             arena, num_blocks=num_blocks, num_layers=shape["layers"], block_size=BLOCK_SIZE, num_kv_heads=kv_heads,
-            head_dim=HEAD_DIM, dtype=torch.bfloat16,
+            head_dim=HEAD_DIM, dtype="bfloat16",
         )  # fmt: skip
         self.fused = FusedDecoder(facts, weights, torch.ones(HEAD_DIM // 2), (None,) * shape["layers"], native=False)
         self.native = native.NativeDecoder.create(decoder_spec(facts, weights, (None,) * shape["layers"], arena.blocks))
@@ -114,8 +115,8 @@ class Whole:
 
         def by_native() -> Tensor:
             return self.native.forward(
-                batch.input_ids, angles, angles, batch.slots, batch.query_starts,
-                batch.context_lengths, batch.block_tables, batch.logits_indices,
+                from_numpy(batch.input_ids), angles, angles, from_numpy(batch.slots), batch.query_starts,
+                batch.context_lengths, batch.block_tables, from_numpy(batch.logits_indices),
             )  # fmt: skip
 
         return [by_torch, by_native]
@@ -127,9 +128,9 @@ class _Anonymous:
 
     blocks: Tensor
 
-    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        assert (offset, shape, dtype) == (0, tuple(self.blocks.shape), self.blocks.dtype)
-        return self.blocks
+    def bytes_view(self, offset: int, nbytes: int) -> memoryview:
+        assert (offset, nbytes) == (0, self.blocks.nbytes)
+        return as_bytes(self.blocks).content
 
 
 def alternate(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:

@@ -8,6 +8,7 @@ import torch
 
 from shuteye.cache.kv_cache import KVCache
 from shuteye.models.fused import FusedSpec, FusedWeights, Layer, Projection
+from shuteye.models.tensors import as_bytes, dtype_name
 from shuteye.tasks.generate.plans import Chunk, Scoring, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch
 
@@ -43,11 +44,11 @@ class CacheArena:
         self.blocks = torch.full(shape, torch.nan, dtype=dtype)
         self.cache = KVCache(
             self, num_blocks=NUM_BLOCKS, num_layers=num_layers, block_size=BLOCK_SIZE,
-            num_kv_heads=kind.kv_heads, head_dim=kind.head_dim, dtype=dtype,
+            num_kv_heads=kind.kv_heads, head_dim=kind.head_dim, dtype=dtype_name(dtype),
         )  # fmt: skip
 
-    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return self.blocks
+    def bytes_view(self, offset: int, nbytes: int) -> memoryview:
+        return as_bytes(self.blocks).content
 
 
 def make_weights(kind: Kind, dtype: torch.dtype) -> FusedWeights:

@@ -39,10 +39,11 @@ class Pair:
         self.native = native.NativeDecoder.create(decoder_spec(facts, weights, kind.windows, self.native_arena.blocks))
 
     def by_native(self, batch: PackedBatch) -> torch.Tensor:
-        angles = torch.outer(batch.positions.float(), self.frequencies).repeat(1, 2)
+        angles = torch.outer(torch.from_numpy(batch.positions).float(), self.frequencies).repeat(1, 2)
         return self.native.forward(
-            batch.input_ids, angles.cos().to(self.dtype), angles.sin().to(self.dtype), batch.slots,
-            batch.query_starts, batch.context_lengths, batch.block_tables, batch.logits_indices,
+            torch.from_numpy(batch.input_ids), angles.cos().to(self.dtype), angles.sin().to(self.dtype),
+            torch.from_numpy(batch.slots), batch.query_starts, batch.context_lengths, batch.block_tables,
+            torch.from_numpy(batch.logits_indices),
         )  # fmt: skip
 
     @torch.inference_mode()

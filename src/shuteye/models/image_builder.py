@@ -20,13 +20,12 @@ from shuteye.config import DType
 from shuteye.errors import UnsupportedModel
 from shuteye.matrices.kinds import ROWS, MatrixKind
 from shuteye.matrices.stored import StoredMatrix
-from shuteye.memory.arena import dtype_name
 from shuteye.memory.image import ImageIdentity, WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.memory.image_writer import ImageWriter
 from shuteye.memory.layout import TensorSpec
 from shuteye.models.binding import CONFIG_DIR, TOKENIZER_DIR, Origin, Shard
-from shuteye.models.decoder import ImageSpec, LoadedModel, bind
+from shuteye.models.decoder import LoadedModel, bind
 from shuteye.models.encoder import EncoderSpec, examine_encoder, has_pooling
 from shuteye.models.formats.checkpoint import (
     CheckpointTensors,
@@ -40,11 +39,13 @@ from shuteye.models.formats.checkpoint import (
 from shuteye.models.formats.files import refusing
 from shuteye.models.fused import INVERSE_FREQUENCIES, MODEL_TYPES, FusedSpec, group_of, recognise
 from shuteye.models.image_form import ImageForm, content_of
+from shuteye.models.image_spec import AttentionSpec, ImageSpec
 from shuteye.models.module_split import divide
 from shuteye.models.modules import build_module, quiet, task_of, tied_names
 from shuteye.models.progress import Advanced, Finished, Progress, Started, no_progress
 from shuteye.models.sources import ModelSource
-from shuteye.models.support import AttentionSpec, check
+from shuteye.models.support import check
+from shuteye.models.tensors import as_bytes, dtype_name
 from shuteye.parallel.module_shards import ModulePlan, ModuleSplit
 from shuteye.parallel.shards import (
     EMBEDDING,
@@ -196,7 +197,7 @@ class _Target:
         """Write those that are not of layers of other stages."""
         for name, buffer in buffers.items():
             if not isinstance(self.plan, ModulePlan) or self.plan.has_module(name):
-                self.writer.put_buffer(name, buffer)
+                self.writer.put_buffer(name, as_bytes(buffer))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from shuteye.config import Quantization
@@ -13,7 +12,7 @@ from shuteye.matrices.packing import pack_bf16
 from shuteye.matrices.quantize import kind_for, quantize
 from shuteye.matrices.stored import StoredMatrix, dequantized
 from shuteye.memory.tensor_bytes import TensorBytes
-from shuteye.models.tensors import as_bytes
+from shuteye.models.tensors import as_bytes, numbers_of
 from shuteye.parallel.shards import Part
 
 
@@ -80,14 +79,10 @@ def content_of(
         assert isinstance(rows, slice)
         assert isinstance(columns, slice)
         return quantize(kind, tensor.float().numpy()).part(rows, columns).packed().data
-    return packed_tensor(tensor[part], kind)
+    return as_bytes(tensor[part]) if kind == ROWS else packed_tensor(tensor[part], kind)
 
 
-def packed_tensor(tensor: torch.Tensor, kind: MatrixKind) -> TensorBytes | memoryview:
-    """The bytes of a tensor in a slot of a kind that is not quantized."""
-    if kind == ROWS:
-        return as_bytes(tensor)
+def packed_tensor(tensor: torch.Tensor, kind: MatrixKind) -> memoryview:
+    """The bytes of a bfloat16 matrix in panels."""
     assert kind == BF16, f"weights are not quantized here, to {kind.name}"
-    assert tensor.dtype == torch.bfloat16
-    bits = tensor.detach().contiguous().view(torch.int16).numpy().view(np.uint16)
-    return pack_bf16(bits).data
+    return pack_bf16(numbers_of(tensor)).data

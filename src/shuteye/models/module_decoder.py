@@ -23,7 +23,7 @@ from shuteye.models.modules import build_module, quiet
 from shuteye.models.rank_groups import RankGroups
 from shuteye.models.rank_module import RankModule, RankModuleDecoder
 from shuteye.models.support import check
-from shuteye.models.tensors import torch_dtype
+from shuteye.models.tensors import numbers_of, tensor_of, torch_dtype
 from shuteye.parallel.module_shards import ModulePlan
 from shuteye.parallel.shards import RankPlace
 
@@ -85,12 +85,12 @@ def bind_rank_module(
     part = RankModule(
         _blank_module(facts, config),
         plan,
-        add_up=groups.add_up,
-        side_by_side=lambda columns: groups.side_by_side(columns, plan),
+        add_up=lambda product: groups.add_up(numbers_of(product)),
+        side_by_side=lambda columns: tensor_of(groups.side_by_side(numbers_of(columns), plan)),
     )
     bind_module(part.module, image, arena)
     part.attach_tied_head()
-    return RankModuleDecoder(part, facts.attention.windows, groups, torch_dtype(facts.dtype))
+    return RankModuleDecoder(part, facts.attention.windows, groups, facts.dtype)
 
 
 def _require_same_split(image: WeightImage, facts: ImageSpec, config: Any, plan: ModulePlan) -> None:
