@@ -69,6 +69,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if data[:4] != b"GGUF":
+                raise damaged(path, f"it begins with {data[:4]!r} instead of the magic bytes of GGUF")
             header = _parse(path, _Cursor(data))
             size = len(data)
     except (ValueError, OSError, struct.error) as error:
@@ -127,9 +129,7 @@ def _scalar(kind: int) -> str:
 
 
 def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
-    magic, version = cursor.take("4sI")
-    if magic != b"GGUF":
-        raise ValueError(f"it begins with {magic!r} instead of the magic b'GGUF'")
+    _, version = cursor.take("4sI")
     if version not in _VERSIONS:
         raise UnsupportedModel(
             f"{path} is GGUF of version {version}, expected little-endian of version 2 or 3. Convert it again."
