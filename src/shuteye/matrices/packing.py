@@ -288,7 +288,7 @@ def _vectors_of(plane: Bytes, bits: int) -> Bytes:
 
 def _scales(kind: MatrixKind, panels: NDArray[np.void]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     """Scale and minimum of each weight, in the axes of `_integers`, as short as can be."""
-    floats = _as_float32(panels["floats"], kind.scale_dtype)[:, :, :, None, None, None, :, None]
+    floats = as_float32(panels["floats"], kind.scale_dtype)[:, :, :, None, None, None, :, None]
     scale = floats[:, :, 0]
     if _form(kind).subs == 0:
         return scale, -floats[:, :, 1] if _form(kind).floats == 2 else None  # m is added: a + m is a - (-m), exactly
@@ -300,7 +300,8 @@ def _scales(kind: MatrixKind, panels: NDArray[np.void]) -> tuple[NDArray[np.floa
     return scale * subs.view(np.int8).astype(np.float32), None
 
 
-def _as_float32(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+def as_float32(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Numbers of the dtype `f32`, `f16` or `bf16`, given as the unsigned integers that they are stored as."""
     if dtype == "bf16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
     return bits.view(np.float16 if dtype == "f16" else np.float32).astype(np.float32)

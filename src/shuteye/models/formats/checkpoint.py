@@ -15,7 +15,6 @@ from shuteye.errors import UnsupportedModel
 from shuteye.matrices.kinds import MatrixKind
 from shuteye.matrices.stored import StoredMatrix
 from shuteye.models.formats.files import (
-    gguf_formats,
     main_formats,
     open_weights,
     read_json,
@@ -24,6 +23,7 @@ from shuteye.models.formats.files import (
     stored_formats,
     weight_files,
 )
+from shuteye.models.formats.gguf_header import read_gguf_header
 from shuteye.models.modules import build_module, model_class, model_options, quiet, tied_names
 from shuteye.models.sources import ModelSource
 
@@ -87,7 +87,7 @@ def stored_as(source: ModelSource) -> str:
         UnsupportedModel: one of them is damaged.
     """
     if source.kind == "gguf":
-        return f"GGUF {main_formats(gguf_formats(source.path))}"
+        return f"GGUF {main_formats(read_gguf_header(source.path).formats())}"
     require_json(source.path)
     with ExitStack() as stack:
         return f"safetensors {main_formats(stored_formats(open_weights(weight_files(source.path), stack)))}"
