@@ -8,8 +8,8 @@ import torch
 
 from shuteye.memory.layout import Slot
 from shuteye.models import fused
-from shuteye.models.module_decoder import ModuleDecoder
 from shuteye.models.fused import FusedDecoder
+from shuteye.models.module_decoder import ModuleDecoder
 from shuteye.models.tensors import slot_view
 from shuteye.tasks.generate.plans import Chunk, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch

@@ -144,7 +144,6 @@ def make(order: Order, progress: Progress) -> str:
         order.model, revision=order.revision, cache_dir=cache_dir, offline=order.offline, progress=progress
     )
     from shuteye.models.image_builder import open_image  # torch takes seconds, which a name that is wrong need not
-
     from shuteye.models.image_form import ImageForm
 
     form = ImageForm(order.quantization, order.packed)

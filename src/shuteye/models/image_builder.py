@@ -90,7 +90,9 @@ class _Model:
         """Whether the flat loop computes it, which reads matrices of any kind."""
         return isinstance(self.facts, ImageSpec) and self.facts.fused is not None
 
-    def split_of(self, tensors: CheckpointTensors, kinds: Mapping[str, MatrixKind]) -> DecoderShape | ModuleSplit | None:
+    def split_of(
+        self, tensors: CheckpointTensors, kinds: Mapping[str, MatrixKind]
+    ) -> DecoderShape | ModuleSplit | None:
         """What it is split by, with its head tied as it is in the checkpoint, and its MLP cut where blocks end."""
         match self.split:
             case ModuleSplit() as split:
@@ -242,8 +244,9 @@ class _Conversion:
                 "are quantized; leave it out.",
                 param="quantization",
             )
+        keeps_bits = model.is_flat and self.form.quantization != "none"
         with open_checkpoint(
-            self.source, config, dtype=self.dtype, streaming=self.streaming, task=task, keeps_blocks=model.is_flat
+            self.source, config, dtype=self.dtype, streaming=self.streaming, task=task, keeps_bits=keeps_bits
         ) as tensors:
             self.progress(Finished())
             self._write_weights(writers, tensors, model, Origin(self.source.origin, stored))
@@ -314,8 +317,11 @@ class _Conversion:
             for target in targets:
                 target.put(name, tensor, kinds[name], dtype)
             self.progress(Advanced(prod(shape) * dtype.itemsize))
+        buffers = {**tensors.buffers, **model.buffers}
+        if tensors.rope_factors is not None:
+            buffers[INVERSE_FREQUENCIES] = buffers[INVERSE_FREQUENCIES] / torch.from_numpy(tensors.rope_factors)
         for target in targets:
-            target.put_buffers({**tensors.buffers, **model.buffers})
+            target.put_buffers(buffers)
         self.progress(Finished())
 
 
@@ -350,7 +356,8 @@ def identity_of(
     source: ModelSource, dtype: torch.dtype, place: RankPlace = ONE_RANK, form: ImageForm | None = None
 ) -> ImageIdentity:
     """What the image of `source` in `dtype`, or of a rank's part of it, is filed under."""
-    label = (form or ImageForm()).label
+    form = form or ImageForm()
+    label = replace(form, packed=form.packed or dtype == torch.float32).label  # float32 lies in rows either way
     return ImageIdentity(source.name, f"{source.fingerprint}.{RECIPE}", dtype_name(dtype), place.label, label)
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
+from shuteye.matrices.ggml import Bytes
 from shuteye.matrices.kinds import ROWS
 from shuteye.matrices.matrix import Matrix
-from shuteye.matrices.packing import Bytes, unpack, unpack_rows
+from shuteye.matrices.packing import unpack, unpack_rows
 from shuteye.models.tensors import over, torch_dtype
 from shuteye.native import kernels
 

@@ -103,5 +103,3 @@ class NativeLoop:
             kv_cache=kv_cache.address,
             kv_shape=kv_cache.shape,
         )
-
-

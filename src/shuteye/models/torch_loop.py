@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
+from shuteye.matrices.bfloat16 import Numbers
 from shuteye.models.attention import AttentionContext, attend
 from shuteye.models.flat_weights import FlatWeights
-from shuteye.matrices.bfloat16 import Numbers
 from shuteye.models.matrix_product import Product, vector_at
 from shuteye.models.tensors import numbers_of, tensor_of, torch_dtype
 from shuteye.native import LayerSpec
