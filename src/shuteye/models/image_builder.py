@@ -38,7 +38,7 @@ from shuteye.models.formats.checkpoint import (
 )
 from shuteye.models.formats.files import refusing
 from shuteye.models.fused import INVERSE_FREQUENCIES, MODEL_TYPES, FusedSpec, group_of, recognise
-from shuteye.models.image_form import ImageForm, content_of
+from shuteye.models.image_form import AS_STORED, ImageForm, content_of
 from shuteye.models.image_spec import AttentionSpec, ImageSpec
 from shuteye.models.module_split import divide
 from shuteye.models.modules import build_module, quiet, task_of, tied_names
@@ -216,7 +216,7 @@ class _Conversion:
     progress: Progress
     streaming: bool = True
     place: RankPlace = ONE_RANK
-    form: ImageForm = ImageForm()
+    form: ImageForm = AS_STORED
 
     def write(self, *writers: ImageWriter) -> None:
         """Build the images; what cannot be served is refused before anything large is read, and by name."""
@@ -240,8 +240,8 @@ class _Conversion:
         self.progress(Started(f"Reading the weights of {self.source.name}"))
         if self.form.quantizes and not model.is_flat:
             raise UnsupportedModel(
-                f"quantization is {self.form.quantization!r}, and only models of types {', '.join(sorted(MODEL_TYPES))} "
-                "are quantized; leave it out.",
+                f"quantization is {self.form.quantization!r}, which is for models of the types "
+                f"{', '.join(sorted(MODEL_TYPES))}; leave it out.",
                 param="quantization",
             )
         keeps_bits = model.is_flat and self.form.quantization != "none"
@@ -332,7 +332,7 @@ def open_image(
     store: ImageStore,
     progress: Progress | None = None,
     place: RankPlace = ONE_RANK,
-    form: ImageForm | None = None,
+    form: ImageForm = AS_STORED,
 ) -> WeightImage:
     """The weight image of a checkpoint, or of a rank's part of it; converted first, for all ranks at once, if there is
     none.
@@ -340,23 +340,22 @@ def open_image(
     Args:
         dtype: what to serve in; "auto" is the checkpoint's, with float16 and packed formats as bfloat16.
         place: whose part.
-        form: how matrices lie, and in what bits; None: in the checkpoint's, row after row.
+        form: how matrices lie, and in what bits.
 
     Raises:
         UnsupportedModel: it cannot be served correctly, or not by so many ranks, or has no fast tokenizer.
         ImageFailure: an image cannot be written.
     """
-    resolved, form = resolve_dtype(source, dtype), form or ImageForm()
+    resolved = resolve_dtype(source, dtype)
     conversion = _Conversion(source, resolved, progress or no_progress, place=place, form=form)
     everyones = [identity_of(source, resolved, each, form) for each in place.all()]
     return store.open_or_build_one_of(everyones[place.rank], everyones, lambda writers: conversion.write(*writers))
 
 
 def identity_of(
-    source: ModelSource, dtype: torch.dtype, place: RankPlace = ONE_RANK, form: ImageForm | None = None
+    source: ModelSource, dtype: torch.dtype, place: RankPlace = ONE_RANK, form: ImageForm = AS_STORED
 ) -> ImageIdentity:
     """What the image of `source` in `dtype`, or of a rank's part of it, is filed under."""
-    form = form or ImageForm()
     label = replace(form, packed=form.packed or dtype == torch.float32).label  # float32 lies in rows either way
     return ImageIdentity(source.name, f"{source.fingerprint}.{RECIPE}", dtype_name(dtype), place.label, label)
 

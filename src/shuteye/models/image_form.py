@@ -59,6 +59,10 @@ class ImageForm:
         return wanted or (BF16 if self.packed and dtype == "bfloat16" else ROWS)
 
 
+AS_STORED = ImageForm()
+"""In the checkpoint's bits, row after row where that is not quantized."""
+
+
 def content_of(
     tensor: torch.Tensor | StoredMatrix, part: Part, kind: MatrixKind, dtype: torch.dtype
 ) -> TensorBytes | memoryview:
