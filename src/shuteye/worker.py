@@ -21,12 +21,13 @@ from shuteye.memory.arena import Arena
 from shuteye.memory.backends import MemoryBackend, open_backend
 from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
+from shuteye.memory.precision import Precision
 from shuteye.memory.residency import Residency
 from shuteye.model_info import ModelSpec
 from shuteye.models.binding import TOKENIZER_DIR, Origin
 from shuteye.models.converter import Order, obtain_image
 from shuteye.models.progress import LoggedProgress
-from shuteye.models.rank_decoder import RankGroups
+from shuteye.models.rank_groups import RankGroups
 from shuteye.parallel.shards import ONE_RANK, Part, RankPlace
 from shuteye.state import RankIdentity, SleepPlan, TagReport, UpdateReport, WakePlan
 from shuteye.tasks.canary import Canary, Numbers
@@ -135,7 +136,7 @@ class Worker:
         """What the engine sizes everything else from."""
         model = self._model
         facts = model.facts
-        origin = Origin.of(self._image)
+        origin, held = Origin.of(self._image), Precision.of(self._image.layout)
         return ModelSpec(
             architecture=facts.architecture,
             task=facts.task,
@@ -153,6 +154,8 @@ class Worker:
             speech=model.speech,
             source=origin.source,
             source_format=origin.source_format,
+            weights_format=held.format,
+            bits_per_weight=held.bits_per_weight,
         )
 
     def tokenizer_files(self) -> dict[str, bytes]:

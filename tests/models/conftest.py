@@ -11,14 +11,16 @@ from rank_models import Ranks
 from thread_group import thread_groups
 
 from shuteye.cache.kv_cache import KVCache, kv_bytes_per_token
-from shuteye.config import DType
+from shuteye.config import DType, Quantization
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends import open_backend
 from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.models.image_builder import LoadedModel, bind, open_image
+from shuteye.models.image_form import ImageForm
 from shuteye.models.sources import ModelSource, resolve_source
 from shuteye.models.tensors import arena_view
+from shuteye.native import available
 from shuteye.parallel.shards import ONE_RANK, RankPlace
 from shuteye.tasks.generate.plans import Chunk, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch
@@ -114,11 +116,19 @@ def load(image_store: ImageStore, tmp_path: Path) -> Iterator[Callable[..., Driv
     drivers: list[Driver] = []
 
     def load(
-        checkpoint: Path | ModelSource, *, dtype: DType = "auto", place: RankPlace = ONE_RANK, **options: Any
+        checkpoint: Path | ModelSource,
+        *,
+        dtype: DType = "auto",
+        place: RankPlace = ONE_RANK,
+        quantization: Quantization = "auto",
+        **options: Any,
     ) -> Driver:
+        """Packed, as an engine would have it, unless transformers' modules or torch alone are to read it."""
         if isinstance(checkpoint, Path):
             checkpoint = resolve_source(str(checkpoint), cache_dir=tmp_path)
-        image = open_image(checkpoint, dtype=dtype, store=image_store, place=place)
+        packed = available() and options.get("native", True) and not options.get("modules")
+        form = ImageForm(quantization, packed)
+        image = open_image(checkpoint, dtype=dtype, store=image_store, place=place, form=form)
         drivers.append(Driver(image, **options))
         return drivers[-1]
 

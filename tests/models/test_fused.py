@@ -6,10 +6,8 @@ import sys
 import pytest
 import torch
 
-from shuteye.memory.layout import Slot
-from shuteye.models import fused
-from shuteye.models.decoder import ModuleDecoder
 from shuteye.models.fused import FusedDecoder
+from shuteye.models.module_decoder import ModuleDecoder
 from shuteye.models.tensors import slot_view
 from shuteye.tasks.generate.plans import Chunk, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch
@@ -96,14 +94,6 @@ def test_what_is_not_recognised_keeps_its_modules(architecture, tmp_path, load):
 
 def test_another_activation_is_not_recognised(tmp_path, load):
     assert isinstance(load(tiny_model(tmp_path / "m", hidden_act="gelu")).model.decoder, ModuleDecoder)
-
-
-def test_projections_that_do_not_touch_are_not_fused():
-    """Would catch a wide view over padding between two weights."""
-    slots = {name: Slot(name, (2, 4), "float32", offset) for name, offset in (("a.weight", 0), ("b.weight", 64))}
-    named = fused.NamedViews(slots, lambda *_: torch.empty(0))
-    assert named.projection("a", "b") is None
-    assert named.projection("a") is not None
 
 
 def test_an_image_of_a_recognised_model_is_served_without_transformers(tiny_checkpoint, core_cache):

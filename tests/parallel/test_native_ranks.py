@@ -16,7 +16,7 @@ from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.models.decoder import bind
 from shuteye.models.image_builder import open_image
-from shuteye.models.rank_decoder import RankGroups
+from shuteye.models.rank_groups import RankGroups
 from shuteye.models.sources import resolve_source
 from shuteye.models.tensors import arena_view
 from shuteye.parallel.group import ShmGroup, ShmRegion

@@ -45,22 +45,24 @@ class ImageIdentity:
     Attributes:
         source: where the checkpoint came from, for people.
         fingerprint: changes whenever the checkpoint's content does.
-        dtype: what the weights were cast to.
+        dtype: what is computed in, to which weights were cast that are not quantized.
         shard: which rank's part of them it holds, such as `tp0of2.pp0of1`; empty if it holds them all.
+        form: what else was asked for that changes how weights lie or are rounded; empty if nothing was.
     """
 
     source: str
     fingerprint: str
     dtype: str
     shard: str = ""
+    form: str = ""
 
     @property
     def key(self) -> str:
         """The image's directory name: readable, and different for every identity."""
         readable = re.sub(r"[^a-z0-9.]+", "-", Path(self.source).name.lower()).strip("-.")[:48]
-        parts = (self.source, self.fingerprint, self.dtype, *([self.shard] if self.shard else []))
+        parts = (self.source, self.fingerprint, self.dtype, self.shard, self.form)
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-        return "-".join(part for part in (readable, self.dtype, self.shard, digest[:12]) if part)
+        return "-".join(part for part in (readable, self.dtype, self.form, self.shard, digest[:12]) if part)
 
 
 @dataclass(frozen=True, slots=True)

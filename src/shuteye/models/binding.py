@@ -44,7 +44,7 @@ class Origin:
 
     Attributes:
         source: a hub id with its commit, a wheel and the file in it, or a path.
-        source_format: how the numbers were stored there, before they were cast to the image's dtype.
+        source_format: how the numbers were stored there.
     """
 
     source: str

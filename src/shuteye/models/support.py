@@ -16,6 +16,7 @@ import torch
 
 from shuteye.errors import UnsupportedModel
 from shuteye.models.attention import check_arguments
+from shuteye.models.image_spec import AttentionSpec
 from shuteye.models.modules import build_module, model_class, quiet, task_of
 from shuteye.models.rank_module import RankModule
 from shuteye.parallel.module_shards import ModulePlan
@@ -24,20 +25,6 @@ _IMPLEMENTATION = "shuteye_probe"
 _NUM_TOKENS = 8
 _GRID = 24
 """Positions on which a model's mask function is compared with ours when it has no window."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSpec:
-    """What a KV cache and paged attention must be made for.
-
-    Attributes:
-        windows: per layer, how many positions back a token sees, itself included; None sees all.
-    """
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    windows: tuple[int | None, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from shuteye.matrices.bfloat16 import Numbers
 from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.memory.layout import DTYPE_NBYTES, Slot, tensor_nbytes
@@ -45,6 +46,18 @@ def over(content: memoryview, shape: Sequence[int], dtype: str) -> torch.Tensor:
     if content.nbytes == 0:
         return torch.empty(tuple(shape), dtype=torch_dtype(dtype))
     return torch.frombuffer(content, dtype=torch_dtype(dtype)).view(tuple(shape))
+
+
+def numbers_of(tensor: torch.Tensor) -> Numbers:
+    """The same memory as numpy's: float32, or the bits of bfloat16."""
+    numbers: Numbers = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return numbers
+
+
+def tensor_of(numbers: Numbers) -> torch.Tensor:
+    """The same memory as torch's; the inverse of `numbers_of`."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 def as_bytes(tensor: torch.Tensor) -> TensorBytes:

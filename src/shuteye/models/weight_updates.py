@@ -17,11 +17,13 @@ from safetensors import SafetensorError, safe_open
 
 from shuteye.errors import InvalidRequest, MemoryExhausted
 from shuteye.handover import NamelessFile
+from shuteye.matrices.kinds import ROWS
 from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.memory.layout import Slot
 from shuteye.models.binding import CONFIG_DIR, TOKENIZER_DIR, read_image_config
-from shuteye.models.tensors import as_bytes, slot_view
+from shuteye.models.image_form import packed_tensor
+from shuteye.models.tensors import as_bytes, slot_view, torch_dtype
 
 _DTYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -86,8 +88,12 @@ def tensor_file(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> NamelessFi
 
 
 def write_tensor(arena: Arena, slot: Slot, tensor: torch.Tensor) -> None:
-    """Cast a tensor of the slot's shape, and write it to its place."""
-    slot_view(arena, slot).copy_(tensor.detach())
+    """Cast a tensor of the slot's shape, and write it to its place, which is not quantized."""
+    if slot.kind == ROWS.name:
+        slot_view(arena, slot).copy_(tensor.detach())
+        return
+    packed = packed_tensor(tensor.detach().to(torch_dtype(slot.dtype)), slot.matrix_kind)
+    arena.bytes_view(slot.offset, slot.nbytes)[:] = packed
 
 
 def _dtype_of(name: str, tensor: torch.Tensor) -> str:

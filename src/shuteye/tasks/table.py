@@ -33,7 +33,7 @@ from shuteye.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from shuteye.memory.arena import Arena
     from shuteye.memory.image import WeightImage
-    from shuteye.models.rank_decoder import RankGroups
+    from shuteye.models.rank_groups import RankGroups
 
 Plan = StepPlan | PoolPlan | SpeechPlan
 """One step of a model. `starts` are the requests that get their place in a batch with it, where that is to be timed."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shuteye.config import DType
 from shuteye.errors import UnsupportedModel
+from shuteye.matrices.kinds import MatrixKind
+from shuteye.matrices.stored import StoredMatrix
 from shuteye.models.formats.files import (
-    gguf_formats,
     main_formats,
     open_weights,
     read_json,
@@ -22,8 +25,12 @@ from shuteye.models.formats.files import (
     stored_formats,
     weight_files,
 )
+from shuteye.models.formats.gguf import open_gguf
+from shuteye.models.formats.gguf_header import read_gguf_header
+from shuteye.models.formats.quantized import HEAD, QuantizedTensors
 from shuteye.models.modules import build_module, model_class, model_options, quiet, tied_names
 from shuteye.models.sources import ModelSource
+from shuteye.parallel.shards import EMBEDDING
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WIDE = frozenset({"float32", "float64"})
@@ -35,20 +42,24 @@ class CheckpointTensors:
     """Everything that a module needs of a checkpoint.
 
     Attributes:
-        parameters: names in module order → shape and dtype; tied ones only once.
+        parameters: names in module order → shape, and the dtype that is computed in; tied ones only once.
         aliases: tied name → the name in `parameters` that holds its values.
-        read: gives one parameter, cast.
+        read: gives one parameter, cast; or as it is stored, if that is quantized.
         buffers: persistent buffers.
+        stored: the kinds of those that are quantized.
+        rope_factors: what each rotary frequency is to be divided by [head_dim / 2]; None: they are the config's.
     """
 
     parameters: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     aliases: Mapping[str, str]
-    read: Callable[[str], torch.Tensor]
+    read: Callable[[str], torch.Tensor | StoredMatrix]
     buffers: Mapping[str, torch.Tensor]
+    stored: Mapping[str, MatrixKind] = field(default_factory=dict)
+    rope_factors: NDArray[np.float32] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parameters."""
+        """Bytes of all parameters, were they of the dtype that is computed in."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.parameters.values())
 
 
@@ -83,7 +94,7 @@ def stored_as(source: ModelSource) -> str:
         UnsupportedModel: one of them is damaged.
     """
     if source.kind == "gguf":
-        return f"GGUF {main_formats(gguf_formats(source.path))}"
+        return f"GGUF {main_formats(read_gguf_header(source.path).formats())}"
     require_json(source.path)
     with ExitStack() as stack:
         return f"safetensors {main_formats(stored_formats(open_weights(weight_files(source.path), stack)))}"
@@ -166,16 +177,29 @@ def _read_tokenizer(source: ModelSource) -> Any:
 
 @contextmanager
 def open_checkpoint(
-    source: ModelSource, config: Any, *, dtype: torch.dtype, streaming: bool = True, task: str = "generate"
+    source: ModelSource,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    streaming: bool = True,
+    task: str = "generate",
+    keeps_bits: bool = False,
 ) -> Iterator[CheckpointTensors]:
     """The tensors of a checkpoint for `task`; `streaming=False` always goes through transformers.
+
+    Args:
+        keeps_bits: give quantized matrices as they are stored; the model is one that the flat loop computes.
 
     Raises:
         UnsupportedModel: a tensor that the model needs is missing or has another shape.
     """
     with ExitStack() as stack:
-        streams = streaming and source.kind == "directory"
-        tensors = _stream(source, config, dtype, stack, task=task) if streams else None
+        tensors = None
+        if source.kind == "gguf" and keeps_bits:
+            stored = stack.enter_context(open_gguf(source.path))
+            tensors = _as_stored(source, build_module(config, dtype=dtype, attention="eager"), stored, dtype)
+        elif streaming and source.kind == "directory":
+            tensors = _stream(source, config, dtype, stack, task=task)
         yield tensors or _load_whole(source, config, dtype, task=task)
 
 
@@ -183,6 +207,32 @@ def _location(source: ModelSource) -> tuple[str, dict[str, Any]]:
     if source.kind == "gguf":
         return str(source.path.parent), {"gguf_file": source.path.name}
     return str(source.path), {}
+
+
+# --- as they are stored ---------------------------------------------------------------------------
+
+
+def _as_stored(source: ModelSource, module: Any, stored: QuantizedTensors, dtype: torch.dtype) -> CheckpointTensors:
+    """One tensor in memory at a time; the quantized ones are not touched."""
+    shapes = {name: shape for name, (_, shape) in stored.matrices.items()} | dict(stored.floats)
+    aliases = {HEAD: EMBEDDING} if stored.is_tied else {}
+    wanted = {
+        name: tuple(parameter.shape)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if name not in aliases
+    }
+    wrong = [name for name in {**wanted, **shapes} if wanted.get(name) != shapes.get(name)]
+    if wrong:
+        some = ", ".join(f"{name} {shapes.get(name, 'absent')}, not {wanted.get(name, 'absent')}" for name in wrong[:5])
+        raise UnsupportedModel(f"{source.name}: the checkpoint does not fit the model: {some}")
+
+    def read(name: str) -> torch.Tensor | StoredMatrix:
+        found = stored.read(name)
+        return torch.from_numpy(found).to(dtype) if isinstance(found, np.ndarray) else found
+
+    kinds = {name: kind for name, (kind, _) in stored.matrices.items()}
+    parameters = {name: (shape, dtype) for name, shape in wanted.items()}
+    return CheckpointTensors(parameters, aliases, read, {}, kinds, stored.rope_factors)
 
 
 # --- tensor by tensor -----------------------------------------------------------------------------

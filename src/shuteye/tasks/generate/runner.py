@@ -15,7 +15,7 @@ from shuteye.config import EngineConfig
 from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.models.decoder import LoadedModel, bind
-from shuteye.models.rank_decoder import RankGroups
+from shuteye.models.rank_groups import RankGroups
 from shuteye.state import SCRATCH_BLOCK
 from shuteye.tasks.base import ModelRunner
 from shuteye.tasks.canary import Prove, fixed_tokens
@@ -62,12 +62,12 @@ class GenerationRunner(ModelRunner):
             dtype=model.dtype,
         )
         self._block_size = config.block_size
-        if model.decoder.native_tokens:
+        if config.kernels == "auto" and native.available():
             native.set_num_threads(num_threads)
-        if model.decoder.native_tokens < config.max_num_batched_tokens:
+        if not model.decoder.native_tokens:
             from shuteye.models.tensors import use_torch_threads
 
-            use_torch_threads(num_threads)  # else the kernels' own need the cores, on which torch's would spin
+            use_torch_threads(num_threads)  # else its threads would spin on the cores that the kernels' own need
         self._sampler = Sampler(vocab_size=model.facts.vocab_size, eos_token_ids=model.eos_token_ids, seed=config.seed)
 
     def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
