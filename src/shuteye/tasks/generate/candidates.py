@@ -88,7 +88,7 @@ def _best(row: Floats, width: int) -> Int64s:
 
 
 def _bound(row: Floats, width: int) -> Any:
-    """A number that at least `width` of the row are not below, and few more: of groups of columns, the largest count."""
+    """What at least `width` of the row are not below, and few more: of groups of columns, only the largest count."""
     among = row
     if _MANY_WAYS * width <= _NUM_GROUPS and len(row) >= 2 * _NUM_GROUPS:
         among = row[: len(row) - len(row) % _NUM_GROUPS].reshape(-1, _NUM_GROUPS).max(axis=0)
