@@ -1,4 +1,4 @@
-"""Checkpoints in few bits become images of the same bits, whole or in parts; other wishes are met or refused by name."""
+"""Checkpoints in few bits become images of the same bits, whole or in parts; else what was asked for, or a refusal."""
 
 from __future__ import annotations
 
