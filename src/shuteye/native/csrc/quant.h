@@ -1,0 +1,158 @@
+// Products of int8 tokens with quantized weights, and single rows as numbers. Knows nothing of threads.
+//
+// For each unit of 32 columns: whole sums, exact in 32 bits, less zero times the sum of the tokens' numbers; then, in float32
+// and in the order of the columns, result += (sum * token's scale) * row's scale, and += minimum * (token's scaled sum). So a
+// token's bits do not depend on how many others there are, and only where no fused multiply-add is, on the instruction set.
+#pragma once
+#include "quant_tokens.h"
+
+namespace SHUTEYE_ISA {
+
+// What the vectors of a unit are multiplied with.
+template <class Unit>
+inline Ints whole_start(const Unit& unit, Ints pair_of_sums, int part) {
+  if constexpr (Unit::zero == 0) {
+    return broadcast_int(0);
+  } else if constexpr (Unit::halves == 2) {
+    return multiply_pairs(unit.zero_factors(part), pair_of_sums);
+  } else {
+    constexpr uint32_t minus_zero = static_cast<uint32_t>(-Unit::zero) & 0xffffu;
+    return multiply_pairs(broadcast_int(static_cast<int32_t>(minus_zero << 16 | minus_zero)), pair_of_sums);
+  }
+}
+
+// sums[token][row] += the products of one unit.
+template <int tokens, class Unit>
+inline void multiply_unit(const Unit& unit, TokenTile<tokens> x, float* sums) {
+  Ints totals[kParts][tokens];
+  for (int token = 0; token < tokens; token++) {
+    const Ints pair_of_sums = x.pair_of_sums(token);
+    for (int part = 0; part < kParts; part++) totals[part][token] = whole_start(unit, pair_of_sums, part);
+  }
+  add_products(unit, x.words, totals);
+  for (int part = 0; part < kParts; part++) {
+    const Lanes scale = unit.scale(part);
+    Lanes minima[2];
+    for (int index = 0; index < Unit::minima; index++) minima[index] = unit.minimum(index, part);
+    for (int token = 0; token < tokens; token++) {
+      float* place = sums + token * kQuantRows + part * Lanes::width;
+      Lanes sum = fma(to_lanes(totals[part][token]) * x.floats(kScaleWord, token), scale, load(place));
+      if constexpr (Unit::minima == 1) sum = fma(minima[0], x.floats(kSumWord, token), sum);
+      if constexpr (Unit::minima == 2) {
+        sum = fma(minima[0], x.floats(kHalfSumWord, token), sum);
+        sum = fma(minima[1], x.floats(kHalfSumWord + 1, token), sum);
+      }
+      store(place, sum);
+    }
+  }
+}
+
+// A unit taken apart once for many tokens.
+template <class Unit>
+struct OpenUnit {
+  static constexpr int bits = Unit::bits;
+  static constexpr int halves = Unit::halves;
+  static constexpr int zero = Unit::zero;
+  static constexpr int minima = Unit::minima;
+  static constexpr int digits = kSplitsBytes && bits == 8 ? 2 : 1;
+
+  alignas(64) uint8_t vectors[digits][8][kVectorBytes];
+  alignas(64) float scales[kQuantRows];
+  alignas(64) float minimum_of[2][kQuantRows];
+  alignas(64) int32_t factors[2][kQuantRows];
+  alignas(64) int32_t zeros[kQuantRows];
+
+  void open(const Unit& unit) {
+    for_constants<kParts>([&](auto part_index) {
+      constexpr int part = decltype(part_index)::value, lane = part * Lanes::width;
+      for_constants<8>([&](auto vector) {
+        for_constants<digits>([&](auto digit) {
+          constexpr int v = decltype(vector)::value, d = decltype(digit)::value;
+          store_bytes(vectors[d][v] + part * kPartBytes, unit.template digit<v, d>(part));
+        });
+      });
+      store(scales + lane, unit.scale(part));
+      for (int index = 0; index < minima; index++) store(minimum_of[index] + lane, unit.minimum(index, part));
+      if constexpr (halves == 2) {
+        for (int half = 0; half < 2; half++) store_ints(factors[half] + lane, unit.factor(half, part));
+        if constexpr (zero != 0) store_ints(zeros + lane, unit.zero_factors(part));
+      }
+    });
+  }
+
+  Bytes vector(int index, int part) const { return load_bytes(vectors[0][index] + part * kPartBytes); }
+  template <int index, int which>
+  Bytes digit(int part) const {
+    return load_bytes(vectors[which][index] + part * kPartBytes);
+  }
+  Lanes scale(int part) const { return load(scales + part * Lanes::width); }
+  Lanes minimum(int index, int part) const { return load(minimum_of[index] + part * Lanes::width); }
+  Ints factor(int half, int part) const { return load_ints(factors[half] + part * Lanes::width); }
+  Ints zero_factors(int part) const { return load_ints(zeros + part * Lanes::width); }
+};
+
+// sums[token][row] = the products of a panel with `tokens` tokens, all there are.
+template <class Unit, int tokens>
+void multiply_panel_once(const ShuteyeMatrix& matrix, int64_t panel, const TokenBlock& block, float* sums) {
+  float own[tokens * kQuantRows] = {};
+  each_unit<Unit>(matrix, panel, [&](const Unit& unit, int64_t index) {
+    multiply_unit<tokens>(unit, block.tile<tokens>(index, 0), own);
+  });
+  memcpy(sums, own, sizeof own);
+}
+
+template <class Unit>
+void multiply_panel(const ShuteyeMatrix& matrix, int64_t panel, const TokenBlock& block, float* sums) {
+  OpenUnit<Unit> open;
+  memset(sums, 0, block.num_tokens * kQuantRows * sizeof(float));
+  each_unit<Unit>(matrix, panel, [&](const Unit& unit, int64_t index) {
+    open.open(unit);
+    each_tile_of_tokens(block.num_tokens, [&](auto constant, int64_t first) {
+      constexpr int tokens = decltype(constant)::value;
+      multiply_unit<tokens>(open, block.tile<tokens>(index, first), sums + first * kQuantRows);
+    });
+  });
+}
+
+template <class Unit>
+void multiply_any(const ShuteyeMatrix& matrix, int64_t panel, const TokenBlock& block, float* sums) {
+  if constexpr (kOpensInRegisters) {
+    if (block.num_tokens == 1) return multiply_panel_once<Unit, 1>(matrix, panel, block, sums);
+    if (block.num_tokens == 2) return multiply_panel_once<Unit, 2>(matrix, panel, block, sums);
+    if (block.num_tokens == 4) return multiply_panel_once<Unit, 4>(matrix, panel, block, sums);
+  }
+  multiply_panel<Unit>(matrix, panel, block, sums);
+}
+
+using MultiplyPanel = void (*)(const ShuteyeMatrix& matrix, int64_t panel, const TokenBlock& block, float* sums);
+
+inline MultiplyPanel multiply_of(const ShuteyeMatrix& matrix) {
+  MultiplyPanel chosen = nullptr;
+  with_kind(matrix, [&](auto tag) { chosen = multiply_any<typename decltype(tag)::Unit>; });
+  return chosen;
+}
+
+// Rows [first_row, end_row) of a product with tokens as quantize_tokens has prepared them; first_row begins a panel.
+inline void quant_rows(const Linear& linear, const void* prepared, void*, int64_t first_row, int64_t end_row) {
+  alignas(64) float lower[kBlockTokens * kQuantRows], upper[kBlockTokens * kQuantRows];
+  const bool is_paired = linear.finish == Finish::silu_mul;
+  const MultiplyPanel multiply = multiply_of(linear.weight);
+  const MultiplyPanel multiply_upper = is_paired ? multiply_of(linear.upper) : nullptr;
+  for (int64_t first = 0; first < linear.num_tokens; first += kBlockTokens) {
+    const TokenBlock block(linear, prepared, first);
+    for (int64_t row = first_row; row < end_row; row += kQuantRows) {
+      multiply(linear.weight, row / kQuantRows, block, lower);
+      if (is_paired) multiply_upper(linear.upper, row / kQuantRows, block, upper);
+      const TokenRange tokens{first, block.num_tokens};
+      const int64_t num_rows = smaller(kQuantRows, end_row - row);
+      const Sums sums{lower, kQuantRows}, upper_sums{upper, kQuantRows};
+      if (linear.dtype == SHUTEYE_BFLOAT16) {
+        finish_tile<bf16>(linear, sums, upper_sums, row, num_rows, tokens);
+      } else {
+        finish_tile<float>(linear, sums, upper_sums, row, num_rows, tokens);
+      }
+    }
+  }
+}
+
+} // namespace SHUTEYE_ISA
