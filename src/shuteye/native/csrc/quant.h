@@ -8,7 +8,7 @@
 
 namespace SHUTEYE_ISA {
 
-// What the vectors of a unit are multiplied with.
+// What the sums of a unit begin with.
 template <class Unit>
 inline Ints whole_start(const Unit& unit, Ints pair_of_sums, int part) {
   if constexpr (Unit::zero == 0) {
@@ -25,11 +25,8 @@ inline Ints whole_start(const Unit& unit, Ints pair_of_sums, int part) {
 template <int tokens, class Unit>
 inline void multiply_unit(const Unit& unit, TokenTile<tokens> x, float* sums) {
   Ints totals[kParts][tokens];
-  for (int token = 0; token < tokens; token++) {
-    const Ints pair_of_sums = x.pair_of_sums(token);
-    for (int part = 0; part < kParts; part++) totals[part][token] = whole_start(unit, pair_of_sums, part);
-  }
-  add_products(unit, x.words, totals);
+  const auto start = [&](int part, int token) { return whole_start(unit, x.pair_of_sums(token), part); };
+  add_products(unit, x.words, start, totals);
   for (int part = 0; part < kParts; part++) {
     const Lanes scale = unit.scale(part);
     Lanes minima[2];

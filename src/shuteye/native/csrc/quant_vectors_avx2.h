@@ -83,9 +83,30 @@ inline void store_whole(int8_t* target, Lanes lanes) {
 // What a sum of columns that have a scale of their own is multiplied with.
 inline Ints as_factor(Ints scale) { return pair(scale, scale); }
 
-// totals[part][token] += sums of products of a unit, each half's times its factor.
-template <int tokens, class Unit>
-inline void add_products(const Unit& unit, const int32_t* x, Ints (&totals)[kParts][tokens]) {
+// Keeps the compiler from adding up in another order, for which it has too few registers.
+inline void settle(__m256i& sum) { asm("" : "+x"(sum)); }
+
+// sums[part][token] = products of `group` vectors, added in 16 bits.
+template <int first, int group, int digit, int tokens, class Unit>
+inline void add_words(const Unit& unit, const int32_t* x, __m256i (&sums)[kParts][tokens]) {
+  for_constants<group>([&](auto member) {
+    constexpr int vector = first + decltype(member)::value;
+    Bytes weights[kParts];
+    for (int part = 0; part < kParts; part++) weights[part] = unit.template digit<vector, digit>(part);
+    for (int token = 0; token < tokens; token++) {
+      const __m256i activations = _mm256_set1_epi32(x[vector * tokens + token]);
+      for (int part = 0; part < kParts; part++) {
+        const __m256i products = _mm256_maddubs_epi16(weights[part].v, activations);
+        sums[part][token] = vector == first ? products : _mm256_add_epi16(sums[part][token], products);
+        settle(sums[part][token]);
+      }
+    }
+  });
+}
+
+// totals[part][token] = start(part, token) + sums of products of a unit, each half's times its factor.
+template <int tokens, class Unit, class Start>
+inline void add_products(const Unit& unit, const int32_t* x, const Start& start, Ints (&totals)[kParts][tokens]) {
   constexpr int vectors = Unit::halves == 2 ? 4 : 8; // that have the same factor
   // 16 bits hold 2 * 127 * (2^bits - 1) so many times.
   constexpr int fitting = Unit::bits == 6 ? 2 : Unit::bits == 5 ? 4 : 8;
@@ -93,27 +114,16 @@ inline void add_products(const Unit& unit, const int32_t* x, Ints (&totals)[kPar
   constexpr int digits = Unit::bits == 8 ? 2 : 1;
   for_constants<8 / group>([&](auto group_index) {
     constexpr int first = decltype(group_index)::value * group;
-    for_constants<digits>([&](auto digit) {
+    for_constants<digits>([&](auto digit_index) {
+      constexpr int digit = decltype(digit_index)::value;
       __m256i sums[kParts][tokens];
-      for_constants<group>([&](auto member) {
-        constexpr int vector = first + decltype(member)::value;
-        Bytes weights[kParts];
-        for (int part = 0; part < kParts; part++) {
-          weights[part] = unit.template digit<vector, decltype(digit)::value>(part);
-        }
-        for (int token = 0; token < tokens; token++) {
-          const __m256i activations = _mm256_set1_epi32(x[vector * tokens + token]);
-          for (int part = 0; part < kParts; part++) {
-            const __m256i products = _mm256_maddubs_epi16(weights[part].v, activations);
-            sums[part][token] = vector == first ? products : _mm256_add_epi16(sums[part][token], products);
-          }
-        }
-      });
+      add_words<first, group, digit>(unit, x, sums);
       for (int part = 0; part < kParts; part++) {
-        __m256i factor = _mm256_set1_epi16(decltype(digit)::value ? 16 : 1);
+        __m256i factor = _mm256_set1_epi16(digit ? 16 : 1);
         if constexpr (Unit::halves == 2) factor = unit.factor(first / 4, part).v;
         for (int token = 0; token < tokens; token++) {
-          totals[part][token].v = _mm256_add_epi32(totals[part][token].v, _mm256_madd_epi16(sums[part][token], factor));
+          const __m256i before = first || digit ? totals[part][token].v : start(part, token).v;
+          totals[part][token].v = _mm256_add_epi32(before, _mm256_madd_epi16(sums[part][token], factor));
         }
       }
     });

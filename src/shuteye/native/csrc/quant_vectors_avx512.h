@@ -70,13 +70,13 @@ inline void store_whole(int8_t* target, Lanes lanes) {
 
 inline Ints as_factor(Ints scale) { return scale; }
 
-template <int tokens, class Unit>
-inline void add_products(const Unit& unit, const int32_t* x, Ints (&totals)[kParts][tokens]) {
+template <int tokens, class Unit, class Start>
+inline void add_products(const Unit& unit, const int32_t* x, const Start& start, Ints (&totals)[kParts][tokens]) {
   constexpr int vectors = 8 / Unit::halves;
   for_constants<Unit::halves>([&](auto half) {
     __m512i sums[tokens];
     for (int token = 0; token < tokens; token++) {
-      sums[token] = Unit::halves == 1 ? totals[0][token].v : _mm512_setzero_si512();
+      sums[token] = Unit::halves == 1 ? start(0, token).v : _mm512_setzero_si512();
     }
     for_constants<vectors>([&](auto member) {
       constexpr int vector = decltype(half)::value * vectors + decltype(member)::value;
@@ -90,7 +90,7 @@ inline void add_products(const Unit& unit, const int32_t* x, Ints (&totals)[kPar
         totals[0][token].v = sums[token];
       } else {
         const __m512i scaled = _mm512_mullo_epi32(sums[token], unit.factor(decltype(half)::value, 0).v);
-        totals[0][token].v = _mm512_add_epi32(totals[0][token].v, scaled);
+        totals[0][token].v = _mm512_add_epi32(decltype(half)::value ? totals[0][token].v : start(0, token).v, scaled);
       }
     }
   });

@@ -112,12 +112,13 @@ inline Ints dot(Bytes weights, int32_t x) {
   return {low_words(evens).v + (evens.v >> 16) + low_words(odds).v + (odds.v >> 16)};
 }
 
-template <int tokens, class Unit>
-inline void add_products(const Unit& unit, const int32_t* x, Ints (&totals)[kParts][tokens]) {
+template <int tokens, class Unit, class Start>
+inline void add_products(const Unit& unit, const int32_t* x, const Start& start, Ints (&totals)[kParts][tokens]) {
   static_assert(tokens == 1, "more tokens only make more code");
   constexpr int vectors = 8 / Unit::halves;
-  for (int half = 0; half < Unit::halves; half++) {
-    for (int part = 0; part < kParts; part++) {
+  for (int part = 0; part < kParts; part++) {
+    totals[part][0] = start(part, 0);
+    for (int half = 0; half < Unit::halves; half++) {
       Ints sum = broadcast_int(0);
       for (int vector = half * vectors; vector < (half + 1) * vectors; vector++) {
         sum = sum + dot(unit.vector(vector, part), x[vector]);
