@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
 from shuteye.models.fused import FusedDecoder, FusedSpec, FusedWeights, Layer, Projection, decoder_spec
+from shuteye.native.decoder import DecoderStep, Numbers
 from shuteye.tasks.generate.plans import Chunk, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch
 
@@ -107,16 +108,17 @@ class Whole:
             for index in range(num_sequences)
         )
         batch = PackedBatch.from_plan(StepPlan(chunks), block_size=BLOCK_SIZE)
-        angles = torch.ones(batch.num_tokens, HEAD_DIM).bfloat16()
+        angles = torch.ones(batch.num_tokens, HEAD_DIM).bfloat16().view(torch.uint16).numpy()
+        step = DecoderStep(
+            batch.input_ids.numpy(), angles, angles, batch.slots.numpy(), batch.query_starts, batch.context_lengths,
+            batch.block_tables, batch.logits_indices.numpy(),
+        )  # fmt: skip
 
         def by_torch() -> Tensor:
             return self.fused.forward(batch, self.cache).float()
 
-        def by_native() -> Tensor:
-            return self.native.forward(
-                batch.input_ids, angles, angles, batch.slots, batch.query_starts,
-                batch.context_lengths, batch.block_tables, batch.logits_indices,
-            )  # fmt: skip
+        def by_native() -> Numbers:
+            return self.native.forward(step)
 
         return [by_torch, by_native]
 

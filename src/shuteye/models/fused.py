@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, silu
 
+from shuteye.matrices.kinds import ROWS
+from shuteye.matrices.matrix import Matrix
 from shuteye.memory.layout import Slot
 from shuteye.models.attention import AttentionContext, attend
-from shuteye.native import MAX_TOKENS, DecoderSpec, LayerSpec, NativeDecoder, NativeGroup, available
-from shuteye.native.decoder import unsupported_shape
+from shuteye.native import MAX_TOKENS, CacheMemory, DecoderSpec, LayerSpec, NativeDecoder, NativeGroup, available
+from shuteye.native.decoder import DecoderStep, Numbers, unsupported_shape
 
 if TYPE_CHECKING:
     from shuteye.cache.kv_cache import KVCache
@@ -202,7 +204,7 @@ class FlatLoop:
         native: whether to use the native kernels if they can be used here.
 
     Attributes:
-        native_tokens: the largest step that the native kernels compute; 0 if they are not used.
+        native_tokens: what the native kernels compute at a time; larger steps take several. 0 if they are not used.
     """
 
     def __init__(
@@ -220,7 +222,7 @@ class FlatLoop:
         self._windows = windows
         self._dtype = weights.layers[0].input_norm.dtype
         heads = {"num_heads": facts.num_heads, "num_kv_heads": facts.num_kv_heads, "head_dim": facts.head_dim}
-        usable = native and available() and unsupported_shape(self._dtype, **heads) is None
+        usable = native and available() and unsupported_shape(_name_of(self._dtype), **heads) is None
         self.native_tokens = MAX_TOKENS if usable else 0
         self._native: tuple[KVCache, NativeDecoder] | None = None
 
@@ -232,23 +234,24 @@ class FlatLoop:
         hidden_in: Tensor | None = None,
         group: NativeGroup | None = None,
     ) -> Tensor | None:
-        """What `NativeDecoder.forward` gives; None if the step is not for it."""
+        """What `NativeDecoder.forward` gives; None if it is not used."""
         native = self._native_over(kv_cache)
-        if native is None or len(batch.input_ids) > native.max_tokens:
+        if native is None:
             return None
         cos, sin = self._rotation(batch.positions, self._dtype)
-        return native.forward(
-            batch.input_ids,
-            cos,
-            sin,
-            batch.slots,
+        step = DecoderStep(
+            batch.input_ids.numpy(),
+            _bits(cos),
+            _bits(sin),
+            batch.slots.numpy(),
             batch.query_starts,
             batch.context_lengths,
             batch.block_tables,
-            batch.logits_indices,
-            hidden_in=hidden_in,
-            group=group,
+            batch.logits_indices.numpy(),
+            None if hidden_in is None else _bits(hidden_in),
         )
+        found = torch.from_numpy(native.forward(step, group=group))
+        return found.view(torch.bfloat16) if found.dtype == torch.uint16 else found
 
     def _native_over(self, kv_cache: KVCache) -> NativeDecoder | None:
         """The native decoder bound to this cache; made at the first step."""
@@ -344,35 +347,62 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 def decoder_spec(facts: FusedSpec, weights: RankWeights, windows: Sequence[int | None], blocks: Tensor) -> DecoderSpec:
     """The same model, or part, as the native kernels take it, over the KV cache `blocks` (see `KVCache.blocks`)."""
+    head = weights.head
     return DecoderSpec(
-        layers=tuple(map(_layer_spec, weights.layers, windows)),
-        embedding=weights.embedding,
-        final_norm=weights.norm,
-        head_weight=None if weights.head is None else weights.head.weight,
-        head_bias=None if weights.head is None else weights.head.bias,
+        dtype=_name_of(weights.layers[0].input_norm.dtype),
+        layers=tuple(_layer_spec(facts, layer, window) for layer, window in zip(weights.layers, windows, strict=True)),
+        embedding=None if weights.embedding is None else _matrix(weights.embedding, None),
+        final_norm=None if weights.norm is None else weights.norm.data_ptr(),
+        head=None if head is None else _matrix(head.weight, head.bias),
         num_heads=facts.num_heads,
         eps=facts.norm_eps,
         scale=facts.attention_scale,
-        kv_cache=blocks,
+        kv_cache=CacheMemory(blocks.data_ptr(), blocks.shape),
     )
 
 
-def _layer_spec(layer: Layer, window: int | None) -> LayerSpec:
+def _layer_spec(facts: FusedSpec, layer: Layer, window: int | None) -> LayerSpec:
+    heads, keys = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
+    inner = layer.down.weight.shape[1]
+    query, key, value = _matrices(layer.qkv, [heads, keys, keys])
+    gate, up = _matrices(layer.gate_up, [inner, inner])
     return LayerSpec(
-        input_norm=layer.input_norm,
-        qkv_weight=layer.qkv.weight,
-        qkv_bias=layer.qkv.bias,
-        query_norm=layer.query_norm,
-        key_norm=layer.key_norm,
-        output_weight=layer.output.weight,
-        output_bias=layer.output.bias,
-        post_norm=layer.post_norm,
-        gate_up_weight=layer.gate_up.weight,
-        gate_up_bias=layer.gate_up.bias,
-        down_weight=layer.down.weight,
-        down_bias=layer.down.bias,
+        input_norm=layer.input_norm.data_ptr(),
+        query=query,
+        key=key,
+        value=value,
+        query_norm=None if layer.query_norm is None else layer.query_norm.data_ptr(),
+        key_norm=None if layer.key_norm is None else layer.key_norm.data_ptr(),
+        output=_matrix(layer.output.weight, layer.output.bias),
+        post_norm=layer.post_norm.data_ptr(),
+        gate=gate,
+        up=up,
+        down=_matrix(layer.down.weight, layer.down.bias),
         window=window,
     )
+
+
+def _matrices(wide: Projection, rows: list[int]) -> list[Matrix]:
+    """Projections that lie side by side, each of so many rows."""
+    biases = (None,) * len(rows) if wide.bias is None else torch.split(wide.bias, rows)
+    return [_matrix(weight, bias) for weight, bias in zip(torch.split(wide.weight, rows), biases, strict=True)]
+
+
+def _matrix(weight: Tensor, bias: Tensor | None) -> Matrix:
+    rows, columns = weight.shape
+    assert weight.is_contiguous()
+    address = 0 if bias is None else bias.data_ptr()
+    return Matrix(ROWS, rows, columns, _name_of(weight.dtype), weight.data_ptr(), address)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _bits(tensor: Tensor) -> Numbers:
+    """The same memory as numpy has it, bfloat16 as its bits."""
+    bits = tensor.contiguous()
+    return (bits.view(torch.uint16) if bits.dtype == torch.bfloat16 else bits).numpy()
 
 
 FUSABLE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -60,7 +60,6 @@ class GenerationRunner(ModelRunner):
         self._block_size = config.block_size
         if model.decoder.native_tokens:
             native.set_num_threads(num_threads)
-        if model.decoder.native_tokens >= config.max_num_batched_tokens:
             torch.set_num_threads(1)  # its threads would spin on the cores that the kernels' own threads need
         self._sampler = Sampler(vocab_size=model.facts.vocab_size, eos_token_ids=model.eos_token_ids, seed=config.seed)
 
