@@ -23,7 +23,7 @@ inline Ints whole_start(const Unit& unit, Ints pair_of_sums, int part) {
 
 // sums[token][row] += the products of one unit.
 template <int tokens, class Unit>
-inline void multiply_unit(const Unit& unit, TokenTile<tokens> x, float* sums) {
+SHUTEYE_INLINE void multiply_unit(const Unit& unit, TokenTile<tokens> x, float* sums) {
   Ints totals[kParts][tokens];
   const auto start = [&](int part, int token) { return whole_start(unit, x.pair_of_sums(token), part); };
   add_products(unit, x.words, start, totals);
@@ -44,14 +44,21 @@ inline void multiply_unit(const Unit& unit, TokenTile<tokens> x, float* sums) {
   }
 }
 
-// A unit taken apart once for many tokens.
+// What kinds of units have to have in common to be multiplied alike.
+template <int bits_, int halves_, int zero_, int minima_>
+struct Shape {
+  static constexpr int bits = bits_;
+  static constexpr int halves = halves_;
+  static constexpr int zero = zero_;
+  static constexpr int minima = minima_;
+};
 template <class Unit>
-struct OpenUnit {
-  static constexpr int bits = Unit::bits;
-  static constexpr int halves = Unit::halves;
-  static constexpr int zero = Unit::zero;
-  static constexpr int minima = Unit::minima;
-  static constexpr int digits = kSplitsBytes && bits == 8 ? 2 : 1;
+using ShapeOf = Shape<Unit::bits <= 4 ? 4 : Unit::bits, Unit::halves, Unit::zero, Unit::minima>;
+
+// A unit taken apart once for many tokens.
+template <class Shape>
+struct OpenUnit : Shape {
+  static constexpr int digits = kSplitsBytes && Shape::bits == 8 ? 2 : 1;
 
   alignas(64) uint8_t vectors[digits][8][kVectorBytes];
   alignas(64) float scales[kQuantRows];
@@ -59,22 +66,23 @@ struct OpenUnit {
   alignas(64) int32_t factors[2][kQuantRows];
   alignas(64) int32_t zeros[kQuantRows];
 
+  template <class Unit>
   void open(const Unit& unit) {
-    for_constants<kParts>([&](auto part_index) {
-      constexpr int part = decltype(part_index)::value, lane = part * Lanes::width;
-      for_constants<8>([&](auto vector) {
-        for_constants<digits>([&](auto digit) {
-          constexpr int v = decltype(vector)::value, d = decltype(digit)::value;
-          store_bytes(vectors[d][v] + part * kPartBytes, unit.template digit<v, d>(part));
+    for (int part = 0; part < kParts; part++) {
+      for_constants<8>([&](auto vector_index) SHUTEYE_INLINED {
+        for_constants<digits>([&](auto digit_index) SHUTEYE_INLINED {
+          constexpr int own = decltype(vector_index)::value, which = decltype(digit_index)::value;
+          store_bytes(vectors[which][own] + part * kPartBytes, unit.template digit<own, which>(part));
         });
       });
+      const int lane = part * Lanes::width;
       store(scales + lane, unit.scale(part));
-      for (int index = 0; index < minima; index++) store(minimum_of[index] + lane, unit.minimum(index, part));
-      if constexpr (halves == 2) {
+      for (int index = 0; index < Shape::minima; index++) store(minimum_of[index] + lane, unit.minimum(index, part));
+      if constexpr (Shape::halves == 2) {
         for (int half = 0; half < 2; half++) store_ints(factors[half] + lane, unit.factor(half, part));
-        if constexpr (zero != 0) store_ints(zeros + lane, unit.zero_factors(part));
+        if constexpr (Shape::zero != 0) store_ints(zeros + lane, unit.zero_factors(part));
       }
-    });
+    }
   }
 
   Bytes vector(int index, int part) const { return load_bytes(vectors[0][index] + part * kPartBytes); }
@@ -88,6 +96,15 @@ struct OpenUnit {
   Ints zero_factors(int part) const { return load_ints(zeros + part * Lanes::width); }
 };
 
+// One unit of a block of tokens. Not to be inlined: the compiler would keep the vectors in more registers than there are.
+template <class Shape>
+__attribute__((noinline)) void multiply_tiles(const OpenUnit<Shape>& unit, const TokenBlock& block, int64_t index, float* sums) {
+  each_tile_of_tokens(block.num_tokens, [&](auto constant, int64_t first) SHUTEYE_INLINED {
+    constexpr int tokens = decltype(constant)::value;
+    multiply_unit<tokens>(unit, block.tile<tokens>(index, first), sums + first * kQuantRows);
+  });
+}
+
 // sums[token][row] = the products of a panel with `tokens` tokens, all there are.
 template <class Unit, int tokens>
 void multiply_panel_once(const ShuteyeMatrix& matrix, int64_t panel, const TokenBlock& block, float* sums) {
@@ -100,32 +117,24 @@ void multiply_panel_once(const ShuteyeMatrix& matrix, int64_t panel, const Token
 
 template <class Unit>
 void multiply_panel(const ShuteyeMatrix& matrix, int64_t panel, const TokenBlock& block, float* sums) {
-  OpenUnit<Unit> open;
-  memset(sums, 0, block.num_tokens * kQuantRows * sizeof(float));
-  each_unit<Unit>(matrix, panel, [&](const Unit& unit, int64_t index) {
-    open.open(unit);
-    each_tile_of_tokens(block.num_tokens, [&](auto constant, int64_t first) {
-      constexpr int tokens = decltype(constant)::value;
-      multiply_unit<tokens>(open, block.tile<tokens>(index, first), sums + first * kQuantRows);
-    });
-  });
-}
-
-template <class Unit>
-void multiply_any(const ShuteyeMatrix& matrix, int64_t panel, const TokenBlock& block, float* sums) {
   if constexpr (kOpensInRegisters) {
     if (block.num_tokens == 1) return multiply_panel_once<Unit, 1>(matrix, panel, block, sums);
     if (block.num_tokens == 2) return multiply_panel_once<Unit, 2>(matrix, panel, block, sums);
     if (block.num_tokens == 4) return multiply_panel_once<Unit, 4>(matrix, panel, block, sums);
   }
-  multiply_panel<Unit>(matrix, panel, block, sums);
+  OpenUnit<ShapeOf<Unit>> open;
+  memset(sums, 0, block.num_tokens * kQuantRows * sizeof(float));
+  each_unit<Unit>(matrix, panel, [&](const Unit& unit, int64_t index) {
+    open.open(unit);
+    multiply_tiles(open, block, index, sums);
+  });
 }
 
 using MultiplyPanel = void (*)(const ShuteyeMatrix& matrix, int64_t panel, const TokenBlock& block, float* sums);
 
 inline MultiplyPanel multiply_of(const ShuteyeMatrix& matrix) {
   MultiplyPanel chosen = nullptr;
-  with_kind(matrix, [&](auto tag) { chosen = multiply_any<typename decltype(tag)::Unit>; });
+  with_kind(matrix, [&](auto tag) { chosen = multiply_panel<typename decltype(tag)::Unit>; });
   return chosen;
 }
 

@@ -88,8 +88,8 @@ inline void settle(__m256i& sum) { asm("" : "+x"(sum)); }
 
 // sums[part][token] = products of `group` vectors, added in 16 bits.
 template <int first, int group, int digit, int tokens, class Unit>
-inline void add_words(const Unit& unit, const int32_t* x, __m256i (&sums)[kParts][tokens]) {
-  for_constants<group>([&](auto member) {
+SHUTEYE_INLINE void add_words(const Unit& unit, const int32_t* x, __m256i (&sums)[kParts][tokens]) {
+  for_constants<group>([&](auto member) SHUTEYE_INLINED {
     constexpr int vector = first + decltype(member)::value;
     Bytes weights[kParts];
     for (int part = 0; part < kParts; part++) weights[part] = unit.template digit<vector, digit>(part);
@@ -106,15 +106,15 @@ inline void add_words(const Unit& unit, const int32_t* x, __m256i (&sums)[kParts
 
 // totals[part][token] = start(part, token) + sums of products of a unit, each half's times its factor.
 template <int tokens, class Unit, class Start>
-inline void add_products(const Unit& unit, const int32_t* x, const Start& start, Ints (&totals)[kParts][tokens]) {
+SHUTEYE_INLINE void add_products(const Unit& unit, const int32_t* x, const Start& start, Ints (&totals)[kParts][tokens]) {
   constexpr int vectors = Unit::halves == 2 ? 4 : 8; // that have the same factor
   // 16 bits hold 2 * 127 * (2^bits - 1) so many times.
   constexpr int fitting = Unit::bits == 6 ? 2 : Unit::bits == 5 ? 4 : 8;
   constexpr int group = fitting < vectors ? fitting : vectors;
   constexpr int digits = Unit::bits == 8 ? 2 : 1;
-  for_constants<8 / group>([&](auto group_index) {
+  for_constants<8 / group>([&](auto group_index) SHUTEYE_INLINED {
     constexpr int first = decltype(group_index)::value * group;
-    for_constants<digits>([&](auto digit_index) {
+    for_constants<digits>([&](auto digit_index) SHUTEYE_INLINED {
       constexpr int digit = decltype(digit_index)::value;
       __m256i sums[kParts][tokens];
       add_words<first, group, digit>(unit, x, sums);

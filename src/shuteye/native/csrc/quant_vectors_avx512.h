@@ -71,14 +71,14 @@ inline void store_whole(int8_t* target, Lanes lanes) {
 inline Ints as_factor(Ints scale) { return scale; }
 
 template <int tokens, class Unit, class Start>
-inline void add_products(const Unit& unit, const int32_t* x, const Start& start, Ints (&totals)[kParts][tokens]) {
+SHUTEYE_INLINE void add_products(const Unit& unit, const int32_t* x, const Start& start, Ints (&totals)[kParts][tokens]) {
   constexpr int vectors = 8 / Unit::halves;
-  for_constants<Unit::halves>([&](auto half) {
+  for_constants<Unit::halves>([&](auto half) SHUTEYE_INLINED {
     __m512i sums[tokens];
     for (int token = 0; token < tokens; token++) {
       sums[token] = Unit::halves == 1 ? start(0, token).v : _mm512_setzero_si512();
     }
-    for_constants<vectors>([&](auto member) {
+    for_constants<vectors>([&](auto member) SHUTEYE_INLINED {
       constexpr int vector = decltype(half)::value * vectors + decltype(member)::value;
       const __m512i weights = unit.template digit<vector, 0>(0).v;
       for (int token = 0; token < tokens; token++) {

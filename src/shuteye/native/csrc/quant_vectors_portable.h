@@ -113,7 +113,7 @@ inline Ints dot(Bytes weights, int32_t x) {
 }
 
 template <int tokens, class Unit, class Start>
-inline void add_products(const Unit& unit, const int32_t* x, const Start& start, Ints (&totals)[kParts][tokens]) {
+SHUTEYE_INLINE void add_products(const Unit& unit, const int32_t* x, const Start& start, Ints (&totals)[kParts][tokens]) {
   static_assert(tokens == 1, "more tokens only make more code");
   constexpr int vectors = 8 / Unit::halves;
   for (int part = 0; part < kParts; part++) {
