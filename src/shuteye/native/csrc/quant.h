@@ -26,7 +26,7 @@ template <int tokens, class Unit>
 SHUTEYE_INLINE void multiply_unit(const Unit& unit, TokenTile<tokens> x, float* sums) {
   Ints totals[kParts][tokens];
   const auto start = [&](int part, int token) { return whole_start(unit, x.pair_of_sums(token), part); };
-  add_products(unit, x.words, start, totals);
+  add_unit_products(unit, x.words, start, totals);
   for (int part = 0; part < kParts; part++) {
     const Lanes scale = unit.scale(part);
     Lanes minima[2];
@@ -85,7 +85,6 @@ struct OpenUnit : Shape {
     }
   }
 
-  Bytes vector(int index, int part) const { return load_bytes(vectors[0][index] + part * kPartBytes); }
   template <int index, int which>
   Bytes digit(int part) const {
     return load_bytes(vectors[which][index] + part * kPartBytes);
@@ -98,7 +97,7 @@ struct OpenUnit : Shape {
 
 // One unit of a block of tokens. Not to be inlined: the compiler would keep the vectors in more registers than there are.
 template <class Shape>
-__attribute__((noinline)) void multiply_tiles(const OpenUnit<Shape>& unit, const TokenBlock& block, int64_t index, float* sums) {
+__attribute__((noinline)) void multiply_quant_tiles(const OpenUnit<Shape>& unit, const TokenBlock& block, int64_t index, float* sums) {
   each_tile_of_tokens(block.num_tokens, [&](auto constant, int64_t first) SHUTEYE_INLINED {
     constexpr int tokens = decltype(constant)::value;
     multiply_unit<tokens>(unit, block.tile<tokens>(index, first), sums + first * kQuantRows);
@@ -107,7 +106,7 @@ __attribute__((noinline)) void multiply_tiles(const OpenUnit<Shape>& unit, const
 
 // sums[token][row] = the products of a panel with `tokens` tokens, all there are.
 template <class Unit, int tokens>
-void multiply_panel_once(const ShuteyeMatrix& matrix, int64_t panel, const TokenBlock& block, float* sums) {
+void quant_panel_once(const ShuteyeMatrix& matrix, int64_t panel, const TokenBlock& block, float* sums) {
   float own[tokens * kQuantRows] = {};
   each_unit<Unit>(matrix, panel, [&](const Unit& unit, int64_t index) {
     multiply_unit<tokens>(unit, block.tile<tokens>(index, 0), own);
@@ -116,17 +115,17 @@ void multiply_panel_once(const ShuteyeMatrix& matrix, int64_t panel, const Token
 }
 
 template <class Unit>
-void multiply_panel(const ShuteyeMatrix& matrix, int64_t panel, const TokenBlock& block, float* sums) {
+void quant_panel(const ShuteyeMatrix& matrix, int64_t panel, const TokenBlock& block, float* sums) {
   if constexpr (kOpensInRegisters) {
-    if (block.num_tokens == 1) return multiply_panel_once<Unit, 1>(matrix, panel, block, sums);
-    if (block.num_tokens == 2) return multiply_panel_once<Unit, 2>(matrix, panel, block, sums);
-    if (block.num_tokens == 4) return multiply_panel_once<Unit, 4>(matrix, panel, block, sums);
+    if (block.num_tokens == 1) return quant_panel_once<Unit, 1>(matrix, panel, block, sums);
+    if (block.num_tokens == 2) return quant_panel_once<Unit, 2>(matrix, panel, block, sums);
+    if (block.num_tokens == 4) return quant_panel_once<Unit, 4>(matrix, panel, block, sums);
   }
   OpenUnit<ShapeOf<Unit>> open;
   memset(sums, 0, block.num_tokens * kQuantRows * sizeof(float));
   each_unit<Unit>(matrix, panel, [&](const Unit& unit, int64_t index) {
     open.open(unit);
-    multiply_tiles(open, block, index, sums);
+    multiply_quant_tiles(open, block, index, sums);
   });
 }
 
@@ -134,7 +133,7 @@ using MultiplyPanel = void (*)(const ShuteyeMatrix& matrix, int64_t panel, const
 
 inline MultiplyPanel multiply_of(const ShuteyeMatrix& matrix) {
   MultiplyPanel chosen = nullptr;
-  with_kind(matrix, [&](auto tag) { chosen = multiply_panel<typename decltype(tag)::Unit>; });
+  with_kind(matrix, [&](auto tag) { chosen = quant_panel<typename decltype(tag)::Unit>; });
   return chosen;
 }
 
@@ -159,6 +158,57 @@ inline void quant_rows(const Linear& linear, const void* prepared, void*, int64_
       }
     }
   }
+}
+
+// Has the compiler round the value before it is used: dequantized numbers are those that others get from the same file.
+inline float rounded_apart(float value) {
+  asm("" : "+m"(value));
+  return value;
+}
+
+// The 32 numbers of one row of a unit.
+template <class Unit>
+void dequantize_unit(const Unit& unit, int64_t lane, float* out) {
+  const int part = static_cast<int>(lane / Lanes::width);
+  const int64_t own = lane % Lanes::width;
+  const auto of_row = [own](Lanes lanes) {
+    float places[Lanes::width];
+    store(places, lanes);
+    return places[own];
+  };
+  uint8_t u[8][kPartBytes];
+  for_constants<8>([&](auto index) { store_bytes(u[decltype(index)::value], unit.template whole<decltype(index)::value>(part)); });
+  for (int64_t column = 0; column < kUnitColumns; column++) {
+    const int half = static_cast<int>(column / 16);
+    float scale = of_row(unit.scale(part));
+    if constexpr (Unit::halves == 2) scale *= of_row(to_lanes(unit.whole_factor(half, part)));
+    const auto number = static_cast<float>(u[column / 4][4 * own + column % 4]);
+    if constexpr (Unit::has_zero_points) {
+      out[column] = scale * (number - of_row(unit.zero_point(part)));
+    } else {
+      const float scaled = rounded_apart(scale * (number - static_cast<float>(Unit::zero)));
+      out[column] = Unit::minima ? scaled + of_row(unit.minimum(Unit::minima == 2 ? half : 0, part)) : scaled;
+    }
+  }
+}
+
+template <class T>
+void dequantize_row(const ShuteyeMatrix& matrix, int64_t row, void* out) {
+  with_kind(matrix, [&](auto tag) {
+    using Unit = typename decltype(tag)::Unit;
+    each_unit<Unit>(matrix, row / kQuantRows, [&](const Unit& unit, int64_t index) {
+      float numbers[kUnitColumns];
+      dequantize_unit(unit, row % kQuantRows, numbers);
+      T* target = static_cast<T*>(out) + index * kUnitColumns;
+      for (int64_t column = 0; column < kUnitColumns; column++) assign(target[column], numbers[column]);
+    });
+  });
+}
+
+inline void fill_table(shuteye::KernelTable& table) {
+  table.linear[shuteye::kQuantForm] = {prepared_tiles, quantize_tokens, quant_rows};
+  table.dequantize_row[SHUTEYE_FLOAT32] = dequantize_row<float>;
+  table.dequantize_row[SHUTEYE_BFLOAT16] = dequantize_row<bf16>;
 }
 
 } // namespace SHUTEYE_ISA

@@ -107,13 +107,18 @@ struct UnitOf {
   static constexpr int halves = 1;
   static constexpr int zero = 0;
   static constexpr int minima = 0; // for each row
+  static constexpr bool has_zero_points = false; // that a checkpoint chose: minima to products
 
   const uint8_t* planes;
 
+  template <int vector>
+  Bytes whole(int part) const {
+    return Planes::template get<vector>(planes, part);
+  }
   template <int vector, int which>
   Bytes digit(int part) const {
     if constexpr (kSplitsBytes && bits == 8) return Planes::template nibble<vector, which>(planes, part);
-    else return Planes::template get<vector>(planes, part);
+    else return whole<vector>(part);
   }
   Lanes minimum(int, int) const { return broadcast(0.0f); } // of kinds that have none
 };
@@ -174,7 +179,8 @@ struct TwoBitUnit : UnitOf<PairPlane> {
       : UnitOf<PairPlane>{unit + sub_nbytes}, header(header_), subs(unit) {}
   Ints sub(int half, int part) const { return widen(subs + half * kQuantRows + part * Lanes::width); }
   Lanes scale(int part) const { return load_half(half_of(header, part)); }
-  Ints factor(int half, int part) const { return as_factor(low_nibble(sub(half, part))); }
+  Ints whole_factor(int half, int part) const { return low_nibble(sub(half, part)); }
+  Ints factor(int half, int part) const { return as_factor(whole_factor(half, part)); }
   Lanes minimum(int half, int part) const {
     return negated(load_half(half_of(header + kScaleBytes, part)) * to_lanes(high_nibble(sub(half, part))));
   }
@@ -196,13 +202,13 @@ struct SignedUnit : UnitOf<Planes> {
   SignedUnit(const ShuteyeMatrix&, const uint8_t* header_, const uint8_t* unit)
       : UnitOf<Planes>{unit + sub_nbytes}, header(header_), subs(unit) {}
   Lanes scale(int part) const { return load_half(half_of(header, part)); }
-  Ints sub(int half, int part) const {
+  Ints whole_factor(int half, int part) const {
     return widen(reinterpret_cast<const int8_t*>(subs) + half * kQuantRows + part * Lanes::width);
   }
-  Ints factor(int half, int part) const { return as_factor(sub(half, part)); }
+  Ints factor(int half, int part) const { return as_factor(whole_factor(half, part)); }
   // Minus zero times the factors of both halves, as a pair.
   Ints zero_factors(int part) const {
-    return pair(sub(0, part) * broadcast_int(-zero), sub(1, part) * broadcast_int(-zero));
+    return pair(whole_factor(0, part) * broadcast_int(-zero), whole_factor(1, part) * broadcast_int(-zero));
   }
 };
 
@@ -228,6 +234,7 @@ template <class Planes, int zero_, bool has_zeros = false>
 struct GroupUnit : UnitOf<Planes> {
   static constexpr int zero = zero_;
   static constexpr int minima = has_zeros;
+  static constexpr bool has_zero_points = has_zeros;
   static constexpr int64_t nbytes = Planes::nbytes;
   static int64_t scales_nbytes(const ShuteyeMatrix& matrix) {
     return kQuantRows * (matrix.scale_dtype == SHUTEYE_SCALE_F32 ? 4 : 2);

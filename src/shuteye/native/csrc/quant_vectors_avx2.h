@@ -1,7 +1,7 @@
 // Integer vectors of 8 rows with AVX2: bytes of weights times bytes of activations. Knows no kind of matrix.
 //
-// Products of bytes are added in 16 bits first, as many as surely fit there; of 8-bit weights, low and high nibbles are
-// multiplied apart, because two products of 8 bits do not fit.
+// Without AVX-VNNI, products of bytes are added in 16 bits first, as many as surely fit there; of 8-bit weights, low and high
+// nibbles are multiplied apart, because two products of 8 bits do not fit.
 #pragma once
 #include "constants.h"
 #include "lanes.h"
@@ -18,7 +18,6 @@ struct Ints { // one for each row
 
 constexpr int kParts = 2;      // vectors for the 16 rows of a panel
 constexpr int kTileTokens = 4; // that are multiplied with a vector of weights while it is in a register
-constexpr bool kSplitsBytes = true;
 constexpr bool kOpensInRegisters = true;
 
 inline Bytes load_bytes(const uint8_t* source) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))}; }
@@ -80,6 +79,12 @@ inline void store_whole(int8_t* target, Lanes lanes) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(target), _mm_packs_epi16(words, words));
 }
 
+#if defined(__AVXVNNI__)
+// Of each row, sum + the products of its 4 columns.
+inline Ints add_dot(Ints sum, Bytes weights, Ints x) { return {_mm256_dpbusd_avx_epi32(sum.v, weights.v, x.v)}; }
+#else
+constexpr bool kSplitsBytes = true;
+
 // What a sum of columns that have a scale of their own is multiplied with.
 inline Ints as_factor(Ints scale) { return pair(scale, scale); }
 
@@ -106,7 +111,7 @@ SHUTEYE_INLINE void add_words(const Unit& unit, const int32_t* x, __m256i (&sums
 
 // totals[part][token] = start(part, token) + sums of products of a unit, each half's times its factor.
 template <int tokens, class Unit, class Start>
-SHUTEYE_INLINE void add_products(const Unit& unit, const int32_t* x, const Start& start, Ints (&totals)[kParts][tokens]) {
+SHUTEYE_INLINE void add_unit_products(const Unit& unit, const int32_t* x, const Start& start, Ints (&totals)[kParts][tokens]) {
   constexpr int vectors = Unit::halves == 2 ? 4 : 8; // that have the same factor
   // 16 bits hold 2 * 127 * (2^bits - 1) so many times.
   constexpr int fitting = Unit::bits == 6 ? 2 : Unit::bits == 5 ? 4 : 8;
@@ -129,5 +134,10 @@ SHUTEYE_INLINE void add_products(const Unit& unit, const int32_t* x, const Start
     });
   });
 }
+#endif
 
 } // namespace SHUTEYE_ISA
+
+#if defined(__AVXVNNI__)
+#include "quant_dots.h"
+#endif

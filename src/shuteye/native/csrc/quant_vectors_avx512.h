@@ -15,7 +15,6 @@ struct Ints { // one for each row
 
 constexpr int kParts = 1;
 constexpr int kTileTokens = 8;
-constexpr bool kSplitsBytes = false;
 constexpr bool kOpensInRegisters = true;
 
 inline Bytes load_bytes(const uint8_t* source) { return {_mm512_loadu_si512(source)}; }
@@ -68,32 +67,9 @@ inline void store_whole(int8_t* target, Lanes lanes) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(lanes.v)));
 }
 
-inline Ints as_factor(Ints scale) { return scale; }
-
-template <int tokens, class Unit, class Start>
-SHUTEYE_INLINE void add_products(const Unit& unit, const int32_t* x, const Start& start, Ints (&totals)[kParts][tokens]) {
-  constexpr int vectors = 8 / Unit::halves;
-  for_constants<Unit::halves>([&](auto half) SHUTEYE_INLINED {
-    __m512i sums[tokens];
-    for (int token = 0; token < tokens; token++) {
-      sums[token] = Unit::halves == 1 ? start(0, token).v : _mm512_setzero_si512();
-    }
-    for_constants<vectors>([&](auto member) SHUTEYE_INLINED {
-      constexpr int vector = decltype(half)::value * vectors + decltype(member)::value;
-      const __m512i weights = unit.template digit<vector, 0>(0).v;
-      for (int token = 0; token < tokens; token++) {
-        sums[token] = _mm512_dpbusd_epi32(sums[token], weights, _mm512_set1_epi32(x[vector * tokens + token]));
-      }
-    });
-    for (int token = 0; token < tokens; token++) {
-      if constexpr (Unit::halves == 1) {
-        totals[0][token].v = sums[token];
-      } else {
-        const __m512i scaled = _mm512_mullo_epi32(sums[token], unit.factor(decltype(half)::value, 0).v);
-        totals[0][token].v = _mm512_add_epi32(decltype(half)::value ? totals[0][token].v : start(0, token).v, scaled);
-      }
-    }
-  });
-}
+// Of each row, sum + the products of its 4 columns.
+inline Ints add_dot(Ints sum, Bytes weights, Ints x) { return {_mm512_dpbusd_epi32(sum.v, weights.v, x.v)}; }
 
 } // namespace SHUTEYE_ISA
+
+#include "quant_dots.h"

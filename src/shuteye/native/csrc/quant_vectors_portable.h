@@ -20,7 +20,6 @@ struct Ints { // one for each row
 
 constexpr int kParts = 4;
 constexpr int kTileTokens = 1;
-constexpr bool kSplitsBytes = false;
 constexpr bool kOpensInRegisters = false;
 
 inline Bytes load_bytes(const uint8_t* source) {
@@ -99,34 +98,17 @@ inline void store_whole(int8_t* target, Lanes lanes) {
   for (int lane = 0; lane < 4; lane++) target[lane] = static_cast<int8_t>(lanes.v[lane]);
 }
 
-inline Ints as_factor(Ints scale) { return scale; }
-
-// Sums of the products of the 4 columns of each row. A product fits in 16 bits, two do not.
-inline Ints dot(Bytes weights, int32_t x) {
-  const auto column = [x](int index) { return static_cast<int16_t>(static_cast<int8_t>(x >> (8 * index))); };
+// Of each row, sum + the products of its 4 columns. A product fits in 16 bits, two do not.
+inline Ints add_dot(Ints sum, Bytes weights, Ints x) {
   const auto words = reinterpret_cast<Uint16s>(weights.v);
-  const int16_t x0 = column(0), x1 = column(1), x2 = column(2), x3 = column(3);
-  const Int16s even = reinterpret_cast<Int16s>(words & uint16_t{0xff}) * Int16s{x0, x2, x0, x2, x0, x2, x0, x2};
-  const Int16s odd = reinterpret_cast<Int16s>(words >> 8) * Int16s{x1, x3, x1, x3, x1, x3, x1, x3};
+  const auto columns = reinterpret_cast<Int16s>(x.v); // two bytes each
+  const Int16s even_columns = reinterpret_cast<Int16s>(reinterpret_cast<Uint16s>(columns) << 8) >> 8;
+  const Int16s even = reinterpret_cast<Int16s>(words & uint16_t{0xff}) * even_columns;
+  const Int16s odd = reinterpret_cast<Int16s>(words >> 8) * (columns >> 8);
   const Ints evens{reinterpret_cast<Lanes::Ints>(even)}, odds{reinterpret_cast<Lanes::Ints>(odd)};
-  return {low_words(evens).v + (evens.v >> 16) + low_words(odds).v + (odds.v >> 16)};
-}
-
-template <int tokens, class Unit, class Start>
-SHUTEYE_INLINE void add_products(const Unit& unit, const int32_t* x, const Start& start, Ints (&totals)[kParts][tokens]) {
-  static_assert(tokens == 1, "more tokens only make more code");
-  constexpr int vectors = 8 / Unit::halves;
-  for (int part = 0; part < kParts; part++) {
-    totals[part][0] = start(part, 0);
-    for (int half = 0; half < Unit::halves; half++) {
-      Ints sum = broadcast_int(0);
-      for (int vector = half * vectors; vector < (half + 1) * vectors; vector++) {
-        sum = sum + dot(unit.vector(vector, part), x[vector]);
-      }
-      if constexpr (Unit::halves == 2) sum = sum * unit.factor(half, part);
-      totals[part][0] = totals[part][0] + sum;
-    }
-  }
+  return {sum.v + low_words(evens).v + (evens.v >> 16) + low_words(odds).v + (odds.v >> 16)};
 }
 
 } // namespace SHUTEYE_ISA
+
+#include "quant_dots.h"
