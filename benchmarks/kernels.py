@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -24,10 +25,12 @@ from torch.nn.functional import linear
 from machine import this_machine
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
-from shuteye.matrices.kinds import kind_of
+from shuteye.matrices.kinds import ROWS, kind_of
 from shuteye.matrices.matrix import Matrix
-from shuteye.models.fused import FusedDecoder, FusedSpec, FusedWeights, Layer, Projection, decoder_spec
-from shuteye.native.decoder import DecoderStep, Numbers
+from shuteye.models.flat_weights import FlatWeights
+from shuteye.models.fused import FusedDecoder, FusedSpec
+from shuteye.models.tensors import as_bytes
+from shuteye.native import LayerSpec
 from shuteye.tasks.generate.plans import Chunk, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch
 
@@ -46,65 +49,91 @@ def huge_pages(numel: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.bfloat16).zero_()
 
 
-class Memory:
-    """One arena of bfloat16, anonymous or a private mapping of a file as the engine's weights are."""
+STEPS = (
+    (1, 1, 64), (1, 1, 512), (4, 1, 256), (8, 1, 256), (16, 1, 256), (16, 1, 1024), (32, 1, 256), (64, 1, 256),
+    (1, 8, 64), (1, 32, 32), (1, 64, 64), (1, 64, 512), (1, 128, 128), (1, 256, 256), (1, 512, 512), (1, 512, 2048),
+)  # fmt: skip
+"""Sequences, new tokens of each, and its context with them."""
+KINDS = ("rows", "bf16", "q8_0", "q4_0", "q4_k")
+TOKENS = (1, 4, 8, 16, 64, 512)
+FALLBACK = "q5_0"
+"""For widths that are no multiple of 256, as llama-quantize has it."""
+FILLING = 0x2C
+"""Every byte of every matrix: scales are finite, numbers are in range, and nothing becomes denormal."""
+ALIGNMENT = 64
 
-    def __init__(self, numel: int, *, mapped: bool) -> None:
-        self._used = 0
-        if not mapped:
-            self.arena = torch.empty(numel, dtype=torch.bfloat16)
-            self.arena.normal_(0, 0.02)
-            return
-        with tempfile.NamedTemporaryFile(dir=".") as file:
-            torch.empty(numel, dtype=torch.bfloat16).normal_(0, 0.02).view(torch.int16).numpy().tofile(file.name)
-            self.arena = torch.from_file(file.name, shared=False, size=numel, dtype=torch.bfloat16)
 
-    def take(self, *shape: int) -> Tensor:
-        """The next piece."""
-        numel = torch.Size(shape).numel()
-        piece = self.arena[self._used : self._used + numel].view(shape)
-        self._used += numel
-        return piece
+class Weights:
+    """A model's matrices of one kind, layer after layer in memory, the embedding behind them; its norms are ones.
+
+    Args:
+        mapped: in a private mapping of a file, as the engine's are, rather than in anonymous memory.
+    """
+
+    def __init__(self, shape: dict[str, int], kind: str, *, mapped: bool = False) -> None:
+        hidden, inner, queries = shape["hidden"], shape["intermediate"], shape["heads"] * HEAD_DIM
+        keys = shape["kv_heads"] * HEAD_DIM
+        sizes = {"query": (queries, hidden), "key": (keys, hidden), "value": (keys, hidden)}
+        sizes |= {"output": (hidden, queries), "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        kinds = {each: kind_of(kind if kind_of(kind).fits(each) else FALLBACK) for each in (hidden, inner, queries)}
+        numbers = [*sizes.values()] * shape["layers"] + [(shape["vocab"], hidden)]
+        ends = [0]
+        for rows, columns in numbers:
+            nbytes = kinds[columns].nbytes((rows, columns), "bfloat16")
+            ends.append(ends[-1] + -(-nbytes // ALIGNMENT) * ALIGNMENT)
+        self.memory = _filled(ends[-1], mapped=mapped)
+        base = self.memory.data_ptr()
+        placed = [
+            Matrix(kinds[columns], rows, columns, "bfloat16", base + begin)
+            for (rows, columns), begin in zip(numbers, ends[:-1], strict=True)
+        ]
+        self.of_layers, self.embedding = placed[:-1], placed[-1]
+        self.layers_memory = self.memory[: ends[-2]]
+        self._ones = torch.ones(hidden, dtype=torch.bfloat16)
+        self.norm = self._ones.data_ptr()
+        self.layers = [
+            LayerSpec(input_norm=self.norm, post_norm=self.norm, **dict(zip(sizes, placed[begin:], strict=False)))
+            for begin in range(0, len(placed) - 1, len(sizes))
+        ]
+
+    @property
+    def num_weights(self) -> int:
+        """Of the layers."""
+        return sum(each.rows * each.columns for each in self.of_layers)
+
+
+def _filled(nbytes: int, *, mapped: bool) -> Tensor:
+    memory = huge_pages(-(-nbytes // 2)).view(torch.uint8)[:nbytes].fill_(FILLING)
+    if not mapped:
+        return memory
+    with tempfile.NamedTemporaryFile(dir=".") as file:
+        memory.numpy().tofile(file.name)
+        return torch.from_file(file.name, shared=False, size=nbytes, dtype=torch.uint8)
 
 
 class Whole:
-    """One random model, bound both ways."""
+    """One model, bound to the native kernels, and to torch, which knows only `rows`."""
 
-    def __init__(self, shape: dict[str, int], *, num_blocks: int, mapped: bool) -> None:
-        self.shape = shape
-        hidden, inner, heads, kv_heads = (shape[name] for name in ("hidden", "intermediate", "heads", "kv_heads"))
-        rows = (heads + 2 * kv_heads) * HEAD_DIM
-        numel = hidden * (rows + heads * HEAD_DIM + 3 * inner + 2) * shape["layers"] + hidden * (shape["vocab"] + 1)
-        self.nbytes = numel * 2
-        memory = Memory(numel, mapped=mapped)
-        self.memory, take = memory.arena, memory.take
-        embedding = take(shape["vocab"], hidden)
-        layers = tuple(
-            Layer(
-                input_norm=take(hidden),
-                qkv=Projection(take(rows, hidden), None),
-                query_norm=None,
-                key_norm=None,
-                output=Projection(take(hidden, heads * HEAD_DIM), None),
-                post_norm=take(hidden),
-                gate_up=Projection(take(2 * inner, hidden), None),
-                down=Projection(take(hidden, inner), None),
-            )
-            for _ in range(shape["layers"])
+    def __init__(self, shape: dict[str, int], kind: str, *, num_blocks: int, mapped: bool) -> None:
+        own = Weights(shape, kind, mapped=mapped)
+        self.memory, self._weights = own.memory, own
+        weights = FlatWeights(
+            "bfloat16", shape["hidden"], tuple(own.layers), own.embedding, own.norm, own.embedding, memoryview(b"")
         )
-        weights = FusedWeights(embedding, layers, take(hidden), Projection(embedding, None))
+        heads, kv_heads = shape["heads"], shape["kv_heads"]
         facts = FusedSpec(shape["layers"], heads, kv_heads, HEAD_DIM, 1e-5, HEAD_DIM**-0.5, 1.0)
-        blocks = (num_blocks, shape["layers"], 2, BLOCK_SIZE, kv_heads, HEAD_DIM)
-        arena = _Anonymous(huge_pages(math.prod(blocks)).view(blocks))
+        content = huge_pages(num_blocks * shape["layers"] * 2 * BLOCK_SIZE * kv_heads * HEAD_DIM)
         self.cache = KVCache(
-            arena, num_blocks=num_blocks, num_layers=shape["layers"], block_size=BLOCK_SIZE, num_kv_heads=kv_heads,
-            head_dim=HEAD_DIM, dtype=torch.bfloat16,
+            _Anonymous(as_bytes(content).content), num_blocks=num_blocks, num_layers=shape["layers"],
+            block_size=BLOCK_SIZE, num_kv_heads=kv_heads, head_dim=HEAD_DIM, dtype="bfloat16",
         )  # fmt: skip
-        self.fused = FusedDecoder(facts, weights, torch.ones(HEAD_DIM // 2), (None,) * shape["layers"], native=False)
-        self.native = native.NativeDecoder.create(decoder_spec(facts, weights, (None,) * shape["layers"], arena.blocks))
+        frequencies, windows = np.ones(HEAD_DIM // 2, np.float32), (None,) * shape["layers"]
+        self._decoders = [FusedDecoder(facts, weights, frequencies, windows)]
+        if kind == "rows":
+            self._decoders.append(FusedDecoder(facts, weights, frequencies, windows, native=False))
 
     def steps(self, num_sequences: int, num_new: int, context: int) -> list[Callable[[], Any]]:
-        """The same step through torch and through the native decoder."""
+        """The same step through the native decoder and, of `rows`, through torch."""
         width = -(-context // BLOCK_SIZE)
         chunk = tuple(range(num_new))
         chunks = tuple(
@@ -112,30 +141,18 @@ class Whole:
             for index in range(num_sequences)
         )
         batch = PackedBatch.from_plan(StepPlan(chunks), block_size=BLOCK_SIZE)
-        angles = torch.ones(batch.num_tokens, HEAD_DIM).bfloat16().view(torch.uint16).numpy()
-        step = DecoderStep(
-            batch.input_ids.numpy(), angles, angles, batch.slots.numpy(), batch.query_starts, batch.context_lengths,
-            batch.block_tables, batch.logits_indices.numpy(),
-        )  # fmt: skip
-
-        def by_torch() -> Tensor:
-            return self.fused.forward(batch, self.cache).float()
-
-        def by_native() -> Numbers:
-            return self.native.forward(step)
-
-        return [by_torch, by_native]
+        return [partial(decoder.forward, batch, self.cache) for decoder in self._decoders]
 
 
 @dataclass(frozen=True)
 class _Anonymous:
     """Stands in for a KV cache's arena."""
 
-    blocks: Tensor
+    content: memoryview
 
-    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        assert (offset, shape, dtype) == (0, tuple(self.blocks.shape), self.blocks.dtype)
-        return self.blocks
+    def bytes_view(self, offset: int, nbytes: int) -> memoryview:
+        assert (offset, nbytes) == (0, self.content.nbytes)
+        return self.content
 
 
 def alternate(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
@@ -151,46 +168,26 @@ def alternate(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
     return times
 
 
-KINDS = ("rows", "bf16", "q8_0", "q4_0", "q4_k")
-TOKENS = (1, 4, 8, 16, 64, 512)
-FALLBACK = "q5_0"
-"""For widths that are no multiple of 256, as llama-quantize has it."""
-FILLING = 0x2C
-"""Every byte of quantized matrices: scales are finite, numbers are in range, and nothing is denormal."""
+def product_calls(weights: Weights, num_tokens: int) -> list[Callable[[], Any]]:
+    """Reading the layers' matrices once, all products of so many tokens and, of `rows`, the same by torch."""
+    matrices = weights.of_layers
+    inputs = {each.columns: torch.randn(num_tokens, each.columns).bfloat16() for each in matrices}
+    outputs = {each.rows: torch.empty(num_tokens, each.rows, dtype=torch.bfloat16) for each in matrices}
 
+    def by_native() -> None:
+        for each in matrices:
+            native.linear(inputs[each.columns], each, None, outputs[each.rows])
 
-class Products:
-    """All matrices of a model's layers, of one kind, one after the other in memory."""
+    calls: list[Callable[[], Any]] = [partial(native.read, weights.layers_memory), by_native]
+    if matrices[0].kind != ROWS:
+        return calls
+    pieces = torch.split(weights.layers_memory.view(torch.bfloat16), [each.rows * each.columns for each in matrices])
 
-    def __init__(self, shape: dict[str, int], kind: str) -> None:
-        hidden, inner, heads, kv_heads = (shape[name] for name in ("hidden", "intermediate", "heads", "kv_heads"))
-        sizes = [(heads * HEAD_DIM, hidden), *[(kv_heads * HEAD_DIM, hidden)] * 2, (hidden, heads * HEAD_DIM)]
-        sizes = [*sizes, (inner, hidden), (inner, hidden), (hidden, inner)] * shape["layers"]
-        kinds = [kind_of(kind) if kind_of(kind).fits(columns) else kind_of(FALLBACK) for _, columns in sizes]
-        lengths = [each.nbytes(size, "bfloat16") for each, size in zip(kinds, sizes, strict=True)]
-        self.memory = huge_pages(sum(lengths) // 2).view(torch.uint8).fill_(FILLING)
-        begins = [self.memory.data_ptr() + sum(lengths[:index]) for index in range(len(lengths))]
-        self.matrices = [
-            Matrix(each, *size, "bfloat16", begin) for each, size, begin in zip(kinds, sizes, begins, strict=True)
-        ]
-        self.num_weights = sum(rows * columns for rows, columns in sizes)
+    def by_torch() -> None:
+        for each, piece in zip(matrices, pieces, strict=True):
+            linear(inputs[each.columns], piece.view(each.rows, each.columns))
 
-    def calls(self, num_tokens: int) -> tuple[Callable[[], None], Callable[[], None]]:
-        """All products of so many tokens; the same by torch, which knows only `rows`."""
-        inputs = {each.columns: torch.randn(num_tokens, each.columns).bfloat16() for each in self.matrices}
-        outputs = {each.rows: torch.empty(num_tokens, each.rows, dtype=torch.bfloat16) for each in self.matrices}
-        weights = self.memory[: self.num_weights * 2].view(torch.bfloat16)
-        pieces = torch.split(weights, [each.rows * each.columns for each in self.matrices])
-
-        def by_native() -> None:
-            for each in self.matrices:
-                native.linear(inputs[each.columns], each, None, outputs[each.rows])
-
-        def by_torch() -> None:
-            for each, piece in zip(self.matrices, pieces, strict=True):
-                linear(inputs[each.columns], piece.view(each.rows, each.columns))
-
-        return by_native, by_torch
+    return [*calls, by_torch]
 
 
 def products(shape: dict[str, int], kinds: Sequence[str], rounds: int) -> Iterator[str]:
@@ -198,16 +195,13 @@ def products(shape: dict[str, int], kinds: Sequence[str], rounds: int) -> Iterat
     heads = f"{'kind':>8} {'M':>4} {'MiB':>6} {'read ms':>16} {'native ms':>16} {'÷ read':>7} {'GFLOP/s':>8}"
     yield f"{heads} {'torch ms':>16}"
     for kind in kinds:
-        whole = Products(shape, kind)
+        weights = Weights(shape, kind)
         for num_tokens in TOKENS:
-            by_native, by_torch = whole.calls(num_tokens)
-            calls: list[Callable[[], Any]] = [partial(native.read, whole.memory), by_native]
-            calls += [by_torch] if kind == "rows" else []
-            read, own, *others = alternate(calls, rounds)
-            rate = 2 * whole.num_weights * num_tokens / statistics.median(own) / 1e9
+            read, own, *others = alternate(product_calls(weights, num_tokens), rounds)
+            rate = 2 * weights.num_weights * num_tokens / statistics.median(own) / 1e9
             yield (
-                f"{kind:>8} {num_tokens:>4} {whole.memory.nbytes / 2**20:>6.0f} {shown(read):>16} {shown(own):>16} "
-                f"{ratio(own, read):>7.2f} {rate:>8.0f} {shown(others[0]) if others else '':>16}"
+                f"{kind:>8} {num_tokens:>4} {weights.layers_memory.nbytes / 2**20:>6.0f} {shown(read):>16} "
+                f"{shown(own):>16} {ratio(own, read):>7.2f} {rate:>8.0f} {shown(others[0]) if others else '':>16}"
             )
 
 
@@ -248,18 +242,18 @@ def _each_layer(call: Callable[..., Any], layers: int) -> None:
         call(layer=layer)
 
 
-def whole_steps(shape: dict[str, int], rounds: int, *, mapped: bool) -> Iterator[str]:
-    """Milliseconds of whole steps."""
-    whole = Whole(shape, num_blocks=1200, mapped=mapped)
-    yield f"{whole.nbytes / 2**20:.0f} MiB of weights, {'mapped' if mapped else 'anonymous'}"
-    yield f"{'sequences x new (context)':>26} {'read once ms':>16} {'torch ms':>16} {'native ms':>16}   (median, best)"
-    for num_sequences, num_new, context in (
-        (1, 1, 64), (1, 1, 512), (4, 1, 256), (8, 1, 256), (16, 1, 256), (16, 1, 1024), (32, 1, 256), (64, 1, 256),
-        (1, 8, 64), (1, 32, 32), (1, 64, 64), (1, 64, 512), (1, 128, 128), (1, 256, 256), (1, 512, 512), (1, 512, 2048),
-    ):  # fmt: skip
-        times = alternate([partial(native.read, whole.memory), *whole.steps(num_sequences, num_new, context)], rounds)
-        read, by_torch, by_native = map(shown, times)
-        yield f"{f'{num_sequences} x {num_new} ({context})':>26} {read:>16} {by_torch:>16} {by_native:>16}"
+def whole_steps(shape: dict[str, int], kinds: Sequence[str], rounds: int, *, mapped: bool) -> Iterator[str]:
+    """Milliseconds of whole steps, beside reading all weights once."""
+    heads = f"{'kind':>8} {'sequences x new (context)':>26} {'read ms':>16} {'native ms':>16} {'÷ read':>7}"
+    yield f"{heads} {'torch ms':>16}   {'mapped' if mapped else 'anonymous'}"
+    for kind in kinds:
+        whole = Whole(shape, kind, num_blocks=1200, mapped=mapped)
+        for num_sequences, num_new, context in STEPS:
+            calls = [partial(native.read, whole.memory), *whole.steps(num_sequences, num_new, context)]
+            read, own, *others = alternate(calls, rounds)
+            name = f"{kind:>8} {f'{num_sequences} x {num_new} ({context})':>26}"
+            by_torch = shown(others[0]) if others else ""
+            yield f"{name} {shown(read):>16} {shown(own):>16} {ratio(own, read):>7.2f} {by_torch:>16}"
 
 
 def main() -> None:
@@ -280,7 +274,7 @@ def main() -> None:
     parts = {
         "products": lambda: products(shape, arguments.kinds, arguments.rounds),
         "attention": lambda: attention(shape, arguments.rounds),
-        "steps": lambda: whole_steps(shape, arguments.rounds, mapped=arguments.mapped),
+        "steps": lambda: whole_steps(shape, arguments.kinds, arguments.rounds, mapped=arguments.mapped),
     }
     print(f"level {native.level()}, {arguments.threads} threads, torch {torch.__version__}; {this_machine().words}")
     with torch.inference_mode():
