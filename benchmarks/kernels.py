@@ -91,10 +91,15 @@ class Weights:
         self.layers_memory = self.memory[: ends[-2]]
         self._ones = torch.ones(hidden, dtype=torch.bfloat16)
         self.norm = self._ones.data_ptr()
-        self.layers = [
-            LayerSpec(input_norm=self.norm, post_norm=self.norm, **dict(zip(sizes, placed[begin:], strict=False)))
-            for begin in range(0, len(placed) - 1, len(sizes))
-        ]
+        count = len(sizes)
+        self.layers = [self._layer(*placed[begin : begin + count]) for begin in range(0, len(placed) - 1, count)]
+
+    def _layer(self, *each: Matrix) -> LayerSpec:
+        query, key, value, output, gate, up, down = each
+        return LayerSpec(
+            input_norm=self.norm, query=query, key=key, value=value, output=output,
+            post_norm=self.norm, gate=gate, up=up, down=down,
+        )  # fmt: skip
 
     @property
     def num_weights(self) -> int:
@@ -249,7 +254,8 @@ def whole_steps(shape: dict[str, int], kinds: Sequence[str], rounds: int, *, map
     for kind in kinds:
         whole = Whole(shape, kind, num_blocks=1200, mapped=mapped)
         for num_sequences, num_new, context in STEPS:
-            calls = [partial(native.read, whole.memory), *whole.steps(num_sequences, num_new, context)]
+            calls: list[Callable[[], Any]] = [partial(native.read, whole.memory)]
+            calls += whole.steps(num_sequences, num_new, context)
             read, own, *others = alternate(calls, rounds)
             name = f"{kind:>8} {f'{num_sequences} x {num_new} ({context})':>26}"
             by_torch = shown(others[0]) if others else ""
