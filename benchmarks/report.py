@@ -70,7 +70,7 @@ PERPLEXITY = """\
 `benchmarks/perplexity.py` scores the prose of mpmath's documentation, 20,480 tokens in windows of 512, with
 SmolLM2-135M-Instruct: shuteye from the file that it serves, transformers in float32 on the weights that the file stands
 for. llama.cpp (`llama-perplexity`) scores the second half of each window; its difference is from transformers on the
-same tokens. The last three columns are how far apart log-probabilities of single tokens are (root mean square):
+same tokens. The last three columns are how far apart log-probabilities of these tokens are (root mean square):
 shuteye's and llama.cpp's from transformers', which is the rounding of activations to 16 or 8 bits, and from each other.
 """
 

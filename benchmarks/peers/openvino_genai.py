@@ -1,9 +1,9 @@
 """OpenVINO GenAI: its continuous-batching pipeline in a child process, without a server.
 
 The checkpoint's float16 GGUF is converted to OpenVINO's own format once, which loads in half the time; it computes in
-bfloat16 where the processor can, as by default, and its KV cache is bfloat16 as everyone's; where it cannot, the cache is
-of 8 bits, its default. int8 and int4 weights are made of that by OpenVINO's NNCF, with the settings of its export tool
-but for groups of 64, which divide every width.
+bfloat16 where the processor can, as by default, and its KV cache is bfloat16 as everyone's; where it cannot, the cache
+is of 8 bits, its default. int8 and int4 weights are made of that by OpenVINO's NNCF, with the settings of its export
+tool but for groups of 64, which divide every width.
 """
 
 from __future__ import annotations
