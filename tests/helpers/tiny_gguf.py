@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from shuteye.matrices.ggml import block_dtype
 from shuteye.matrices.kinds import kind_of
+from shuteye.testing import CHAT_TEMPLATE
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _MADE_HERE = frozenset({"q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"})  # that `quantize` cannot make
@@ -103,6 +104,7 @@ def _write_tokenizer(writer, tokenizer):
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list([token for token, _ in vocabulary])
     writer.add_token_types([TokenType.CONTROL if token in added else TokenType.NORMAL for token, _ in vocabulary])
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_token_scores([0.0] * len(vocabulary))  # instead of merges, of which tiny tokenizers have none
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)
