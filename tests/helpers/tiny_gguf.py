@@ -21,7 +21,7 @@ def write_gguf(path, checkpoint, format_of, *, metadata=None, extra=None):
 
     Args:
         format_of: a format such as `q4_0`, `bf16` or `f32`, or a function from a matrix's name to one.
-        metadata: keys of the model's own, such as `rope.scaling.type`, to strings.
+        metadata: keys of the model's own, such as `rope.scaling.type`, to what they are; and of its tokenizer.
         extra: more tensors by their names in the file, float32.
     """
     config = json.loads((Path(checkpoint) / "config.json").read_text())
@@ -94,7 +94,8 @@ def _write_config(writer, config, metadata):
     writer.add_key_length(head_dim)
     writer.add_vocab_size(config["vocab_size"])
     for key, value in metadata.items():
-        writer.add_string(f"{writer.arch}.{key}", value)
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(key if key.startswith("tokenizer.") else f"{writer.arch}.{key}", value)
 
 
 def _write_tokenizer(writer, tokenizer):
