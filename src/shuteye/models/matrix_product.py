@@ -50,7 +50,7 @@ class Product:
         matrix = self._matrix
         if self._native:
             out = torch.empty((len(x), matrix.rows), dtype=x.dtype)
-            return kernels.linear(x.contiguous(), matrix, out)
+            return kernels.linear(x.contiguous(), matrix, None, out)
         weights = torch.from_numpy(unpack(matrix.kind, self._memory, matrix.rows, matrix.columns))
         bias = None if self._bias is None else self._bias.float()
         return linear(x.float(), weights, bias).to(x.dtype)
@@ -60,5 +60,8 @@ class Product:
         if self._rows is not None:
             return embedding(token_ids, self._rows)
         matrix = self._matrix
+        if self._native:
+            out = torch.empty((len(token_ids), matrix.columns), dtype=torch_dtype(matrix.dtype))
+            return kernels.embed(token_ids, matrix, out)
         rows = unpack_rows(matrix.kind, self._memory, matrix.rows, matrix.columns, token_ids.numpy())
         return torch.from_numpy(rows).to(torch_dtype(matrix.dtype))

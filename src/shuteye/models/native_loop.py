@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from shuteye.matrices.bfloat16 import Numbers, bfloat16_bits
 from shuteye.models.flat_weights import FlatWeights
-from shuteye.native import DecoderSpec, NativeDecoder, NativeGroup, available
-from shuteye.native.decoder import unsupported_shape
+from shuteye.native import CacheMemory, DecoderSpec, NativeDecoder, NativeGroup, available
+from shuteye.native.decoder import DecoderStep, unsupported_shape
 
 if TYPE_CHECKING:
     from shuteye.cache.kv_cache import KVCache
@@ -70,7 +70,7 @@ class NativeLoop:
             group: those who hold the other heads and rows of these layers.
         """
         cos, sin = rotation(self._frequencies, self._facts.rotary_scale, batch.positions, self._weights.dtype)
-        return self._over(kv_cache).forward(
+        step = DecoderStep(
             batch.input_ids,
             cos,
             sin,
@@ -79,9 +79,9 @@ class NativeLoop:
             batch.context_lengths,
             batch.block_tables,
             batch.logits_indices,
-            hidden_in=hidden_in,
-            group=group,
+            hidden_in,
         )
+        return self._over(kv_cache).forward(step, group=group)
 
     def _over(self, kv_cache: KVCache) -> NativeDecoder:
         if self._bound is None or self._bound[0] is not kv_cache:
@@ -96,10 +96,8 @@ class NativeLoop:
             embedding=weights.embedding,
             final_norm=weights.final_norm,
             head=weights.head,
-            hidden_size=weights.hidden_size,
             num_heads=facts.num_heads,
             eps=facts.norm_eps,
             scale=facts.attention_scale,
-            kv_cache=kv_cache.address,
-            kv_shape=kv_cache.shape,
+            kv_cache=CacheMemory(kv_cache.address, kv_cache.shape),
         )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import accumulate
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -207,8 +207,8 @@ def _tensor(x: Array) -> Tensor:
 def _like(x: ArrayT, tensor: Tensor) -> ArrayT:
     """The tensor, in the library of `x`."""
     if not isinstance(x, np.ndarray):
-        return tensor  # type: ignore[return-value]  (mypy does not know which of the two ArrayT is)
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        return cast("ArrayT", tensor)
+    return cast("ArrayT", (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy())
 
 
 def _bytes(array: Array) -> Tensor:

@@ -13,7 +13,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -128,7 +128,8 @@ def _dtype_number(x: Array) -> int:
 
 
 def _empty(like: ArrayT, shape: tuple[int, int]) -> ArrayT:
-    return np.empty(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_empty(shape)
+    made = np.empty(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_empty(shape)
+    return cast("ArrayT", made)
 
 
 class _Mapping:
