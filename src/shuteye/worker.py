@@ -299,19 +299,34 @@ class Worker:
         """The slot to which a tensor of the checkpoint goes, and which part of it; no slot if other ranks have it all.
 
         Raises:
-            InvalidRequest: an unknown name or a wrong shape.
+            InvalidRequest: an unknown name, a wrong shape, or a matrix that is quantized.
         """
         shard = self._model.shard
         if shard is not None:
             part = shard.part_of(name, shape)
-            return (None, ()) if part is None else (self._model.slot_names[name], part)
-        slot_name = self._model.slot_names.get(name)
-        if slot_name is None:
+            return (None, ()) if part is None else (self._writable(name), part)
+        if name not in self._model.slot_names:
             raise InvalidRequest(f"{name!r} is not a tensor of this model.", param=name)
+        slot_name = self._writable(name)
         expected = self._image.layout.slots[slot_name].shape
         if shape != expected:
             raise InvalidRequest(f"{name!r} has shape {shape}, expected {expected}.", param=name)
         return slot_name, ()
+
+    def _writable(self, name: str) -> str:
+        """The slot of a tensor that can be written as it is given.
+
+        Raises:
+            InvalidRequest: it would have to be rounded to few bits.
+        """
+        slot = self._image.layout.slots[self._model.slot_names[name]]
+        if slot.matrix_kind.is_quantized:
+            raise InvalidRequest(
+                f"{name!r} is held as {slot.kind}, and what is written to it would be rounded to that. Serve the model "
+                "with --quantization none to update it, or reload weights from a checkpoint of the same bits.",
+                param=name,
+            )
+        return slot.name
 
     def check_update(self, path: str) -> None:
         """Read what the tensors of a file, or of all of a directory, are called, and whether they could be written.

@@ -46,7 +46,7 @@ from shuteye.models.module_split import divide
 from shuteye.models.modules import build_module, quiet, task_of, tied_names
 from shuteye.models.progress import Advanced, Finished, Progress, Started, no_progress
 from shuteye.models.sources import ModelSource
-from shuteye.models.support import check
+from shuteye.models.support import check, refuse_quantized
 from shuteye.models.tensors import as_bytes, dtype_name, torch_dtype
 from shuteye.parallel.module_shards import ModulePlan, ModuleSplit
 from shuteye.parallel.shards import (
@@ -243,9 +243,14 @@ class _Conversion:
                 f"{', '.join(sorted(MODEL_TYPES))}; leave it out.",
                 param="quantization",
             )
-        keeps_bits = model.is_flat and self.form.quantization != "none"
         with open_checkpoint(
-            self.source, config, dtype=self.dtype, streaming=self.streaming, task=task, keeps_bits=keeps_bits
+            self.source,
+            config,
+            dtype=self.dtype,
+            streaming=self.streaming,
+            task=task,
+            is_flat=model.is_flat,
+            keeps_bits=self.form.quantization != "none",
         ) as tensors:
             self.progress(Finished())
             self._write_weights(writers, tensors, model, Origin(self.source.origin, stored))
@@ -267,6 +272,7 @@ class _Conversion:
             blueprint = build_module(config, dtype=self.dtype, attention="eager")
         facts = _facts(config, read_generation_config(self.source), self.dtype, attention, recognise(blueprint))
         if facts.fused is None:
+            refuse_quantized(config)
             return _Model(facts, {}, divide(config, attention, self.place) if self.place.num_ranks > 1 else None)
         buffers = {INVERSE_FREQUENCIES: blueprint.get_buffer(INVERSE_FREQUENCIES)}
         if self.place.num_ranks == 1:

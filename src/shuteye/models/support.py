@@ -257,7 +257,6 @@ def check(config: Any) -> AttentionSpec:
         raise UnsupportedModel(f"Model type {config.model_type!r} is an encoder-decoder; only decoders are served.")
     if config.get_text_config(decoder=True) is not config:
         raise UnsupportedModel(f"Model type {config.model_type!r} is multimodal; only text models are served.")
-    refuse_quantized(config)
     task = task_of(config)
     if task != "generate":
         raise UnsupportedModel(f"{config.architectures[0]} is a model for {task!r}, not one that generates.")
@@ -266,7 +265,7 @@ def check(config: Any) -> AttentionSpec:
 
 
 def refuse_quantized(config: Any) -> None:
-    """Refuse checkpoints with packed weights.
+    """Refuse checkpoints with packed weights, of models that transformers' modules compute.
 
     Raises:
         UnsupportedModel: names the method.
@@ -274,7 +273,8 @@ def refuse_quantized(config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
         method = _quantization_method(config.quantization_config)
         raise UnsupportedModel(
-            f"The checkpoint is quantized ({method}), which is not read; use the unquantized one or a .gguf file."
+            f"The checkpoint is quantized ({method}), which is not read for models of type {config.model_type!r}; "
+            "use the unquantized one."
         )
 
 

@@ -24,12 +24,12 @@ from shuteye.models.formats.files import (
     stored_formats,
     weight_files,
 )
-from shuteye.models.formats.gguf import open_gguf
+from shuteye.models.formats.gguf import open_gguf, unknown_formats
 from shuteye.models.formats.gguf_header import read_gguf_header
-from shuteye.models.formats.quantized import HEAD, QuantizedTensors
+from shuteye.models.formats.quantized import QuantizedTensors, fitted
+from shuteye.models.formats.quantized_safetensors import open_safetensors, quantization_config, quantization_label
 from shuteye.models.modules import build_module, model_class, model_options, quiet, tied_names
 from shuteye.models.sources import ModelSource
-from shuteye.parallel.shards import EMBEDDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,8 @@ def stored_as(source: ModelSource) -> str:
     if source.kind == "gguf":
         return f"GGUF {main_formats(read_gguf_header(source.path).formats())}"
     require_json(source.path)
+    if (config := quantization_config(source.path)) is not None:
+        return f"safetensors {quantization_label(config)}"
     with ExitStack() as stack:
         return f"safetensors {main_formats(stored_formats(open_weights(weight_files(source.path), stack)))}"
 
@@ -154,20 +156,23 @@ def open_checkpoint(
     dtype: torch.dtype,
     streaming: bool = True,
     task: str = "generate",
-    keeps_bits: bool = False,
+    is_flat: bool = False,
+    keeps_bits: bool = True,
 ) -> Iterator[CheckpointTensors]:
     """The tensors of a checkpoint for `task`; `streaming=False` always goes through transformers.
 
     Args:
-        keeps_bits: give quantized matrices as they are stored; the model is one that the flat loop computes.
+        is_flat: the model is one that the flat loop computes: quantized matrices are given as they are stored.
+        keeps_bits: that is what they are wanted for; formats that kernels do not know are refused. False: they are
+            to be dequantized, by transformers if need be.
 
     Raises:
         UnsupportedModel: a tensor that the model needs is missing or has another shape.
     """
     with ExitStack() as stack:
+        stored = _open_quantized(source, stack, keeps_bits=keeps_bits) if is_flat and streaming else None
         tensors = None
-        if source.kind == "gguf" and keeps_bits:
-            stored = stack.enter_context(open_gguf(source.path))
+        if stored is not None:
             tensors = _as_stored(source, build_module(config, dtype=dtype, attention="eager"), stored, dtype)
         elif streaming and source.kind == "directory":
             tensors = _stream(source, config, dtype, stack, task=task)
@@ -183,19 +188,25 @@ def _location(source: ModelSource) -> tuple[str, dict[str, Any]]:
 # --- as they are stored ---------------------------------------------------------------------------
 
 
+def _open_quantized(source: ModelSource, stack: ExitStack, *, keeps_bits: bool) -> QuantizedTensors | None:
+    """The tensors of a checkpoint that is quantized; None: it is not, or transformers is to dequantize it."""
+    if source.kind == "gguf":
+        if not keeps_bits and unknown_formats(source.path):
+            return None
+        return stack.enter_context(open_gguf(source.path))
+    config = quantization_config(source.path)
+    return None if config is None else stack.enter_context(open_safetensors(source.path, config))
+
+
 def _as_stored(source: ModelSource, module: Any, stored: QuantizedTensors, dtype: torch.dtype) -> CheckpointTensors:
     """One tensor in memory at a time; the quantized ones are not touched."""
-    shapes = {name: shape for name, (_, shape) in stored.matrices.items()} | dict(stored.floats)
-    aliases = {HEAD: EMBEDDING} if stored.is_tied else {}
+    ties = tied_names(module)
     wanted = {
         name: tuple(parameter.shape)
         for name, parameter in module.named_parameters(remove_duplicate=False)
-        if name not in aliases
+        if name not in ties
     }
-    wrong = [name for name in {**wanted, **shapes} if wanted.get(name) != shapes.get(name)]
-    if wrong:
-        some = ", ".join(f"{name} {shapes.get(name, 'absent')}, not {wanted.get(name, 'absent')}" for name in wrong[:5])
-        raise UnsupportedModel(f"{source.name}: the checkpoint does not fit the model: {some}")
+    stored = fitted(source.name, stored, wanted)
 
     def read(name: str) -> torch.Tensor | StoredMatrix:
         found = stored.read(name)
@@ -203,7 +214,7 @@ def _as_stored(source: ModelSource, module: Any, stored: QuantizedTensors, dtype
 
     kinds = {name: kind for name, (kind, _) in stored.matrices.items()}
     parameters = {name: (shape, dtype) for name, shape in wanted.items()}
-    return CheckpointTensors(parameters, aliases, read, {}, kinds, stored.rope_factors)
+    return CheckpointTensors(parameters, ties, read, {}, kinds, stored.rope_factors)
 
 
 # --- tensor by tensor -----------------------------------------------------------------------------

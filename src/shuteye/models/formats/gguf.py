@@ -76,6 +76,11 @@ def open_gguf(path: Path) -> Iterator[QuantizedTensors]:
     yield QuantizedTensors(matrices, floats, lambda name: file.read(names[name]), factors)
 
 
+def unknown_formats(path: Path) -> set[str]:
+    """Formats of a file's tensors that are not read here, though others may; see `read_gguf_header`."""
+    return {tensor.stored_as for tensor in read_gguf_header(path).tensors.values()} - _FLOATS.keys() - _BLOCKS.keys()
+
+
 def _require_plain(header: GgufHeader) -> None:
     """Refuse what would be computed otherwise than the file means."""
     if header.architecture not in ARCHITECTURES:
@@ -104,7 +109,7 @@ def _kind(header: GgufHeader, name: str, tensor: GgufTensor) -> MatrixKind:
     if tensor.stored_as not in _BLOCKS:
         raise UnsupportedModel(
             f"{header.path}: {name} is stored as {tensor.stored_as}, which is not read; expected one of "
-            f"{', '.join((*_FLOATS, *_BLOCKS))}. Use a file of another quantization."
+            f"{', '.join((*_FLOATS, *_BLOCKS))}. Use a file of another quantization, or --quantization none."
         )
     return _BLOCKS[tensor.stored_as]
 

@@ -47,6 +47,12 @@ def quantization_config(directory: Path) -> Mapping[str, Any] | None:
     return found
 
 
+def quantization_label(config: Mapping[str, Any]) -> str:
+    """What a `quantization_config` is, in short: `gptq 4 bits`, `compressed-tensors pack-quantized`."""
+    how = f"{config['bits']} bits" if "bits" in config else config.get("format", "")
+    return f"{config.get('quant_method')} {how}".rstrip()
+
+
 @contextmanager
 def open_safetensors(directory: Path, config: Mapping[str, Any]) -> Iterator[QuantizedTensors]:
     """The tensors of a checkpoint with that `quantization_config`.
