@@ -116,9 +116,9 @@ def obtain_image(order: Order, progress: Progress) -> WeightImage:
 
 def _open_present(order: Order, store: ImageStore) -> WeightImage | None:
     """The image, if it is there, can be used, and its checkpoint is known without asking anybody."""
-    from shuteye.models.formats.checkpoint import resolve_dtype
-    from shuteye.models.image_builder import identity_of
+    from shuteye.models.formats.dtypes import served_dtype
     from shuteye.models.image_form import ImageForm
+    from shuteye.models.image_identity import identity_of
     from shuteye.models.sources import resolve_source
 
     try:
@@ -129,7 +129,7 @@ def _open_present(order: Order, store: ImageStore) -> WeightImage | None:
         return None
     try:
         form = ImageForm(order.quantization, order.packed)
-        return store.open(identity_of(source, resolve_dtype(source, order.dtype), order.place, form))
+        return store.open(identity_of(source, served_dtype(source, order.dtype), order.place, form))
     except ImageFailure as failure:
         logger.warning("The weight image of %s is rebuilt. %s", order.model, failure.message)
         return None

@@ -20,7 +20,7 @@ from shuteye.config import DType
 from shuteye.errors import UnsupportedModel
 from shuteye.matrices.kinds import ROWS, MatrixKind
 from shuteye.matrices.stored import StoredMatrix
-from shuteye.memory.image import ImageIdentity, WeightImage
+from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.memory.image_writer import ImageWriter
 from shuteye.memory.layout import TensorSpec
@@ -32,20 +32,22 @@ from shuteye.models.formats.checkpoint import (
     open_checkpoint,
     read_config,
     read_generation_config,
-    resolve_dtype,
     save_tokenizer,
     stored_as,
 )
+from shuteye.models.formats.dtypes import served_dtype
 from shuteye.models.formats.files import refusing
 from shuteye.models.fused import INVERSE_FREQUENCIES, MODEL_TYPES, FusedSpec, group_of, recognise
-from shuteye.models.image_form import AS_STORED, ImageForm, content_of
+from shuteye.models.image_content import content_of
+from shuteye.models.image_form import AS_STORED, ImageForm
+from shuteye.models.image_identity import identity_of
 from shuteye.models.image_spec import AttentionSpec, ImageSpec
 from shuteye.models.module_split import divide
 from shuteye.models.modules import build_module, quiet, task_of, tied_names
 from shuteye.models.progress import Advanced, Finished, Progress, Started, no_progress
 from shuteye.models.sources import ModelSource
 from shuteye.models.support import check, refuse_quantized
-from shuteye.models.tensors import as_bytes, dtype_name
+from shuteye.models.tensors import as_bytes, dtype_name, torch_dtype
 from shuteye.parallel.module_shards import ModulePlan, ModuleSplit
 from shuteye.parallel.shards import (
     EMBEDDING,
@@ -64,9 +66,6 @@ if TYPE_CHECKING:
     from shuteye.models.whisper import WhisperImageSpec
 
 __all__ = ["LoadedModel", "bind", "identity_of", "open_image"]
-
-RECIPE = 4
-"""Part of every image's identity: to be raised when the same checkpoint is to give another image, or other shards."""
 
 _SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _UNKNOWN_CONTEXT = 2048
@@ -352,18 +351,10 @@ def open_image(
         UnsupportedModel: it cannot be served correctly, or not by so many ranks, or has no fast tokenizer.
         ImageFailure: an image cannot be written.
     """
-    resolved = resolve_dtype(source, dtype)
-    conversion = _Conversion(source, resolved, progress or no_progress, place=place, form=form)
-    everyones = [identity_of(source, resolved, each, form) for each in place.all()]
+    served = served_dtype(source, dtype)
+    conversion = _Conversion(source, torch_dtype(served), progress or no_progress, place=place, form=form)
+    everyones = [identity_of(source, served, each, form) for each in place.all()]
     return store.open_or_build_one_of(everyones[place.rank], everyones, lambda writers: conversion.write(*writers))
-
-
-def identity_of(
-    source: ModelSource, dtype: torch.dtype, place: RankPlace = ONE_RANK, form: ImageForm = AS_STORED
-) -> ImageIdentity:
-    """What the image of `source` in `dtype`, or of a rank's part of it, is filed under."""
-    label = replace(form, packed=form.packed or dtype == torch.float32).label  # float32 lies in rows either way
-    return ImageIdentity(source.name, f"{source.fingerprint}.{RECIPE}", dtype_name(dtype), place.label, label)
 
 
 def _shape(config: Any, fused: FusedSpec, *, tied: bool) -> DecoderShape:

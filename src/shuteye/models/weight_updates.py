@@ -22,7 +22,7 @@ from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.memory.layout import Slot
 from shuteye.models.binding import CONFIG_DIR, TOKENIZER_DIR, read_image_config
-from shuteye.models.image_form import packed_tensor
+from shuteye.models.image_content import packed_tensor
 from shuteye.models.tensors import as_bytes, slot_view, torch_dtype
 
 _DTYPES: Mapping[torch.dtype, str] = {

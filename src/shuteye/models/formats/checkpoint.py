@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shuteye.config import DType
 from shuteye.errors import UnsupportedModel
 from shuteye.matrices.kinds import MatrixKind
 from shuteye.matrices.stored import StoredMatrix
@@ -31,10 +30,6 @@ from shuteye.models.formats.quantized import QuantizedTensors, fitted
 from shuteye.models.formats.quantized_safetensors import open_safetensors, quantization_config, quantization_label
 from shuteye.models.modules import build_module, model_class, model_options, quiet, tied_names
 from shuteye.models.sources import ModelSource
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_WIDE = frozenset({"float32", "float64"})
-_NARROW = frozenset({"bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,30 +56,6 @@ class CheckpointTensors:
     def nbytes(self) -> int:
         """Bytes of all parameters, were they of the dtype that is computed in."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.parameters.values())
-
-
-def resolve_dtype(source: ModelSource, wanted: DType) -> torch.dtype:
-    """The dtype to serve in; "auto" is the checkpoint's, with float16 (slow on CPU) and packed formats as bfloat16."""
-    if wanted != "auto":
-        return _DTYPES[wanted]
-    if source.kind == "gguf":
-        return torch.bfloat16
-    path = source.path / "config.json"
-    config = read_json(path)
-    named = config.get("dtype") or config.get("torch_dtype")
-    named = named.removeprefix("torch.") if isinstance(named, str) else "auto"
-    if named not in _NARROW | _WIDE | {"auto"}:
-        raise UnsupportedModel(
-            f"{path} names the dtype {named!r}, which is not served; expected {', '.join(sorted(_NARROW | _WIDE))}."
-        )
-    return torch.float32 if (_stored_dtype(source) if named == "auto" else named) in _WIDE else torch.bfloat16
-
-
-def _stored_dtype(source: ModelSource) -> str:
-    """The dtype that most numbers are stored in."""
-    with ExitStack() as stack:
-        counts = stored_formats(open_weights(weight_files(source.path), stack))
-    return counts.most_common(1)[0][0] if counts else "bfloat16"
 
 
 def stored_as(source: ModelSource) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -186,8 +186,11 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in _shards(directory)] if (directory / INDEX_FILE).is_file() else []
 
 
-def open_weights(files: list[Path], stack: ExitStack) -> dict[str, Any]:
+def open_weights(files: list[Path], stack: ExitStack, *, framework: Literal["pt", "numpy"] = "pt") -> dict[str, Any]:
     """Tensor name → the open file that holds it.
+
+    Args:
+        framework: of the tensors it gives; "pt" imports torch.
 
     Raises:
         UnsupportedModel: a file is missing, or damaged: its header, or bytes that should follow it.
@@ -195,7 +198,7 @@ def open_weights(files: list[Path], stack: ExitStack) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in files:
         try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
+            file = stack.enter_context(safe_open(path, framework=framework))
         except (OSError, SafetensorError) as error:
             raise damaged(path, f"it is not a whole safetensors file ({' '.join(str(error).split())})") from error
         found |= dict.fromkeys(file.keys(), file)

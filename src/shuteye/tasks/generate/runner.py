@@ -8,7 +8,6 @@ from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache, kv_bytes_per_token
@@ -20,9 +19,10 @@ from shuteye.models.rank_groups import RankGroups
 from shuteye.state import SCRATCH_BLOCK
 from shuteye.tasks.base import ModelRunner
 from shuteye.tasks.canary import Prove, fixed_tokens
+from shuteye.tasks.generate.logprobs import token_logprobs
 from shuteye.tasks.generate.plans import Chunk, StepPlan, StepResult
 from shuteye.tasks.generate.requests import TokenLogprobs
-from shuteye.tasks.generate.sampler import Sampler, token_logprobs
+from shuteye.tasks.generate.sampler import Sampler
 
 Int64s: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 Logits: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
@@ -97,8 +97,8 @@ class GenerationRunner(ModelRunner):
         scored: tuple[tuple[TokenLogprobs, ...], ...] = ()
         if any(chunk.scoring is not None for chunk in plan.chunks):
             scored, logits = split_scored(plan, logits)
-        sampling, rows = [chunk.request_id for chunk in plan.chunks if chunk.sample], torch.from_numpy(logits)
-        return StepResult(self._sampler.sample(rows, sampling, plan.masks) if sampling else (), scored)
+        sampling = [chunk.request_id for chunk in plan.chunks if chunk.sample]
+        return StepResult(self._sampler.sample(logits, sampling, plan.masks) if sampling else (), scored)
 
     def _forward(self, plan: StepPlan) -> Logits:
         batch = PackedBatch.from_plan(plan, block_size=self._block_size)
@@ -208,8 +208,8 @@ def split_scored(plan: StepPlan, logits: Logits) -> tuple[tuple[tuple[TokenLogpr
     row = 0
     for chunk in plan.chunks:
         if chunk.scoring is not None:
-            targets = torch.tensor(chunk.scoring.targets)
-            rows = torch.from_numpy(logits[row : row + len(targets)])
+            targets = np.asarray(chunk.scoring.targets, dtype=np.int64)
+            rows = logits[row : row + len(targets)]
             scored.append(tuple(token_logprobs(rows, targets, [chunk.scoring.num_top] * len(targets))))
             row += len(targets)
         if chunk.sample:
