@@ -395,8 +395,8 @@ def test_a_canary_that_disagrees_with_the_first_step_fails_its_requests(make_har
     harness = make_harness(on_sleeping_request="wake")
     expected = harness.generate(PROMPT)
     harness.call(SleepCall(1))
-    frequencies = harness.worker._model.decoder.inverse_frequencies
-    frequencies.mul_(1.5)
+    frequencies = harness.worker._model.decoder._loop._frequencies
+    frequencies *= 1.5
     harness.add("a", PROMPT * repeat)
     harness.run()
     assert isinstance(harness.ended["a"], VerificationFailed)
@@ -407,7 +407,7 @@ def test_a_canary_that_disagrees_with_the_first_step_fails_its_requests(make_har
     assert isinstance(harness.ended["b"], EngineFaulted)
     with pytest.raises(VerificationFailed, match="canary"):
         harness.call(WakeCall())
-    frequencies.div_(1.5)
+    frequencies /= 1.5
     assert harness.call(WakeCall()).verified == "full"
     assert harness.generate(PROMPT) == expected
 
@@ -596,12 +596,12 @@ def corrupt_saved(harness):
 def test_the_canary_notices_a_lost_buffer(harness):
     """Rotary frequencies live outside the arena, where no checksum looks."""
     harness.call(SleepCall(1))
-    frequencies = harness.worker._model.decoder.inverse_frequencies
-    frequencies.mul_(1.5)
+    frequencies = harness.worker._model.decoder._loop._frequencies
+    frequencies *= 1.5
     with pytest.raises(VerificationFailed, match="canary"):
         harness.call(WakeCall())
     assert harness.core.state.is_sleeping
-    frequencies.div_(1.5)
+    frequencies /= 1.5
     harness.call(WakeCall())
     assert harness.core.state.gate == "open"
 
