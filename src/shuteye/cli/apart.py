@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def serve() -> int:
     """Do what `sys.argv` says; the process's exit code. To be called while there is one thread."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which engines do not use, and which spin at first
     fds = os.pipe()
     reading, writing = os.fdopen(fds[0], "rb"), os.fdopen(fds[1], "wb")
     child = os.fork()
