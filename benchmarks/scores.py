@@ -70,7 +70,8 @@ class Scores:
 
     @property
     def llama_percent(self) -> float:
-        return (self.llama_perplexity / self.llama_reference - 1) * 100
+        """The same of llama.cpp's; 0 if it was not asked."""
+        return 0.0 if not self.llama_tokens else (self.llama_perplexity / self.llama_reference - 1) * 100
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,7 +12,7 @@ from types import FrameType
 
 
 def _end(_number: int, _frame: FrameType | None) -> None:
-    os._exit(0)  # asked to stop, and nothing was begun that would have to be ended
+    os._exit(0)  # asked to stop; an engine that was started by then ends with us
 
 
 def main() -> None:
@@ -20,6 +20,9 @@ def main() -> None:
     if sys.argv[1:2] == ["serve"]:  # until `server/run.py` handles them
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _end)
+        from shuteye.cli.apart import serve
+
+        sys.exit(serve())
     from shuteye.cli.main import main as run
 
     run()

@@ -372,7 +372,7 @@ def test_policy_wake_reads_the_weights_once_for_canary_and_first_step(make_harne
     harness.call(SleepCall(1))
     passes = count_passes(harness, monkeypatch)
     assert harness.generate(PROMPT) == expected
-    assert passes == [len(PROMPT) + 8] + [1] * (len(expected) - 1)
+    assert passes == [len(PROMPT) + 2] + [1] * (len(expected) - 1)
 
 
 @pytest.mark.parametrize(("repeat", "kernels"), [(2, "auto"), (1, "torch")])
@@ -386,7 +386,7 @@ def test_policy_wake_runs_the_canary_by_itself_where_it_would_round_otherwise(
     harness.call(SleepCall(1))
     passes = count_passes(harness, monkeypatch)
     assert harness.generate(prompt) == expected
-    assert passes == [8, len(prompt)] + [1] * (len(expected) - 1)
+    assert passes == [2, len(prompt)] + [1] * (len(expected) - 1)
 
 
 @pytest.mark.parametrize("repeat", [1, 2], ids=["shared step", "step of its own"])
@@ -423,7 +423,7 @@ def test_a_canary_deferred_to_a_step_that_never_came_runs_later(make_harness, mo
     harness.call(ResumeCall())
     passes = count_passes(harness, monkeypatch)
     assert harness.generate(PROMPT) == expected
-    assert passes[0] == len(PROMPT) + 8
+    assert passes[0] == len(PROMPT) + 2
 
 
 def test_policy_wake_tells_those_who_wait_when_it_fails(make_harness):

@@ -31,7 +31,7 @@ bool has_avx2() {
 #endif
 
 #if defined(__x86_64__) && defined(SHUTEYE_EMULATED)
-bool has_avxvnni() { return false; }
+bool has_avxvnni() { return true; }
 bool has_avx512() { return true; }
 bool has_amx() { return true; }
 #elif defined(__x86_64__)

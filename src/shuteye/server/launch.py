@@ -1,0 +1,61 @@
+"""Serves a model: the engine's process is started first, and what serves it is imported while it loads.
+
+Exit codes: 0 stopped as asked, 1 could not listen or load or keep the engine alive, 130 forced
+by a second signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import socket
+
+import uvloop
+
+from shuteye import logs
+from shuteye import processes as descriptors
+from shuteye.config import EngineConfig
+from shuteye.errors import InvalidRequest
+from shuteye.frontend.async_engine import AsyncEngine
+from shuteye.frontend.engine import Engine
+from shuteye.server.config import ServerConfig
+from shuteye.server.listener import open_listener
+
+logger = logging.getLogger(__name__)
+
+STOPPED, FAILED, FORCED = 0, 1, 130
+
+
+def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
+    """Serve a model in an engine process of its own until SIGINT or SIGTERM; returns the process's exit code."""
+    return serve_engine(AsyncEngine(engine_config), server_config)
+
+
+def serve_engine(engine: Engine, config: ServerConfig) -> int:
+    """Serve `engine`, which is started and closed here; returns the process's exit code."""
+    logs.configure(logs.LogSettings(config.log_format, config.log_level))
+    descriptors.raise_limit()
+    try:
+        listener = open_listener(config)
+    except InvalidRequest as error:
+        from shuteye.server.app import with_flag
+
+        logger.error("%s", with_flag(error))  # noqa: TRY400
+        return FAILED
+    with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(engine.launch())
+        gc.disable()  # what is imported stays
+        from shuteye.server.run import serve_on  # most of what this process imports
+
+        gc.freeze()
+        gc.enable()
+        _log_address(listener, config)
+        return serve_on(listener, engine, config, runner)
+
+
+def _log_address(listener: socket.socket, config: ServerConfig) -> None:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    logger.info(
+        "Listening on http://%s:%d; GET /ready tells when the model is loaded.", host, listener.getsockname()[1]
+    )
