@@ -82,6 +82,7 @@ def test_products_are_those_of_the_same_arithmetic(checkpoint, load, tmp_path, m
 
 @pytest.mark.model
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not native.available(), reason="there is no native library")
 def test_smollm2_says_in_its_own_bits_what_the_same_arithmetic_says(smollm2, load, monkeypatch):
     """Thirty layers of Q4_1 and Q8_0: would catch what two layers of random weights forgive."""
