@@ -12,12 +12,12 @@ from types import FrameType
 
 
 def _end(_number: int, _frame: FrameType | None) -> None:
-    os._exit(0)  # asked to stop; an engine that was started by then ends with us
+    os._exit(0)  # asked to stop, and nothing was begun that would have to be ended
 
 
 def main() -> None:
     """The console script."""
-    if sys.argv[1:2] == ["serve"]:  # until `server/run.py` handles them
+    if sys.argv[1:2] == ["serve"]:  # until `cli/apart.py` and `server/launch.py` do
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _end)
         from shuteye.cli.apart import serve

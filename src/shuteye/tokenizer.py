@@ -11,11 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tokenizers
-
 from shuteye.errors import InvalidRequest, UnsupportedModel
 
 if TYPE_CHECKING:
+    import tokenizers
+
     from shuteye.chat_template import ChatTemplate
 
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -58,6 +58,8 @@ class Tokenizer:
         Raises:
             UnsupportedModel: there is no tokenizer.json, or a file cannot be understood.
         """
+        import tokenizers  # whoever only counts tokens, such as an engine, never needs it
+
         directory = Path(path)
         source = directory / "tokenizer.json"
         if not source.is_file():

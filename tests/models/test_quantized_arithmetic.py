@@ -78,3 +78,19 @@ def test_products_are_those_of_the_same_arithmetic(checkpoint, load, tmp_path, m
         found, same, true = (logits_of(driver, prompts) for driver in (kernels, reference, exact))
         assert median(errors(found, same)) <= same_as * median(errors(found, true))
         assert max(errors(found, same)) <= 0.02
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not native.available(), reason="there is no native library")
+def test_smollm2_says_in_its_own_bits_what_the_same_arithmetic_says(smollm2, load, monkeypatch):
+    """Thirty layers of Q4_1 and Q8_0: would catch what two layers of random weights forgive."""
+    prompts = [list(range(100, 137)), [504, 3575, 282, 4649, 314], [1], [28]]
+    kernels = load(smollm2, dtype="float32")
+    monkeypatch.setattr(torch_loop, "Product", RoundedProduct)
+    reference = load(smollm2, dtype="float32", native=False)
+    found, expected = (logits_of(driver, prompts) for driver in (kernels, reference))
+    assert found.argmax(dim=1).tolist() == expected.argmax(dim=1).tolist()
+    assert max(errors(found, expected)) <= 0.02
+    assert kernels.generate(prompts, 24) == reference.generate(prompts, 24)

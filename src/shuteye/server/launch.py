@@ -7,9 +7,13 @@ by a second signal.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
+import signal
 import socket
+import threading
+from collections.abc import Iterator
 
 import uvloop
 
@@ -43,7 +47,7 @@ def serve_engine(engine: Engine, config: ServerConfig) -> int:
 
         logger.error("%s", with_flag(error))  # noqa: TRY400
         return FAILED
-    with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, _noting_signals() as noted:
         runner.run(engine.launch())
         gc.disable()  # what is imported stays
         from shuteye.server.run import serve_on  # most of what this process imports
@@ -51,7 +55,23 @@ def serve_engine(engine: Engine, config: ServerConfig) -> int:
         gc.freeze()
         gc.enable()
         _log_address(listener, config)
-        return serve_on(listener, engine, config, runner)
+        return serve_on(listener, engine, config, runner, noted)
+
+
+@contextlib.contextmanager
+def _noting_signals() -> Iterator[list[signal.Signals]]:
+    """Those that come before the server handles them, which then does, so that there is one way to stop."""
+    noted: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    note = lambda number, _frame: noted.append(signal.Signals(number))  # noqa: E731
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _log_address(listener: socket.socket, config: ServerConfig) -> None:

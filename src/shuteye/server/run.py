@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 import uvicorn
@@ -35,10 +35,20 @@ UVICORN_LATER_S = 1.0
 POLLED_PATHS = ("/health", "/ready", "/ping", "/metrics")
 
 
-def serve_on(listener: socket.socket, engine: Engine, config: ServerConfig, runner: asyncio.Runner) -> int:
-    """Serve `engine`, which is started and closed here, on a socket that listens; returns the process's exit code."""
+def serve_on(
+    listener: socket.socket,
+    engine: Engine,
+    config: ServerConfig,
+    runner: asyncio.Runner,
+    noted: Sequence[signal.Signals] = (),
+) -> int:
+    """Serve `engine`, which is started and closed here, on a socket that listens; returns the process's exit code.
+
+    Args:
+        noted: signals that came before; until they are handled here, whoever notes them may add to it.
+    """
     logging.getLogger("uvicorn.access").addFilter(_worth_logging)
-    server = _Server(engine, config)
+    server = _Server(engine, config, noted)
     runner.run(server.serve_until_stopped(listener))
     if server.exit_code == FAILED:
         _log_cause(engine, was_loaded=server.context.loading.done)
@@ -65,7 +75,7 @@ class _Server(uvicorn.Server):
     refused connection; it ends once nothing is being answered any more, or when the grace is over.
     """
 
-    def __init__(self, engine: Engine, config: ServerConfig) -> None:
+    def __init__(self, engine: Engine, config: ServerConfig, noted: Sequence[signal.Signals] = ()) -> None:
         app = create_app(engine, config)
         super().__init__(
             uvicorn.Config(
@@ -84,6 +94,7 @@ class _Server(uvicorn.Server):
         self._acceptor: Acceptor | None = None
         self.context: ServerContext = app.state.context
         self._supervisor = Supervisor(self.context)
+        self._noted = noted
         self._failed = False
         self._grace_ends: float | None = None  # monotonic seconds; from the first signal on
         self._waited_enough = asyncio.Event()
@@ -184,6 +195,8 @@ class _Server(uvicorn.Server):
             yield
             return
         previous = {number: signal.signal(number, self.handle_exit) for number in HANDLED_SIGNALS}
+        for number in self._noted:
+            self.handle_exit(number, None)
         try:
             yield
         finally:
