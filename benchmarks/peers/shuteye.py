@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import sys
 from pathlib import Path
@@ -73,7 +74,8 @@ class Shuteye(HttpEngine):
         return super().command().replace(f"{sys.executable} -m shuteye", "shuteye")
 
     def prepare(self) -> None:
-        """A first start makes the weight image."""
+        """Compile the modules, as pip does when it installs them; a first start makes the weight image."""
+        compileall.compile_dir(str((self._source or Path(__file__).parents[2] / "src") / "shuteye"), quiet=2)
         try:
             self.start("Once upon a time")
         finally:
