@@ -13,7 +13,8 @@ from shuteye.matrices.matrix import Matrix
 from shuteye.matrices.packing import unpack
 
 # Nothing of these kernels is AMX's own; the emulated AVX2 is one with AVX-VNNI.
-LEVELS = [level for level in (*(native.levels() if native.available() else ()), *map("emulated {}".format, emulated_levels())) if "amx" not in level]
+ALL_LEVELS = (*(native.levels() if native.available() else ()), *(f"emulated {level}" for level in emulated_levels()))
+LEVELS = [level for level in ALL_LEVELS if "amx" not in level]
 if emulated_levels():
     LEVELS.append("emulated avx2")
 pytestmark = pytest.mark.parametrize("level", LEVELS, indirect=True)
