@@ -91,21 +91,25 @@ inline Ints as_factor(Ints scale) { return pair(scale, scale); }
 // Keeps the compiler from adding up in another order, for which it has too few registers.
 inline void settle(__m256i& sum) { asm("" : "+x"(sum)); }
 
-// sums[part][token] = products of `group` vectors, added in 16 bits.
-template <int first, int group, int digit, int tokens, class Unit>
-SHUTEYE_INLINE void add_words(const Unit& unit, const int32_t* x, __m256i (&sums)[kParts][tokens]) {
+// sums[digit][part][token] = products of `group` vectors with tokens from `own` on, added in 16 bits.
+template <int first, int group, int tokens, int own, int digits, int count, class Unit>
+SHUTEYE_INLINE void add_words(const Unit& unit, const int32_t* x, __m256i (&sums)[digits][kParts][count]) {
   for_constants<group>([&](auto member) SHUTEYE_INLINED {
     constexpr int vector = first + decltype(member)::value;
-    Bytes weights[kParts];
-    for (int part = 0; part < kParts; part++) weights[part] = unit.template digit<vector, digit>(part);
-    for (int token = 0; token < tokens; token++) {
-      const __m256i activations = _mm256_set1_epi32(x[vector * tokens + token]);
+    __m256i activations[count];
+    for (int token = 0; token < count; token++) activations[token] = _mm256_set1_epi32(x[vector * tokens + own + token]);
+    for_constants<digits>([&](auto digit_index) SHUTEYE_INLINED {
+      constexpr int digit = decltype(digit_index)::value;
       for (int part = 0; part < kParts; part++) {
-        const __m256i products = _mm256_maddubs_epi16(weights[part].v, activations);
-        sums[part][token] = vector == first ? products : _mm256_add_epi16(sums[part][token], products);
-        settle(sums[part][token]);
+        const __m256i weights = unit.template digit<vector, digit>(part).v;
+        for (int token = 0; token < count; token++) {
+          __m256i& sum = sums[digit][part][token];
+          const __m256i products = _mm256_maddubs_epi16(weights, activations[token]);
+          sum = vector == first ? products : _mm256_add_epi16(sum, products);
+          settle(sum);
+        }
       }
-    }
+    });
   });
 }
 
@@ -117,18 +121,24 @@ SHUTEYE_INLINE void add_unit_products(const Unit& unit, const int32_t* x, const 
   constexpr int fitting = Unit::bits == 6 ? 2 : Unit::bits == 5 ? 4 : 8;
   constexpr int group = fitting < vectors ? fitting : vectors;
   constexpr int digits = Unit::bits == 8 ? 2 : 1;
+  constexpr int count = digits == 2 && tokens > 2 ? 2 : tokens; // at a time: there are 16 registers
   for_constants<8 / group>([&](auto group_index) SHUTEYE_INLINED {
     constexpr int first = decltype(group_index)::value * group;
-    for_constants<digits>([&](auto digit_index) SHUTEYE_INLINED {
-      constexpr int digit = decltype(digit_index)::value;
-      __m256i sums[kParts][tokens];
-      add_words<first, group, digit>(unit, x, sums);
+    for_constants<tokens / count>([&](auto turn) SHUTEYE_INLINED {
+      constexpr int own = decltype(turn)::value * count;
+      __m256i sums[digits][kParts][count];
+      add_words<first, group, tokens, own>(unit, x, sums);
       for (int part = 0; part < kParts; part++) {
-        __m256i factor = _mm256_set1_epi16(digit ? 16 : 1);
+        __m256i factor = _mm256_set1_epi16(1);
         if constexpr (Unit::halves == 2) factor = unit.factor(first / 4, part).v;
-        for (int token = 0; token < tokens; token++) {
-          const __m256i before = first || digit ? totals[part][token].v : start(part, token).v;
-          totals[part][token].v = _mm256_add_epi32(before, _mm256_madd_epi16(sums[part][token], factor));
+        for (int token = 0; token < count; token++) {
+          Ints& total = totals[part][own + token];
+          if (first == 0) total = start(part, own + token);
+          total.v = _mm256_add_epi32(total.v, _mm256_madd_epi16(sums[0][part][token], factor));
+          if constexpr (digits == 2) {
+            const __m256i high = _mm256_madd_epi16(sums[1][part][token], _mm256_set1_epi16(16));
+            total.v = _mm256_add_epi32(total.v, high);
+          }
         }
       }
     });
