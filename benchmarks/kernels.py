@@ -1,4 +1,4 @@
-"""Measures the native kernels beside torch: GB/s of a product's weights, ms of a whole decoder step.
+"""Measures the native kernels beside torch: GB/s of a product's weights, ms of attention and of a whole decoder step.
 
 Random weights of SmolLM2-135M's shapes, or another's; knows nothing of engines. A and B alternate; medians and minima.
 """
@@ -6,6 +6,7 @@ Random weights of SmolLM2-135M's shapes, or another's; knows nothing of engines.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import mmap
 import statistics
@@ -23,6 +24,8 @@ from torch.nn.functional import linear
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
 from shuteye.models.fused import FusedDecoder, FusedSpec, FusedWeights, Layer, Projection, decoder_spec
+from shuteye.native import library as structs
+from shuteye.native.kernels import PackedSequences, cache_struct
 from shuteye.tasks.generate.plans import Chunk, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch
 
@@ -170,6 +173,62 @@ def _each_native(x: Tensor, weights: Tensor, out: Tensor) -> None:
         native.linear(x, weight, None, out)
 
 
+class Attention:
+    """The attention of all layers of a step over a random KV cache, one foreign call a layer."""
+
+    def __init__(self, shape: dict[str, int], num_sequences: int, num_new: int, context: int) -> None:
+        heads, kv_heads, layers = shape["heads"], shape["kv_heads"], shape["layers"]
+        width = -(-context // BLOCK_SIZE)
+        blocks = (num_sequences * width, layers, 2, BLOCK_SIZE, kv_heads, HEAD_DIM)
+        self.cache = huge_pages(math.prod(blocks)).normal_().view(blocks)
+        self._query = torch.randn(num_sequences * num_new, heads + 2 * kv_heads, HEAD_DIM).bfloat16()
+        self._out = torch.empty(num_sequences * num_new, heads, HEAD_DIM, dtype=torch.bfloat16)
+        order = torch.randperm(blocks[0]).view(num_sequences, width).tolist()
+        self._sequences = PackedSequences.pack(
+            range(0, num_sequences * num_new + 1, num_new), [context] * num_sequences, order, block_size=BLOCK_SIZE
+        )
+        self._calls = [self._call(layer, heads) for layer in range(layers)]
+        pairs = num_sequences * sum(range(context - num_new + 1, context + 1))
+        self.flops = 4 * pairs * heads * HEAD_DIM * layers
+
+    def _call(self, layer: int, heads: int) -> structs.Attention:
+        return structs.Attention(
+            1, heads, self._query.stride(0), layer, 0, HEAD_DIM**-0.5,
+            self._query.data_ptr(), self._out.data_ptr(), cache_struct(self.cache), self._sequences.struct, 0,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        """One step's."""
+        for call in self._calls:
+            structs.load().shuteye_paged_attention(ctypes.byref(call), self._query.shape[0])
+
+
+def attention(shape: dict[str, int], rounds: int) -> Iterator[str]:
+    """Milliseconds of a step's attention, beside reading its keys and values once and beside a float32 product."""
+    left, right = torch.randn(512, 512), torch.randn(512, 512)
+    columns = f"{'read once ms':>16} {'attention ms':>16} {'of reading':>10} {'GFLOP/s':>8} {'of torch.mm float32':>20}"
+    yield f"{'sequences x new (context)':>26} {columns}   (median, best)"
+    for num_sequences, num_new, context in (
+        (16, 1, 1024), (1, 1, 4096), (1, 1, 512), (16, 1, 64), (1, 4, 1024), (1, 32, 32), (1, 64, 512), (1, 512, 512),
+        (1, 512, 2560),
+    ):  # fmt: skip
+        case = Attention(shape, num_sequences, num_new, context)
+        product = partial(_eight_products, left, right)
+        times = alternate([partial(native.read, case.cache), case.run, product], rounds)
+        shown = [f"{statistics.median(t) * 1e3:7.2f} {min(t) * 1e3:7.2f}" for t in times]
+        read, own, torch_mm = (statistics.median(t) for t in times)
+        rate = case.flops / own / 1e9
+        yield (
+            f"{f'{num_sequences} x {num_new} ({context})':>26} {shown[0]:>16} {shown[1]:>16} {own / read:>10.2f} "
+            f"{rate:>8.1f} {rate / (8 * 2 * 512**3 / torch_mm / 1e9):>20.2f}"
+        )
+
+
+def _eight_products(left: Tensor, right: Tensor) -> None:
+    for _ in range(8):
+        torch.mm(left, right)
+
+
 def whole_steps(shape: dict[str, int], rounds: int, *, mapped: bool) -> Iterator[str]:
     """Milliseconds of whole steps."""
     whole = Whole(shape, num_blocks=1200, mapped=mapped)
@@ -191,7 +250,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--mapped", action="store_true", help="weights in a private file mapping, as in the engine")
-    parser.add_argument("--only", choices=["products", "steps"], default=None)
+    parser.add_argument("--only", choices=["products", "attention", "steps"], default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     native.set_num_threads(arguments.threads)
@@ -199,9 +258,12 @@ def main() -> None:
         native.set_level(arguments.level)
     print(f"level {native.level()}, {arguments.threads} threads, torch {torch.__version__}")
     with torch.inference_mode():
-        if arguments.only != "steps":
+        if arguments.only in {None, "products"}:
             print(*products(arguments.rounds), sep="\n")
-        if arguments.only != "products":
+        if arguments.only in {None, "attention"}:
+            for line in attention(SHAPES[arguments.model], arguments.rounds):
+                print(line, flush=True)
+        if arguments.only in {None, "steps"}:
             for line in whole_steps(SHAPES[arguments.model], arguments.rounds, mapped=arguments.mapped):
                 print(line, flush=True)
 

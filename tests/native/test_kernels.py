@@ -172,7 +172,7 @@ def test_attention_over_scores_far_apart(level, dtype, course):
     table = (tuple(range(12)),)
     found = native.paged_attention(query, cache, [0, num_tokens], [num_tokens], table, layer=0, scale=1.0)
     exact = reference_attention(query, cache, [0, num_tokens], [num_tokens], table, 0, 1.0, None)
-    assert_near(found, exact, dtype, scale=100)
+    assert_near(found, exact, dtype, scale=200)
 
 
 def test_attention_refuses_blocks_outside_the_cache(level):

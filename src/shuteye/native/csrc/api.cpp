@@ -1,5 +1,7 @@
 // The C ABI that library.py calls. Knows no kernel; every call is safe from any thread, one job runs at a time.
 #include <atomic>
+#include <cstring>
+#include <memory>
 #include <vector>
 
 #include "decoder.h"
@@ -20,20 +22,23 @@ void share(int64_t units, int64_t scratch_bytes, const Body& body) {
     Phase phase;
     int64_t units;
     int num_threads;
-    std::vector<std::vector<char>> scratch;
+    std::vector<std::unique_ptr<char[]>> scratch;
     const Body* body;
     const KernelTable* table;
   };
   Job job;
   job.units = units;
   job.num_threads = pool_num_threads();
-  job.scratch.resize(job.num_threads, std::vector<char>(scratch_bytes + 64));
+  for (int thread = 0; thread < job.num_threads; thread++) {
+    job.scratch.emplace_back(new char[scratch_bytes + 128]);
+    memset(job.scratch.back().get(), 0, 128);
+  }
   job.body = &body;
   job.table = &active_table();
   const auto work = [](void* context, int thread) {
     Job& job = *static_cast<Job*>(context);
     if (thread >= job.num_threads) return;
-    void* scratch = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(job.scratch[thread].data()), 64));
+    void* scratch = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(job.scratch[thread].get()), 64));
     job.table->enter();
     job.phase.run(job.units, job.num_threads,
                   [&](int64_t first, int64_t end) { (*job.body)(*job.table, scratch, first, end); });
@@ -153,7 +158,7 @@ void shuteye_linear(int64_t dtype, const void* x, const void* weight, const void
   }
   share(units, 64 + linear_scratch_bytes(num_tokens, in_features),
         [&](const KernelTable& table, void* scratch, int64_t first, int64_t end) {
-          bool& prepared = *static_cast<bool*>(scratch); // scratch begins as zeros; 64 bytes of it are the flag's
+          bool& prepared = *static_cast<bool*>(scratch); // scratch begins with 64 zeros, which are the flag's
           void* rest = static_cast<char*>(scratch) + 64;
           if (!prepared) table.prepare(linear, rest);
           prepared = true;
@@ -171,8 +176,9 @@ void shuteye_rope_and_write(const ShuteyeRope* rope) {
 const char* shuteye_paged_attention(const ShuteyeAttention* attention, int64_t num_tokens) {
   if (const char* wrong = check_sequences(attention->sequences, attention->cache, num_tokens)) return wrong;
   AttentionTasks tasks;
-  const int64_t joined_rows = active_table().joined_rows_of(attention->dtype, attention->cache);
-  tasks.plan(attention->sequences, attention->cache, attention->num_heads, joined_rows);
+  const int64_t group = attention->num_heads / attention->cache.num_kv_heads;
+  const int64_t joined_heads = active_table().joined_heads(attention->dtype, attention->cache, group);
+  tasks.plan(attention->sequences, attention->cache, attention->num_heads, joined_heads);
   share(tasks.size(), attention_scratch_bytes(attention->cache.head_dim),
         [&](const KernelTable& table, void* scratch, int64_t first, int64_t end) {
           tasks.run(table, *attention, scratch, first, end);

@@ -22,7 +22,7 @@ KernelTable avx512_table() {
   KernelTable table = SHUTEYE_ISA::common_table("avx512");
   table.prepare = SHUTEYE_ISA::prepare_pairs;
   table.linear_rows = SHUTEYE_ISA::linear_pairs;
-  table.attend[SHUTEYE_BFLOAT16] = SHUTEYE_ISA::attend<SHUTEYE_ISA::PairDot>;
+  table.attend[SHUTEYE_BFLOAT16] = SHUTEYE_ISA::attend<SHUTEYE_ISA::PairArithmetic>;
   return table;
 }
 } // namespace shuteye
