@@ -29,6 +29,7 @@ LAYERS = {
             "audio",
         ),
     ),
+    "matrices/: how weights lie in memory": ("matrices",),
     "memory/: bytes and addresses": ("memory",),
     "native/: kernels for what torch does badly at small batch; C++ sources in `native/csrc/`": ("native",),
     "parallel/: one model over several ranks": ("parallel",),

@@ -8,6 +8,7 @@ import torch
 
 from shuteye.cache.kv_cache import KVCache
 from shuteye.models.fused import FusedSpec, FusedWeights, Layer, Projection
+from shuteye.native.decoder import DecoderStep, NativeDecoder
 from shuteye.tasks.generate.plans import Chunk, Scoring, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch
 
@@ -84,6 +85,21 @@ def facts_of(kind: Kind, *, num_layers: int = NUM_LAYERS) -> FusedSpec:
 
 def frequencies_of(kind: Kind) -> torch.Tensor:
     return 10000.0 ** (-torch.arange(0, kind.head_dim, 2) / kind.head_dim)
+
+
+def native_forward(
+    decoder: NativeDecoder, batch: PackedBatch, frequencies: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """A step of a whole model."""
+    angles = torch.outer(batch.positions.float(), frequencies).repeat(1, 2)
+    cos, sin = (each.to(dtype) for each in (angles.cos(), angles.sin()))
+    if dtype == torch.bfloat16:
+        cos, sin = cos.view(torch.uint16), sin.view(torch.uint16)
+    step = DecoderStep(
+        batch.input_ids.numpy(), cos.numpy(), sin.numpy(), batch.slots.numpy(), batch.query_starts,
+        batch.context_lengths, batch.block_tables, batch.logits_indices.numpy(),
+    )  # fmt: skip
+    return torch.from_numpy(decoder.forward(step))
 
 
 def pack(*chunks: Chunk) -> PackedBatch:

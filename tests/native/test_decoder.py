@@ -1,10 +1,12 @@
 """Whole native steps against the same model as a torch loop, on tiny models of every recognised kind."""
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from panels import Panels
 from random_decoders import (
     KINDS,
     NUM_BLOCKS,
@@ -16,6 +18,7 @@ from random_decoders import (
     frequencies_of,
     make_weights,
     mixed_steps,
+    native_forward,
     pack,
     tokens,
 )
@@ -29,34 +32,33 @@ from shuteye.tasks.generate.runner import PackedBatch
 class Pair:
     """One random model bound to torch and to the native decoder, each with a cache of its own."""
 
-    def __init__(self, kind: Kind, dtype: torch.dtype) -> None:
+    def __init__(self, kind: Kind, dtype: torch.dtype, *, packed: bool = False) -> None:
         weights = make_weights(kind, dtype)
         facts = facts_of(kind)
         self.frequencies = frequencies_of(kind)
         self.dtype = dtype
         self.torch_arena, self.native_arena = CacheArena(kind, dtype), CacheArena(kind, dtype)
         self.fused = FusedDecoder(facts, weights, self.frequencies, kind.windows, native=False)
-        self.native = native.NativeDecoder.create(decoder_spec(facts, weights, kind.windows, self.native_arena.blocks))
+        spec = decoder_spec(facts, weights, kind.windows, self.native_arena.blocks)
+        self.panels = Panels()
+        self.native = native.NativeDecoder.create(self.panels.of_decoder(spec) if packed else spec)
 
     def by_native(self, batch: PackedBatch) -> torch.Tensor:
-        angles = torch.outer(batch.positions.float(), self.frequencies).repeat(1, 2)
-        return self.native.forward(
-            batch.input_ids, angles.cos().to(self.dtype), angles.sin().to(self.dtype), batch.slots,
-            batch.query_starts, batch.context_lengths, batch.block_tables, batch.logits_indices,
-        )  # fmt: skip
+        return native_forward(self.native, batch, self.frequencies, self.dtype)
 
     @torch.inference_mode()
     def by_torch(self, batch: PackedBatch) -> torch.Tensor:
         return self.fused.forward(batch, self.torch_arena.cache).float()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "panels"])
 @pytest.mark.parametrize("name", list(KINDS))
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
-def test_steps_equal_the_torch_loop(level, name, dtype, threads):
+def test_steps_equal_the_torch_loop(level, name, form, threads):
     """Logits and the caches' contents; NaN from a poisoned block anywhere would show."""
     native.set_num_threads(threads)
-    pair = Pair(KINDS[name], dtype)
+    dtype = torch.float32 if form == "float32" else torch.bfloat16
+    pair = Pair(KINDS[name], dtype, packed=form == "panels")
     for step in mixed_steps():
         batch = pack(*step)
         found, expected = pair.by_native(batch), pair.by_torch(batch)
@@ -71,12 +73,13 @@ def test_steps_equal_the_torch_loop(level, name, dtype, threads):
     assert torch.equal(written, pair.native_arena.blocks.isnan().logical_not())
 
 
-def test_results_do_not_depend_on_threads(level):
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "panels"])
+def test_results_do_not_depend_on_threads(level, packed):
     """Who computes what is decided by a race; what is computed must not be."""
     results = []
     for threads in (1, 2, 4, 3):
         native.set_num_threads(threads)
-        pair = Pair(KINDS["smollm"], torch.bfloat16)
+        pair = Pair(KINDS["smollm"], torch.bfloat16, packed=packed)
         results.append([pair.by_native(pack(*step)) for step in mixed_steps()])
     for other in results[1:]:
         assert all(torch.equal(left, right) for left, right in zip(results[0], other, strict=True))
@@ -109,7 +112,6 @@ def test_callers_from_several_threads_take_turns(level):
     [
         ({"token_ids": (VOCAB,)}, "token id is not in the vocabulary"),
         ({"block_ids": (NUM_BLOCKS,)}, "slot is not in the cache"),
-        ({"token_ids": tokens(513, 0), "block_ids": tuple(range(65))}, "more tokens than max_tokens"),
     ],
 )
 def test_refuses_what_would_reach_outside(level, change, message):
@@ -117,6 +119,18 @@ def test_refuses_what_would_reach_outside(level, change, message):
     settings: dict[str, Any] = {"token_ids": (1,), "block_ids": (0,)} | change
     with pytest.raises(ValueError, match=message):
         pair.by_native(pack(Chunk("a", settings["token_ids"], 0, settings["block_ids"], True)))
+
+
+def test_a_step_may_be_larger_than_what_is_computed_at_a_time(level):
+    """Pieces that do not find the tokens before them, or whose logits go to other rows."""
+    pair = Pair(KINDS["mistral"], torch.float32)
+    small = replace(pair.native._spec, max_tokens=37)
+    by_pieces = native.NativeDecoder.create(small)
+    for step in mixed_steps():
+        batch = pack(*step)
+        expected = pair.by_native(batch)
+        found = native_forward(by_pieces, batch, pair.frequencies, pair.dtype)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_refuses_other_dtypes():

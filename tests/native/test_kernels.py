@@ -1,7 +1,10 @@
 """Each kernel against torch in float64 or in the very operations of models/fused.py, on odd sizes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from panels import Panels
 from torch import Tensor
 from torch.nn import functional
 
@@ -57,6 +60,51 @@ def test_linear_of_many_tokens(level, num_tokens, in_features, out_features):
     found = native.linear(x, weight, bias, torch.full((num_tokens, out_features), torch.nan, dtype=torch.bfloat16))
     exact = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert_near(found, exact, torch.bfloat16, scale=in_features**0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 16, 17, 25, 33, 64, 65, 97, 200])
+@pytest.mark.parametrize(
+    ("in_features", "out_features"), [(64, 64), (33, 17), (80, 5), (576, 131), (95, 96), (1600, 40)]
+)
+def test_linear_of_panels(level, dtype, num_tokens, in_features, out_features):
+    """Tiles of every shape, full and not; columns and rows that are padding; NaN around a token's own row."""
+    x = random(num_tokens, in_features, dtype=dtype)
+    weight = random(out_features, in_features, dtype=torch.bfloat16, seed=1)
+    bias = random(out_features, dtype=dtype, seed=2) if num_tokens % 2 else None
+    panels = Panels()
+    matrix = replace(
+        panels.of(native.matrix_of(weight)), dtype=str(dtype)[6:], bias=0 if bias is None else bias.data_ptr()
+    )
+    found = native.linear(x, matrix, None, torch.full((num_tokens, out_features), torch.nan, dtype=dtype))
+    exact = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_near(found, exact, dtype, scale=4 * in_features**0.5)  # a sum is one chain
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_of_panels_has_the_same_bits_in_every_company(level, dtype):
+    """Sums in an order that depends on the number of tokens, or another token's NaN."""
+    x = random(150, 1600, dtype=dtype)
+    x[7] = torch.nan
+    weight = random(70, 1600, dtype=torch.bfloat16, seed=1)
+    panels = Panels()
+    matrix = panels.of(native.matrix_of(weight))
+    whole = native.linear(x, matrix, None, x.new_empty(150, 70))
+    for first, end in ((0, 1), (1, 4), (2, 8), (5, 17), (11, 47), (30, 129)):
+        found = native.linear(x[first:end], matrix, None, x.new_empty(end - first, 70))
+        assert torch.equal(found.nan_to_num(9.0), whole[first:end].nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "panels"])
+def test_embedding(level, dtype, packed):
+    """Another row, or another column of the right one."""
+    weight = random(77, 90, dtype=torch.bfloat16 if packed else dtype)
+    token_ids = torch.tensor([76, 0, 31, 32, 33, 76])
+    panels = Panels()
+    matrix = panels.of(native.matrix_of(weight)) if packed else native.matrix_of(weight)
+    found = native.embed(token_ids, matrix, torch.full((6, 90), torch.nan, dtype=dtype))
+    assert torch.equal(found, weight[token_ids].to(dtype))
 
 
 def test_linear_reads_nothing_beyond_the_weight(level):

@@ -1,4 +1,4 @@
-"""The kernels one by one, on torch tensors: for tests, and for steps too large for `NativeDecoder`.
+"""The kernels one by one, on torch tensors: for tests, and for models that torch computes.
 
 Every call is safe from any thread; calls are served one at a time.
 """
@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from shuteye.matrices.kinds import ROWS
+from shuteye.matrices.matrix import Matrix
 from shuteye.native import library as structs
+from shuteye.native.decoder import PackedSequences, matrix_struct
 from shuteye.native.library import load
 
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}
 """What the kernels compute with, and the number csrc/types.h gives it."""
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -35,34 +37,10 @@ def cache_struct(blocks: Tensor) -> structs.Cache:
     return structs.Cache(pointer(blocks), num_blocks, num_layers, block_size, num_kv_heads, head_dim)
 
 
-@dataclass(frozen=True, slots=True)
-class PackedSequences:
-    """A batch's sequences as arrays; `struct` points into them."""
-
-    struct: structs.Sequences
-    arrays: tuple[np.ndarray[tuple[int], np.dtype[np.int64]], ...]
-
-    @classmethod
-    def pack(
-        cls,
-        query_starts: Sequence[int],
-        context_lengths: Sequence[int],
-        block_tables: Sequence[Sequence[int]],
-        *,
-        block_size: int,
-    ) -> PackedSequences:
-        """Only the blocks that a context needs are passed on."""
-        used = [-(-length // block_size) for length in context_lengths]
-        tables = [table[:count] for table, count in zip(block_tables, used, strict=True)]
-        lengths = [len(table) for table in tables]
-        assert lengths == used, f"block tables of {lengths} blocks do not cover contexts of {used}"
-        arrays = (
-            np.array(query_starts, np.int64),
-            np.array(context_lengths, np.int64),
-            np.cumsum([0, *used[:-1]], dtype=np.int64),
-            np.fromiter(chain.from_iterable(tables), np.int64, sum(used)),
-        )
-        return cls(structs.Sequences(len(used), *(array.ctypes.data for array in arrays)), arrays)
+def matrix_of(weight: Tensor, bias: Tensor | None = None) -> Matrix:
+    """A row-major matrix [out, in] where a tensor lies; valid while that does."""
+    rows, columns = weight.shape
+    return Matrix(ROWS, rows, columns, _NAMES[weight.dtype], pointer(weight) or 0, pointer(bias) or 0)
 
 
 def read(memory: Tensor) -> None:
@@ -77,14 +55,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     return out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """A product, out = x @ weight.T + bias: `x` [num_tokens, in], `weight` [out, in], `out` [num_tokens, out]."""
-    (num_tokens, width), rows = x.shape, weight.shape[0]
-    assert weight.shape[1] == width
-    assert out.shape == (num_tokens, rows)
-    load().shuteye_linear(
-        DTYPES[x.dtype], pointer(x), pointer(weight), pointer(bias), pointer(out), num_tokens, width, rows
-    )
+def linear(x: Tensor, weight: Matrix | Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """A product, out = x @ weight.T + bias: `x` [num_tokens, in], `weight` [out, in], `out` [num_tokens, out].
+
+    Args:
+        bias: of a weight that is a tensor; a matrix has its own.
+    """
+    if isinstance(weight, Tensor):
+        assert weight.dtype == x.dtype
+        weight = matrix_of(weight, bias)
+    assert x.shape[1] == weight.columns
+    assert out.shape == (len(x), weight.rows)
+    load().shuteye_linear(DTYPES[x.dtype], pointer(x), ctypes.byref(matrix_struct(weight)), pointer(out), len(x))
+    return out
+
+
+def embed(token_ids: Tensor, weight: Matrix, out: Tensor) -> Tensor:
+    """Rows of a matrix of any kind: `token_ids` int64 [num_tokens], `out` [num_tokens, columns]."""
+    assert token_ids.dtype == torch.int64
+    assert out.shape == (len(token_ids), weight.columns)
+    matrix = matrix_struct(weight)
+    load().shuteye_embed(DTYPES[out.dtype], ctypes.byref(matrix), pointer(token_ids), len(token_ids), pointer(out))
     return out
 
 

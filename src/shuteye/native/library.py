@@ -17,6 +17,9 @@ from shuteye.native.build import LIBRARY
 LEVELS = ("portable", "avx2", "avx512", "amx")
 """Instruction sets, each needing the ones before it (portable: none)."""
 
+DTYPES = {"float32": 0, "bfloat16": 1}
+"""What the kernels compute with, and the number csrc/types.h gives it."""
+
 
 class NativeUnavailable(RuntimeError):
     """The native library is not there or cannot be used here; the message says why. torch does the same work."""
@@ -120,12 +123,30 @@ def _pointers(*names: str) -> list[tuple[str, type[c_void_p]]]:
     return [(name, c_void_p) for name in names]
 
 
+class Matrix(Structure):
+    """A weight matrix; without `data` there is none."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        *_int64s("kind", "rows", "columns", "group", "scale_dtype", "has_zeros"),
+        ("bias", c_void_p),
+    )
+
+
+def _matrices(*names: str) -> list[tuple[str, type[Matrix]]]:
+    return [(name, Matrix) for name in names]
+
+
 class Layer(Structure):
     """Weights of one layer."""
 
     _fields_ = (
-        *_pointers("input_norm", "qkv_weight", "qkv_bias", "query_norm", "key_norm", "output_weight", "output_bias"),
-        *_pointers("post_norm", "gate_up_weight", "gate_up_bias", "down_weight", "down_bias"),
+        *_pointers("input_norm"),
+        *_matrices("query", "key", "value"),
+        *_pointers("query_norm", "key_norm"),
+        *_matrices("output"),
+        *_pointers("post_norm"),
+        *_matrices("gate", "up", "down"),
         ("window", c_int64),
     )
 
@@ -143,10 +164,12 @@ class Model(Structure):
     """A decoder, or one rank's part of it."""
 
     _fields_ = (
-        *_int64s("dtype", "hidden", "num_layers", "num_heads", "intermediate", "num_embeddings", "vocab", "max_tokens"),
+        *_int64s("dtype", "hidden", "num_layers", "num_heads", "intermediate", "max_tokens"),
         ("eps", c_double),
         ("scale", c_double),
-        *_pointers("embedding", "final_norm", "head_weight", "head_bias"),
+        ("embedding", Matrix),
+        *_pointers("final_norm"),
+        ("head", Matrix),
         ("layers", POINTER(Layer)),
         ("cache", Cache),
     )
@@ -235,7 +258,8 @@ PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "shuteye_read": (c_int64, (c_void_p, c_int64)),
     "shuteye_rms_norm": (None, (c_int64, c_void_p, c_void_p, c_double, c_void_p, c_int64, c_int64)),
     "shuteye_silu_mul": (None, (c_int64, c_void_p, c_void_p, c_int64, c_int64)),
-    "shuteye_linear": (None, (c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64)),
+    "shuteye_linear": (None, (c_int64, c_void_p, POINTER(Matrix), c_void_p, c_int64)),
+    "shuteye_embed": (None, (c_int64, POINTER(Matrix), c_void_p, c_int64, c_void_p)),
     "shuteye_rope_and_write": (None, (POINTER(Rope),)),
     "shuteye_paged_attention": (ctypes.c_char_p, (POINTER(Attention), c_int64)),
     "shuteye_region_bytes": (c_int64, (c_int64, c_int64, c_int64)),
@@ -254,4 +278,4 @@ PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "shuteye_group_receive": (c_int64, (c_void_p, c_void_p, c_int64, c_int64)),
 }
 """Result and arguments of every function of csrc/api.cpp."""
-ABI_VERSION = 4
+ABI_VERSION = 5

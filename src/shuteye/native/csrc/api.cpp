@@ -1,10 +1,10 @@
 // The C ABI that library.py calls. Knows no kernel; every call is safe from any thread, one job runs at a time.
 #include <atomic>
-#include <cstring>
 #include <memory>
 #include <vector>
 
 #include "decoder.h"
+#include "embedding.h"
 #include "group.h"
 
 namespace shuteye {
@@ -29,10 +29,7 @@ void share(int64_t units, int64_t scratch_bytes, const Body& body) {
   Job job;
   job.units = units;
   job.num_threads = pool_num_threads();
-  for (int thread = 0; thread < job.num_threads; thread++) {
-    job.scratch.emplace_back(new char[scratch_bytes + 128]);
-    memset(job.scratch.back().get(), 0, 128);
-  }
+  for (int thread = 0; thread < job.num_threads; thread++) job.scratch.emplace_back(new char[scratch_bytes + 64]);
   job.body = &body;
   job.table = &active_table();
   const auto work = [](void* context, int thread) {
@@ -52,7 +49,7 @@ void share(int64_t units, int64_t scratch_bytes, const Body& body) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int64_t shuteye_abi_version() { return 4; }
+int64_t shuteye_abi_version() { return 5; }
 int64_t shuteye_level_supported(int64_t level) { return level_supported(level); }
 int64_t shuteye_level() { return active_level(); }
 int64_t shuteye_set_level(int64_t level) { return select_level(level); }
@@ -128,42 +125,39 @@ void shuteye_silu_mul(int64_t dtype, const void* gate_up, void* out, int64_t row
   });
 }
 
-void shuteye_linear(int64_t dtype, const void* x, const void* weight, const void* bias, void* out, int64_t num_tokens,
-                    int64_t in_features, int64_t out_features) {
+void shuteye_linear(int64_t dtype, const void* x, const ShuteyeMatrix* weight, void* out, int64_t num_tokens) {
   Linear linear{};
   linear.dtype = dtype;
   linear.num_tokens = num_tokens;
-  linear.in_features = in_features;
-  linear.out_features = out_features;
+  linear.in_features = weight->columns;
+  linear.out_features = weight->rows;
   linear.x = x;
-  linear.weight = weight;
-  linear.bias = bias;
+  linear.weight = *weight;
   linear.out = out;
-  linear.out_stride = out_features;
+  linear.out_stride = weight->rows;
   linear.finish = Finish::store;
-  linear.unit_rows = active_table().unit_rows_of(linear);
-  const int64_t unit_rows = linear.unit_rows, units = (out_features + unit_rows - 1) / unit_rows;
-  const auto end_row = [&](int64_t end) { return end * unit_rows < out_features ? end * unit_rows : out_features; };
-  if (active_table().takes_many(linear)) {
-    std::vector<char> packed(packed_bytes(num_tokens, in_features) + 64);
-    void* tiles = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(packed.data()), 64));
-    const int64_t scratch_bytes = many_scratch_bytes(num_tokens, in_features);
-    share((num_tokens + 15) / 16, scratch_bytes, [&](const KernelTable& table, void* scratch, int64_t first, int64_t end) {
-      table.pack_tokens(linear, tiles, scratch, first, end);
-    });
-    share(units, scratch_bytes, [&](const KernelTable& table, void* scratch, int64_t first, int64_t end) {
-      table.many_rows(linear, tiles, scratch, first * unit_rows, end_row(end));
-    });
-    return;
-  }
-  share(units, 64 + linear_scratch_bytes(num_tokens, in_features),
+  const Form form = form_of(weight->kind);
+  const std::unique_ptr<char[]> memory(new char[prepared_bytes(num_tokens, weight->columns) + 64]);
+  void* prepared = reinterpret_cast<void*>(round_up(reinterpret_cast<int64_t>(memory.get()), 64));
+  const int64_t scratch_bytes = linear_scratch_bytes(num_tokens, weight->columns);
+  share(active_table().linear[form].token_tiles(linear), scratch_bytes,
         [&](const KernelTable& table, void* scratch, int64_t first, int64_t end) {
-          bool& prepared = *static_cast<bool*>(scratch); // scratch begins with 64 zeros, which are the flag's
-          void* rest = static_cast<char*>(scratch) + 64;
-          if (!prepared) table.prepare(linear, rest);
-          prepared = true;
-          table.linear_rows(linear, rest, first * unit_rows, end_row(end));
+          table.linear[form].prepare(linear, prepared, scratch, first, end);
         });
+  const int64_t rows = share_rows(weight->kind);
+  share((weight->rows + rows - 1) / rows, scratch_bytes,
+        [&](const KernelTable& table, void* scratch, int64_t first, int64_t end) {
+          const int64_t end_row = end * rows < weight->rows ? end * rows : weight->rows;
+          table.linear[form].rows(linear, prepared, scratch, first * rows, end_row);
+        });
+}
+
+void shuteye_embed(int64_t dtype, const ShuteyeMatrix* matrix, const int64_t* token_ids, int64_t count, void* out) {
+  const int64_t nbytes = matrix->columns * (dtype == SHUTEYE_BFLOAT16 ? 2 : 4);
+  share(count, 0, [&](const KernelTable& table, void*, int64_t first, int64_t end) {
+    for (int64_t token = first; token < end; token++)
+      embed_row(table, dtype, *matrix, token_ids[token], static_cast<char*>(out) + token * nbytes);
+  });
 }
 
 void shuteye_rope_and_write(const ShuteyeRope* rope) {

@@ -1,6 +1,6 @@
 // See decoder.h. Phases of a layer: query, key and value heads with cache writes | attention | output projection |
-// gate and up | down. Each needs all of the one before. In a step of many tokens, packing them for a product is a phase
-// of its own before it; else every thread packs the few tokens that there are for itself.
+// gate and up | down. Each needs all of the one before. In a step of many tokens, preparing them for a product is a phase
+// of its own before it; else every thread prepares the few tokens that there are for itself.
 //
 // Among ranks, output projection and down give this rank's part of a sum. One thread waits for the other ranks, outside of
 // any job, so that the pool's threads sleep if it takes long; the next job begins with the sum.
@@ -12,11 +12,14 @@
 #include <cstring>
 #include <new>
 
+#include "embedding.h"
+
 namespace shuteye {
 namespace {
 
-constexpr int64_t kPhasesPerLayer = 9; // two for each product, one for attention
-constexpr int64_t kLeastUnits = 8;      // of many tokens: fewer rows at a time would read the tokens too often
+constexpr int64_t kPhasesPerLayer = 10; // two for each product, one for attention, one for gate and up
+constexpr int64_t kManyTokens = 32;     // are prepared once for all threads
+constexpr int64_t kLeastRows = 128;     // of many tokens: fewer rows at a time would read the tokens too often
 constexpr int64_t kSumElements = 1024;  // of a sum over ranks: what a thread takes at a time
 
 int64_t larger(int64_t left, int64_t right) { return left > right ? left : right; }
@@ -26,6 +29,22 @@ bool all_below(const int64_t* values, int64_t count, int64_t limit) {
   for (int64_t index = 0; index < count; index++)
     if (values[index] < 0 || values[index] >= limit) return false;
   return true;
+}
+
+// body(part, first, end) for the parts of [first, end), where part i has sizes[i] of the units, one part after the other.
+template <class Body>
+void each_part(const int64_t* sizes, int64_t count, int64_t first, int64_t end, const Body& body) {
+  for (int64_t part = 0; part < count && end > 0; part++) {
+    if (first < sizes[part]) body(part, larger(first, int64_t{0}), smaller(end, sizes[part]));
+    first -= sizes[part];
+    end -= sizes[part];
+  }
+}
+
+int64_t least_common_multiple(int64_t left, int64_t right) {
+  int64_t result = left;
+  while (result % right) result += left;
+  return result;
 }
 
 } // namespace
@@ -65,7 +84,8 @@ Decoder::Decoder(const ShuteyeModel& model)
       layers_(model.layers, model.layers + model.num_layers),
       num_all_heads_(model.num_heads + 2 * model.cache.num_kv_heads),
       itemsize_(model.dtype == SHUTEYE_BFLOAT16 ? 2 : 4),
-      num_phases_(kPhasesPerLayer * model.num_layers + 2) {
+      widest_(larger(larger(model.hidden, model.intermediate), model.num_heads * model.cache.head_dim)),
+      num_phases_(kPhasesPerLayer * model.num_layers + 3) {
   const int64_t rows = model.max_tokens * itemsize_, head_dim = model.cache.head_dim;
   hidden_.reserve(rows * model.hidden);
   last_.reserve(rows * model.hidden);
@@ -79,10 +99,11 @@ Decoder::Decoder(const ShuteyeModel& model)
 const char* Decoder::check(const ShuteyeStep& step) const {
   if (step.num_tokens < 1 || step.num_tokens > model_.max_tokens) return "more tokens than max_tokens, or none";
   if (step.num_sampled > step.num_tokens) return "more wanted tokens than there are";
-  if (model_.num_embeddings && !all_below(step.token_ids, step.num_tokens, model_.num_embeddings))
+  const bool embeds = model_.embedding.data;
+  if (embeds && !all_below(step.token_ids, step.num_tokens, model_.embedding.rows))
     return "a token id is not in the vocabulary";
-  if (!model_.num_embeddings && !step.hidden_in) return "there is nothing to begin with";
-  if (!model_.vocab && !step.hidden_out) return "there is no place for the result";
+  if (!embeds && !step.hidden_in) return "there is nothing to begin with";
+  if (!model_.head.data && !step.hidden_out) return "there is no place for the result";
   if (!all_below(step.slots, step.num_tokens, model_.cache.num_blocks * model_.cache.block_size))
     return "a slot is not in the cache";
   if (!all_below(step.wanted, step.num_sampled, step.num_tokens)) return "a wanted token is not in the step";
@@ -99,7 +120,7 @@ const char* Decoder::run(ShuteyeStep& step) {
   for (int64_t index = 0; index < num_phases_; index++) phases_[index].reset();
   const int64_t group = model_.num_heads / model_.cache.num_kv_heads;
   tasks_.plan(step.sequences, model_.cache, model_.num_heads, table_->joined_heads(model_.dtype, model_.cache, group));
-  embed(step);
+  if (!model_.embedding.data) memcpy(hidden_.data, step.hidden_in, step.num_tokens * model_.hidden * itemsize_);
   group_ = static_cast<Group*>(step.group);
   step.aborted = 0;
   if (group_) {
@@ -107,7 +128,7 @@ const char* Decoder::run(ShuteyeStep& step) {
   } else {
     pool_run([](void* self, int thread) { static_cast<Decoder*>(self)->work(thread); }, this);
   }
-  if (!model_.vocab) memcpy(step.hidden_out, hidden_.data, step.num_tokens * model_.hidden * itemsize_);
+  if (!model_.head.data) memcpy(step.hidden_out, hidden_.data, step.num_tokens * model_.hidden * itemsize_);
   return nullptr;
 }
 
@@ -149,40 +170,46 @@ ShuteyeReduce Decoder::sum_after(int64_t block) const {
 
 // As much as this step needs; an engine that decodes a few sequences never holds the memory of a long prefill.
 void Decoder::reserve_scratch() {
-  const int64_t widest = larger(larger(model_.hidden, model_.intermediate), model_.num_heads * model_.cache.head_dim);
-  const bool many = table_->takes_many(linear(widest, nullptr, nullptr, nullptr, 0, nullptr));
-  const int64_t few = many ? smaller(step_->num_sampled, table_->many_tokens) : step_->num_tokens;
-  int64_t nbytes = larger(linear_scratch_bytes(few, widest), attention_scratch_bytes(model_.cache.head_dim));
-  if (many) nbytes = larger(nbytes, many_scratch_bytes(step_->num_tokens, widest));
+  const int64_t num_tokens = step_->num_tokens;
+  const int64_t product = own_tokens_bytes() + linear_scratch_bytes(num_tokens, widest_);
+  const int64_t nbytes = larger(product, attention_scratch_bytes(model_.cache.head_dim));
   for (int thread = 0; thread < num_threads_; thread++) scratch_[thread].reserve(nbytes);
-  if (many) packed_.reserve(packed_bytes(step_->num_tokens, widest));
+  if (num_tokens >= kManyTokens) prepared_.reserve(kNumForms * prepared_bytes(num_tokens, widest_));
+  for (const ShuteyeLayer& layer : layers_) {
+    if (form_of(layer.gate.kind) == form_of(layer.up.kind)) continue;
+    gate_up_.reserve(model_.max_tokens * 2 * model_.intermediate * itemsize_);
+  }
 }
 
-// Whether what is made for this product may be written as it wants it, instead of being packed afterwards.
-bool Decoder::wants_packed(const Linear& linear) const {
-  return table_->takes_many(linear) && !linear.rows && linear.in_features % 32 == 0 && model_.cache.head_dim % 16 == 0;
+// Of scratch: what a thread prepares of few tokens for itself; several forms of fewer than many.
+int64_t Decoder::own_tokens_bytes() const { return kNumForms * prepared_bytes(smaller(step_->num_tokens, kManyTokens), widest_); }
+
+// Whether what is made for this product may be written as it is prepared.
+bool Decoder::takes_packed(const Linear& linear) const {
+  return table_->takes_packed(linear) && !linear.rows && linear.in_features % 32 == 0 && model_.cache.head_dim % 16 == 0;
 }
 
-void Decoder::embed(const ShuteyeStep& step) {
+void Decoder::embed(int64_t first, int64_t end) {
   const int64_t nbytes = model_.hidden * itemsize_;
-  if (!model_.num_embeddings) {
-    memcpy(hidden_.data, step.hidden_in, step.num_tokens * nbytes);
-    return;
+  for (int64_t token = first; token < end; token++) {
+    embed_row(*table_, model_.dtype, model_.embedding, step_->token_ids[token], static_cast<char*>(hidden_.data) + token * nbytes);
   }
-  for (int64_t token = 0; token < step.num_tokens; token++) {
-    memcpy(static_cast<char*>(hidden_.data) + token * nbytes,
-           static_cast<const char*>(model_.embedding) + step.token_ids[token] * nbytes, nbytes);
-  }
+}
+
+void Decoder::begin() {
+  if (!model_.embedding.data) return;
+  phases_[num_phases_ - 1].run(step_->num_tokens, num_threads_, [&](int64_t first, int64_t end) { embed(first, end); });
 }
 
 void Decoder::work(int thread) {
   if (thread >= num_threads_) return; // the pool grew since this step began
   table_->enter();
+  begin();
   for (int64_t index = 0; index < model_.num_layers; index++) {
     attention_block(index, thread);
     mlp_block(index, thread);
   }
-  logits(thread, &phases_[num_phases_ - 2]);
+  logits(thread, &phases_[num_phases_ - 3]);
   table_->leave();
 }
 
@@ -193,9 +220,10 @@ void Decoder::work_between_sums(int thread) {
   sum_phase_.run((count + kSumElements - 1) / kSumElements, num_threads_, [&](int64_t first, int64_t end) {
     group_->sum(before_, first * kSumElements, smaller(end * kSumElements, count));
   });
+  if (block_ == 0) begin();
   const int64_t index = block_ / 2;
   if (index == model_.num_layers) {
-    logits(thread, &phases_[num_phases_ - 2]);
+    logits(thread, &phases_[num_phases_ - 3]);
   } else if (block_ % 2 == 0) {
     attention_block(index, thread);
   } else {
@@ -204,26 +232,25 @@ void Decoder::work_between_sums(int thread) {
   table_->leave();
 }
 
-Linear Decoder::linear(int64_t in_features, const void* x, const void* weight, const void* bias, int64_t out_features,
-                       void* out) const {
+Linear Decoder::linear(const ShuteyeMatrix& weight, const void* x, void* out) const {
   Linear linear{};
   linear.dtype = model_.dtype;
   linear.num_tokens = step_->num_tokens;
-  linear.in_features = in_features;
-  linear.out_features = out_features;
+  linear.in_features = weight.columns;
+  linear.out_features = weight.rows;
   linear.x = x;
   linear.eps = static_cast<float>(model_.eps);
   linear.weight = weight;
-  linear.bias = bias;
   linear.out = out;
-  linear.out_stride = out_features;
+  linear.out_stride = weight.rows;
   linear.finish = Finish::store;
   return linear;
 }
 
-void Decoder::product(Linear linear, int thread, Phase* phases) {
-  linear.unit_rows = table_->unit_rows_of(linear);
-  compute(linear, thread, phases, [](int64_t, int64_t) {});
+void Decoder::product(const Linear& linear, int thread, Phase* phases) {
+  Products products;
+  products.add(linear, share_rows(linear.weight.kind));
+  compute(products, thread, phases, [](int64_t, int64_t, int64_t) {});
 }
 
 // A product that is added to the hidden states; among ranks, this rank's part of it.
@@ -233,30 +260,47 @@ void Decoder::add(Linear linear, int thread, Phase* phases) {
   product(linear, thread, phases);
 }
 
-// phases[0] packs many tokens, phases[1] computes units of rows; then(first, end) follows on each share of them.
+// phases[0] prepares many tokens, phases[1] computes rows; then(part, first_row, end_row) follows on each share of them.
 template <class Then>
-void Decoder::compute(const Linear& linear, int thread, Phase* phases, const Then& then) {
-  void* scratch = scratch_[thread].data;
-  const bool many = table_->takes_many(linear);
-  if (many && !linear.x_is_packed) {
-    phases[0].run((linear.num_tokens + 15) / 16, num_threads_, [&](int64_t first, int64_t end) {
-      table_->pack_tokens(linear, packed_.data, scratch, first, end);
-    });
+void Decoder::compute(const Products& products, int thread, Phase* phases, const Then& then) {
+  const Linear& any = products.parts[0];
+  const bool many = any.num_tokens >= kManyTokens, is_prepared = any.x_is_packed;
+  char* own = static_cast<char*>(scratch_[thread].data);
+  void* scratch = own + own_tokens_bytes();
+  char* memory = many ? static_cast<char*>(prepared_.data) : own;
+  const void* tokens[kNumForms] = {};
+  const Linear* wanting[kNumForms];
+  int64_t tiles[kNumForms], num_tiles = 0, num_forms = 0, shares[3], num_shares = 0;
+  for (int64_t part = 0; part < products.count; part++) {
+    const Linear& linear = products.parts[part];
+    const Form form = form_of(linear.weight.kind);
+    num_shares += shares[part] = (linear.out_features + products.share_rows[part] - 1) / products.share_rows[part];
+    if (tokens[form]) continue;
+    tokens[form] = is_prepared ? linear.x : memory + num_forms * prepared_bytes(linear.num_tokens, linear.in_features);
+    wanting[num_forms] = &linear;
+    num_tiles += tiles[num_forms++] = table_->linear[form].token_tiles(linear);
   }
-  const int64_t unit_rows = linear.unit_rows, num_units = (linear.out_features + unit_rows - 1) / unit_rows;
-  bool prepared = false;
-  const auto rows = [&](int64_t first, int64_t end) {
-    const int64_t end_row = smaller(end * unit_rows, linear.out_features);
-    if (many) {
-      table_->many_rows(linear, linear.x_is_packed ? linear.x : packed_.data, scratch, first * unit_rows, end_row);
-    } else {
-      if (!prepared) table_->prepare(linear, scratch);
-      prepared = true;
-      table_->linear_rows(linear, scratch, first * unit_rows, end_row);
-    }
-    then(first, end);
+  const auto prepare = [&](int64_t first, int64_t end) {
+    each_part(tiles, num_forms, first, end, [&](int64_t index, int64_t first_tile, int64_t end_tile) {
+      const Form form = form_of(wanting[index]->weight.kind);
+      table_->linear[form].prepare(*wanting[index], const_cast<void*>(tokens[form]), scratch, first_tile, end_tile);
+    });
   };
-  phases[1].run(num_units, num_threads_, rows, many ? larger(int64_t{1}, kLeastUnits * kTileRows / unit_rows) : 1);
+  bool prepared = is_prepared || many;
+  if (many && !is_prepared) phases[0].run(num_tiles, num_threads_, prepare);
+  const auto rows = [&](int64_t first, int64_t end) {
+    if (!prepared) prepare(0, num_tiles);
+    prepared = true;
+    each_part(shares, products.count, first, end, [&](int64_t part, int64_t first_share, int64_t end_share) {
+      const Linear& linear = products.parts[part];
+      const int64_t first_row = first_share * products.share_rows[part];
+      const int64_t end_row = smaller(end_share * products.share_rows[part], linear.out_features);
+      const Form form = form_of(linear.weight.kind);
+      table_->linear[form].rows(linear, tokens[form], scratch, first_row, end_row);
+      then(part, first_row, end_row);
+    });
+  };
+  phases[1].run(num_shares, num_threads_, rows, many ? larger(int64_t{1}, kLeastRows / products.share_rows[0]) : 1);
 }
 
 void Decoder::attention_block(int64_t index, int thread) {
@@ -265,12 +309,11 @@ void Decoder::attention_block(int64_t index, int thread) {
   Phase* phases = &phases_[index * kPhasesPerLayer];
   query_key_value(index, thread, phases);
   if (narrow && step_->num_sampled == 0) return; // keys and values are written; nothing else is wanted
-  Linear output = linear(model_.num_heads * model_.cache.head_dim, attended_.data, own.output_weight, own.output_bias,
-                         model_.hidden, narrow ? last_.data : hidden_.data);
+  Linear output = linear(own.output, attended_.data, narrow ? last_.data : hidden_.data);
   output.num_tokens = narrow ? step_->num_sampled : step_->num_tokens;
   output.rows = narrow ? step_->wanted : nullptr;
   output.residual = hidden_.data;
-  output.x_is_packed = wants_packed(output);
+  output.x_is_packed = takes_packed(output);
   attention(index, thread, phases[2], output.x_is_packed);
   add(output, thread, phases + 3);
 }
@@ -279,33 +322,65 @@ void Decoder::mlp_block(int64_t index, int thread) {
   const ShuteyeLayer& own = layers_[index];
   const bool narrow = narrows(index);
   if (narrow && step_->num_sampled == 0) return;
-  Phase* phases = &phases_[index * kPhasesPerLayer];
+  Phase* phases = &phases_[index * kPhasesPerLayer] + 5;
   void* hidden = narrow ? last_.data : hidden_.data;
-  const int64_t num_tokens = narrow ? step_->num_sampled : step_->num_tokens;
-  Linear gate_up = linear(model_.hidden, hidden, own.gate_up_weight, own.gate_up_bias, model_.intermediate,
-                          activated_.data);
-  gate_up.num_tokens = num_tokens;
-  gate_up.norm = own.post_norm;
-  Linear down = linear(model_.intermediate, activated_.data, own.down_weight, own.down_bias, model_.hidden, hidden);
-  down.num_tokens = num_tokens;
+  Linear gate = linear(own.gate, hidden, activated_.data);
+  gate.num_tokens = narrow ? step_->num_sampled : step_->num_tokens;
+  gate.norm = own.post_norm;
+  Linear down = linear(own.down, activated_.data, hidden);
+  down.num_tokens = gate.num_tokens;
   down.residual = hidden;
-  down.x_is_packed = wants_packed(down);
-  gate_up.finish = Finish::silu_mul;
-  gate_up.packs_out = down.x_is_packed;
-  product(gate_up, thread, phases + 5);
-  add(down, thread, phases + 7);
+  const bool together = form_of(own.gate.kind) == form_of(own.up.kind);
+  down.x_is_packed = together && takes_packed(down);
+  if (together) {
+    gate.upper = own.up;
+    gate.finish = Finish::silu_mul;
+    gate.packs_out = down.x_is_packed;
+    product(gate, thread, phases);
+  } else {
+    gate_and_up(own, gate, thread, phases);
+  }
+  add(down, thread, phases + 3);
+}
+
+// Of kinds that one kernel does not read together: one beside the other, then activated.
+void Decoder::gate_and_up(const ShuteyeLayer& own, Linear gate, int thread, Phase* phases) {
+  const int64_t inner = model_.intermediate;
+  char* out = static_cast<char*>(gate_up_.data);
+  Products products;
+  gate.out = out;
+  gate.out_stride = 2 * inner;
+  products.add(gate, share_rows(own.gate.kind));
+  Linear up = gate;
+  up.weight = own.up;
+  up.out = out + inner * itemsize_;
+  products.add(up, share_rows(own.up.kind));
+  compute(products, thread, phases, [](int64_t, int64_t, int64_t) {});
+  phases[2].run(gate.num_tokens, num_threads_, [&](int64_t first, int64_t end) {
+    table_->silu_mul_rows[model_.dtype](out + first * 2 * inner * itemsize_,
+                                        static_cast<char*>(activated_.data) + first * inner * itemsize_, end - first, inner);
+  });
 }
 
 void Decoder::query_key_value(int64_t index, int thread, Phase* phases) {
   const ShuteyeLayer& own = layers_[index];
   const int64_t head_dim = model_.cache.head_dim;
-  Linear heads = linear(model_.hidden, hidden_.data, own.qkv_weight, own.qkv_bias, num_all_heads_ * head_dim, qkv_.data);
-  heads.norm = own.input_norm;
+  const ShuteyeMatrix* matrices[] = {&own.query, &own.key, &own.value};
+  Products products;
+  int64_t first_head[3], row = 0;
+  for (int64_t part = 0; part < 3; part++) {
+    Linear heads = linear(*matrices[part], hidden_.data, static_cast<char*>(qkv_.data) + row * itemsize_);
+    heads.out_stride = num_all_heads_ * head_dim;
+    heads.norm = own.input_norm;
+    products.add(heads, least_common_multiple(share_rows(heads.weight.kind), head_dim));
+    first_head[part] = row / head_dim;
+    row += heads.out_features;
+  }
   const ShuteyeRope rope{model_.dtype,   step_->num_tokens, model_.num_heads, index,     model_.eps,   qkv_.data,
                          own.query_norm, own.key_norm,      step_->cos,       step_->sin, step_->slots, model_.cache};
-  heads.unit_rows = head_dim;
-  compute(heads, thread, phases,
-          [&](int64_t first, int64_t end) { table_->rope_heads[model_.dtype](rope, first, end); });
+  compute(products, thread, phases, [&](int64_t part, int64_t first_row, int64_t end_row) {
+    table_->rope_heads[model_.dtype](rope, first_head[part] + first_row / head_dim, first_head[part] + end_row / head_dim);
+  });
 }
 
 void Decoder::attention(int64_t index, int thread, Phase& phase, bool packs_out) {
@@ -326,8 +401,8 @@ void Decoder::attention(int64_t index, int thread, Phase& phase, bool packs_out)
 }
 
 void Decoder::logits(int thread, Phase* phases) {
-  if (!model_.vocab || step_->num_sampled == 0) return;
-  Linear head = linear(model_.hidden, last_.data, model_.head_weight, model_.head_bias, model_.vocab, step_->logits);
+  if (!model_.head.data || step_->num_sampled == 0) return;
+  Linear head = linear(model_.head, last_.data, step_->logits);
   head.num_tokens = step_->num_sampled;
   head.norm = model_.final_norm;
   head.finish = Finish::store_float;

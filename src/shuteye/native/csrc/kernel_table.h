@@ -4,10 +4,11 @@
 
 namespace shuteye {
 
-constexpr int64_t kTileRows = 16; // weight rows that are computed together
+constexpr int64_t kTileRows = 16; // rows of a row-major matrix that are computed together; of a quantized panel
+constexpr int64_t kPanelRows = 32; // of a panel of bfloat16
 constexpr int64_t kDepthStep = 32;
-constexpr int64_t kGroupTiles = 16;    // of many tokens: weight tiles of 16 rows that are packed at a time
-constexpr int64_t kMaxChunkSteps = 48; // likewise: depth steps that are multiplied at a time
+constexpr int64_t kGroupPanels = 8;    // of AMX: panels that are computed together
+constexpr int64_t kMaxChunkSteps = 20; // likewise: depth steps of many tokens that are multiplied at a time
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -19,25 +20,42 @@ enum class Finish {
   silu_mul,    // out = silu(y of row i) * (y of row i + out_features)
 };
 
-// y = x @ weight.T + bias, in four steps per thread: prepare x once, then compute any rows of weight.
+// y = x @ weight^T + bias. Tokens are prepared once, then any rows of weight are computed.
 struct Linear {
   int64_t dtype;
   int64_t num_tokens;
   int64_t in_features;
-  int64_t out_features; // of out; silu_mul reads twice as many rows of weight
+  int64_t out_features; // of out
   const void* x;        // [*, in_features]
   const int64_t* rows;  // [num_tokens], which rows of x and of residual are meant; null: the first ones
   const void* norm;     // [in_features]: x is normalised first; null: it is not
   float eps;
-  const void* weight; // [out_features, in_features]
-  const void* bias;   // or null
+  ShuteyeMatrix weight; // [out_features, in_features]
+  ShuteyeMatrix upper;  // of silu_mul: likewise, of the same form
   const void* residual;
   void* out; // [num_tokens, out_stride]
   int64_t out_stride;
   Finish finish;
-  int64_t unit_rows; // of out: shares of the work begin at multiples of it
-  bool x_is_packed; // as pack_tokens would have done it: of all tokens, without a norm
-  bool packs_out;   // for the next product
+  bool x_is_packed; // as `packed_offset` says: of all tokens, without a norm
+  bool packs_out;   // likewise, for the next product
+};
+
+// Kinds of matrices that the same kernels read, which want tokens prepared in the same way.
+enum Form : int64_t { kRowsForm = 0, kPanelsForm = 1, kQuantForm = 2, kNumForms = 3 };
+
+inline Form form_of(int64_t kind) {
+  return kind == SHUTEYE_ROWS ? kRowsForm : kind == SHUTEYE_BF16 ? kPanelsForm : kQuantForm;
+}
+
+// The rows that shares of a product begin at multiples of.
+inline int64_t share_rows(int64_t kind) { return form_of(kind) == kQuantForm ? kTileRows : kPanelRows; }
+
+// The kernels of one form. `scratch` is the calling thread's own, of `linear_scratch_bytes`.
+struct LinearKernels {
+  int64_t (*token_tiles)(const Linear& linear); // how many tiles its tokens are cut into
+  // Writes tiles [first_tile, end_tile) of the tokens to `prepared`, [prepared_bytes], which all threads may share.
+  void (*prepare)(const Linear& linear, void* prepared, void* scratch, int64_t first_tile, int64_t end_tile);
+  void (*rows)(const Linear& linear, const void* prepared, void* scratch, int64_t first_row, int64_t end_row);
 };
 
 // A tile of queries of one sequence, for one KV head or several, over all or a part of their context.
@@ -68,11 +86,9 @@ struct KernelTable {
   const char* name;
   void (*norm_rows[2])(const void* x, const void* weight, float eps, void* out, int64_t rows, int64_t width);
   void (*silu_mul_rows[2])(const void* gate_up, void* out, int64_t rows, int64_t width);
-  void (*prepare)(const Linear& linear, void* scratch);
-  void (*linear_rows)(const Linear& linear, void* scratch, int64_t first_row, int64_t end_row);
-  int64_t many_tokens; // from so many on, products of bfloat16 are made by the next two instead; 0: never
-  void (*pack_tokens)(const Linear& linear, void* packed, void* scratch, int64_t first_tile, int64_t end_tile);
-  void (*many_rows)(const Linear& linear, const void* packed, void* scratch, int64_t first_row, int64_t end_row);
+  LinearKernels linear[kNumForms];
+  void (*dequantize_row[2])(const ShuteyeMatrix& matrix, int64_t row, void* out); // [columns] of the model's dtype
+  int64_t packed_tokens; // from so many on, tokens of bfloat16 are prepared as `packed_offset` says; 0: never
   void (*rope_heads[2])(const ShuteyeRope& rope, int64_t first_head, int64_t end_head);
   // `following`: the task that is likely to be next, or null; what it needs may be fetched ahead.
   void (*attend[2])(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionTask* following, void* scratch);
@@ -83,11 +99,11 @@ struct KernelTable {
   void (*enter)(); // per thread, around a job
   void (*leave)();
 
-  bool takes_many(const Linear& linear) const {
-    return many_tokens && linear.num_tokens >= many_tokens && linear.dtype == SHUTEYE_BFLOAT16;
+  // Whether whoever makes x may write it as it is prepared.
+  bool takes_packed(const Linear& linear) const {
+    return packed_tokens && linear.num_tokens >= packed_tokens && linear.dtype == SHUTEYE_BFLOAT16 &&
+           form_of(linear.weight.kind) != kQuantForm;
   }
-  // Shares of a product's rows, unless something else asks for larger ones.
-  int64_t unit_rows_of(const Linear& linear) const { return takes_many(linear) ? 2 * kTileRows : kTileRows; }
   // KV heads of one token that are best one task: their keys lie side by side.
   int64_t joined_heads(int64_t dtype, const ShuteyeCache& cache, int64_t group) const {
     const int64_t key_bytes = cache.head_dim * (dtype == SHUTEYE_BFLOAT16 ? 2 : 4);
@@ -97,10 +113,9 @@ struct KernelTable {
   }
 };
 
-// Enough for prepare and linear_rows of any table.
-inline int64_t linear_scratch_bytes(int64_t num_tokens, int64_t in_features) {
-  const int64_t tokens = round_up(num_tokens, 16);
-  return tokens * round_up(in_features, kDepthStep) * 4 + 2 * tokens * kTileRows * 4 + 8192;
+// Enough for what any form makes of its tokens.
+inline int64_t prepared_bytes(int64_t num_tokens, int64_t in_features) {
+  return round_up(num_tokens, 16) * round_up(in_features, kDepthStep) * 4;
 }
 
 // Packed tokens are tiles of 16 tokens by 32 features: [tokens / 16][features / 32][16][32]. Features must fill their tiles
@@ -109,16 +124,12 @@ inline int64_t packed_offset(int64_t token, int64_t feature, int64_t num_feature
   return (token / 16 * (num_features / 32) + feature / 32) * 512 + token % 16 * 32 + feature % 32;
 }
 
-inline int64_t packed_bytes(int64_t num_tokens, int64_t in_features) {
-  return round_up(num_tokens, 16) * round_up(in_features, kDepthStep) * 2;
-}
-
-// Enough for pack_tokens and many_rows of any table.
-inline int64_t many_scratch_bytes(int64_t num_tokens, int64_t in_features) {
-  const int64_t weights = kGroupTiles * kMaxChunkSteps * 1024;
-  const int64_t sums = round_up(num_tokens, 2 * 16) * kGroupTiles * 16 * 4;
-  const int64_t row = round_up(in_features, kDepthStep) * 2;
-  return (weights + sums > row ? weights + sums : row) + 8192;
+// Enough for prepare and rows of any form: a row of tokens; then two tiles of sums, or of AMX weights and sums.
+inline int64_t linear_scratch_bytes(int64_t num_tokens, int64_t in_features) {
+  const int64_t row = round_up(in_features, kDepthStep) * 4;
+  const int64_t sums = round_up(num_tokens, 2 * 16) * kGroupPanels * kPanelRows * 4;
+  const int64_t rows = kGroupPanels * kMaxChunkSteps * 2048 + sums;
+  return (row > rows ? row : rows) + 8192;
 }
 
 inline int64_t attention_scratch_bytes(int64_t head_dim) {

@@ -3,17 +3,13 @@
 #define SHUTEYE_LANES_AVX512
 #include "attention_amx.h"
 #include "attention_joined.h"
-#include "linear_amx.h"
-#include "linear_many.h"
+#include "linear_tiles.h"
 #include "table.h"
 
 namespace SHUTEYE_ISA {
 
-// Fewer tokens leave most of a tile empty: the vector unit is as fast.
-constexpr int64_t kMinTokens = 4;
-
-// Packing weights costs as much as multiplying them with so many tokens.
-constexpr int64_t kManyTokens = 64;
+// Fewer tokens are packed by every thread for itself.
+constexpr int64_t kPackedTokens = 64;
 
 inline void attend_any(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionTask* following, void* memory) {
   if (task.num_kv_heads > 1) return JoinedAttention(attention, task, memory).run(following);
@@ -21,16 +17,20 @@ inline void attend_any(const ShuteyeAttention& attention, const AttentionTask& t
   TileAttention(attention, task, memory).run();
 }
 
-inline void prepare_any(const Linear& linear, void* memory) {
-  if (linear.dtype != SHUTEYE_BFLOAT16) return prepare_float(linear, memory);
-  linear.num_tokens < kMinTokens ? prepare_rows<PairDot>(linear, Scratch(linear, memory))
-                                 : prepare_tiles(linear, Scratch(linear, memory));
-}
-
-inline void linear_any(const Linear& linear, void* memory, int64_t first_row, int64_t end_row) {
-  if (linear.dtype != SHUTEYE_BFLOAT16) return linear_float(linear, memory, first_row, end_row);
-  each_tile<bf16>(linear, Scratch(linear, memory), first_row, end_row,
-                  linear.num_tokens < kMinTokens ? compute_tile<PairDot> : compute_with_tiles);
+// `Otherwise`: kernels of a model of float32.
+template <shuteye::LinearKernels (*otherwise)()>
+shuteye::LinearKernels tile_kernels() {
+  return {[](const Linear& linear) {
+            return linear.dtype == SHUTEYE_BFLOAT16 ? tiles_of_sixteen(linear) : otherwise().token_tiles(linear);
+          },
+          [](const Linear& linear, void* prepared, void* scratch, int64_t first, int64_t end) {
+            linear.dtype == SHUTEYE_BFLOAT16 ? pack_tokens(linear, prepared, scratch, first, end)
+                                             : otherwise().prepare(linear, prepared, scratch, first, end);
+          },
+          [](const Linear& linear, const void* prepared, void* scratch, int64_t first, int64_t end) {
+            linear.dtype == SHUTEYE_BFLOAT16 ? tile_rows(linear, prepared, scratch, first, end)
+                                             : otherwise().rows(linear, prepared, scratch, first, end);
+          }};
 }
 
 } // namespace SHUTEYE_ISA
@@ -38,11 +38,9 @@ inline void linear_any(const Linear& linear, void* memory, int64_t first_row, in
 namespace shuteye {
 KernelTable amx_table() {
   KernelTable table = SHUTEYE_ISA::common_table("amx");
-  table.prepare = SHUTEYE_ISA::prepare_any;
-  table.linear_rows = SHUTEYE_ISA::linear_any;
-  table.many_tokens = SHUTEYE_ISA::kManyTokens;
-  table.pack_tokens = SHUTEYE_ISA::pack_tokens;
-  table.many_rows = SHUTEYE_ISA::many_rows;
+  table.linear[kRowsForm] = SHUTEYE_ISA::tile_kernels<SHUTEYE_ISA::dot_kernels<SHUTEYE_ISA::PairDot>>();
+  table.linear[kPanelsForm] = SHUTEYE_ISA::tile_kernels<SHUTEYE_ISA::panel_kernels<SHUTEYE_ISA::Bf16Pairs>>();
+  table.packed_tokens = SHUTEYE_ISA::kPackedTokens;
   table.attend[SHUTEYE_BFLOAT16] = SHUTEYE_ISA::attend_any;
   table.joined_rows = SHUTEYE_ISA::kColumns;
   table.enter = SHUTEYE_ISA::configure_tiles;

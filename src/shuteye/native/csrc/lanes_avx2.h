@@ -19,6 +19,16 @@ inline Lanes load(const bf16* source) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16))};
 }
 
+// Of the pairs of bfloat16 from `pairs` on, the first ones, and the second ones.
+inline Lanes load_even(const bf16* pairs) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
+}
+inline Lanes load_odd(const bf16* pairs) {
+  const __m256 bits = _mm256_loadu_ps(reinterpret_cast<const float*>(pairs));
+  return {_mm256_and_ps(bits, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
+
 inline void store(float* target, Lanes lanes) { _mm256_storeu_ps(target, lanes.v); }
 
 inline void store(bf16* target, Lanes lanes) {

@@ -19,6 +19,15 @@ inline Lanes load(const bf16* source) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
 }
 
+// Of the pairs of bfloat16 from `pairs` on, the first ones, and the second ones.
+inline Lanes load_even(const bf16* pairs) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(pairs), 16))};
+}
+inline Lanes load_odd(const bf16* pairs) {
+  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(pairs), mask))};
+}
+
 inline void store(float* target, Lanes lanes) { _mm512_storeu_ps(target, lanes.v); }
 
 inline void store(bf16* target, Lanes lanes) {

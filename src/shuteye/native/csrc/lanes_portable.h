@@ -29,6 +29,18 @@ inline Lanes load(const bf16* source) {
   return {reinterpret_cast<Lanes::Floats>(bits)};
 }
 
+// Of the pairs of bfloat16 from `pairs` on, the first ones, and the second ones.
+inline Lanes load_even(const bf16* pairs) {
+  Lanes::Ints bits;
+  memcpy(&bits, pairs, sizeof bits);
+  return {reinterpret_cast<Lanes::Floats>(bits << 16)};
+}
+inline Lanes load_odd(const bf16* pairs) {
+  Lanes::Ints bits;
+  memcpy(&bits, pairs, sizeof bits);
+  return {reinterpret_cast<Lanes::Floats>(bits & static_cast<int32_t>(0xffff0000u))};
+}
+
 inline void store(float* target, Lanes lanes) { memcpy(target, &lanes.v, sizeof lanes.v); }
 
 inline void store(bf16* target, Lanes lanes) {

@@ -1,6 +1,5 @@
-// Products of few tokens with row-major weights, near memory speed. Knows nothing of threads.
-//
-// Weights are read once, in order, 16 rows at a time, for all tokens: nothing is packed but x.
+// Products with row-major weights, and what every product has in common: preparing tokens, finishing sums. Knows nothing
+// of threads.
 #pragma once
 #include "dot.h"
 #include "elementwise.h"
@@ -12,21 +11,6 @@ using shuteye::Finish;
 using shuteye::kTileRows;
 using shuteye::Linear;
 using shuteye::round_up;
-
-// Scratch: two tiles [num_tokens, 16] of float, then x [num_tokens, depth] in the form the dot product wants.
-struct Scratch {
-  float* tiles[2];
-  void* x;
-  int64_t depth; // in_features rounded up; the padding of x is zero
-
-  Scratch(const Linear& linear, void* memory) {
-    const int64_t tokens = round_up(linear.num_tokens, 16);
-    depth = round_up(linear.in_features, shuteye::kDepthStep);
-    tiles[0] = static_cast<float*>(memory);
-    tiles[1] = tiles[0] + tokens * kTileRows;
-    x = tiles[1] + tokens * kTileRows;
-  }
-};
 
 template <class T>
 const T* row_of(const Linear& linear, int64_t token) {
@@ -47,40 +31,44 @@ void copy_row(const Linear& linear, int64_t token, X* target, int64_t depth) {
   memset(target + linear.in_features, 0, (depth - linear.in_features) * sizeof(X));
 }
 
+inline int64_t tiles_of_sixteen(const Linear& linear) { return (linear.num_tokens + 15) / 16; }
+
+// Row-major weights: x as [num_tokens, depth] in the form the dot product wants, depth being padded with zeros.
 template <class Dot>
-void prepare_rows(const Linear& linear, const Scratch& scratch) {
-  auto* x = static_cast<typename Dot::X*>(scratch.x);
-  for (int64_t token = 0; token < linear.num_tokens; token++) {
-    copy_row<typename Dot::Weight>(linear, token, x + token * scratch.depth, scratch.depth);
+void prepare_rows(const Linear& linear, void* prepared, void*, int64_t first_tile, int64_t end_tile) {
+  const int64_t depth = round_up(linear.in_features, shuteye::kDepthStep);
+  for (int64_t token = first_tile * 16; token < smaller(end_tile * 16, linear.num_tokens); token++) {
+    copy_row<typename Dot::Weight>(linear, token, static_cast<typename Dot::X*>(prepared) + token * depth, depth);
   }
 }
 
 // tile[token, row] for up to 16 rows of weight.
 template <class Dot>
-void compute_tile(const Linear& linear, const Scratch& scratch, int64_t first_row, int64_t num_rows, float* tile) {
-  const auto* weight = static_cast<const typename Dot::Weight*>(linear.weight) + first_row * linear.in_features;
-  const auto* x = static_cast<const typename Dot::X*>(scratch.x);
-  const DotShape shape{linear.in_features, scratch.depth};
+void compute_tile(const Linear& linear, const ShuteyeMatrix& matrix, const void* prepared, int64_t first_row, int64_t num_rows,
+                  float* tile) {
+  const auto* weight = static_cast<const typename Dot::Weight*>(matrix.data) + first_row * linear.in_features;
+  const auto* x = static_cast<const typename Dot::X*>(prepared);
+  const DotShape shape{linear.in_features, round_up(linear.in_features, shuteye::kDepthStep)};
   int64_t row = 0;
   for (; row + 4 <= num_rows; row += 4) {
     const auto* rows = weight + row * linear.in_features;
     int64_t token = 0;
     for (; token + 4 <= linear.num_tokens; token += 4) {
-      dot_block<Dot, 4, 4>(shape, rows, x + token * scratch.depth, tile + token * kTileRows + row);
+      dot_block<Dot, 4, 4>(shape, rows, x + token * shape.depth, tile + token * kTileRows + row);
     }
     for (; token < linear.num_tokens; token++) {
-      dot_block<Dot, 4, 1>(shape, rows, x + token * scratch.depth, tile + token * kTileRows + row);
+      dot_block<Dot, 4, 1>(shape, rows, x + token * shape.depth, tile + token * kTileRows + row);
     }
   }
   for (; row < num_rows; row++) {
     for (int64_t token = 0; token < linear.num_tokens; token++) {
       tile[token * kTileRows + row] =
-          dot_one<Dot>(shape, weight + row * linear.in_features, x + token * scratch.depth);
+          dot_one<Dot>(shape, weight + row * linear.in_features, x + token * shape.depth);
     }
   }
 }
 
-// Of up to 16 rows: sums[token * stride + row].
+// sums[token * stride + row].
 struct Sums {
   const float* first;
   int64_t stride;
@@ -105,14 +93,14 @@ struct TileReader {
 };
 
 template <class T>
-TileReader<T> tile_reader(const Linear& linear, Sums sums, int64_t first_row) {
-  return {sums, linear.bias ? static_cast<const T*>(linear.bias) + first_row : nullptr};
+TileReader<T> tile_reader(const ShuteyeMatrix& matrix, Sums sums, int64_t first_row) {
+  return {sums, matrix.bias ? static_cast<const T*>(matrix.bias) + first_row : nullptr};
 }
 
 template <class T, Finish finish>
 inline void finish_as(const Linear& linear, Sums sums, Sums upper_sums, int64_t first_row, int64_t num_rows, TokenRange tokens) {
-  const TileReader<T> tile = tile_reader<T>(linear, sums, first_row);
-  const TileReader<T> upper = tile_reader<T>(linear, upper_sums, first_row + linear.out_features);
+  const TileReader<T> tile = tile_reader<T>(linear.weight, sums, first_row);
+  const TileReader<T> upper = tile_reader<T>(linear.upper, upper_sums, first_row);
   for (int64_t index = 0; index < tokens.count; index++) {
     const int64_t token = tokens.first + index;
     const int64_t offset = linear.packs_out ? shuteye::packed_offset(token, first_row, linear.out_features)
@@ -153,7 +141,7 @@ void with_finish(Finish finish, const Body& body) {
   }
 }
 
-// `upper` is used by silu_mul alone.
+// Of rows [first_row, first_row + num_rows), whose sums are given; `upper` is used by silu_mul alone.
 template <class T>
 void finish_tile(const Linear& linear, Sums sums, Sums upper, int64_t first_row, int64_t num_rows, TokenRange tokens) {
   with_finish(linear.finish, [&](auto tag) {
@@ -161,17 +149,17 @@ void finish_tile(const Linear& linear, Sums sums, Sums upper, int64_t first_row,
   });
 }
 
-// Compute: (linear, scratch, first_row, num_rows, tile).
+// Compute: (linear, matrix, prepared, first_row, num_rows, tile), of up to 16 rows; scratch holds two tiles.
 template <class T, class Compute>
-void each_tile(const Linear& linear, const Scratch& scratch, int64_t first_row, int64_t end_row, const Compute& compute) {
+void each_tile(const Linear& linear, const void* prepared, void* scratch, int64_t first_row, int64_t end_row,
+               const Compute& compute) {
+  float* lower = static_cast<float*>(scratch);
+  float* upper = lower + round_up(linear.num_tokens, 16) * kTileRows;
   for (int64_t row = first_row; row < end_row; row += kTileRows) {
     const int64_t num_rows = smaller(kTileRows, end_row - row);
-    compute(linear, scratch, row, num_rows, scratch.tiles[0]);
-    if (linear.finish == Finish::silu_mul) {
-      compute(linear, scratch, row + linear.out_features, num_rows, scratch.tiles[1]);
-    }
-    finish_tile<T>(linear, {scratch.tiles[0], kTileRows}, {scratch.tiles[1], kTileRows}, row, num_rows,
-                   {0, linear.num_tokens});
+    compute(linear, linear.weight, prepared, row, num_rows, lower);
+    if (linear.finish == Finish::silu_mul) compute(linear, linear.upper, prepared, row, num_rows, upper);
+    finish_tile<T>(linear, {lower, kTileRows}, {upper, kTileRows}, row, num_rows, {0, linear.num_tokens});
   }
 }
 

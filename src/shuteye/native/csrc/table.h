@@ -1,24 +1,24 @@
 // Fills a KernelTable from this translation unit's kernels. Knows nothing of which table will be used.
 #pragma once
 #include "attention_any.h"
-#include "linear.h"
+#include "linear_panels.h"
 #include "rank_sums.h"
 
 namespace SHUTEYE_ISA {
 
-inline void prepare_float(const Linear& linear, void* memory) {
-  const Scratch scratch(linear, memory);
-  linear.dtype == SHUTEYE_BFLOAT16 ? prepare_rows<FloatDot<bf16>>(linear, scratch)
-                                   : prepare_rows<FloatDot<float>>(linear, scratch);
-}
-
-inline void linear_float(const Linear& linear, void* memory, int64_t first_row, int64_t end_row) {
-  const Scratch scratch(linear, memory);
-  if (linear.dtype == SHUTEYE_BFLOAT16) {
-    each_tile<bf16>(linear, scratch, first_row, end_row, compute_tile<FloatDot<bf16>>);
-  } else {
-    each_tile<float>(linear, scratch, first_row, end_row, compute_tile<FloatDot<float>>);
-  }
+// `Halves`: of a model of bfloat16.
+template <class Halves>
+shuteye::LinearKernels dot_kernels() {
+  return {tiles_of_sixteen,
+          [](const Linear& linear, void* prepared, void* scratch, int64_t first, int64_t end) {
+            linear.dtype == SHUTEYE_BFLOAT16 ? prepare_rows<Halves>(linear, prepared, scratch, first, end)
+                                             : prepare_rows<FloatDot<float>>(linear, prepared, scratch, first, end);
+          },
+          [](const Linear& linear, const void* prepared, void* scratch, int64_t first, int64_t end) {
+            linear.dtype == SHUTEYE_BFLOAT16
+                ? each_tile<bf16>(linear, prepared, scratch, first, end, compute_tile<Halves>)
+                : each_tile<float>(linear, prepared, scratch, first, end, compute_tile<FloatDot<float>>);
+          }};
 }
 
 inline void nothing() {}
@@ -30,8 +30,8 @@ inline shuteye::KernelTable common_table(const char* name) {
   table.norm_rows[SHUTEYE_BFLOAT16] = norm_rows<bf16>;
   table.silu_mul_rows[SHUTEYE_FLOAT32] = silu_mul_rows<float>;
   table.silu_mul_rows[SHUTEYE_BFLOAT16] = silu_mul_rows<bf16>;
-  table.prepare = prepare_float;
-  table.linear_rows = linear_float;
+  table.linear[shuteye::kRowsForm] = dot_kernels<FloatDot<bf16>>();
+  table.linear[shuteye::kPanelsForm] = panel_kernels<FloatPairs>();
   table.rope_heads[SHUTEYE_FLOAT32] = rope_heads<float>;
   table.rope_heads[SHUTEYE_BFLOAT16] = rope_heads<bf16>;
   table.attend[SHUTEYE_FLOAT32] = attend<FloatArithmetic<float>>;

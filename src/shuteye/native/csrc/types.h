@@ -6,21 +6,54 @@ extern "C" {
 
 enum ShuteyeDtype : int64_t { SHUTEYE_FLOAT32 = 0, SHUTEYE_BFLOAT16 = 1 };
 
-// Weights of one layer, row-major [out, in]; a pointer that may be null says so.
+// How a weight matrix lies in memory; docs/matrices.md has the bytes, matrices/kinds.py the same numbers.
+enum ShuteyeKind : int64_t {
+  SHUTEYE_ROWS = 0, // row-major, of the model's dtype
+  SHUTEYE_BF16 = 1, // panels of 32 rows of bfloat16
+  SHUTEYE_Q8_0 = 2, // from here on quantized: panels of 16 rows
+  SHUTEYE_Q4_0 = 3,
+  SHUTEYE_Q4_1 = 4,
+  SHUTEYE_Q5_0 = 5,
+  SHUTEYE_Q5_1 = 6,
+  SHUTEYE_IQ4_NL = 7,
+  SHUTEYE_Q2_K = 8,
+  SHUTEYE_Q3_K = 9,
+  SHUTEYE_Q4_K = 10,
+  SHUTEYE_Q5_K = 11,
+  SHUTEYE_Q6_K = 12,
+  SHUTEYE_IQ4_XS = 13,
+  SHUTEYE_INT4 = 14,
+  SHUTEYE_INT8 = 15,
+};
+
+enum ShuteyeScale : int64_t { SHUTEYE_SCALE_F32 = 0, SHUTEYE_SCALE_BF16 = 1, SHUTEYE_SCALE_F16 = 2 };
+
+// y = x @ W^T + bias, W [rows, columns].
+struct ShuteyeMatrix {
+  const void* data; // null: there is no such matrix
+  int64_t kind;
+  int64_t rows;
+  int64_t columns;
+  int64_t group;       // of int4 and int8: columns that share a scale; 0: all of a row
+  int64_t scale_dtype; // likewise
+  int64_t has_zeros;   // likewise
+  const void* bias;    // [rows] of the model's dtype, or null
+};
+
+// Weights of one layer; a pointer that may be null says so.
 struct ShuteyeLayer {
-  const void* input_norm;     // [hidden]
-  const void* qkv_weight;     // [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
-  const void* qkv_bias;       // or null
-  const void* query_norm;     // [head_dim] or null
-  const void* key_norm;       // [head_dim] or null
-  const void* output_weight;  // [hidden, num_heads * head_dim]
-  const void* output_bias;    // or null
-  const void* post_norm;      // [hidden]
-  const void* gate_up_weight; // [2 * intermediate, hidden]
-  const void* gate_up_bias;   // or null
-  const void* down_weight;    // [hidden, intermediate]
-  const void* down_bias;      // or null
-  int64_t window;             // positions a query sees, itself included; 0: all
+  const void* input_norm;   // [hidden]
+  ShuteyeMatrix query;      // [num_heads * head_dim, hidden]
+  ShuteyeMatrix key;        // [num_kv_heads * head_dim, hidden]
+  ShuteyeMatrix value;      // likewise
+  const void* query_norm;   // [head_dim] or null
+  const void* key_norm;     // [head_dim] or null
+  ShuteyeMatrix output;     // [hidden, num_heads * head_dim]
+  const void* post_norm;    // [hidden]
+  ShuteyeMatrix gate;       // [intermediate, hidden]
+  ShuteyeMatrix up;         // likewise
+  ShuteyeMatrix down;       // [hidden, intermediate]
+  int64_t window;           // positions a query sees, itself included; 0: all
 };
 
 // [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]
@@ -40,15 +73,12 @@ struct ShuteyeModel {
   int64_t num_layers;
   int64_t num_heads;
   int64_t intermediate;
-  int64_t num_embeddings; // 0: begins with hidden states
-  int64_t vocab;          // rows of the head; 0: ends with hidden states
   int64_t max_tokens;
   double eps;
   double scale;
-  const void* embedding;   // [num_embeddings, hidden]
+  ShuteyeMatrix embedding; // [vocabulary, hidden]; none: begins with hidden states
   const void* final_norm;  // [hidden]; of the head
-  const void* head_weight; // [vocab, hidden]
-  const void* head_bias;   // or null
+  ShuteyeMatrix head;      // [rows of the vocabulary, hidden]; none: ends with hidden states
   const ShuteyeLayer* layers;
   ShuteyeCache cache;
 };
@@ -71,7 +101,7 @@ struct ShuteyeStep {
   const void* sin;          // likewise, no sign applied
   const int64_t* slots;     // [num_tokens]; block * block_size + offset
   const int64_t* wanted;    // [num_sampled]; token indices
-  float* logits;            // [num_sampled, vocab]
+  float* logits;            // [num_sampled, rows of the head]
   ShuteyeSequences sequences;
   const void* hidden_in;    // [num_tokens, hidden], if there are no embeddings
   void* hidden_out;         // likewise, if there is no head

@@ -1,0 +1,1 @@
+"""Weight matrices in memory: how they lie there, and how they get there from a checkpoint. No torch."""
