@@ -66,12 +66,15 @@ soak-ranks: setup ## Faults at random on every layout of ranks, ten minutes each
 	SHUTEYE_SOAK_S=$${SHUTEYE_SOAK_S:-600} $(VENV)/bin/python -m pytest tests/executors/test_ranks_soak.py -m slow --timeout 0 $(ARGS)
 
 # Python itself leaks by design, so leaks are not looked for; torch must be loaded after the sanitizer's runtime.
+SANITIZE := -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
 test-asan: setup ## Run the tests of native kernels, groups of ranks and the decoder's parts under AddressSanitizer and UBSan.
 	mkdir -p build
-	$(VENV)/bin/python src/shuteye/native/build.py build/kernels-asan.so -g -O1 -fno-omit-frame-pointer \
-	  -fsanitize=address,undefined -fno-sanitize-recover=undefined
+	$(VENV)/bin/python src/shuteye/native/build.py build/kernels-asan.so $(SANITIZE)
+	$(VENV)/bin/python src/shuteye/native/build.py build/kernels-asan-emulated.so --emulated=tests/native/emulated $(SANITIZE)
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 SHUTEYE_TEST_LIBRARY=$(CURDIR)/build/kernels-asan.so \
+	  SHUTEYE_TEST_EMULATED=$(CURDIR)/build/kernels-asan-emulated.so \
 	  $(VENV)/bin/python -m pytest tests/native tests/parallel/test_group.py \
 	  tests/parallel/test_native_ranks.py -m 'not slow' --timeout 600 --deselect tests/native/test_pool.py::test_idle_workers_cost_no_cpu $(ARGS)
 

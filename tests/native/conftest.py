@@ -1,15 +1,21 @@
-"""Every test runs the native library at every instruction set that this machine has; skipped where there is none."""
+"""Every test runs the native library at every instruction set: those that this machine lacks are emulated, where they can.
+
+Skipped where there is no native library.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import chosen_library  # noqa: F401
 import pytest
+from emulated import emulated_levels, emulated_library
 
 from shuteye import native
+from shuteye.native import library
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
 LEVELS = native.levels() if native.available() else ("portable",)
+EMULATED = tuple(f"emulated {level}" for level in emulated_levels())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,9 +25,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(needs_native)
 
 
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=[*LEVELS, *EMULATED])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.set_level(request.param)
+    name = request.param.removeprefix("emulated ")
+    own = library._Chosen.path
+    library.use_library(emulated_library() if name != request.param else own)
+    native.set_level(name)
     native.set_num_threads(2)
-    yield request.param
-    native.set_level(LEVELS[-1])
+    yield name
+    native.set_level(native.levels()[-1])
+    library.use_library(own)

@@ -53,7 +53,7 @@ class Pair:
 
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "panels"])
 @pytest.mark.parametrize("name", list(KINDS))
-@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_steps_equal_the_torch_loop(level, name, form, threads):
     """Logits and the caches' contents; NaN from a poisoned block anywhere would show."""
     native.set_num_threads(threads)
@@ -94,13 +94,13 @@ def test_callers_from_several_threads_take_turns(level):
     wrong: list[Any] = []
 
     def repeat(index: int) -> None:
-        answers = (pairs[index].by_native(batches[index]) for _ in range(60))
+        answers = (pairs[index].by_native(batches[index]) for _ in range(20))
         wrong.extend(answer for answer in answers if not torch.equal(answer, expected[index]))
 
     threads = [threading.Thread(target=repeat, args=(index,)) for index in (0, 1, 0)]
     for thread in threads:
         thread.start()
-    for count in (3, 1, 4, 2) * 5:  # while they run
+    for count in (3, 1, 4, 2) * 2:  # while they run
         native.set_num_threads(count)
     for thread in threads:
         thread.join()

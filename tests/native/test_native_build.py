@@ -6,23 +6,16 @@ from shuteye import native
 from shuteye.native import build, library
 
 
-@pytest.fixture
-def fresh_library(monkeypatch):
-    """Loading starts over, and what this test loads is forgotten."""
-    monkeypatch.setattr(library, "load", library.load.__wrapped__)
-    return monkeypatch
-
-
-def test_no_library_is_a_reason_not_an_error(fresh_library, tmp_path):
-    fresh_library.setattr(library._Chosen, "path", tmp_path / "none.so")
+def test_no_library_is_a_reason_not_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(library._Chosen, "path", tmp_path / "none.so")
     assert not native.available()
     assert "without a C++ compiler" in str(native.unavailable_reason())
 
 
-def test_a_broken_library_is_a_reason_too(fresh_library, tmp_path):
+def test_a_broken_library_is_a_reason_too(monkeypatch, tmp_path):
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
-    fresh_library.setattr(library._Chosen, "path", broken)
+    monkeypatch.setattr(library._Chosen, "path", broken)
     assert "does not load" in str(native.unavailable_reason())
 
 

@@ -32,6 +32,9 @@ KERNEL_FLAGS: dict[str, tuple[str, ...]] = {
 }
 """Sources for one instruction set each, compiled on x86-64 only; never -march=native: the library may be moved."""
 
+EMULATED_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-Wno-psabi")
+"""Instead of those, where larger sets are functions that need no more than AVX2."""
+
 
 class BuildFailed(Exception):
     """No library was made; the message says why."""
@@ -51,16 +54,27 @@ def find_compiler() -> list[str]:
     return [found, *chosen[1:]]
 
 
-def build(target: Path = LIBRARY, *, extra_flags: Sequence[str] = ()) -> Path:
+def build(target: Path = LIBRARY, *, extra_flags: Sequence[str] = (), emulated: Path | None = None) -> Path:
     """Compile and link `target`, atomically.
+
+    Args:
+        emulated: a directory with `emulated_intrinsics.h`, which has the instructions of the sets above AVX2 as
+            functions: then every set runs on any x86-64 with AVX2, slowly.
 
     Raises:
         BuildFailed: no compiler, or it failed; the message has its output.
     """
     compiler = find_compiler()
     flags = [*COMMON_FLAGS, *extra_flags]
+    own_flags = KERNEL_FLAGS
+    if emulated is not None:
+        flags += ["-DSHUTEYE_EMULATED", f"-I{emulated}"]
+        own_flags = dict.fromkeys(KERNEL_FLAGS, EMULATED_FLAGS)
     with tempfile.TemporaryDirectory(prefix="shuteye-native-") as scratch:
-        jobs = [_compile_command(compiler, flags, source, Path(scratch)) for source in _sources()]
+        jobs = [
+            _compile_command([*compiler, *flags, *own_flags.get(source.name, ())], source, Path(scratch))
+            for source in _sources()
+        ]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             list(threads.map(_run, jobs))
         linked = target.with_name(f"{target.name}.{os.getpid()}")
@@ -75,9 +89,8 @@ def _sources() -> list[Path]:
     return [path for path in sorted(SOURCES.glob("*.cpp")) if on_x86 or path.name not in KERNEL_FLAGS]
 
 
-def _compile_command(compiler: list[str], flags: list[str], source: Path, scratch: Path) -> list[str]:
-    output = scratch / source.with_suffix(".o").name
-    return [*compiler, *flags, *KERNEL_FLAGS.get(source.name, ()), "-c", str(source), "-o", str(output)]
+def _compile_command(command: list[str], source: Path, scratch: Path) -> list[str]:
+    return [*command, "-c", str(source), "-o", str(scratch / source.with_suffix(".o").name)]
 
 
 def _run(command: list[str]) -> None:
@@ -88,5 +101,9 @@ def _run(command: list[str]) -> None:
         raise BuildFailed(f"{shlex.join(command)} failed with status {done.returncode}:\n{done.stderr[-4000:]}")
 
 
-if __name__ == "__main__":
-    print(build(Path(sys.argv[1]) if len(sys.argv) > 1 else LIBRARY, extra_flags=sys.argv[2:]))
+if __name__ == "__main__":  # [target] [--emulated=directory] [compiler flags]
+    _, *_arguments = sys.argv
+    _target = Path(_arguments.pop(0)) if _arguments else LIBRARY
+    _headers = [Path(one.partition("=")[2]) for one in _arguments if one.startswith("--emulated=")]
+    _flags = [one for one in _arguments if not one.startswith("--emulated=")]
+    print(build(_target, extra_flags=_flags, emulated=_headers[0] if _headers else None))

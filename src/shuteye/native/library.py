@@ -26,36 +26,42 @@ class NativeUnavailable(RuntimeError):
 
 
 class _Chosen:
-    """Which file is loaded: the package's own, unless a test names another before first use."""
+    """Which file is loaded: the package's own, unless a test names another."""
 
     path: Path = LIBRARY
 
 
 def use_library(path: Path) -> None:
-    """Load `path` instead of the package's own library; for builds with sanitizers. Call before anything else."""
-    assert load.cache_info().currsize == 0, "a library is loaded already"
+    """Call `path` from now on instead of the package's own library: for tests, of builds of other kinds.
+
+    What was made by one library is of no use to another.
+    """
     _Chosen.path = path
 
 
-@cache
 def load() -> ctypes.CDLL:
     """The library, with all prototypes set.
 
     Raises:
         NativeUnavailable: there is none, it does not load, or it was built from other sources.
     """
-    if not _Chosen.path.exists():
+    return _open(_Chosen.path)
+
+
+@cache
+def _open(path: Path) -> ctypes.CDLL:
+    if not path.exists():
         raise NativeUnavailable(
-            f"{_Chosen.path} does not exist: the package was installed without a C++ compiler. "
+            f"{path} does not exist: the package was installed without a C++ compiler. "
             "Install one (on Debian: apt install g++) and install again, or run python -m shuteye.native.build"
         )
     try:
-        library = ctypes.CDLL(str(_Chosen.path))
+        library = ctypes.CDLL(str(path))
         _declare(library)
     except (OSError, AttributeError) as error:
-        raise NativeUnavailable(f"{_Chosen.path} does not load: {error}. Install again to have it rebuilt.") from error
+        raise NativeUnavailable(f"{path} does not load: {error}. Install again to have it rebuilt.") from error
     if library.shuteye_abi_version() != ABI_VERSION:
-        raise NativeUnavailable(f"{_Chosen.path} was built from other sources. Install again to have it rebuilt.")
+        raise NativeUnavailable(f"{path} was built from other sources. Install again to have it rebuilt.")
     atexit.register(library.shuteye_stop)
     return library
 

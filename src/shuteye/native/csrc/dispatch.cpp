@@ -33,7 +33,12 @@ bool has_avxvnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax & (1u << 4);
 }
+#endif
 
+#if defined(__x86_64__) && defined(SHUTEYE_EMULATED)
+bool has_avx512() { return true; }
+bool has_amx() { return true; }
+#elif defined(__x86_64__)
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -48,7 +53,9 @@ bool has_amx() {
   const bool bf16 = edx & (1u << 22), tile = edx & (1u << 24);
   return bf16 && tile && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
+#endif
 
+#if defined(__x86_64__)
 bool probe(int64_t level) {
   switch (level) {
     case kPortable: return true;

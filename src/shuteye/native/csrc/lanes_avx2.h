@@ -1,6 +1,6 @@
 // Eight floats at a time with AVX2 and FMA. Knows no other instruction set.
 #pragma once
-#include <immintrin.h>
+#include "intrinsics.h"
 
 #include "bfloat16.h"
 

@@ -1,6 +1,6 @@
 // Sixteen floats at a time with AVX-512 (F, BW, DQ, VL, BF16). Knows no other instruction set.
 #pragma once
-#include <immintrin.h>
+#include "intrinsics.h"
 
 #include "bfloat16.h"
 
