@@ -159,8 +159,8 @@ class PanelEnd {
 };
 
 // Keeps a vector in a register, where the compiler would rather read it again each time.
-SHUTEYE_INLINE void keep(Lanes& lanes) {
-#if defined(__x86_64__)
+SHUTEYE_INLINE void keep([[maybe_unused]] Lanes& lanes) {
+#if defined(SHUTEYE_LANES_AVX2)
   asm volatile("" : "+x"(lanes.v));
 #endif
 }
