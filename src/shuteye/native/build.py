@@ -32,8 +32,8 @@ KERNEL_FLAGS: dict[str, tuple[str, ...]] = {
 }
 """Sources for one instruction set each, compiled on x86-64 only; never -march=native: the library may be moved."""
 
-EMULATED_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-Wno-psabi")
-"""Instead of those, where larger sets are functions that need no more than AVX2."""
+EMULATED_FLAGS = (*_AVX2, "-O1", "-Wno-psabi")
+"""Instead of those, where larger sets are functions that need no more than AVX2: they are compiled more than run."""
 
 
 class BuildFailed(Exception):
