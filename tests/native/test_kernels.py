@@ -210,7 +210,7 @@ def test_paged_attention(level, dtype, head_dim, num_kv_heads, group, block_size
 
 
 def test_attention_does_not_depend_on_who_shares_the_step(level):
-    """Would catch tiles or parts cut by what else is in the batch: the canary shares steps, and must come out the same."""
+    """Would catch tiles cut by what else is in the batch: the canary shares steps, and must come out the same."""
     counts, lengths, tables = [1, 9, 1], [200, 9, 33], [tuple(range(13)), (13,), (14, 15, 16)]
     cache = random(17, 1, 2, 16, 3, 64, dtype=torch.bfloat16)
     query = random(sum(counts), 9, 64, dtype=torch.bfloat16, seed=1)

@@ -158,13 +158,6 @@ class PanelEnd {
   const int64_t count_;
 };
 
-// Keeps a vector in a register, where the compiler would rather read it again each time.
-SHUTEYE_INLINE void keep([[maybe_unused]] Lanes& lanes) {
-#if defined(SHUTEYE_LANES_AVX2)
-  asm volatile("" : "+x"(lanes.v));
-#endif
-}
-
 // Queries of type T and a cache of elements C, both widened to float.
 template <class T, class C = T>
 struct FloatArithmetic {
@@ -182,10 +175,6 @@ struct FloatArithmetic {
   static void order(Lanes (&two)[2]) { Read::order(two); }
   static Lanes multiply_add(Vector left, Vector right, Lanes sum) { return fma(left, right, sum); }
   static Vector spread(const Unit* unit) { return broadcast(*unit); }
-  template <int count>
-  static SHUTEYE_INLINE void keep_first(Vector (&vectors)[count]) { // there is no register for the third
-    for (int index = 0; index < smaller(count, 2); index++) keep(vectors[index]);
-  }
   static Vector load_units(const Unit* units) { return load(units); }
   static void store_units(Unit* units, Vector vector) { store(units, vector); }
 
@@ -251,8 +240,6 @@ struct PairArithmetic {
     two[1].v = _mm512_permutex2var_ps(low, second, high);
   }
   static Lanes multiply_add(Vector left, Vector right, Lanes sum) { return {_mm512_dpbf16_ps(sum.v, left, right)}; }
-  template <int count>
-  static void keep_first(Vector (&)[count]) {} // registers are plenty
   static Vector spread(const Unit* unit) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(*unit)); }
   static Vector load_units(const Unit* units) { return (__m512bh)_mm512_loadu_si512(units); }
   static void store_units(Unit* units, Vector vector) { _mm512_storeu_si512(units, (__m512i)vector); }

@@ -139,12 +139,12 @@ class FewRows {
                                    Lanes (&products)[count][4], const Read& read) const {
     for (int part = 0; part < A::key_parts; part++) {
       const Unit* units = query + index / A::unit_size + part * Lanes::width;
-      typename A::Vector own[count];
-      for (int row = 0; row < count; row++) own[row] = A::load_units(units + row * query_stride());
-      A::keep_first(own);
       for (int key = 0; key < 4; key++) {
         const auto vector = A::key_part(read(keys[key] + index), part);
-        for (int row = 0; row < count; row++) products[row][key] = A::multiply_add(vector, own[row], products[row][key]);
+        for (int row = 0; row < count; row++) {
+          const auto own = A::load_units(units + row * query_stride()); // there is no register for them all
+          products[row][key] = A::multiply_add(vector, own, products[row][key]);
+        }
       }
     }
   }
