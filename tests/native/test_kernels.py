@@ -209,11 +209,12 @@ def test_paged_attention(level, dtype, head_dim, num_kv_heads, group, block_size
     assert_near(found, exact, dtype, scale=30 if level in {"avx512", "amx"} else 1)
 
 
-def test_attention_does_not_depend_on_who_shares_the_step(level):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_does_not_depend_on_who_shares_the_step(level, dtype):
     """Would catch tiles cut by what else is in the batch: the canary shares steps, and must come out the same."""
     counts, lengths, tables = [1, 9, 1], [200, 9, 33], [tuple(range(13)), (13,), (14, 15, 16)]
-    cache = random(17, 1, 2, 16, 3, 64, dtype=torch.bfloat16)
-    query = random(sum(counts), 9, 64, dtype=torch.bfloat16, seed=1)
+    cache = random(17, 1, 2, 16, 3, 64, dtype=dtype)
+    query = random(sum(counts), 9, 64, dtype=dtype, seed=1)
     starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
     together = native.paged_attention(query, cache, starts, lengths, tables, layer=0, scale=0.125)
     for index, count in enumerate(counts):
