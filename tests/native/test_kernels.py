@@ -184,6 +184,9 @@ def reference_attention(query, cache, starts, lengths, tables, layer, scale, win
         (96, 5, 3, 16),
         (32, 20, 2, 16),
         (64, 3, 7, 32),
+        (2, 2, 3, 8),
+        (34, 1, 5, 8),
+        (256, 2, 2, 16),
     ],
 )
 def test_paged_attention(level, dtype, head_dim, num_kv_heads, group, block_size, window):
@@ -202,8 +205,24 @@ def test_paged_attention(level, dtype, head_dim, num_kv_heads, group, block_size
     query = wide[:, : num_kv_heads * group]
     found = native.paged_attention(query, cache, starts, lengths, tables, layer=1, scale=head_dim**-0.5, window=window)
     exact = reference_attention(query, cache, starts, lengths, tables, 1, head_dim**-0.5, window)
-    # Tiles round the softmax's weights to bfloat16, as torch's flash attention does: relative to the values, up to 4.
-    assert_near(found, exact, dtype, scale=30 if level == "amx" else 1)
+    # Pairs of bfloat16 round the softmax's weights, as torch's flash attention does: relative to the values, up to 4.
+    assert_near(found, exact, dtype, scale=30 if level in {"avx512", "amx"} else 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_does_not_depend_on_who_shares_the_step(level, dtype):
+    """Would catch tiles cut by what else is in the batch: the canary shares steps, and must come out the same."""
+    counts, lengths, tables = [1, 9, 1], [200, 9, 33], [tuple(range(13)), (13,), (14, 15, 16)]
+    cache = random(17, 1, 2, 16, 3, 64, dtype=dtype)
+    query = random(sum(counts), 9, 64, dtype=dtype, seed=1)
+    starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    together = native.paged_attention(query, cache, starts, lengths, tables, layer=0, scale=0.125)
+    for index, count in enumerate(counts):
+        own = slice(starts[index], starts[index + 1])
+        alone = native.paged_attention(
+            query[own], cache, [0, count], [lengths[index]], [tables[index]], layer=0, scale=0.125
+        )
+        assert torch.equal(alone, together[own])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -220,7 +239,7 @@ def test_attention_over_scores_far_apart(level, dtype, course):
     table = (tuple(range(12)),)
     found = native.paged_attention(query, cache, [0, num_tokens], [num_tokens], table, layer=0, scale=1.0)
     exact = reference_attention(query, cache, [0, num_tokens], [num_tokens], table, 0, 1.0, None)
-    assert_near(found, exact, dtype, scale=100)
+    assert_near(found, exact, dtype, scale=200)
 
 
 def test_attention_refuses_blocks_outside_the_cache(level):

@@ -170,8 +170,9 @@ void shuteye_rope_and_write(const ShuteyeRope* rope) {
 const char* shuteye_paged_attention(const ShuteyeAttention* attention, int64_t num_tokens) {
   if (const char* wrong = check_sequences(attention->sequences, attention->cache, num_tokens)) return wrong;
   AttentionTasks tasks;
-  const int64_t joined_rows = active_table().joined_rows_of(attention->dtype, attention->cache);
-  tasks.plan(attention->sequences, attention->cache, attention->num_heads, joined_rows);
+  const int64_t group = attention->num_heads / attention->cache.num_kv_heads;
+  const int64_t joined_heads = active_table().joined_heads(attention->dtype, attention->cache, group);
+  tasks.plan(attention->sequences, attention->cache, attention->num_heads, joined_heads);
   share(tasks.size(), attention_scratch_bytes(attention->cache.head_dim),
         [&](const KernelTable& table, void* scratch, int64_t first, int64_t end) {
           tasks.run(table, *attention, scratch, first, end);

@@ -1,20 +1,21 @@
-// Attention of a tile of queries over paged keys and values, read where they lie; online softmax (arXiv:2205.14135).
-// Knows nothing of threads, nor of how the tiles were chosen.
+// What attention over paged keys and values is made of: which rows a tile has, which keys they see, where those lie; the
+// online softmax (arXiv:2205.14135) of a row; results and their merging. Knows nothing of threads, nor of how the tiles
+// were chosen, nor how queries meet keys: attention_few.h and attention_many.h do.
 //
 // A tile's rows are its tokens times the query heads of its KV heads, token by token. Row r sees the key positions
 // [first_seen(r), position(r)], cut to the task's range: only those are ever computed with, so that what lies in blocks
 // past a context's end, NaN included, is never touched.
 #pragma once
-#include "dot.h"
+#include "attention_arithmetic.h"
 #include "rope.h"
 
 namespace SHUTEYE_ISA {
 
 using shuteye::AttentionTask;
 using shuteye::kKeySpan;
+using shuteye::round_up;
 
-constexpr int64_t kRowGroup = 4;    // rows that share the loading of a key or value
-constexpr int64_t kValueVectors = 4; // vectors of a value that one group holds in registers
+constexpr float kLog2e = 1.44269504f;
 
 struct AttentionShape {
   int64_t group; // query heads per KV head
@@ -28,23 +29,7 @@ struct AttentionShape {
     heads = task.num_kv_heads * group;
     rows = task.num_tokens * heads;
     head_dim = attention.cache.head_dim;
-    padded_dim = shuteye::round_up(head_dim, shuteye::kDepthStep);
-  }
-};
-
-struct AttentionScratch {
-  void* query;   // [rows, padded_dim] as the dot product wants them (float or bfloat16), padding zero
-  float* sums;   // [rows, padded_dim], of values, weighted
-  float* scores; // [rows, kKeySpan]
-  float* maxima; // [rows]
-  float* totals; // [rows], of weights
-
-  AttentionScratch(void* memory, const AttentionShape& shape) {
-    query = memory;
-    sums = static_cast<float*>(memory) + shape.rows * shape.padded_dim;
-    scores = sums + shape.rows * shape.padded_dim;
-    maxima = scores + shape.rows * kKeySpan;
-    totals = maxima + shape.rows;
+    padded_dim = round_up(head_dim, shuteye::kDepthStep);
   }
 };
 
@@ -88,26 +73,19 @@ struct Span {
   }
 };
 
-// Rows are short and scattered, which hardware does not foresee: the next span's are fetched while this one is used.
-template <class T>
-inline void prefetch_row(const T* row, int64_t head_dim) {
-  for (int64_t byte = 0; byte < head_dim * static_cast<int64_t>(sizeof(T)); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
-}
-
 // The keys and values that are used next: fetched line by line, in the order in which they lie, which memory answers as
-// fast as one long run; a few at a time, or the fetches wait for each other.
-template <class T>
+// fast as one long run; a few at a time, or the fetches wait for each other. Into the second cache, or the first (3).
+template <class T, int locality = 2>
 class Ahead {
  public:
   Ahead() = default;
   Ahead(const Span<T>& span, int64_t row_elements) // of `span`, which must stay where it is
       : span_(&span), row_bytes_(row_elements * sizeof(T)), num_keys_(span.size()) {}
 
-  void fetch(int64_t num_lines) {
+  SHUTEYE_INLINE void fetch(int64_t num_lines) {
     for (; num_lines > 0 && row_ < 2 * num_keys_; num_lines--) { // keys, then values
       const T* row = row_ < num_keys_ ? span_->keys[row_] : span_->values[row_ - num_keys_];
-      __builtin_prefetch(reinterpret_cast<const char*>(row) + byte_, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + byte_, 0, locality);
       byte_ += 64;
       if (byte_ < row_bytes_) continue;
       byte_ = 0;
@@ -123,198 +101,53 @@ class Ahead {
   int64_t byte_ = 0;
 };
 
-template <class Dot>
-void read_queries(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionShape& shape,
-                  typename Dot::X* query) {
-  using T = typename Dot::Weight;
-  for (int64_t row = 0; row < shape.rows; row++) {
-    const int64_t token = task.first_token + row / shape.heads;
-    const int64_t head = task.kv_head * shape.group + row % shape.heads;
-    const T* source = static_cast<const T*>(attention.query) + token * attention.query_stride + head * shape.head_dim;
-    auto* target = query + row * shape.padded_dim;
-    for_lanes(shape.head_dim, [&](int64_t index, int64_t count) {
-      store_some(target + index, load_some(source + index, count), count);
-    });
-    memset(target + shape.head_dim, 0, (shape.padded_dim - shape.head_dim) * sizeof(*target));
-  }
+// What a row has seen so far: the highest exponent (its scores times scale, to base 2), and the sum of its weights.
+struct RowState {
+  float highest = -1e30f; // nothing seen: finite, as differences of it are
+  float total = 0.0f;
+
+  float maximum() const { return highest * (1.0f / kLog2e); } // of scores times scale
+};
+
+inline float largest_of(const float* values, int64_t count) { // of whole vectors
+  Lanes highest = load(values);
+  for (int64_t index = Lanes::width; index < count; index += Lanes::width) highest = max(highest, load(values + index));
+  return largest(highest);
 }
 
-// Scores of 4 keys (or, at the end, of the last one four times) for `count` rows.
-template <class Dot, int count>
-inline void score_four(const AttentionShape& shape, const typename Dot::X* query, const typename Dot::Weight* const* keys,
-                       float* (&scores)[count]) {
-  Lanes products[count][4];
-  for (auto& row : products)
-    for (Lanes& product : row) product = broadcast(0.0f);
-  typename Dot::Vector lanes[4];
-  int64_t index = 0;
-  const auto accumulate = [&] {
-    for (int row = 0; row < count; row++) {
-      const typename Dot::Vector own = Dot::read_x(query + row * shape.padded_dim + index);
-      for (int key = 0; key < 4; key++) products[row][key] = Dot::multiply_add(lanes[key], own, products[row][key]);
-    }
-  };
-  for (; index + Dot::step <= shape.head_dim; index += Dot::step) {
-    for (int key = 0; key < 4; key++) lanes[key] = Dot::read(keys[key] + index);
-    accumulate();
-  }
-  if (index < shape.head_dim) {
-    for (int key = 0; key < 4; key++) lanes[key] = Dot::read(keys[key] + index, shape.head_dim - index);
-    accumulate();
-  }
-  for (int row = 0; row < count; row++) sum_four(products[row], scores[row]);
-}
-
-// scores[row, key], not scaled yet, for `count` rows and keys [range.begin, range.end) of the span.
-template <class Dot, int count>
-inline void score_rows(const AttentionShape& shape, const typename Dot::X* query, const Span<typename Dot::Weight>& span,
-                       const Span<typename Dot::Weight>& next, Range range, float* scores) {
-  const int64_t num_next = next.size();
-  for (int64_t key = range.begin; key < range.end; key += 4) {
-    const typename Dot::Weight* four[4];
-    for (int each = 0; each < 4; each++) {
-      four[each] = span.keys[smaller(key + each, range.end - 1)];
-      if (key + each < num_next) prefetch_row(next.keys[key + each], shape.head_dim);
-    }
-    const int64_t num_keys = smaller<int64_t>(4, range.end - key);
-    float few[count][4];
-    float* found[count];
-    for (int row = 0; row < count; row++) found[row] = num_keys == 4 ? scores + row * kKeySpan + key : few[row];
-    score_four<Dot, count>(shape, query, four, found);
-    if (num_keys == 4) continue;
-    for (int row = 0; row < count; row++) memcpy(scores + row * kKeySpan + key, few[row], num_keys * sizeof(float));
-  }
-}
-
-inline float largest_of(const float* values, int64_t count) {
-  Lanes highest = broadcast(values[0]);
-  int64_t index = 0;
-  for (; index + Lanes::width <= count; index += Lanes::width) highest = max(highest, load(values + index));
-  float result = largest(highest);
-  for (; index < count; index++) result = larger(result, values[index]);
-  return result;
-}
-
-// Turns a row's scores into weights, relative to the row's new maximum, and scales what was summed before.
-inline void weigh_row(float* scores, Range range, float scale, float& maximum, float& total, float* sums, int64_t width) {
-  const float highest = larger(maximum, largest_of(scores + range.begin, range.end - range.begin) * scale);
-  if (highest > maximum) { // maximum is -inf at first: then the factor is 0
-    float factors[Lanes::width];
-    store(factors, exp(broadcast(maximum - highest)));
-    for_lanes(width, [&](int64_t index, int64_t count) {
-      store_some(sums + index, load_some(sums + index, count) * broadcast(factors[0]), count);
-    });
-    total *= factors[0];
-    maximum = highest;
-  }
+// Turns `count` scores, whole vectors, into weights relative to the highest exponent, as units; those of -inf are 0.
+// Gives what the row's sums so far must be multiplied by.
+template <class A>
+inline float weigh(const float* scores, int64_t count, float scale, RowState& row, typename A::Unit* weights) {
+  const float highest = larger(row.highest, largest_of(scores, count) * scale);
+  const Lanes factor = broadcast(scale), lowered = broadcast(-highest);
   Lanes added = broadcast(0.0f);
-  const int64_t end = range.end;
-  for (int64_t key = range.begin; key < end; key += Lanes::width) {
-    const int64_t count = smaller<int64_t>(Lanes::width, end - key);
-    Lanes weights = exp(load_some(scores + key, count) * broadcast(scale) - broadcast(maximum));
-    if (count < Lanes::width) { // lanes that hold no key
-      float padded[Lanes::width] = {};
-      store_partial(padded, weights, count);
-      weights = load(padded);
-    }
-    store_some(scores + key, weights, count);
-    added = added + weights;
+  for (int64_t key = 0; key < count; key += Lanes::width) {
+    const Lanes found = exp2_for(fma(load(scores + key), factor, lowered), typename A::Element{});
+    added = added + A::to_units(found, key, weights);
   }
-  total += sum(added);
+  float lightened = 1.0f;
+  if (highest > row.highest) {
+    float factors[Lanes::width];
+    store(factors, exp2_for(broadcast(row.highest - highest), float{}));
+    lightened = factors[0];
+  }
+  row.highest = highest;
+  row.total = row.total * lightened + sum(added);
+  return lightened;
 }
 
-// sums[row] += weights[row, key] * values[key], for `count` rows and kValueVectors vectors of each value.
-template <class T, int count>
-inline void add_values(const AttentionShape& shape, const float* weights, const Span<T>& span, const Span<T>& next,
-                       Range range, int64_t index, float* sums) {
-  const int64_t num_next = next.size();
-  Lanes totals[count][kValueVectors];
-  for (int row = 0; row < count; row++)
-    for (int64_t vector = 0; vector < kValueVectors; vector++)
-      totals[row][vector] = load(sums + row * shape.padded_dim + index + vector * Lanes::width);
-  for (int64_t key = range.begin; key < range.end; key++) {
-    Lanes value[kValueVectors];
-    for (int64_t vector = 0; vector < kValueVectors; vector++)
-      value[vector] = load(span.values[key] + index + vector * Lanes::width);
-    if (index == 0 && key < num_next) prefetch_row(next.values[key], shape.head_dim);
-    for (int row = 0; row < count; row++) {
-      const Lanes weight = broadcast(weights[row * kKeySpan + key]);
-      for (int64_t vector = 0; vector < kValueVectors; vector++)
-        totals[row][vector] = fma(weight, value[vector], totals[row][vector]);
-    }
-  }
-  for (int row = 0; row < count; row++)
-    for (int64_t vector = 0; vector < kValueVectors; vector++)
-      store(sums + row * shape.padded_dim + index + vector * Lanes::width, totals[row][vector]);
+inline void scale_sums(float* sums, int64_t count, float factor) { // whole vectors
+  for (int64_t index = 0; index < count; index += Lanes::width)
+    store(sums + index, load(sums + index) * broadcast(factor));
 }
 
-template <class T, int count>
-inline void add_value_tail(const AttentionShape& shape, const float* weights, const T* const* values, Range range,
-                           int64_t index, float* sums) {
-  for_lanes(shape.head_dim - index, [&](int64_t step, int64_t width) {
-    for (int64_t key = range.begin; key < range.end; key++) {
-      const Lanes value = load_some(values[key] + index + step, width);
-      for (int row = 0; row < count; row++) {
-        float* target = sums + row * shape.padded_dim + index + step;
-        const Lanes weight = broadcast(weights[row * kKeySpan + key]);
-        store_some(target, fma(weight, value, load_some(target, width)), width);
-      }
-    }
-  });
-}
-
-// One span of keys for `count` rows of one or more tokens; `ranges` [count] are relative to the span.
-template <class Dot, int count>
-void attend_rows(const ShuteyeAttention& attention, const AttentionShape& shape, const AttentionScratch& scratch,
-                 const Span<typename Dot::Weight>& span, const Span<typename Dot::Weight>& next, int64_t row,
-                 const Range* ranges) {
-  using T = typename Dot::Weight;
-  float* scores = scratch.scores + row * kKeySpan;
-  float* sums = scratch.sums + row * shape.padded_dim;
-  Range all = ranges[0];
-  for (int each = 1; each < count; each++) all = {smaller(all.begin, ranges[each].begin), larger(all.end, ranges[each].end)};
-  if (all.begin >= all.end) return;
-  const auto* query = static_cast<const typename Dot::X*>(scratch.query) + row * shape.padded_dim;
-  score_rows<Dot, count>(shape, query, span, next, all, scores);
-  for (int each = 0; each < count; each++) {
-    float* own = scores + each * kKeySpan;
-    const Range range = ranges[each];
-    if (range.begin < range.end) {
-      weigh_row(own, range, static_cast<float>(attention.scale), scratch.maxima[row + each], scratch.totals[row + each], sums + each * shape.padded_dim,
-                shape.padded_dim);
-    }
-    for (int64_t key = all.begin; key < all.end; key++) // what others of the group see, but this row does not
-      if (key < range.begin || key >= range.end) own[key] = 0.0f;
-  }
-  constexpr int64_t step = kValueVectors * Lanes::width;
-  int64_t index = 0;
-  for (; index + step <= shape.head_dim; index += step)
-    add_values<T, count>(shape, scores, span, next, all, index, sums);
-  if (index < shape.head_dim) add_value_tail<T, count>(shape, scores, span.values, all, index, sums);
-}
-
-template <class Dot>
-void attend_span(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionShape& shape,
-                 const AttentionScratch& scratch, const Span<typename Dot::Weight>& span,
-                 const Span<typename Dot::Weight>& next) {
-  const Range positions = span.positions;
-  const auto range_of = [&](int64_t row) {
-    const Range seen = seen_by(attention, task, row / shape.group);
-    return Range{larger(seen.begin, positions.begin) - positions.begin, smaller(seen.end, positions.end) - positions.begin};
-  };
-  int64_t row = 0;
-  for (; row + kRowGroup <= shape.rows; row += kRowGroup) {
-    const Range ranges[] = {range_of(row), range_of(row + 1), range_of(row + 2), range_of(row + 3)};
-    attend_rows<Dot, kRowGroup>(attention, shape, scratch, span, next, row, ranges);
-  }
-  if (row + 3 == shape.rows) {
-    const Range ranges[] = {range_of(row), range_of(row + 1), range_of(row + 2)};
-    return attend_rows<Dot, 3>(attention, shape, scratch, span, next, row, ranges);
-  }
-  for (; row < shape.rows; row++) {
-    const Range range = range_of(row);
-    attend_rows<Dot, 1>(attention, shape, scratch, span, next, row, &range);
-  }
+template <class T>
+inline const T* query_row(const ShuteyeAttention& attention, const AttentionShape& shape, const AttentionTask& task,
+                          int64_t row) {
+  const int64_t token = task.first_token + row / shape.heads;
+  const int64_t head = task.kv_head * shape.group + row % shape.heads;
+  return static_cast<const T*>(attention.query) + token * attention.query_stride + head * shape.head_dim;
 }
 
 template <class T>
@@ -343,36 +176,36 @@ void finish_row(const ShuteyeAttention& attention, const AttentionShape& shape, 
   part[shape.head_dim + 1] = total;
 }
 
-// body(span, next) for all keys that the task sees, kKeySpan at a time; the last span has itself as the next.
-template <class T, class Body>
-void each_span(const ShuteyeAttention& attention, const AttentionTask& task, const Body& body) {
-  const int64_t begin = seen_by(attention, task, 0).begin;
-  const int64_t end = seen_by(attention, task, task.num_tokens - 1).end;
-  const auto span_from = [&](int64_t first) { return Range{first, smaller(first + kKeySpan, end)}; };
-  Span<T> next(attention, task, span_from(begin));
-  for (int64_t first = begin; first < end; first += kKeySpan) {
-    const Span<T> span = next;
-    if (first + kKeySpan < end) next = Span<T>(attention, task, span_from(first + kKeySpan));
-    body(span, next);
+// The same for sums in the order of A's values, whole panels of them.
+template <class A>
+void finish_sums(const ShuteyeAttention& attention, const AttentionShape& shape, const AttentionTask& task, int64_t row,
+                 float* sums, const RowState& state) {
+  for (int64_t index = 0; index < shape.head_dim; index += kPanel) {
+    Lanes two[2] = {load(sums + index), load(sums + index + Lanes::width)};
+    A::order(two);
+    store(sums + index, two[0]);
+    store(sums + index + Lanes::width, two[1]);
   }
+  finish_row<typename A::Query>(attention, shape, task, row, sums, state.maximum(), state.total);
 }
 
-template <class Dot>
-void attend(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionTask*, void* memory) {
-  using T = typename Dot::Weight;
-  const AttentionShape shape(attention, task);
-  const AttentionScratch scratch(memory, shape);
-  read_queries<Dot>(attention, task, shape, static_cast<typename Dot::X*>(scratch.query));
-  memset(scratch.sums, 0, shape.rows * shape.padded_dim * sizeof(float));
-  for (int64_t row = 0; row < shape.rows; row++) {
-    scratch.maxima[row] = -__builtin_inff();
-    scratch.totals[row] = 0.0f;
+// body(span, next) for all keys that the task sees, `span_keys` (up to kKeySpan) at a time. After the last span the first of the `following`
+// task is the next, or an empty one.
+template <class T, int64_t span_keys = kKeySpan, class Body>
+void each_span(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionTask* following,
+               const Body& body) {
+  const auto span_from = [&](const AttentionTask& own, int64_t first) {
+    const int64_t end = seen_by(attention, own, own.num_tokens - 1).end;
+    return Span<T>(attention, own, {first, smaller(first + span_keys, end)});
+  };
+  const int64_t begin = seen_by(attention, task, 0).begin, end = seen_by(attention, task, task.num_tokens - 1).end;
+  Span<T> spans[2] = {span_from(task, begin), {}};
+  for (int64_t first = begin, index = 0; first < end; first += span_keys, index++) {
+    Span<T>& next = spans[(index + 1) % 2];
+    if (first + span_keys < end) next = span_from(task, first + span_keys);
+    else next = following ? span_from(*following, seen_by(attention, *following, 0).begin) : Span<T>();
+    body(spans[index % 2], next);
   }
-  each_span<T>(attention, task, [&](const Span<T>& span, const Span<T>& next) {
-    attend_span<Dot>(attention, task, shape, scratch, span, next);
-  });
-  for (int64_t row = 0; row < shape.rows; row++)
-    finish_row<T>(attention, shape, task, row, scratch.sums + row * shape.padded_dim, scratch.maxima[row], scratch.totals[row]);
 }
 
 // Merges the `num_parts` partial results at task.partial, one after the other, and writes the result.

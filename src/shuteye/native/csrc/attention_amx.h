@@ -7,8 +7,6 @@
 
 namespace SHUTEYE_ISA {
 
-#define SHUTEYE_INLINE inline __attribute__((always_inline)) // where state must stay in registers
-
 constexpr int64_t kMinTileRows = 13; // measured: with fewer, tiles are too empty to gain
 constexpr int64_t kKeysAside = 4;    // weighed between two products of tiles: measured
 
@@ -262,7 +260,7 @@ class TileAttention {
 
   void run() {
     begin();
-    each_span<bf16>(attention_, task_, [&](const Span<bf16>& span, const Span<bf16>& next) {
+    each_span<bf16>(attention_, task_, nullptr, [&](const Span<bf16>& span, const Span<bf16>& next) {
       copy_keys(span, shape_.head_dim, scratch_);
       transpose_values(span, shape_.head_dim, scratch_);
       finish_stores(scratch_.keys);

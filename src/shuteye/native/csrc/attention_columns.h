@@ -11,7 +11,6 @@
 namespace SHUTEYE_ISA {
 
 constexpr int64_t kColumns = 16;
-constexpr float kLog2e = 1.44269504f;
 constexpr float kNoScore = -3e38f;      // below any score
 constexpr float kNothingSeen = -1e30f; // below any exponent, and finite: so are differences of it
 constexpr float kRoom = 7.0f;          // the heaviest weight is 2^-7 or more: far from where floats end

@@ -24,7 +24,7 @@ int64_t even_share(int64_t count, int64_t most) {
 
 void AttentionTasks::add_tile(const AttentionTask& tile, int64_t rows, int64_t head_dim) {
   const int64_t context = tile.first_position + tile.num_tokens;
-  const int64_t num_parts = rows <= kMaxSplitRows ? (context + part_keys_ - 1) / part_keys_ : 1;
+  const int64_t num_parts = rows <= kMaxSplitRows * tile.num_kv_heads ? (context + part_keys_ - 1) / part_keys_ : 1;
   const int64_t first_task = size();
   for (int64_t part = 0; part < num_parts; part++) {
     AttentionTask task = tile;
@@ -39,7 +39,7 @@ void AttentionTasks::add_tile(const AttentionTask& tile, int64_t rows, int64_t h
 }
 
 void AttentionTasks::plan(const ShuteyeSequences& sequences, const ShuteyeCache& cache, int64_t num_heads,
-                          int64_t joined_rows) {
+                          int64_t joined_heads) {
   tasks_.clear();
   parts_.clear();
   partials_.clear();
@@ -51,7 +51,7 @@ void AttentionTasks::plan(const ShuteyeSequences& sequences, const ShuteyeCache&
     const int64_t first = sequences.query_starts[sequence], end = sequences.query_starts[sequence + 1];
     const int64_t start = sequences.context_lengths[sequence] - (end - first);
     const int64_t tile_tokens = even_share(end - first, most_tokens);
-    const int64_t joined = end - first == 1 && joined_rows > group ? joined_rows / group : 1;
+    const int64_t joined = end - first == 1 ? smaller(joined_heads, most_tokens) : 1;
     for (int64_t head = 0; head < cache.num_kv_heads; head += joined) { // a head's tiles one after the other: its keys stay near
       const int64_t heads = smaller(joined, cache.num_kv_heads - head);
       for (int64_t tile_end = end; tile_end > first; tile_end -= tile_tokens) { // the last see most keys: short ones at the end

@@ -19,8 +19,8 @@ constexpr int64_t kMaxSplitRows = 16;
 
 class AttentionTasks {
  public:
-  // `joined_rows`: so many rows of several KV heads may be one task if they are of one token; 0: they may not.
-  void plan(const ShuteyeSequences& sequences, const ShuteyeCache& cache, int64_t num_heads, int64_t joined_rows);
+  // `joined_heads`: so many KV heads of one token are one task.
+  void plan(const ShuteyeSequences& sequences, const ShuteyeCache& cache, int64_t num_heads, int64_t joined_heads);
   int64_t size() const { return static_cast<int64_t>(tasks_.size()); }
 
   // Runs tasks [first, end) and the merges that become due. Every task must be run once per use.

@@ -118,7 +118,8 @@ const char* Decoder::run(ShuteyeStep& step) {
   step_ = &step;
   reserve_scratch();
   for (int64_t index = 0; index < num_phases_; index++) phases_[index].reset();
-  tasks_.plan(step.sequences, model_.cache, model_.num_heads, table_->joined_rows_of(model_.dtype, model_.cache));
+  const int64_t group = model_.num_heads / model_.cache.num_kv_heads;
+  tasks_.plan(step.sequences, model_.cache, model_.num_heads, table_->joined_heads(model_.dtype, model_.cache, group));
   if (!model_.embedding.data) memcpy(hidden_.data, step.hidden_in, step.num_tokens * model_.hidden * itemsize_);
   group_ = static_cast<Group*>(step.group);
   step.aborted = 0;

@@ -94,7 +94,8 @@ struct KernelTable {
   void (*attend[2])(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionTask* following, void* scratch);
   void (*merge[2])(const ShuteyeAttention& attention, const AttentionTask& task, int64_t num_parts);
   void (*sum_ranks[2][2])(const RankSums& sums, int64_t first, int64_t end); // [dtype][part_dtype]; elements
-  int64_t joined_rows; // attend takes several KV heads of one token, if they have no more rows together; 0: never
+  int64_t joined_bytes; // attend takes several KV heads of one token, as many as have so many bytes of a key
+  int64_t joined_rows;  // not 0: of bfloat16 only, and as many as have no more rows together
   void (*enter)(); // per thread, around a job
   void (*leave)();
 
@@ -103,9 +104,12 @@ struct KernelTable {
     return packed_tokens && linear.num_tokens >= packed_tokens && linear.dtype == SHUTEYE_BFLOAT16 &&
            form_of(linear.weight.kind) != kQuantForm;
   }
-  int64_t joined_rows_of(int64_t dtype, const ShuteyeCache& cache) const {
-    const bool fits = cache.block_size % 16 == 0 && cache.head_dim % kDepthStep == 0;
-    return fits && dtype == SHUTEYE_BFLOAT16 ? joined_rows : 0;
+  // KV heads of one token that are best one task: their keys lie side by side.
+  int64_t joined_heads(int64_t dtype, const ShuteyeCache& cache, int64_t group) const {
+    const int64_t key_bytes = cache.head_dim * (dtype == SHUTEYE_BFLOAT16 ? 2 : 4);
+    if (!joined_rows || dtype != SHUTEYE_BFLOAT16) return joined_bytes > key_bytes ? joined_bytes / key_bytes : 1;
+    const bool fits = cache.block_size % 16 == 0 && cache.head_dim % kDepthStep == 0 && joined_rows > group;
+    return fits ? joined_rows / group : 1;
   }
 };
 

@@ -13,7 +13,7 @@ constexpr int64_t kPackedTokens = 64;
 
 inline void attend_any(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionTask* following, void* memory) {
   if (task.num_kv_heads > 1) return JoinedAttention(attention, task, memory).run(following);
-  if (AttentionShape(attention, task).rows < kMinTileRows) return attend<PairDot>(attention, task, following, memory);
+  if (AttentionShape(attention, task).rows < kMinTileRows) return attend<PairArithmetic>(attention, task, following, memory);
   TileAttention(attention, task, memory).run();
 }
 

@@ -1,6 +1,6 @@
 // Fills a KernelTable from this translation unit's kernels. Knows nothing of which table will be used.
 #pragma once
-#include "attention.h"
+#include "attention_any.h"
 #include "linear_panels.h"
 #include "rank_sums.h"
 
@@ -34,14 +34,15 @@ inline shuteye::KernelTable common_table(const char* name) {
   table.linear[shuteye::kPanelsForm] = panel_kernels<FloatPairs>();
   table.rope_heads[SHUTEYE_FLOAT32] = rope_heads<float>;
   table.rope_heads[SHUTEYE_BFLOAT16] = rope_heads<bf16>;
-  table.attend[SHUTEYE_FLOAT32] = attend<FloatDot<float>>;
-  table.attend[SHUTEYE_BFLOAT16] = attend<FloatDot<bf16>>;
+  table.attend[SHUTEYE_FLOAT32] = attend<FloatArithmetic<float>>;
+  table.attend[SHUTEYE_BFLOAT16] = attend<FloatArithmetic<bf16>>;
   table.merge[SHUTEYE_FLOAT32] = merge<float>;
   table.merge[SHUTEYE_BFLOAT16] = merge<bf16>;
   table.sum_ranks[SHUTEYE_FLOAT32][SHUTEYE_FLOAT32] = sum_ranks<float, float>;
   table.sum_ranks[SHUTEYE_FLOAT32][SHUTEYE_BFLOAT16] = sum_ranks<float, bf16>;
   table.sum_ranks[SHUTEYE_BFLOAT16][SHUTEYE_FLOAT32] = sum_ranks<bf16, float>;
   table.sum_ranks[SHUTEYE_BFLOAT16][SHUTEYE_BFLOAT16] = sum_ranks<bf16, bf16>;
+  table.joined_bytes = kJoinedBytes;
   table.enter = nothing;
   table.leave = nothing;
   return table;
