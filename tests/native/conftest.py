@@ -1,4 +1,4 @@
-"""Every test runs the native library at every instruction set: those that this machine lacks are emulated, where they can.
+"""Every test runs the native library at every instruction set: those that this machine lacks are emulated if they can be.
 
 Skipped where there is no native library.
 """
