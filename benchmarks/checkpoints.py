@@ -25,6 +25,29 @@ MODELS = {
     "smollm2": "SmolLM2-135M-Instruct, as `shuteye pull smollm2-135m` fetches it, dequantized to bfloat16",
     "llama-1b": "a Llama of TinyLlama's shape (1.1 billion parameters) with random weights, bfloat16",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What the weights of one comparison are held in.
+
+    Attributes:
+        title: as people write it.
+        gguf: the type that llama-quantize is told; None is the bfloat16 that all others are made of.
+        openvino: the nearest that OpenVINO's own tools make of them.
+    """
+
+    title: str
+    gguf: str | None
+    openvino: str
+
+
+FORMATS = {
+    "bf16": Format("bfloat16", None, "bfloat16"),
+    "q8_0": Format("Q8_0", "Q8_0", "int8"),
+    "q4_0": Format("Q4_0", "Q4_0", "int4"),
+    "q4_k_m": Format("Q4_K_M", "Q4_K_M", "int4"),
+}
 CONTEXT = 4096
 """Positions that the random Llama claims; a 2,048-token prompt and its answer fit."""
 
@@ -34,18 +57,20 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The same model in every format that an engine reads.
+    """The same model as every engine reads it.
 
     Attributes:
-        directory: config.json, tokenizer.json, model.safetensors in bfloat16.
-        gguf: the matrices in bfloat16, norms in float32.
+        directory: config.json, tokenizer.json, model.safetensors in bfloat16, whatever the format.
+        gguf: the matrices in `format`, norms in float32.
         gguf_f16: the matrices in float16, for what reads no bfloat16.
+        format: a key of `FORMATS`.
     """
 
     name: str
     directory: Path
     gguf: Path
     gguf_f16: Path
+    format: str = "bf16"
 
     @property
     def tokenizer(self) -> Path:
@@ -56,17 +81,30 @@ class Checkpoint:
         return all(path.exists() for path in (self.tokenizer, self.gguf, self.gguf_f16))
 
 
-def checkpoint(name: str) -> Checkpoint:
+def checkpoint(name: str, form: str = "bf16") -> Checkpoint:
     """Where the files of a model are, whether or not they have been made."""
-    return Checkpoint(name, KEPT / f"{name}-bf16", KEPT / f"{name}-bf16.gguf", KEPT / f"{name}-f16.gguf")
+    return Checkpoint(name, KEPT / f"{name}-bf16", KEPT / f"{name}-{form}.gguf", KEPT / f"{name}-f16.gguf", form)
 
 
-def prepare(name: str) -> Checkpoint:
-    """The files of a model, made by a process of their own if any is missing."""
-    found = checkpoint(name)
-    if not found.complete:
-        print(f"Making the checkpoint {found.directory} and its GGUF files …", file=sys.stderr, flush=True)
+def prepare(name: str, form: str = "bf16", *, quantize: Path | None = None) -> Checkpoint:
+    """The files of a model, made by a process of their own if any is missing.
+
+    Args:
+        quantize: the program llama-quantize, for formats other than bf16.
+    """
+    plain, found = checkpoint(name), checkpoint(name, form)
+    if not plain.complete:
+        print(f"Making the checkpoint {plain.directory} and its GGUF files …", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, __file__, name], check=True)
+    if not found.complete:
+        if quantize is None:
+            sys.exit(
+                f"{found.gguf} is made by llama.cpp's llama-quantize; `make bench-peers PEERS=llama.cpp` installs it."
+            )
+        partial = found.gguf.with_suffix(".partial")
+        command = [str(quantize), str(plain.gguf), str(partial), FORMATS[form].gguf or ""]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        partial.rename(found.gguf)
     return found
 
 

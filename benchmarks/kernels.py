@@ -6,7 +6,6 @@ Random weights of SmolLM2-135M's shapes, or another's; knows nothing of engines.
 from __future__ import annotations
 
 import argparse
-import math
 import mmap
 import statistics
 import tempfile
@@ -16,14 +15,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
-from shuteye.models.fused import FusedDecoder, FusedSpec, FusedWeights, Layer, Projection, decoder_spec
-from shuteye.native.decoder import DecoderStep, Numbers
+from shuteye.models.flat_weights import FlatWeights
+from shuteye.models.fused import FusedDecoder, FusedSpec
+from shuteye.models.tensors import as_bytes
+from shuteye.native import LayerSpec, matrix_of
 from shuteye.tasks.generate.plans import Chunk, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch
 
@@ -76,28 +78,30 @@ class Whole:
         self.memory, take = memory.arena, memory.take
         embedding = take(shape["vocab"], hidden)
         layers = tuple(
-            Layer(
-                input_norm=take(hidden),
-                qkv=Projection(take(rows, hidden), None),
-                query_norm=None,
-                key_norm=None,
-                output=Projection(take(hidden, heads * HEAD_DIM), None),
-                post_norm=take(hidden),
-                gate_up=Projection(take(2 * inner, hidden), None),
-                down=Projection(take(hidden, inner), None),
+            LayerSpec(
+                input_norm=take(hidden).data_ptr(),
+                query=matrix_of(take(heads * HEAD_DIM, hidden)),
+                key=matrix_of(take(kv_heads * HEAD_DIM, hidden)),
+                value=matrix_of(take(kv_heads * HEAD_DIM, hidden)),
+                output=matrix_of(take(hidden, heads * HEAD_DIM)),
+                post_norm=take(hidden).data_ptr(),
+                gate=matrix_of(take(inner, hidden)),
+                up=matrix_of(take(inner, hidden)),
+                down=matrix_of(take(hidden, inner)),
             )
             for _ in range(shape["layers"])
         )
-        weights = FusedWeights(embedding, layers, take(hidden), Projection(embedding, None))
+        head, norm = matrix_of(embedding), take(hidden).data_ptr()
+        weights = FlatWeights("bfloat16", hidden, layers, head, norm, head, memoryview(b""))
         facts = FusedSpec(shape["layers"], heads, kv_heads, HEAD_DIM, 1e-5, HEAD_DIM**-0.5, 1.0)
-        blocks = (num_blocks, shape["layers"], 2, BLOCK_SIZE, kv_heads, HEAD_DIM)
-        arena = _Anonymous(huge_pages(math.prod(blocks)).view(blocks))
+        content = huge_pages(num_blocks * shape["layers"] * 2 * BLOCK_SIZE * kv_heads * HEAD_DIM)
         self.cache = KVCache(
-            arena, num_blocks=num_blocks, num_layers=shape["layers"], block_size=BLOCK_SIZE, num_kv_heads=kv_heads,
-            head_dim=HEAD_DIM, dtype=torch.bfloat16,
+            _Anonymous(as_bytes(content).content), num_blocks=num_blocks, num_layers=shape["layers"],
+            block_size=BLOCK_SIZE, num_kv_heads=kv_heads, head_dim=HEAD_DIM, dtype="bfloat16",
         )  # fmt: skip
-        self.fused = FusedDecoder(facts, weights, torch.ones(HEAD_DIM // 2), (None,) * shape["layers"], native=False)
-        self.native = native.NativeDecoder.create(decoder_spec(facts, weights, (None,) * shape["layers"], arena.blocks))
+        frequencies, windows = np.ones(HEAD_DIM // 2, np.float32), (None,) * shape["layers"]
+        self.torch = FusedDecoder(facts, weights, frequencies, windows, native=False)
+        self.native = FusedDecoder(facts, weights, frequencies, windows)
 
     def steps(self, num_sequences: int, num_new: int, context: int) -> list[Callable[[], Any]]:
         """The same step through torch and through the native decoder."""
@@ -108,30 +112,18 @@ class Whole:
             for index in range(num_sequences)
         )
         batch = PackedBatch.from_plan(StepPlan(chunks), block_size=BLOCK_SIZE)
-        angles = torch.ones(batch.num_tokens, HEAD_DIM).bfloat16().view(torch.uint16).numpy()
-        step = DecoderStep(
-            batch.input_ids.numpy(), angles, angles, batch.slots.numpy(), batch.query_starts, batch.context_lengths,
-            batch.block_tables, batch.logits_indices.numpy(),
-        )  # fmt: skip
-
-        def by_torch() -> Tensor:
-            return self.fused.forward(batch, self.cache).float()
-
-        def by_native() -> Numbers:
-            return self.native.forward(step)
-
-        return [by_torch, by_native]
+        return [partial(decoder.forward, batch, self.cache) for decoder in (self.torch, self.native)]
 
 
 @dataclass(frozen=True)
 class _Anonymous:
     """Stands in for a KV cache's arena."""
 
-    blocks: Tensor
+    content: memoryview
 
-    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        assert (offset, shape, dtype) == (0, tuple(self.blocks.shape), self.blocks.dtype)
-        return self.blocks
+    def bytes_view(self, offset: int, nbytes: int) -> memoryview:
+        assert (offset, nbytes) == (0, self.content.nbytes)
+        return self.content
 
 
 def alternate(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:

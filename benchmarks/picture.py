@@ -1,4 +1,4 @@
-"""The picture at the top of the README: a few figures of every engine as bars, written as SVG.
+"""The picture at the top of the README: a few figures of every engine as bars, processor by processor, written as SVG.
 
 Knows nothing of files; needs no plotting library.
 """
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from checkpoints import FORMATS
 from report import OWN, TITLES, Report, number
 from rounds import METRICS, WAKING, Metric, Results
 
@@ -20,11 +21,19 @@ PANELS = (
     ("memory_asleep", "Memory asleep"),
     ("wake", "Wake to first token**"),
 )
+DRAWN = ("smollm2", "bf16")
 COLUMNS = 3
 WIDTH, MARGIN, GAP = 960, 24, 36
 PANEL_WIDTH = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * GAP) / COLUMNS
 ROW, BAR, LABEL, FIGURE, TITLE = 22, 14, 88, 62, 30
-SHORT = {"shuteye": "shuteye", "openvino": "OpenVINO*", "llama.cpp": "llama.cpp", "vllm": "vLLM"}
+SHORT = {
+    "shuteye": "shuteye",
+    "openvino": "OpenVINO*",
+    "llama.cpp": "llama.cpp",
+    "llama-bench": "llama-bench*",
+    "vllm": "vLLM",
+}
+FOOT = "* in process, without HTTP   ** of those that freed memory"
 STYLE = """
   text { font: 12px ui-sans-serif, system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #3d4451 }
   .title { font-weight: 600; fill: #15181e } .unit, .foot { fill: #6b7280 } .own { font-weight: 600; fill: #15181e }
@@ -45,19 +54,34 @@ class Panel:
         return TITLE + ROW * len(self.bars)
 
 
-def draw(report: Report) -> str:
-    """An SVG document."""
-    panels = [_panel(report, key, title) for key, title in PANELS]
+def draw(reports: Sequence[Report]) -> str:
+    """An SVG document of one model in one format, on every processor where it was measured."""
     shapes: list[str] = []
     top = float(MARGIN)
+    for report in (each for each in reports if (each.model, each.format) == DRAWN):
+        shapes.append(f'<text class="title" x="{MARGIN}" y="{top + 12:.1f}">{escape(report.machine.title)}</text>')
+        drawn, top = _draw_report(report, top + TITLE)
+        shapes += drawn
+    shapes.append(f'<text class="foot" x="{MARGIN}" y="{top + 8:.0f}">{escape(FOOT)}</text>')
+    return _document(shapes, height=top + 16 + MARGIN)
+
+
+def _draw_report(report: Report, top: float) -> tuple[list[str], float]:
+    """All panels of one processor, and where they end."""
+    panels = [_panel(report, key, title) for key, title in PANELS]
+    shapes: list[str] = []
     for begin in range(0, len(panels), COLUMNS):
         row = panels[begin : begin + COLUMNS]
         for index, panel in enumerate(row):
             shapes += _draw_panel(panel, MARGIN + index * (PANEL_WIDTH + GAP), top)
         top += max(panel.height for panel in row) + GAP / 2
-    for index, line in enumerate(_foot(report)):
-        shapes.append(f'<text class="foot" x="{MARGIN}" y="{top + 8 + 16 * index:.0f}">{escape(line)}</text>')
-    return _document(shapes, height=top + 32 + MARGIN)
+    for line in (
+        f"{report.model}, {FORMATS[report.format].title}, {report.date}, medians of {report.settings}.",
+        f"{report.machine.cores} cores, {report.machine.memory_gib} GiB, {', '.join(report.machine.flags)}.",
+    ):
+        shapes.append(f'<text class="foot" x="{MARGIN}" y="{top + 8:.0f}">{escape(line)}</text>')
+        top += 16
+    return shapes, top + GAP / 2
 
 
 def _panel(report: Report, key: str, title: str) -> Panel:
@@ -66,14 +90,6 @@ def _panel(report: Report, key: str, title: str) -> Panel:
     able = [each for each in shown if not (key in WAKING and each.frees_nothing)]
     found = [(each, median) for each in able if (median := each.median(key)) is not None]
     return Panel(metric, title, tuple(found))
-
-
-def _foot(report: Report) -> tuple[str, ...]:
-    return (
-        f"{report.model}, bfloat16, {report.date}, medians of {report.settings}.",
-        f"{report.machine}.",
-        "* in process, without HTTP   ** of those that freed memory",
-    )
 
 
 def _draw_panel(panel: Panel, left: float, top: float) -> list[str]:

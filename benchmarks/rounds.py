@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from peers.base import Burst, Engine, EngineFailure, EngineHangs
+from peers.base import Burst, Engine, EngineFailure, EngineHangs, Peer, SelfTimed
 from prompts import Prompts
 
 ASK_TIMEOUT_S = 180.0
@@ -48,6 +48,7 @@ METRICS = (
     Metric("total_8", "End to end, 8 streams", "tok/s", more_is_better=True),
     Metric("total_16", "End to end, 16 streams", "tok/s", more_is_better=True),
     Metric("memory_awake", "Memory after 16 streams", "MiB"),
+    Metric("disk", "Weights on disk", "MiB"),
     Metric("memory_asleep", "Memory asleep", "MiB"),
     Metric("sleep", "Sleep", "ms"),
     Metric("wake", "Wake to first token", "ms"),
@@ -169,6 +170,7 @@ class Turn:
 
     def _memory(self) -> None:
         self._add("memory_awake", self._engine.memory_bytes() / (1 << 20))
+        self._add("disk", self._engine.disk_bytes() / (1 << 20))
 
     def _few_streams(self) -> None:
         for count in (8, 1):
@@ -200,7 +202,7 @@ class Turn:
 
 
 def measure(
-    engines: Mapping[str, Engine],
+    engines: Mapping[str, Engine | SelfTimed],
     *,
     rounds: int,
     most_turns: Mapping[str, int],
@@ -220,13 +222,27 @@ def measure(
         for name, engine in present.items():
             if index < most_turns.get(name, rounds):
                 begin = time.perf_counter()
-                Turn(engine, results[name], prompts(f"round {index}"), plan).run()
+                if isinstance(engine, SelfTimed):
+                    _time_itself(engine, results[name])
+                else:
+                    Turn(engine, results[name], prompts(f"round {index}"), plan).run()
                 note = f": {results[name].notes['']}" if "" in results[name].notes else ""
                 say(f"round {index + 1} of {rounds}, {name}: {time.perf_counter() - begin:.0f} s{note}")
     return list(results.values())
 
 
-def _is_prepared(engine: Engine, results: Results, say: Callable[[str], None]) -> bool:
+def _time_itself(peer: SelfTimed, results: Results) -> None:
+    """One turn of a peer's own benchmark."""
+    try:
+        figures = peer.figures()
+    except (EngineFailure, subprocess.CalledProcessError) as error:
+        results.notes[""] = str(error)
+        figures = {}
+    for metric in METRICS:
+        results.samples.setdefault(metric.key, []).append(list(figures.get(metric.key, ())))
+
+
+def _is_prepared(engine: Peer, results: Results, say: Callable[[str], None]) -> bool:
     """True if it can take turns; what it needs once is made now."""
     if not results.notes:
         say(f"{results.name}: {results.version}")
@@ -239,7 +255,7 @@ def _is_prepared(engine: Engine, results: Results, say: Callable[[str], None]) -
     return not results.notes
 
 
-def _introduced(name: str, engine: Engine) -> Results:
+def _introduced(name: str, engine: Peer) -> Results:
     if missing := engine.missing():
         return Results(name, notes={"": missing}, over_http=engine.over_http)
     return Results(name, engine.version(), engine.command(), engine.sleeps, engine.over_http)
@@ -256,12 +272,16 @@ def ratios(mine: Results, theirs: Results, metric: Metric) -> list[float]:
     return [ours / other if metric.more_is_better else other / ours for ours, other in medians]
 
 
-def best_peer(peers: Sequence[Results], metric: Metric) -> Results | None:
-    """The peer with the best median over HTTP; of sleeping and waking, among those that freed anything."""
+def best_peer(peers: Sequence[Results], metric: Metric, *, in_process: bool = False) -> Results | None:
+    """The peer with the best median over HTTP; of sleeping and waking, among those that freed anything.
+
+    Args:
+        in_process: those without a server count as well.
+    """
     able = [
         (peer.median(metric.key), peer)
         for peer in peers
-        if peer.over_http and not (metric.key in WAKING and peer.frees_nothing)
+        if (peer.over_http or in_process) and not (metric.key in WAKING and peer.frees_nothing)
     ]
     ranked = sorted(
         ((median, peer.name, peer) for median, peer in able if median is not None), key=lambda each: each[:2]

@@ -16,24 +16,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from checkpoints import LOGS, MODELS, prepare
+from checkpoints import FORMATS, LOGS, MODELS, Checkpoint, prepare
+from machine import LEVELS, this_machine
 from peers import ENGINES
-from peers.base import Burst, Engine, EngineFailure
+from peers.base import Burst, Engine, EngineFailure, SelfTimed
+from peers.llama_cpp import program
 from peers.process import ending_engines
 from peers.shuteye import Shuteye, before
 from prompts import Prompts
-from report import machine
 from rounds import ASK_TIMEOUT_S, PROMPT_TOKENS
 
 NEW_TOKENS = 64
-CHOICES = ENGINES | {"shuteye-before": before}
+CHOICES = {name: engine for name, engine in ENGINES.items() if name != "llama-bench"} | {"shuteye-before": before}
 
 
 def main() -> None:
     arguments = parse()
-    checkpoint = prepare(arguments.model)
+    checkpoint = prepare(arguments.model, arguments.format, quantize=program("llama-quantize"))
     names = (arguments.first, arguments.second)
-    engines = [CHOICES[name](checkpoint, arguments.logs / name) for name in names]
+    engines = [asked(name, checkpoint, arguments) for name in names]
     for engine in engines:
         if missing := engine.missing():
             sys.exit(missing)
@@ -43,7 +44,10 @@ def main() -> None:
         prompts = Prompts(checkpoint.tokenizer, "side by side")
         for engine in engines:
             engine.start(prompts.write(32))
-        print(f"{arguments.first} and {arguments.second}, {arguments.model}, {arguments.rounds} pairs; {machine()}")
+        print(
+            f"{arguments.first} and {arguments.second}, {arguments.model}, {arguments.format}, {arguments.rounds} pairs"
+        )
+        print(this_machine(level=arguments.level, measured=False).words)
         for title, measure in measures(sleep_too=all(isinstance(engine, Shuteye) for engine in engines)).items():
             show(title, pairs(engines, prompts, measure, arguments))
     except EngineFailure as failure:
@@ -51,6 +55,12 @@ def main() -> None:
     finally:
         for engine in engines:
             engine.stop()
+
+
+def asked(name: str, checkpoint: Checkpoint, arguments: argparse.Namespace) -> Engine:
+    engine = CHOICES[name](checkpoint, arguments.logs / name, arguments.level)
+    assert not isinstance(engine, SelfTimed), "it is no choice"
+    return engine
 
 
 def measures(*, sleep_too: bool) -> dict[str, Callable[[Engine, Prompts], float]]:
@@ -110,6 +120,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("first", choices=sorted(CHOICES))
     parser.add_argument("second", choices=sorted(CHOICES))
     parser.add_argument("--model", choices=MODELS, default="smollm2", help="default smollm2")
+    parser.add_argument("--format", choices=FORMATS, default="bf16", help="of the weights; default bf16")
+    parser.add_argument("--level", choices=LEVELS, help="hold both to this instruction set")
     parser.add_argument("--rounds", type=int, default=12, help="pairs of each measure; default 12")
     parser.add_argument(
         "--pause", type=float, default=0.1, metavar="S", help="seconds before each request; default 0.1"

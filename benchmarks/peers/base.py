@@ -5,9 +5,10 @@ Knows nothing of HTTP, of any engine's flags, or of which figures are wanted.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from shuteye.config import default_cache_dir
 
@@ -17,6 +18,13 @@ MAX_STREAMS = 16
 CONTEXT = 2560
 """Tokens that one stream may take: a prompt of 2,048 and its answer."""
 KV_BYTES = 1 << 30
+
+
+LEVEL_SETTINGS: Mapping[str, Mapping[str, str]] = {
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "ATEN_CPU_CAPABILITY": "avx512"},
+}
+"""Variables that hold oneDNN (so OpenVINO and torch) to an instruction set of shuteye's; others need no holding."""
 
 
 class EngineFailure(Exception):
@@ -79,8 +87,8 @@ class Burst:
         return max(stream.arrivals_s[-1] for stream in self.streams)
 
 
-class Engine(Protocol):
-    """One engine on one checkpoint. Every method may raise `EngineFailure`."""
+class Peer(Protocol):
+    """Whoever takes turns, on one checkpoint. Every method may raise `EngineFailure`."""
 
     @property
     def over_http(self) -> bool:
@@ -108,6 +116,19 @@ class Engine(Protocol):
         """Convert what is converted once, outside of all measurements."""
         ...
 
+
+@runtime_checkable
+class SelfTimed(Peer, Protocol):
+    """A peer's own benchmark, which measures a few of our figures its own way."""
+
+    def figures(self) -> Mapping[str, list[float]]:
+        """One turn: samples by the keys of the metrics."""
+        ...
+
+
+class Engine(Peer, Protocol):
+    """One that is asked."""
+
     def start(self, prompt: str) -> float:
         """Start, and answer `prompt` with one token; seconds from the start to that token."""
         ...
@@ -118,6 +139,10 @@ class Engine(Protocol):
 
     def memory_bytes(self) -> int:
         """Proportional set size of every process it consists of."""
+        ...
+
+    def disk_bytes(self) -> int:
+        """Of the files that hold the weights it runs with."""
         ...
 
     def sleep(self) -> float | None:

@@ -15,21 +15,26 @@ from typing import Any
 
 from checkpoints import Checkpoint
 from peers import streaming
-from peers.base import Burst, EngineFailure, EngineHangs
+from peers.base import LEVEL_SETTINGS, Burst, EngineFailure, EngineHangs
 from peers.process import Process, free_port, wait_until
 
 START_TIMEOUT_S = 300.0
 
 
 class HttpEngine(ABC):
-    """A server in a process of its own. Subclasses say how it is started and what its requests need."""
+    """A server in a process of its own. Subclasses say how it is started and what its requests need.
+
+    Args:
+        level: the instruction set that it is held to; None takes whatever the processor has.
+    """
 
     over_http = True
     sleeps: str | None = None
     start_timeout_s = START_TIMEOUT_S
 
-    def __init__(self, checkpoint: Checkpoint, logs: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, logs: Path, level: str | None = None) -> None:
         self.checkpoint = checkpoint
+        self.level = level
         self.log = logs / f"{type(self).__name__.lower()}.log"
         self.port = 0
         self._process: Process | None = None
@@ -40,7 +45,7 @@ class HttpEngine(ABC):
 
     @property
     def environment(self) -> Mapping[str, str]:
-        return {}
+        return LEVEL_SETTINGS.get(self.level or "", {})
 
     @property
     def fields(self) -> Mapping[str, Any]:
@@ -90,6 +95,9 @@ class HttpEngine(ABC):
 
     def memory_bytes(self) -> int:
         return self.process.memory_bytes()
+
+    def disk_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.checkpoint.directory.glob("*.safetensors"))
 
     def sleep(self) -> float | None:
         raise EngineFailure("has no sleep")

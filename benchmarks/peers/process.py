@@ -71,6 +71,10 @@ class Process:
             found += _children(pid)
         return found
 
+    def mapped_files(self) -> set[Path]:
+        """Files that any process of the tree has mapped."""
+        return {Path(name) for pid in self.tree() for name in _mapped_names(pid)}
+
     def memory_bytes(self) -> int:
         """Proportional set size of the tree: shared pages count once, divided among those who map them."""
         return sum(map(_pss_bytes, self.tree()))
@@ -123,6 +127,14 @@ def _pss_bytes(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return int(found[1]) * 1024 if found else 0
+
+
+def _mapped_names(pid: int) -> list[str]:
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6 and fields[5].startswith("/")]
 
 
 def _kill(pid: int, *, group: int) -> None:

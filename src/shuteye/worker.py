@@ -13,9 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from shuteye.config import EngineConfig
 from shuteye.errors import CANARY_DISAGREES, ImageFailure, InternalError, InvalidRequest, VerificationFailed
@@ -23,17 +21,20 @@ from shuteye.memory.arena import Arena
 from shuteye.memory.backends import MemoryBackend, open_backend
 from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
+from shuteye.memory.precision import Precision
 from shuteye.memory.residency import Residency
 from shuteye.model_info import ModelSpec
 from shuteye.models.binding import TOKENIZER_DIR, Origin
 from shuteye.models.converter import Order, obtain_image
 from shuteye.models.progress import LoggedProgress
-from shuteye.models.rank_decoder import RankGroups
-from shuteye.models.weight_updates import open_shapes, open_tensors, refuse_other_model
+from shuteye.models.rank_groups import RankGroups
 from shuteye.parallel.shards import ONE_RANK, Part, RankPlace
 from shuteye.state import RankIdentity, SleepPlan, TagReport, UpdateReport, WakePlan
-from shuteye.tasks.canary import Canary
+from shuteye.tasks.canary import Canary, Numbers
 from shuteye.tasks.table import Plan, Result, RunnerSetup, task_of_image
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,6 @@ class Worker:
         self._config = config
         self._place = place
         num_threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // place.num_ranks)
-        torch.set_num_threads(num_threads)
         self.backend = backend or open_backend(config.memory_backend)
         self._num_updates = 0
         self._canary_deferred = False
@@ -136,7 +136,7 @@ class Worker:
         """What the engine sizes everything else from."""
         model = self._model
         facts = model.facts
-        origin = Origin.of(self._image)
+        origin, held = Origin.of(self._image), Precision.of(self._image.layout)
         return ModelSpec(
             architecture=facts.architecture,
             task=facts.task,
@@ -154,6 +154,8 @@ class Worker:
             speech=model.speech,
             source=origin.source,
             source_format=origin.source_format,
+            weights_format=held.format,
+            bits_per_weight=held.bits_per_weight,
         )
 
     def tokenizer_files(self) -> dict[str, bytes]:
@@ -181,7 +183,6 @@ class Worker:
 
     # --- a step ---------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def execute(self, plan: Plan) -> Result:
         """Run one step of the model; the result goes with the plan's type.
 
@@ -209,7 +210,7 @@ class Worker:
         except ImageFailure as failure:
             raise VerificationFailed(failure.message) from failure
 
-    def _prove(self, numbers: torch.Tensor) -> None:
+    def _prove(self, numbers: Numbers) -> None:
         if not self._canary.knows(numbers, self._version):
             raise VerificationFailed(CANARY_DISAGREES)
         self._canary_deferred = False
@@ -235,7 +236,6 @@ class Worker:
         self._canary_deferred = False
         self.residency.reset()
 
-    @torch.inference_mode()
     def canary_agrees(self) -> bool:
         """Run the canary; see `Canary.agrees`.
 
@@ -260,8 +260,7 @@ class Worker:
 
     # --- weights --------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> UpdateReport:
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]]) -> UpdateReport:
         """Write tensors by their checkpoint names, cast to the model's dtype, one after the other.
 
         Raises:
@@ -274,7 +273,9 @@ class Worker:
         finally:
             self.residency.watch.note_written()
 
-    def _write(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> UpdateReport:
+    def _write(self, named_tensors: Iterable[tuple[str, Tensor]]) -> UpdateReport:
+        from shuteye.models.weight_updates import write_tensor  # torch: only who updates needs it
+
         begin = time.perf_counter()
         updated = updated_bytes = 0
         for name, tensor in named_tensors:
@@ -288,7 +289,7 @@ class Worker:
                 self._enter_version(f"{self._image_version}+{self._num_updates}")
             if slot_name is not None:
                 slot = self._image.layout.slots[slot_name]
-                self._weights.slot_view(slot).copy_(tensor[part])
+                write_tensor(self._weights, slot, tensor[part])
                 self.residency.mark_written(slot_name)
                 updated_bytes += slot.nbytes
             updated += 1
@@ -298,19 +299,34 @@ class Worker:
         """The slot to which a tensor of the checkpoint goes, and which part of it; no slot if other ranks have it all.
 
         Raises:
-            InvalidRequest: an unknown name or a wrong shape.
+            InvalidRequest: an unknown name, a wrong shape, or a matrix that is quantized.
         """
         shard = self._model.shard
         if shard is not None:
             part = shard.part_of(name, shape)
-            return (None, ()) if part is None else (self._model.slot_names[name], part)
-        slot_name = self._model.slot_names.get(name)
-        if slot_name is None:
+            return (None, ()) if part is None else (self._writable(name), part)
+        if name not in self._model.slot_names:
             raise InvalidRequest(f"{name!r} is not a tensor of this model.", param=name)
+        slot_name = self._writable(name)
         expected = self._image.layout.slots[slot_name].shape
         if shape != expected:
             raise InvalidRequest(f"{name!r} has shape {shape}, expected {expected}.", param=name)
         return slot_name, ()
+
+    def _writable(self, name: str) -> str:
+        """The slot of a tensor that can be written as it is given.
+
+        Raises:
+            InvalidRequest: it would have to be rounded to few bits.
+        """
+        slot = self._image.layout.slots[self._model.slot_names[name]]
+        if slot.matrix_kind.is_quantized:
+            raise InvalidRequest(
+                f"{name!r} is held as {slot.kind}, and what is written to it would be rounded to that. Serve the model "
+                "with --quantization none to update it, or reload weights from a checkpoint of the same bits.",
+                param=name,
+            )
+        return slot.name
 
     def check_update(self, path: str) -> None:
         """Read what the tensors of a file, or of all of a directory, are called, and whether they could be written.
@@ -319,6 +335,8 @@ class Worker:
             InvalidRequest: there is no such file, an unknown name or a wrong shape.
             VerificationFailed: somebody wrote to the image that is mapped.
         """
+        from shuteye.models.weight_updates import open_shapes
+
         self._require_intact()
         with open_shapes(path) as named_shapes:
             for name, shape in named_shapes:
@@ -330,6 +348,8 @@ class Worker:
         Args:
             number: which update of the engine this is; ranks that were started later cannot count.
         """
+        from shuteye.models.weight_updates import open_tensors
+
         if number is not None:
             self._num_updates = number - 1
         with open_tensors(path) as named_tensors:
@@ -352,6 +372,8 @@ class Worker:
         return UpdateReport(len(self._image.layout.slots), self._image.layout.nbytes, (), time.perf_counter() - begin)
 
     def _replace_image(self, path: str) -> None:
+        from shuteye.models.weight_updates import refuse_other_model
+
         image = self._open_image(path)
         try:
             refuse_other_model(self._image, image)

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import platform
 import socket
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,10 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import checkpoints  # noqa: E402
+import machine  # noqa: E402
 import picture  # noqa: E402
 import report  # noqa: E402
 import rounds  # noqa: E402
 import serve  # noqa: E402
+import targets  # noqa: E402
 from peers import ENGINES, base, streaming  # noqa: E402
 from peers.base import Burst, EngineFailure, EngineHangs, Stream  # noqa: E402
 from peers.process import Process  # noqa: E402
@@ -79,6 +83,9 @@ class FakeEngine:
     def memory_bytes(self):
         return 100 << 20 if self.calls[-1] == "sleep" else 300 << 20
 
+    def disk_bytes(self):
+        return 200 << 20
+
     def sleep(self):
         self.calls.append("sleep")
         return 0.004
@@ -118,6 +125,7 @@ def test_every_figure_of_a_healthy_engine_is_there_once_per_turn():
     assert all(len(found.samples[metric.key]) == 2 for metric in rounds.METRICS)
     assert all(turn for metric in rounds.METRICS for turn in found.samples[metric.key])
     assert found.median("memory_asleep") == 100
+    assert found.median("disk") == 200
     assert found.median("wake") == 50
 
 
@@ -149,6 +157,41 @@ def test_an_engine_that_cannot_be_prepared_does_not_stop_the_others():
     assert healthy.median("decode_1") is not None
 
 
+class OwnBench:
+    """A peer that measures itself; fails where told to."""
+
+    over_http, sleeps = False, None
+
+    def __init__(self, *, fails: bool = False):
+        self._fails = fails
+
+    def missing(self):
+        return None
+
+    def version(self):
+        return "fake bench 1"
+
+    def command(self):
+        return "bench"
+
+    def prepare(self):
+        pass
+
+    def figures(self):
+        if self._fails:
+            raise EngineFailure("no such file")
+        return {"decode_1": [100.0, 102.0]}
+
+
+def test_a_peer_s_own_benchmark_takes_its_turns_and_its_failure_is_its_own():
+    """Figures under the wrong round or key, or a failure that ends the run."""
+    own, broken, healthy = measure(own=OwnBench(), broken=OwnBench(fails=True), healthy=FakeEngine())
+    assert own.samples["decode_1"] == [[100.0, 102.0]] * 2
+    assert own.median("start") is None
+    assert broken.notes == {"": "no such file"}
+    assert healthy.median("decode_1") is not None
+
+
 def test_ctrl_c_ends_the_engine():
     engine = FakeEngine(fails={16: KeyboardInterrupt()})
     with pytest.raises(KeyboardInterrupt):
@@ -167,7 +210,7 @@ def test_a_peer_that_is_not_installed_says_how_to_install_it(tmp_path, monkeypat
     monkeypatch.delenv("LLAMA_SERVER", raising=False)
     nowhere = checkpoints.Checkpoint("m", tmp_path, tmp_path / "m.gguf", tmp_path / "f.gguf")
     names = ["llama.cpp", "openvino", "transformers", "vllm"]
-    found = measure(**{name: ENGINES[name](nowhere, tmp_path) for name in names})
+    found = measure(**{name: ENGINES[name](nowhere, tmp_path, None) for name in names})
     assert [each.notes[""] for each in found] == [base.how_to_install(name) for name in names]
     assert "make bench-peers PEERS=vllm" in found[3].notes[""]
 
@@ -395,13 +438,20 @@ def results(name: str, *, decode: list[float], start: list[float], asleep: float
     return rounds.Results(name, f"{name} 1", f"{name} --port PORT", "a nap", samples=samples)
 
 
+ZEN = machine.Machine(
+    "amd", 25, 1, "AMD EPYC", ("avx2",), "avx2", 2, 24, "6.18", peaks={"read_gb_s": (14.0, 18.5, 21.0)}
+)
+XEON = machine.Machine("intel", 6, 143, "Xeon", ("avx2", "amx_bf16"), "avx512", 2, 24, "6.18", forced=True)
+
+
 @pytest.fixture
 def a_report() -> report.Report:
     mine = results("shuteye", decode=[90.0, 110.0, 100.0], start=[2.0, 2.0, 2.0])
     llama = results("llama.cpp", decode=[45.0, 100.0, 50.0], start=[0.5, 0.5, 1.0])
     idle = results("vllm", decode=[40.0], start=[90.0], asleep=100.0, wake=1.0)
     absent = rounds.Results("openvino", notes={"": "not installed"}, over_http=False)
-    return report.Report("smollm2", "a model", "2026-11-22", "a machine", "3 rounds", (mine, llama, idle, absent))
+    found = (mine, llama, idle, absent)
+    return report.Report("smollm2", "bf16", "a model", "2026-11-22", ZEN, "3 rounds", found)
 
 
 def test_ratios_are_of_rounds_and_above_one_is_better(a_report):
@@ -425,12 +475,86 @@ def test_a_report_survives_json_and_names_everyone(a_report):
     shown = report.page([again])
     assert "| Decode, 1 stream, tok/s | 100 (90.0–110) | 50.0 (45.0–100) | 40.0 |" in shown
     assert "OpenVINO GenAI (in process): not installed." in shown
-    assert "| Decode, 1 stream | 2.00 (1.10–2.00) llama.cpp | – | – |" in shown
+    assert "| Decode, 1 stream | 2.00 (1.10–2.00) llama.cpp | – |" in shown
+    assert "## AMD EPYC (Zen 3), avx2\n" in shown
+    assert "memory is read at 18.5 (14.0–21.0) GB/s" in shown
     assert any("OpenVINO GenAI (in process)  not installed" in line for line in report.lines(again))
 
 
+def test_a_run_elsewhere_leaves_the_figures_of_other_processors(a_report):
+    """A file, a section or a column that a run on another processor, set or format overwrites."""
+    elsewhere = replace(a_report, machine=XEON)
+    quantized = replace(a_report, format="q8_0")
+    assert len({each.key for each in (a_report, elsewhere, quantized)}) == 3
+    shown = report.page([a_report, quantized, elsewhere])
+    assert shown.count("## AMD EPYC (Zen 3), avx2\n") == 1
+    assert shown.count("\n### ") == 3
+    assert "### smollm2, bfloat16, Xeon (Sapphire Rapids), held to avx512" in shown
+    assert "| asked | AMD EPYC (Zen 3), avx2 | Xeon (Sapphire Rapids), held to avx512 |" in shown
+    assert "OpenVINO GenAI int8 (in process): not installed." in shown
+    assert report.headline([a_report, elsewhere]).count("\n") == 4
+    assert "AMD EPYC (Zen 3), avx2, 2026-11-22 | 2.00 | – | – | – | 0.25 | 1.00 | 1.00 |" in report.headline([a_report])
+
+
+def test_targets_are_held_against_whom_they_name(a_report):
+    """A target that is met by the wrong engine's figure, or the wrong way round."""
+    ask = {(each.key, each.other): each for each in targets.of_format("bf16")}
+    decode = ask["decode_1", "llama.cpp"]
+    assert decode.reached(a_report.results) == 2.0
+    assert decode.is_met(2.0)
+    assert not decode.is_met(1.09)
+    start = ask["start", "llama.cpp"]
+    assert start.reached(a_report.results) == 4.0
+    assert not start.is_met(4.0)
+    assert start.is_met(0.8)
+    assert ask["decode_1", "llama-bench"].reached(a_report.results) is None
+    assert ask["memory_asleep", ""].reached(a_report.results) == 50.0
+    best = targets.Target("decode_1", 1.0, targets.BEST_SERVER)
+    assert best.reached(a_report.results[:1] + a_report.results[2:]) == 2.5  # vLLM's 40, as there is no llama.cpp
+    row = "| Decode, 1 stream, beside llama.cpp's server | **≥ 1.1 ×** | 2.00, met |"
+    assert row in report.page([a_report])
+
+
+def test_what_the_readme_says_of_others_is_what_the_results_say():
+    """A README whose ratios are of another run than the page's."""
+    readme = serve.README.read_text()
+    assert "beside others: begin" in readme
+    assert serve.with_headline(readme, serve.read_reports()) == readme, "run: python benchmarks/serve.py --render"
+
+
+def test_this_machine_is_named_by_family_model_and_the_best_set_it_has(monkeypatch):
+    """Figures of two processors under one name; a forced set that looks like the processor's own."""
+    here = machine.this_machine(measured=False)
+    assert here.level in {*machine.LEVELS, "portable"}
+    assert not here.forced
+    assert str(here.family) in here.key
+    held = machine.this_machine(level="avx2", measured=False)
+    assert held.key.endswith("-avx2")
+    assert held.forced == (here.level != "avx2")
+
+
+@pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="peaks.cpp is of x86")
+def test_peaks_are_measured_here(tmp_path, monkeypatch):
+    """A program that does not compile for this processor, or rates in other units."""
+    monkeypatch.setattr(machine, "default_cache_dir", lambda: tmp_path)
+    peaks = machine.measure_peaks(rounds=1)
+    assert set(peaks) == set(machine.UNITS)
+    assert 0.1 < peaks["read_gb_s"][0] < 1000
+    assert 1 < peaks["float32_gflops"][0] < 100_000
+
+
+def test_a_quantized_checkpoint_without_llama_cpp_says_what_is_missing(tmp_path, monkeypatch):
+    """A subprocess of None, where llama.cpp is not installed."""
+    monkeypatch.setattr(checkpoints, "KEPT", tmp_path)
+    (tmp_path / "m-bf16").mkdir()
+    for name in ("m-bf16/tokenizer.json", "m-bf16.gguf", "m-f16.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(SystemExit, match="llama-quantize"):
+        checkpoints.prepare("m", "q8_0")
+
+
 def test_the_picture_is_svg_with_a_bar_for_every_figure(a_report):
-    root = ElementTree.fromstring(picture.draw(a_report))
+    root = ElementTree.fromstring(picture.draw([a_report]))
     bars = [each for each in root.iter("{http://www.w3.org/2000/svg}rect") if "bar" in each.get("class", "")]
     assert len(bars) == 3 + 3 + 3 + 2  # decode, start, memory asleep; waking without vLLM, which freed nothing
     widths = [float(bar.get("width")) for bar in bars[:3]]
@@ -440,8 +564,10 @@ def test_the_picture_is_svg_with_a_bar_for_every_figure(a_report):
 
 def test_the_page_and_the_picture_are_what_the_kept_results_say():
     reports = serve.read_reports()
-    assert serve.PAGE.read_text() == report.page(reports), "run: python benchmarks/serve.py --render"
-    assert serve.PICTURE.read_text() == picture.draw(reports[0])
+    assert serve.PAGE.read_text() == report.page(reports, serve.read_scores()), (
+        "run: python benchmarks/serve.py --render"
+    )
+    assert serve.PICTURE.read_text() == picture.draw(reports)
     assert str(Path.home()) not in serve.PAGE.read_text()
 
 
@@ -454,3 +580,4 @@ def test_an_unknown_engine_is_refused_by_name(capsys):
 def test_defaults_measure_everything():
     assert serve.parse([]).engines == list(ENGINES)
     assert set(report.TITLES) == set(ENGINES)
+    assert "vllm" not in serve.parse(["--format", "q4_0"]).engines

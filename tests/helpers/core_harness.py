@@ -13,6 +13,7 @@ from shuteye.errors import ShuteyeError, VerificationFailed, rebuild
 from shuteye.memory.backends import MemoryBackend
 from shuteye.memory.backends.fake import FakeBackend
 from shuteye.memory.backends.linux import LinuxBackend
+from shuteye.models.tensors import slot_view
 from shuteye.state import VerifyResult
 from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams
 
@@ -104,7 +105,7 @@ class CoreHarness(Stepped):
 
     def tensors(self):
         """Views of every weight, by name; alive while the weights are resident."""
-        return {slot.name: self.worker._weights.slot_view(slot) for slot in self.worker._image.layout.slots.values()}
+        return {slot.name: slot_view(self.worker._weights, slot) for slot in self.worker._image.layout.slots.values()}
 
     def generate(self, prompt, params=GREEDY):
         """The tokens of one request run to its end."""

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends.fake import FakeBackend
 from shuteye.memory.image_writer import ImageWriter
 from shuteye.memory.layout import TensorSpec
 from shuteye.memory.residency import Residency
+from shuteye.memory.tensor_bytes import TensorBytes
 from shuteye.state import SleepPlan, WakePlan
 
 PAGE = mmap.PAGESIZE
@@ -49,7 +50,7 @@ def build_image(seed: int) -> Callable[[ImageWriter], None]:
         writer.begin(SPECS, aliases={"head": "embed"}, metadata={"seed": seed})
         for spec in SPECS:
             writer.put(spec.name, random.Random(f"{seed} {spec.name}").randbytes(spec.nbytes))
-        writer.put_buffer("scale", torch.tensor([1.5, 2.5]))
+        writer.put_buffer("scale", TensorBytes((2,), "float32", memoryview(np.array([1.5, 2.5], np.float32)).cast("B")))
         (writer.directory / "tokenizer").mkdir()
         (writer.directory / TEMPLATE).write_text("{{ messages }}")
 

@@ -38,7 +38,8 @@ class Ranks:
 
     def forward(self, batch: PackedBatch) -> list[torch.Tensor]:
         """What each rank computed."""
-        return on_all_ranks([lambda each=each: each.model.forward(batch, each.kv_cache) for each in self.drivers])
+        computed = [lambda each=each: each.model.forward(batch, each.kv_cache) for each in self.drivers]
+        return [torch.from_numpy(found) for found in on_all_ranks(computed)]
 
     def logits(self, batch: PackedBatch) -> torch.Tensor:
         (found,) = (each for each, plan in zip(self.forward(batch), self.plans, strict=True) if plan.holds_sampler)

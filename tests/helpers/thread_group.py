@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from queue import Queue
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from shuteye.models.rank_decoder import RankGroups
+from shuteye.matrices.bfloat16 import Numbers, bfloat16_bits, float32_of
+from shuteye.models.rank_groups import RankGroups
 from shuteye.parallel.shards import RankPlace
 
 TIMEOUT_S = 20.0
@@ -25,7 +25,7 @@ class Meeting:
     size: int
     barrier: threading.Barrier = field(init=False)
     left: list[Any] = field(init=False)
-    mail: dict[tuple[int, int], Queue[Tensor]] = field(init=False)
+    mail: dict[tuple[int, int], Queue[Numbers]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.barrier = threading.Barrier(self.size, timeout=TIMEOUT_S)
@@ -39,39 +39,39 @@ class ThreadGroup:
 
     meeting: Meeting
     rank: int
-    sums: list[Tensor] = field(default_factory=list)
+    sums: list[Numbers] = field(default_factory=list)
 
-    def _exchange(self, x: Tensor) -> list[Tensor]:
-        self.meeting.left[self.rank] = x.clone()
+    def _exchange(self, x: Numbers) -> list[Numbers]:
+        self.meeting.left[self.rank] = x.copy()
         self.meeting.barrier.wait()
         seen = list(self.meeting.left)
         self.meeting.barrier.wait()
         return seen
 
-    def all_reduce(self, x: Tensor) -> None:
-        assert x.is_contiguous()
+    def all_reduce(self, x: Numbers) -> None:
+        assert x.flags.c_contiguous
         parts = self._exchange(x)
         assert {part.shape for part in parts} == {x.shape}
-        total = parts[0].float()
+        total = float32_of(parts[0])
         for part in parts[1:]:
-            total = total + part.float()
-        x.copy_(total)
-        self.sums.append(x.clone())
+            total = total + float32_of(part)
+        x[...] = bfloat16_bits(total) if x.dtype == np.uint16 else total
+        self.sums.append(x.copy())
 
-    def gather(self, x: Tensor, widths: Sequence[int], to: int = 0) -> Tensor | None:
-        assert x.is_contiguous()
+    def gather(self, x: Numbers, widths: Sequence[int], to: int = 0) -> Numbers | None:
+        assert x.flags.c_contiguous
         parts = self._exchange(x)
         assert [part.shape for part in parts] == [(len(x), width) for width in widths]
-        return torch.cat(parts, dim=-1) if self.rank == to else None
+        return np.concatenate(parts, axis=-1) if self.rank == to else None
 
-    def send(self, x: Tensor, to: int) -> None:
-        assert x.is_contiguous()
-        self.meeting.mail[self.rank, to].put(x.clone())
+    def send(self, x: Numbers, to: int) -> None:
+        assert x.flags.c_contiguous
+        self.meeting.mail[self.rank, to].put(x.copy())
 
-    def recv(self, out: Tensor, source: int) -> None:
+    def recv(self, out: Numbers, source: int) -> None:
         sent = self.meeting.mail[source, self.rank].get(timeout=TIMEOUT_S)
         assert (sent.shape, sent.dtype) == (out.shape, out.dtype)
-        out.copy_(sent)
+        out[...] = sent
 
 
 def thread_groups(place: RankPlace) -> list[RankGroups]:

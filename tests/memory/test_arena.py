@@ -9,9 +9,10 @@ import pytest
 import torch
 from memory_harness import PAGE
 
-from shuteye.memory.arena import Arena, dtype_name, torch_dtype
+from shuteye.memory.arena import Arena
 from shuteye.memory.backends.linux import LinuxBackend
 from shuteye.memory.layout import DTYPE_NBYTES, Slot
+from shuteye.models.tensors import arena_view, dtype_name, slot_view, torch_dtype
 
 
 @pytest.fixture
@@ -35,18 +36,18 @@ def test_every_dtype_has_the_size_that_layouts_count_with(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPE_NBYTES)
 def test_a_view_of_every_dtype_lies_where_it_should(arena: Arena, dtype: str) -> None:
     arena.commit()
-    view = arena.view(64, (2, 3), dtype)
+    view = arena_view(arena, 64, (2, 3), dtype)
     assert (view.data_ptr(), view.shape, view.dtype) == (arena.address + 64, (2, 3), torch_dtype(dtype))
     view.view(torch.uint8).fill_(7)
     size = 6 * DTYPE_NBYTES[dtype]
     assert bytes(arena.bytes_view(63, size + 2)) == b"\0" + b"\7" * size + b"\0"
 
 
-def test_views_of_a_slot_of_torch_dtypes_scalars_and_nothing(arena: Arena) -> None:
+def test_views_of_a_slot_of_scalars_and_nothing(arena: Arena) -> None:
     arena.commit()
-    assert arena.slot_view(Slot("s", (4,), "float32", 128)).data_ptr() == arena.address + 128
-    assert arena.view(0, (), torch.int64).shape == ()
-    assert arena.view(arena.nbytes, (0, 5), torch.float32).shape == (0, 5)
+    assert slot_view(arena, Slot("s", (4,), "float32", 128)).data_ptr() == arena.address + 128
+    assert arena_view(arena, 0, (), "int64").shape == ()
+    assert arena_view(arena, arena.nbytes, (0, 5), "float32").shape == (0, 5)
 
 
 def test_size_is_rounded_up_to_whole_pages(arena: Arena) -> None:
@@ -54,7 +55,7 @@ def test_size_is_rounded_up_to_whole_pages(arena: Arena) -> None:
 
 
 def test_a_view_made_before_commit_sees_each_memory_that_comes(arena: Arena) -> None:
-    view = arena.view(0, (4,), "int32")
+    view = arena_view(arena, 0, (4,), "int32")
     for value in (1, 2):
         arena.commit()
         assert view.tolist() == [0, 0, 0, 0]
@@ -65,7 +66,7 @@ def test_a_view_made_before_commit_sees_each_memory_that_comes(arena: Arena) -> 
 @pytest.mark.parametrize(("offset", "nbytes"), [(-1, 1), (0, 4 * PAGE + 1), (4 * PAGE, 1)])
 def test_nothing_outside_can_be_viewed(arena: Arena, offset: int, nbytes: int) -> None:
     with pytest.raises(AssertionError, match="not inside"):
-        arena.view(offset, (nbytes,), "uint8")
+        arena_view(arena, offset, (nbytes,), "uint8")
     with pytest.raises(AssertionError, match="not inside"):
         arena.bytes_view(offset, nbytes)
 
@@ -73,7 +74,7 @@ def test_nothing_outside_can_be_viewed(arena: Arena, offset: int, nbytes: int) -
 def test_addresses_are_given_back_when_the_last_view_is_gone_and_not_before() -> None:
     arena = Arena.reserve(LinuxBackend(), tag="weights", nbytes=PAGE)
     arena.commit()
-    view = arena.view(0, (8,), "uint8")[2:4]
+    view = arena_view(arena, 0, (8,), "uint8")[2:4]
     arena.close()
     gc.collect()
     assert is_mapped(arena.address), "a stray view must crash, not read whatever is mapped there next"
@@ -86,12 +87,12 @@ def test_a_closed_arena_holds_no_memory_and_gives_no_views() -> None:
     arena = Arena.reserve(LinuxBackend(), tag="weights", nbytes=PAGE)
     arena.commit()
     arena.bytes_view(0, 1)[0] = 1
-    view = arena.view(0, (8,), "uint8")
+    view = arena_view(arena, 0, (8,), "uint8")
     arena.close()
     arena.close()
     assert LinuxBackend().resident_bytes(arena.address, PAGE) == 0
     with pytest.raises(AssertionError, match="closed"):
-        arena.view(0, (1,), "uint8")
+        arena_view(arena, 0, (1,), "uint8")
     del view
 
 

@@ -26,6 +26,7 @@ from shuteye.memory.image import (
     read_index,
 )
 from shuteye.memory.image_files import checksum_hex, checksum_of_file
+from shuteye.models.tensors import buffers_of
 
 IDENTITY = ImageIdentity("HuggingFaceTB/SmolLM2-135M-Instruct", "abc", "bfloat16")
 
@@ -54,7 +55,7 @@ def test_every_tensor_is_where_the_index_says(image: WeightImage) -> None:
 def test_names_aliases_metadata_and_buffers_come_back(image: WeightImage) -> None:
     assert (image.slot_name("embed"), image.slot_name("head"), image.slot_name("tail")) == ("embed", "embed", None)
     assert image.metadata == {"seed": 1}
-    assert image.read_buffers()["scale"].equal(torch.tensor([1.5, 2.5]))
+    assert buffers_of(image)["scale"].equal(torch.tensor([1.5, 2.5]))
 
 
 def test_an_undamaged_image_has_no_damaged_extents_and_a_flipped_bit_is_found(image: WeightImage) -> None:

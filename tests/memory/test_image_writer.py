@@ -16,6 +16,7 @@ from shuteye.errors import ImageFailure
 from shuteye.memory.image import INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage
 from shuteye.memory.image_writer import ImageWriter
 from shuteye.memory.layout import TensorSpec
+from shuteye.models.tensors import as_bytes, buffers_of
 
 PAGE = 4096
 SPECS = (TensorSpec("a", (2, 3), "bfloat16", "one"), TensorSpec("b", (4,), "float32", "two"))
@@ -31,8 +32,8 @@ def writer(tmp_path: Path) -> Iterator[ImageWriter]:
 def test_tensors_of_any_order_stride_and_device_form_land_in_their_slots(writer: ImageWriter) -> None:
     writer.begin(SPECS)
     a = torch.arange(6, dtype=torch.bfloat16).view(3, 2).t()
-    writer.put("b", torch.arange(4.0, requires_grad=True))
-    writer.put("a", a)
+    writer.put("b", as_bytes(torch.arange(4.0, requires_grad=True)))
+    writer.put("a", as_bytes(a))
     writer.finish()
     image = WeightImage.open(writer.directory)
     content = (writer.directory / WEIGHTS_FILE).read_bytes()
@@ -47,7 +48,7 @@ def test_a_new_image_is_not_left_in_the_page_cache(writer: ImageWriter) -> None:
     """Would catch wakes that map small pieces, one by one, until the machine runs out of memory or is restarted."""
     writer.begin([TensorSpec("a", (1 << 20,), "float32"), TensorSpec("b", (1 << 20,), "float32")])
     for name in ("b", "a"):
-        writer.put(name, torch.ones(1 << 20))
+        writer.put(name, as_bytes(torch.ones(1 << 20)))
     writer.finish()
     with (writer.directory / WEIGHTS_FILE).open("rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as mapping:
         num_pages = len(mapping) // mmap.PAGESIZE
@@ -67,13 +68,13 @@ def test_raw_bytes_are_taken_as_they_are(writer: ImageWriter, data) -> None:
 
 def test_an_empty_tensor_and_a_scalar_are_tensors_too(writer: ImageWriter) -> None:
     writer.begin([TensorSpec("none", (0, 4), "float32"), TensorSpec("one", (), "int64")])
-    writer.put("none", torch.empty(0, 4))
-    writer.put("one", torch.tensor(5))
-    writer.put_buffer("empty", torch.empty(0))
-    writer.put_buffer("steps", torch.tensor(3))
+    writer.put("none", as_bytes(torch.empty(0, 4)))
+    writer.put("one", as_bytes(torch.tensor(5)))
+    writer.put_buffer("empty", as_bytes(torch.empty(0)))
+    writer.put_buffer("steps", as_bytes(torch.tensor(3)))
     writer.finish()
     image = WeightImage.open(writer.directory)
-    buffers = image.read_buffers()
+    buffers = buffers_of(image)
     assert (buffers["empty"].shape, buffers["steps"].item()) == ((0,), 3)
     image.close()
 
@@ -89,14 +90,14 @@ def test_an_empty_tensor_and_a_scalar_are_tensors_too(writer: ImageWriter) -> No
 )
 def test_what_does_not_belong_is_refused(writer: ImageWriter, name: str, tensor, complaint: str) -> None:
     writer.begin(SPECS)
-    writer.put("b", torch.zeros(4))
+    writer.put("b", as_bytes(torch.zeros(4)))
     with pytest.raises(ImageFailure, match=complaint):
-        writer.put(name, tensor)
+        writer.put(name, as_bytes(tensor))
 
 
 def test_a_forgotten_tensor_is_named_and_no_index_is_written(writer: ImageWriter) -> None:
     writer.begin(SPECS)
-    writer.put("b", torch.zeros(4))
+    writer.put("b", as_bytes(torch.zeros(4)))
     with pytest.raises(ImageFailure, match=r"1 tensors of m-bfloat16-\w+ were never written, such as a"):
         writer.finish()
     assert not (writer.directory / INDEX_FILE).exists()

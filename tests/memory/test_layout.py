@@ -22,15 +22,16 @@ from shuteye.memory.layout import (
 
 PAGE = 4096
 
-specs_strategy = st.lists(
-    st.tuples(
-        st.lists(st.integers(0, 40), max_size=3).map(tuple),
-        st.sampled_from(sorted(DTYPE_NBYTES)),
-        st.sampled_from("abc"),
-    ),
-    min_size=1,
-    max_size=20,
-).map(lambda drawn: [TensorSpec(f"t{i}", *fields) for i, fields in enumerate(drawn)])
+dense = st.tuples(
+    st.lists(st.integers(0, 40), max_size=3).map(tuple), st.sampled_from(sorted(DTYPE_NBYTES)), st.sampled_from("abc")
+)
+packed = st.tuples(
+    st.tuples(st.integers(1, 70), st.sampled_from((32, 64, 256))), st.just("bfloat16"), st.sampled_from("abc"),
+    st.sampled_from(("bf16", "q8_0", "q4_1", "int4_g32_f16_zeros")),
+)  # fmt: skip
+specs_strategy = st.lists(st.one_of(dense, packed), min_size=1, max_size=20).map(
+    lambda drawn: [TensorSpec(f"t{i}", *fields) for i, fields in enumerate(drawn)]
+)
 
 
 @given(specs=specs_strategy, pages_per_extent=st.integers(1, 4))
@@ -47,11 +48,12 @@ def test_every_tensor_has_its_own_aligned_place_in_order(specs: list[TensorSpec]
     assert slots[-1].end <= layout.nbytes
 
 
-def test_joined_tensors_touch_whatever_their_sizes() -> None:
-    """Would catch a wide view that cannot be made, because a rank's part of a bias is no whole cache line."""
-    specs = [TensorSpec("q", (6,), "bfloat16"), TensorSpec("k", (2,), "bfloat16", joined=True)]
-    q, k, after = plan_layout([*specs, TensorSpec("after", (1,), "bfloat16")], page_bytes=PAGE).slots.values()
-    assert (q.end, after.offset) == (k.offset, 64)
+def test_a_packed_matrix_takes_the_bytes_of_its_panels() -> None:
+    """Would catch a neighbour that lies in a matrix's last panel, or sizes that go by the dtype computed in."""
+    specs = [TensorSpec("a", (33, 40), "bfloat16", kind="bf16"), TensorSpec("b", (17, 64), "bfloat16", kind="q4_0")]
+    a, b = plan_layout(specs, page_bytes=PAGE).slots.values()
+    assert (a.nbytes, b.nbytes) == (2 * 32 * 64 * 2, 2 * 2 * 16 * 18)
+    assert b.offset >= a.end
 
 
 @given(specs=specs_strategy, pages_per_extent=st.integers(1, 4))
@@ -86,14 +88,6 @@ def test_a_layout_survives_json(specs: list[TensorSpec]) -> None:
     assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
 
 
-def test_q_k_and_v_are_adjacent_so_that_one_wider_view_covers_them() -> None:
-    layout = plan_layout(
-        [TensorSpec(name, (rows, 64), "bfloat16", "layer") for name, rows in (("q", 9), ("k", 3), ("v", 3))],
-        page_bytes=PAGE,
-    )
-    assert [slot.offset for slot in layout.slots.values()] == [0, 9 * 128, 12 * 128]
-
-
 @pytest.mark.parametrize(
     ("slots", "extents", "nbytes"),
     [
@@ -105,6 +99,9 @@ def test_q_k_and_v_are_adjacent_so_that_one_wider_view_covers_them() -> None:
         ({"a": Slot("a", (8,), "uint8", 0), "b": Slot("b", (8,), "uint8", 7)}, [Extent(0, 0, PAGE)], PAGE),
         ({"a": Slot("b", (8,), "uint8", 0)}, [Extent(0, 0, PAGE)], PAGE),
         ({"a": Slot("a", (8,), "complex3", 0)}, [Extent(0, 0, PAGE)], PAGE),
+        ({"a": Slot("a", (64,), "bfloat16", 0, "q8_0")}, [Extent(0, 0, PAGE)], PAGE),
+        ({"a": Slot("a", (16, 33), "bfloat16", 0, "q8_0")}, [Extent(0, 0, PAGE)], PAGE),
+        ({"a": Slot("a", (16, 32), "bfloat16", 0, "q9_0")}, [Extent(0, 0, PAGE)], PAGE),
     ],
 )
 def test_a_layout_that_breaks_an_invariant_cannot_be_made(slots, extents, nbytes) -> None:
@@ -118,6 +115,9 @@ def test_the_first_difference_is_named_in_either_direction() -> None:
     assert first_difference(one, one) is None
     assert "tensor 'b' should be absent" in str(first_difference(one, two))
     assert "is absent" in str(first_difference(two, one))
+    packed = plan_layout([TensorSpec("a", (32, 32), "bfloat16", kind="bf16")], page_bytes=PAGE)
+    dense = plan_layout([TensorSpec("a", (32, 32), "bfloat16")], page_bytes=PAGE)
+    assert "of kind bf16" in str(first_difference(packed, dense))
     assert "other extents" in str(first_difference(two, plan_layout(both, page_bytes=2 * PAGE)))
 
 

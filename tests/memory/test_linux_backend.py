@@ -139,7 +139,7 @@ def test_the_process_is_at_least_as_large_as_an_arena_in_it(backend: LinuxBacken
     arena = Arena.reserve(backend, tag="kv_cache", nbytes=32 << 20)
     before = backend.process_resident_bytes()
     arena.commit()
-    arena.view(0, (arena.nbytes,), "uint8").fill_(1)
+    arena.bytes_view(0, arena.nbytes)[:] = b"\1" * arena.nbytes
     assert backend.process_resident_bytes() - before >= 31 << 20
     arena.close()
 

@@ -24,6 +24,7 @@ from shuteye.memory.backends.fake import POISON
 from shuteye.memory.image import ImageIdentity, WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.memory.layout import TensorSpec
+from shuteye.models.tensors import slot_view
 from shuteye.state import SleepPlan, VerifyResult, WakePlan
 
 WEIGHTS_PAGES = 7
@@ -104,7 +105,7 @@ def test_a_saved_extent_written_again_is_saved_again(world: World) -> None:
 
 
 def test_views_keep_their_addresses_and_values_over_sleep(world: World) -> None:
-    tensor = world.weights.slot_view(world.residency.image.layout.slots["layer.q"])
+    tensor = slot_view(world.weights, world.residency.image.layout.slots["layer.q"])
     address, value = tensor.data_ptr(), tensor.clone()
     for _ in range(3):
         world.sleep(LEVEL_1)

@@ -11,13 +11,16 @@ from rank_models import Ranks
 from thread_group import thread_groups
 
 from shuteye.cache.kv_cache import KVCache, kv_bytes_per_token
-from shuteye.config import DType
+from shuteye.config import DType, Quantization
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends import open_backend
 from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.models.image_builder import LoadedModel, bind, open_image
+from shuteye.models.image_form import ImageForm
 from shuteye.models.sources import ModelSource, resolve_source
+from shuteye.models.tensors import arena_view
+from shuteye.native import available
 from shuteye.parallel.shards import ONE_RANK, RankPlace
 from shuteye.tasks.generate.plans import Chunk, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch
@@ -59,7 +62,7 @@ class Driver:
         nbytes = kv_bytes_per_token(**shape) * BLOCK_SIZE * num_blocks
         self.kv_arena = Arena.reserve(backend, tag="kv_cache", nbytes=nbytes)
         self.kv_arena.commit()
-        poison(self.kv_arena.view(0, (nbytes,), torch.uint8))
+        poison(arena_view(self.kv_arena, 0, (nbytes,), "uint8"))
         self.kv_cache = KVCache(self.kv_arena, num_blocks=num_blocks, block_size=BLOCK_SIZE, **shape)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
         self._free = order.tolist()
@@ -74,13 +77,17 @@ class Driver:
         """One forward pass; a sequence whose last token was computed grows by its likeliest next one."""
         chunks = [each.chunk(size) for each, size in zip(sequences, chunk_sizes, strict=True)]
         batch = PackedBatch.from_plan(StepPlan(tuple(chunks)), block_size=BLOCK_SIZE)
-        rows = iter(self.model.forward(batch, self.kv_cache))
+        rows = iter(self.logits(batch))
         for sequence, chunk in zip(sequences, chunks, strict=True):
             sequence.computed += len(chunk.token_ids)
             if chunk.sample:
                 logits = next(rows)
                 sequence.logits.append(logits)
                 sequence.token_ids.append(int(logits.argmax()))
+
+    def logits(self, batch: PackedBatch) -> torch.Tensor:
+        """One forward pass."""
+        return torch.from_numpy(self.model.forward(batch, self.kv_cache))
 
     def generate(self, prompts: list[list[int]], num_tokens: int, *, chunk_size: int = 10_000) -> list[list[int]]:
         """Greedy continuations of all prompts in one batch, chunks and decodes of different sequences mixed."""
@@ -109,11 +116,19 @@ def load(image_store: ImageStore, tmp_path: Path) -> Iterator[Callable[..., Driv
     drivers: list[Driver] = []
 
     def load(
-        checkpoint: Path | ModelSource, *, dtype: DType = "auto", place: RankPlace = ONE_RANK, **options: Any
+        checkpoint: Path | ModelSource,
+        *,
+        dtype: DType = "auto",
+        place: RankPlace = ONE_RANK,
+        quantization: Quantization = "auto",
+        **options: Any,
     ) -> Driver:
+        """Packed, as an engine would have it, unless transformers' modules or torch alone are to read it."""
         if isinstance(checkpoint, Path):
             checkpoint = resolve_source(str(checkpoint), cache_dir=tmp_path)
-        image = open_image(checkpoint, dtype=dtype, store=image_store, place=place)
+        packed = available() and options.get("native", True) and not options.get("modules")
+        form = ImageForm(quantization, packed)
+        image = open_image(checkpoint, dtype=dtype, store=image_store, place=place, form=form)
         drivers.append(Driver(image, **options))
         return drivers[-1]
 

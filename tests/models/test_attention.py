@@ -15,15 +15,13 @@ MODULE = SimpleNamespace(layer_idx=0)
 
 
 class HeapArena:
-    def view(self, offset, shape, dtype):
-        return torch.zeros(shape, dtype=dtype)
+    def bytes_view(self, offset, nbytes):
+        return memoryview(bytearray(nbytes))
 
 
 @pytest.fixture
 def context():
-    cache = KVCache(
-        HeapArena(), num_blocks=4, num_layers=1, block_size=4, num_kv_heads=2, head_dim=8, dtype=torch.float32
-    )
+    cache = KVCache(HeapArena(), num_blocks=4, num_layers=1, block_size=4, num_kv_heads=2, head_dim=8, dtype="float32")
     batch = PackedBatch.from_plan(StepPlan((Chunk("r", (1, 2, 3), 0, (2,), True),)), block_size=4)
     return AttentionContext(batch, cache, (None,))
 
@@ -72,9 +70,7 @@ def test_contexts_do_not_nest_and_end_with_an_error_too(context):
 def test_mixed_steps_equal_dense_attention(window):
     """Prefills, chunks and decodes of one step, against one dense attention per sequence."""
     generator = torch.Generator().manual_seed(0)
-    cache = KVCache(
-        HeapArena(), num_blocks=40, num_layers=1, block_size=4, num_kv_heads=2, head_dim=8, dtype=torch.float32
-    )
+    cache = KVCache(HeapArena(), num_blocks=40, num_layers=1, block_size=4, num_kv_heads=2, head_dim=8, dtype="float32")
     whole = [torch.randn(3, length, 4, 8, generator=generator) for length in (20, 9, 13, 1, 17)]
     starts, block_ids = (0, 8, 4, 0, 16), torch.randperm(40, generator=generator).view(5, 8).tolist()
     for computed in (0, 1):  # first what came before, then the step under test

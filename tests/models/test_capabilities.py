@@ -43,9 +43,6 @@ def config_of(model_type, **settings):
             id="dynamic-rope",
         ),
         pytest.param(
-            lambda: config_of("llama", quantization_config={"quant_method": "gptq", "bits": 4}), "gptq", id="quantized"
-        ),
-        pytest.param(
             lambda: config_of("gemma3n_text", num_kv_shared_layers=1, hidden_size_per_layer_input=8), "cache", id="kv"
         ),
         pytest.param(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from shuteye.models.tensors import arena_view
 from shuteye.testing import tiny_model
 
 ARCHITECTURES = {
@@ -89,7 +90,7 @@ def test_nan_left_in_a_block_by_another_request_is_not_read(tiny_checkpoint, loa
     driver = load(tiny_checkpoint)
     prompts = [prompt_of(5), prompt_of(37)]
     expected = driver.generate(prompts, 8, chunk_size=3)
-    driver.kv_arena.view(0, (driver.kv_arena.nbytes // 4,), torch.float32).fill_(float("nan"))
+    arena_view(driver.kv_arena, 0, (driver.kv_arena.nbytes // 4,), "float32").fill_(float("nan"))
     assert driver.generate(prompts, 8, chunk_size=3) == expected
 
 

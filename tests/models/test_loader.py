@@ -11,10 +11,13 @@ import torch
 from shuteye.errors import UnsupportedModel
 from shuteye.memory.image_store import ImageStore
 from shuteye.models import image_builder as loader
-from shuteye.models.formats.checkpoint import open_checkpoint, read_config, resolve_dtype
+from shuteye.models.formats.checkpoint import open_checkpoint, read_config
+from shuteye.models.formats.dtypes import served_dtype
 from shuteye.models.image_builder import open_image
+from shuteye.models.image_identity import identity_of
 from shuteye.models.progress import Advanced, Finished, Started, no_progress
 from shuteye.models.sources import resolve_source
+from shuteye.models.tensors import dtype_name
 from shuteye.testing import tiny_model
 from shuteye.tokenizer import Tokenizer
 
@@ -39,7 +42,7 @@ def test_streaming_and_transformers_give_the_same_bytes(tmp_path, dtype, stored,
     for streaming in (True, False):
         conversion = loader._Conversion(source, getattr(torch, dtype), no_progress, streaming)
         store = ImageStore(tmp_path / str(streaming))
-        images.append(store.open_or_build(loader.identity_of(source, conversion.dtype), conversion.write))
+        images.append(store.open_or_build(identity_of(source, dtype_name(conversion.dtype)), conversion.write))
     first, second = images
     assert first.layout == second.layout
     assert (first.aliases, first.metadata) == (second.aliases, second.metadata)
@@ -128,7 +131,7 @@ def test_auto_takes_the_checkpoints_dtype(tmp_path, stored, expected, named):
         config = json.loads((path / "config.json").read_text())
         del config["dtype"]
         (path / "config.json").write_text(json.dumps(config))
-    assert resolve_dtype(source_of(path, tmp_path), "auto") == expected
+    assert served_dtype(source_of(path, tmp_path), "auto") == dtype_name(expected)
 
 
 def test_facts_come_from_config_and_generation_config(tmp_path, load):
@@ -142,7 +145,7 @@ def test_facts_come_from_config_and_generation_config(tmp_path, load):
     assert (model.facts.architecture, model.facts.task) == ("LlamaForCausalLM", "generate")
     assert (model.facts.vocab_size, model.facts.context_length) == (320, 512)
     cached = model.facts.attention
-    assert (cached.num_layers, cached.num_kv_heads, cached.head_dim, model.dtype) == (2, 2, 16, torch.float32)
+    assert (cached.num_layers, cached.num_kv_heads, cached.head_dim, model.dtype) == (2, 2, 16, "float32")
 
 
 def test_the_images_tokenizer_needs_nothing_else(tiny_checkpoint, tmp_path):

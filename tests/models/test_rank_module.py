@@ -17,6 +17,7 @@ from shuteye.models.binding import Shard
 from shuteye.models.module_split import divide
 from shuteye.models.rank_module import RankModuleDecoder
 from shuteye.models.support import check
+from shuteye.models.tensors import slot_view
 from shuteye.parallel.shards import RankPlace
 from shuteye.tasks.generate.plans import Chunk
 from shuteye.testing import tiny_model
@@ -108,7 +109,7 @@ MORE_CASES = cases(
 
 def require_same(ranks: Ranks, alone, num_tokens=4):
     """Greedy tokens and logits as on one rank."""
-    expected_tokens, expected = greedy(lambda batch: alone.model.forward(batch, alone.kv_cache), num_tokens)
+    expected_tokens, expected = greedy(alone.logits, num_tokens)
     found_tokens, found = greedy(ranks.logits, num_tokens)
     assert found_tokens == expected_tokens
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -163,9 +164,9 @@ def test_every_rank_gives_finite_numbers_for_the_canary(checkpoint, load_ranks):
 
 def test_images_hold_the_parts_of_the_plan_and_nothing_else(checkpoint, load, load_ranks):
     whole, ranks = load(checkpoint), load_ranks(checkpoint, RankPlace(0, 2, 2))
-    expected = {name: whole.weights.slot_view(slot) for name, slot in whole.image.layout.slots.items()}
+    expected = {name: slot_view(whole.weights, slot) for name, slot in whole.image.layout.slots.items()}
     for driver, plan in zip(ranks.drivers, ranks.plans, strict=True):
-        found = {name: driver.weights.slot_view(slot) for name, slot in driver.image.layout.slots.items()}
+        found = {name: slot_view(driver.weights, slot) for name, slot in driver.image.layout.slots.items()}
         parts = {name: plan.part_of(name, tensor.shape) for name, tensor in expected.items()}
         assert found.keys() == {name for name, part in parts.items() if part is not None}
         for name, tensor in found.items():
@@ -179,12 +180,12 @@ def test_a_written_part_is_seen_as_the_whole_tensor_is(checkpoint, load, load_ra
     generator = torch.Generator().manual_seed(1)
     for name, slot in alone.image.layout.slots.items():
         tensor = torch.randn(slot.shape, generator=generator) * 0.2
-        alone.weights.slot_view(slot).copy_(tensor)
+        slot_view(alone.weights, slot).copy_(tensor)
         for driver, plan in zip(ranks.drivers, ranks.plans, strict=True):
             part = plan.part_of(name, tensor.shape)
             if part is not None:
                 slot_name = driver.model.slot_names[name]
-                driver.weights.slot_view(driver.image.layout.slots[slot_name]).copy_(tensor[part])
+                slot_view(driver.weights, driver.image.layout.slots[slot_name]).copy_(tensor[part])
     require_same(ranks, alone)
 
 

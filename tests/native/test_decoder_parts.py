@@ -28,7 +28,8 @@ from thread_group import on_all_ranks
 from shuteye import native
 from shuteye.errors import GroupAborted
 from shuteye.models.fused import FusedDecoder, FusedWeights, Layer, Projection, RankWeights
-from shuteye.models.rank_decoder import RankDecoder, RankGroups
+from shuteye.models.rank_decoder import RankDecoder
+from shuteye.models.rank_groups import RankGroups
 from shuteye.parallel.group import ShmGroup, ShmRegion
 from shuteye.parallel.shards import DecoderShape, RankPlace, ShardPlan, plan_shards
 from shuteye.tasks.generate.plans import Chunk

@@ -16,8 +16,9 @@ from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.models.decoder import bind
 from shuteye.models.image_builder import open_image
-from shuteye.models.rank_decoder import RankGroups
+from shuteye.models.rank_groups import RankGroups
 from shuteye.models.sources import resolve_source
+from shuteye.models.tensors import arena_view
 from shuteye.parallel.group import ShmGroup, ShmRegion
 from shuteye.parallel.shards import RankPlace
 from shuteye.tasks.canary import TOLERANCE_ULPS, fixed_tokens
@@ -48,12 +49,13 @@ class Model:
         nbytes = kv_bytes_per_token(**shape, dtype=self.bound.dtype) * BLOCK_SIZE * NUM_BLOCKS
         self.kv_arena = Arena.reserve(backend, tag="kv_cache", nbytes=nbytes)
         self.kv_arena.commit()
-        poison(self.kv_arena.view(0, (nbytes,), torch.uint8))
+        poison(arena_view(self.kv_arena, 0, (nbytes,), "uint8"))
         options = {"num_blocks": NUM_BLOCKS, "block_size": BLOCK_SIZE, "dtype": self.bound.dtype}
         self.kv_cache = KVCache(self.kv_arena, **shape, **options)
 
     def forward(self, *chunks: Chunk) -> torch.Tensor:
-        return self.bound.forward(PackedBatch.from_plan(StepPlan(chunks), block_size=BLOCK_SIZE), self.kv_cache)
+        batch = PackedBatch.from_plan(StepPlan(chunks), block_size=BLOCK_SIZE)
+        return torch.from_numpy(self.bound.forward(batch, self.kv_cache))
 
     def close(self) -> None:
         self.weights.close()

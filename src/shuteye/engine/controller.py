@@ -78,15 +78,12 @@ class SleepController:
         Raises:
             EngineFaulted: a rank cannot tell, is no more, or tells something else than the others.
         """
+        unknown = "a rank cannot tell where its memory is"
+        ranks: list[tuple[TagState, ...]] = self._call_or_fault(unknown, "states")
+        missing = self._call_or_fault(unknown, "missing")
+        epoch = tuple(self._call_or_fault(unknown, "epoch"))
         try:
-            ranks: list[tuple[TagState, ...]] = self._call("states")
-            missing = self._call("missing")
-            epoch = tuple(self._call("epoch"))
             tags = tuple(map(sum_states, zip(*ranks, strict=True)))
-        except EngineFaulted:
-            raise
-        except ShuteyeError as error:
-            raise self.fault(f"a rank cannot tell where its memory is: {error.message}") from error
         except RanksDisagree as error:
             raise self.fault(str(error)) from error
         self._set(tags=tags, missing=tuple(sorted({*sum(missing, ())})), epoch=epoch, ranks=self._rank_states(ranks))
@@ -178,12 +175,7 @@ class SleepController:
         Raises:
             EngineFaulted: a rank cannot tell, or is no more.
         """
-        try:
-            return self._call("residual_bytes")
-        except EngineFaulted:
-            raise
-        except ShuteyeError as error:
-            raise self.fault(f"a rank cannot tell how much memory it has: {error.message}") from error
+        return self._call_or_fault("a rank cannot tell how much memory it has", "residual_bytes")
 
     def _release_all(self, plan: SleepPlan) -> list[tuple[TagReport, ...]]:
         """Release on every rank; where others have released, there is no way but on: who failed tries again."""
@@ -392,6 +384,19 @@ class SleepController:
         except RankLost as lost:
             raise self.fault(lost.message) from lost
 
+    def _call_or_fault(self, what: str, verb: str, *args: Any) -> list[Any]:
+        """Call a verb that no rank may refuse; `what` says what it means if one does.
+
+        Raises:
+            EngineFaulted: one did, or is no more.
+        """
+        try:
+            return self._call(verb, *args)
+        except EngineFaulted:
+            raise
+        except ShuteyeError as error:
+            raise self.fault(f"{what}: {error.message}") from error
+
     def _summed(self, ranks: Sequence[tuple[TagReport, ...]]) -> tuple[TagReport, ...]:
         try:
             return tuple(map(sum_reports, zip(*ranks, strict=True)))
@@ -427,12 +432,7 @@ class SleepController:
         """The canary that went with a step has agreed; after an error, some ranks may know it and some not."""
         pending, self.proof_pending = self.proof_pending, False
         if pending and not well:
-            try:
-                self._call("defer_canary")
-            except EngineFaulted:
-                raise
-            except ShuteyeError as error:
-                raise self.fault(f"the wake cannot be proven: {error.message}") from error
+            self._call_or_fault("the wake cannot be proven", "defer_canary")
             self.proof_pending = True
 
     def fault(self, reason: str) -> EngineFaulted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from shuteye.executors.frames import HandedRegion, HeldRegion, Meeting, MeetingPoint, NetworkMeeting
-from shuteye.models.rank_decoder import RankGroups
+from shuteye.models.rank_groups import RankGroups
 from shuteye.parallel.group import Group, ShmGroup
 from shuteye.parallel.handed_region import join_handed
 from shuteye.parallel.shards import RankPlace

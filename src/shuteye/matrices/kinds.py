@@ -75,6 +75,11 @@ class MatrixKind:
         return columns % self.block_columns == 0 and columns % (self.group or UNIT_COLUMNS) == 0
 
     @property
+    def cut_columns(self) -> int:
+        """Columns of a part of a matrix begin and end at multiples of this."""
+        return max(self.block_columns, self.group) if self.is_quantized else 1
+
+    @property
     def _header_nbytes(self) -> int:
         return _QUANTIZED_ROWS * (_SCALE_NBYTES[self.scale_dtype] + self.has_zeros)
 

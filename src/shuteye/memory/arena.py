@@ -1,29 +1,13 @@
-"""An arena: one address-stable range of memory, and tensors that look into it."""
+"""An arena: one address-stable range of memory, and views that look into it. No torch."""
 
 from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
-
-import torch
 
 from shuteye.memory.backends import MemoryBackend
-from shuteye.memory.layout import DTYPE_NBYTES, Slot, round_up, tensor_nbytes
+from shuteye.memory.layout import round_up
 from shuteye.state import Tag
-
-_TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NBYTES}
-_DTYPE_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """PyTorch's dtype of that name, such as `bfloat16`."""
-    return _TORCH_DTYPES[name]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name that layouts use for PyTorch's dtype."""
-    return _DTYPE_NAMES[dtype]
 
 
 def _bytes_at(address: int, nbytes: int) -> ctypes.Array[ctypes.c_ubyte]:
@@ -66,22 +50,8 @@ class Arena:
         nbytes = round_up(nbytes, backend.page_bytes)
         return cls(backend, tag=tag, address=backend.reserve(nbytes), nbytes=nbytes)
 
-    def view(self, offset: int, shape: Sequence[int], dtype: str | torch.dtype) -> torch.Tensor:
-        """A dense tensor over bytes from `offset`. It owns nothing, and keeps only the addresses alive."""
-        name = dtype if isinstance(dtype, str) else dtype_name(dtype)
-        nbytes = tensor_nbytes(shape, name)
-        self._require_inside(offset, nbytes)
-        if nbytes == 0:
-            return torch.empty(tuple(shape), dtype=torch_dtype(name))
-        count = nbytes // DTYPE_NBYTES[name]
-        return torch.frombuffer(self._bytes, dtype=torch_dtype(name), count=count, offset=offset).view(tuple(shape))
-
-    def slot_view(self, slot: Slot) -> torch.Tensor:
-        """The tensor of a layout's slot."""
-        return self.view(slot.offset, slot.shape, slot.dtype)
-
     def bytes_view(self, offset: int, nbytes: int) -> memoryview:
-        """Bytes [offset, offset + nbytes), writable."""
+        """Bytes [offset, offset + nbytes), writable. It owns nothing, and keeps only the addresses alive."""
         self._require_inside(offset, nbytes)
         return memoryview(self._bytes).cast("B")[offset : offset + nbytes]
 

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from shuteye.errors import ImageFailure
-from shuteye.memory.arena import Arena, torch_dtype
+from shuteye.memory.arena import Arena
 from shuteye.memory.image_files import FileRecord, checksum_hex, checksum_of_file, require_present, require_unchanged
 from shuteye.memory.layout import Extent, Layout, Slot
+from shuteye.memory.tensor_bytes import TensorBytes
 
 FORMAT_VERSION = 2
 """1 had no checksums of the files beside the weights; such images are rebuilt."""
@@ -45,22 +45,24 @@ class ImageIdentity:
     Attributes:
         source: where the checkpoint came from, for people.
         fingerprint: changes whenever the checkpoint's content does.
-        dtype: what the weights were cast to.
+        dtype: what is computed in, to which weights were cast that are not quantized.
         shard: which rank's part of them it holds, such as `tp0of2.pp0of1`; empty if it holds them all.
+        form: what else was asked for that changes how weights lie or are rounded; empty if nothing was.
     """
 
     source: str
     fingerprint: str
     dtype: str
     shard: str = ""
+    form: str = ""
 
     @property
     def key(self) -> str:
         """The image's directory name: readable, and different for every identity."""
         readable = re.sub(r"[^a-z0-9.]+", "-", Path(self.source).name.lower()).strip("-.")[:48]
-        parts = (self.source, self.fingerprint, self.dtype, *([self.shard] if self.shard else []))
+        parts = (self.source, self.fingerprint, self.dtype, self.shard, self.form)
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-        return "-".join(part for part in (readable, self.dtype, self.shard, digest[:12]) if part)
+        return "-".join(part for part in (readable, self.dtype, self.form, self.shard, digest[:12]) if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +203,8 @@ class WeightImage:
         target = self.aliases.get(name, name)
         return target if target in self.layout.slots else None
 
-    def read_buffers(self) -> dict[str, torch.Tensor]:
-        """The persistent buffers, by name, as tensors of their own.
+    def read_buffers(self) -> dict[str, TensorBytes]:
+        """The persistent buffers, by name, in writable memory of their own.
 
         Raises:
             ImageFailure: the file is missing or damaged.
@@ -211,8 +213,11 @@ class WeightImage:
             return {}
         with _reporting_damage(self.path):
             (record,) = (file for file in self._index.files if file.name == BUFFERS_FILE)
-            content = bytearray(record.content(self.path))
-        return {slot.name: _tensor_of(content, slot) for slot in self._index.buffers}
+            content = record.content(self.path)
+        return {
+            slot.name: TensorBytes(slot.shape, slot.dtype, memoryview(bytearray(content[slot.offset : slot.end])))
+            for slot in self._index.buffers
+        }
 
     def damaged_extents(self) -> tuple[int, ...]:
         """Read the whole file and compare it with the checksums.
@@ -304,11 +309,3 @@ def _stamp(fd: int) -> tuple[int, int, int]:
     """Size and times of an open file; every write(2) and truncate(2) changes one of them before the first byte."""
     status = os.fstat(fd)
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _tensor_of(content: bytearray, slot: Slot) -> torch.Tensor:
-    dtype = torch_dtype(slot.dtype)
-    if slot.nbytes == 0:
-        return torch.empty(slot.shape, dtype=dtype)
-    count = slot.nbytes // dtype.itemsize
-    return torch.frombuffer(content, dtype=dtype, count=count, offset=slot.offset).view(slot.shape).clone()

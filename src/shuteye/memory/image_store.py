@@ -21,6 +21,7 @@ from shuteye.errors import ImageFailure
 from shuteye.memory.cache_dir import holders, lock_file, remove_tree, tree_bytes, try_lock
 from shuteye.memory.image import INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage, read_index
 from shuteye.memory.image_writer import ImageWriter, reporting_write_errors
+from shuteye.memory.precision import Precision
 from shuteye.state import VerifyResult
 
 
@@ -29,13 +30,17 @@ class ImageSummary:
     """One image for `shuteye images ls`; times are seconds since 1970.
 
     Attributes:
+        dtype: what is computed in.
+        weights: the format they are held in.
         users: the processes that use it, as far as the system tells.
-        damage: why it cannot be opened, or None; `source` and `dtype` are then unknown and empty.
+        damage: why it cannot be opened, or None; `source`, `dtype` and `weights` are then unknown and empty.
     """
 
     key: str
     source: str
     dtype: str
+    weights: str
+    bits_per_weight: float
     nbytes: int
     created: float
     last_used: float
@@ -211,9 +216,12 @@ class ImageStore:
         try:
             index = read_index(path)
         except ImageFailure as failure:
-            return ImageSummary(key, "", "", nbytes, last_used, last_used, in_use, users, str(failure.__cause__))
-        identity = index.identity
-        return ImageSummary(key, identity.source, identity.dtype, nbytes, index.created, last_used, in_use, users)
+            damage = str(failure.__cause__)
+            return ImageSummary(key, "", "", "", 0.0, nbytes, last_used, last_used, in_use, users, damage)
+        held, source, dtype = Precision.of(index.layout), index.identity.source, index.identity.dtype
+        return ImageSummary(
+            key, source, dtype, held.format, held.bits_per_weight, nbytes, index.created, last_used, in_use, users
+        )
 
     def _in_use(self, key: str) -> bool:
         with self._unused(key) as unused:

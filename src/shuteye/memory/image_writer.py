@@ -8,18 +8,17 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-
 from shuteye.errors import ImageFailure
-from shuteye.memory.arena import dtype_name
 from shuteye.memory.image import BUFFERS_FILE, INDEX_FILE, WEIGHTS_FILE, ImageIdentity, ImageIndex, encode_index
 from shuteye.memory.image_files import checksum_of_file, record_files
 from shuteye.memory.layout import Layout, Slot, TensorSpec, plan_layout
+from shuteye.memory.tensor_bytes import TensorBytes
 
-WeightData: TypeAlias = torch.Tensor | bytes | bytearray | memoryview
+WeightData: TypeAlias = TensorBytes | bytes | bytearray | memoryview
 
 _OWN_FILES = "/proc/self/fd"
 _SPARE_BYTES = 64 << 20
@@ -49,7 +48,7 @@ class ImageWriter:
         self._metadata: dict[str, Any] = {}
         self._fd = -1
         self._missing: set[str] = set()
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._buffers: dict[str, TensorBytes] = {}
 
     def begin(
         self,
@@ -105,10 +104,10 @@ class ImageWriter:
             _write_at(self._fd, content, slot.offset)
         self._missing.discard(name)
 
-    def put_buffer(self, name: str, tensor: torch.Tensor) -> None:
+    def put_buffer(self, name: str, data: TensorBytes) -> None:
         """Keep a persistent buffer: copied on every load, never part of the arena."""
         assert name not in self._buffers, f"buffer {name!r} was put twice"
-        self._buffers[name] = tensor.detach().cpu().clone()
+        self._buffers[name] = replace(data, content=memoryview(bytes(data.content)))
 
     def finish(self) -> None:
         """Seal the image: checksums, index, and everything on the device's surface.
@@ -147,7 +146,7 @@ class ImageWriter:
         """The slots in `buffers.bin`; no file if there are none."""
         if not self._buffers:
             return ()
-        specs = [TensorSpec(name, tuple(t.shape), dtype_name(t.dtype)) for name, t in self._buffers.items()]
+        specs = [TensorSpec(name, kept.shape, kept.dtype) for name, kept in self._buffers.items()]
         layout = plan_layout(specs, page_bytes=self._page_bytes)
         content = bytearray(layout.nbytes)
         for name, slot in layout.slots.items():
@@ -183,12 +182,12 @@ def _give_name(fd: int, path: Path) -> None:
 
 def _bytes_for(slot: Slot, data: WeightData) -> memoryview:
     """The bytes of `data`, once it is known to fit `slot`."""
-    if isinstance(data, torch.Tensor):
-        seen = (tuple(data.shape), dtype_name(data.dtype))
-        if seen != (slot.shape, slot.dtype):
-            raise ImageFailure(f"Tensor {slot.name!r} must be {slot.dtype} {slot.shape}, got {seen[1]} {seen[0]}.")
-        flat = data.detach().cpu().contiguous().view(-1)
-        return flat.view(torch.uint8).numpy().data if slot.nbytes else memoryview(b"")
+    if isinstance(data, TensorBytes):
+        if (data.shape, data.dtype) != (slot.shape, slot.dtype):
+            raise ImageFailure(
+                f"Tensor {slot.name!r} must be {slot.dtype} {slot.shape}, got {data.dtype} {data.shape}."
+            )
+        return data.content
     content = memoryview(data).cast("B")
     if content.nbytes != slot.nbytes:
         raise ImageFailure(f"Tensor {slot.name!r} must have {slot.nbytes:,} bytes, got {content.nbytes:,}.")

@@ -1,4 +1,4 @@
-"""Where every tensor of an arena lies: names, shapes and dtypes in, offsets and extents out. Pure.
+"""Where every tensor of an arena lies: names, shapes, dtypes and kinds in, offsets and extents out. Pure.
 
 Knows nothing of memory, files or PyTorch.
 """
@@ -13,6 +13,8 @@ from math import prod
 from typing import Any
 
 import msgspec
+
+from shuteye.matrices.kinds import ROWS, MatrixKind, kind_of
 
 MIB = 1 << 20
 DEFAULT_EXTENT_BYTES = 16 * MIB
@@ -45,39 +47,50 @@ def tensor_nbytes(shape: Iterable[int], dtype: str) -> int:
     return prod(shape) * DTYPE_NBYTES[dtype]
 
 
+def _nbytes(shape: tuple[int, ...], dtype: str, kind: str) -> int:
+    return tensor_nbytes(shape, dtype) if kind == ROWS.name else kind_of(kind).nbytes(shape, dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor that wants a place. Specs of one `group` (say, a decoder layer) share extents.
 
     Attributes:
-        joined: begins where the one before it in its group ends, aligned or not: both are read as one.
+        dtype: what is computed with it in.
+        kind: how its numbers lie, a name of `matrices/kinds.py`; all but `rows` are for matrices.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     group: str = ""
-    joined: bool = False
+    kind: str = ROWS.name
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return tensor_nbytes(self.shape, self.dtype)
+        return _nbytes(self.shape, self.dtype, self.kind)
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A tensor's place: bytes [offset, offset + nbytes) of its arena."""
+    """A tensor's place: bytes [offset, offset + nbytes) of its arena. The rest is as of its `TensorSpec`."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     offset: int
+    kind: str = ROWS.name
+
+    @property
+    def matrix_kind(self) -> MatrixKind:
+        """How its numbers lie."""
+        return kind_of(self.kind)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return tensor_nbytes(self.shape, self.dtype)
+        return _nbytes(self.shape, self.dtype, self.kind)
 
     @property
     def end(self) -> int:
@@ -165,6 +178,8 @@ def _check_slots(layout: Layout) -> None:
     for name, slot in layout.slots.items():
         if slot.name != name or slot.offset < position or slot.dtype not in DTYPE_NBYTES:
             raise ValueError(f"slot {name!r} must be of a known dtype and start at or after {position}, got {slot}")
+        if slot.kind != ROWS.name and len(slot.shape) != 2:
+            raise ValueError(f"slot {name!r} is of kind {slot.kind}, which is for matrices, got shape {slot.shape}")
         position = slot.end
     if position > layout.nbytes:
         raise ValueError(f"slots end at {position}, beyond the layout's {layout.nbytes} bytes")
@@ -179,8 +194,8 @@ def plan_layout(
 ) -> Layout:
     """Give every tensor a place, in the order given.
 
-    Neighbours are adjacent when sizes are multiples of `alignment`, so that q, k and v are one wider tensor. Each run
-    of equal `group` starts a new extent; a run longer than `extent_bytes` is cut, at page boundaries, into several.
+    Each run of equal `group` starts a new extent; a run longer than `extent_bytes` is cut, at page boundaries, into
+    several.
     """
     assert page_bytes % alignment == 0, f"alignment {alignment} must divide the page of {page_bytes} bytes"
     slots: dict[str, Slot] = {}
@@ -190,8 +205,8 @@ def plan_layout(
         start = offset
         for spec in members:
             assert spec.name not in slots, f"two tensors are named {spec.name!r}"
-            offset = offset if spec.joined else round_up(offset, alignment)
-            slots[spec.name] = Slot(spec.name, spec.shape, spec.dtype, offset)
+            offset = round_up(offset, alignment)
+            slots[spec.name] = Slot(spec.name, spec.shape, spec.dtype, offset, spec.kind)
             offset += spec.nbytes
         offset = round_up(offset, page_bytes)
         extents += _cut(start, offset, piece_bytes=round_up(extent_bytes, page_bytes), first_index=len(extents))
@@ -214,7 +229,7 @@ def first_difference(expected: Layout, seen: Layout) -> str | None:
 
 
 def _describe(slot: Slot | None) -> str:
-    return f"{slot.dtype} {slot.shape} at byte {slot.offset:,}" if slot else "absent"
+    return f"{slot.dtype} {slot.shape} of kind {slot.kind} at byte {slot.offset:,}" if slot else "absent"
 
 
 class SampleCursor:

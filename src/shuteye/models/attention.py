@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from shuteye.errors import UnsupportedModel
+from shuteye.models.kv_tensors import KVTensors
 
 if TYPE_CHECKING:
     from shuteye.cache.kv_cache import KVCache
@@ -176,10 +177,10 @@ class AttentionContext:
     def __init__(
         self, batch: PackedBatch, cache: KVCache, windows: Sequence[int | None], *, first_layer: int = 0
     ) -> None:
-        self.cache = cache
+        self.cache = KVTensors(cache)
         self.first_layer = first_layer
         self.windows = windows
-        self.rows = cache.rows(batch.slots)
+        self.rows = self.cache.rows(torch.from_numpy(batch.slots))
         starts, lengths, tables = batch.query_starts, batch.context_lengths, batch.block_tables
         counts = np.diff(starts)
         singles = np.flatnonzero(counts == 1).tolist()

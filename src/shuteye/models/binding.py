@@ -1,4 +1,4 @@
-"""A model bound to an image and its arena: every parameter a view, every buffer real."""
+"""What all models bound to an image have in common: the facts that it tells, and where they came from. No torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import msgspec
-import torch
-from torch import nn
 
-from shuteye.errors import ImageFailure
-from shuteye.memory.arena import Arena, torch_dtype
 from shuteye.memory.image import WeightImage
 from shuteye.model_info import PoolingInfo, WhisperSpec
 from shuteye.parallel.module_shards import ModulePlan, ModuleSplit, plan_modules
@@ -48,7 +44,7 @@ class Origin:
 
     Attributes:
         source: a hub id with its commit, a wheel and the file in it, or a path.
-        source_format: how the numbers were stored there, before they were cast to the image's dtype.
+        source_format: how the numbers were stored there.
     """
 
     source: str
@@ -128,23 +124,9 @@ class BoundModel(Generic[SpecT]):
         self.default_sampling: dict[str, float] = {}
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> str:
         """Of the weights."""
-        return torch_dtype(self.facts.dtype)
-
-
-def bind_module(module: Any, image: WeightImage, arena: Arena) -> None:
-    """Give every parameter of a module without weights its place in `arena`, and every kept buffer its values.
-
-    Args:
-        arena: has the image's layout; need not be resident yet.
-
-    Raises:
-        ImageFailure: image and module disagree; the message names the tensors.
-    """
-    _bind_parameters(module, image, arena)
-    _bind_buffers(module, image.read_buffers())
-    _require_complete(module, image)
+        return self.facts.dtype
 
 
 def slot_names_of(image: WeightImage) -> dict[str, str]:
@@ -157,44 +139,3 @@ def read_image_config(image: WeightImage) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(image.path / CONFIG_DIR, trust_remote_code=False, local_files_only=True)
-
-
-def _bind_parameters(module: Any, image: WeightImage, arena: Arena) -> None:
-    """Tied parameters become one and the same, as the image says, whatever the config does."""
-    slot_names = slot_names_of(image)
-    bound: dict[str, nn.Parameter] = {}
-    for name, blank in list(module.named_parameters(remove_duplicate=False)):
-        slot = image.layout.slots.get(slot_names.get(name, ""))
-        if slot is None or slot.shape != tuple(blank.shape):
-            raise ImageFailure(
-                f"{image.path} has {'no tensor ' if slot is None else 'another shape of '}{name!r}, which "
-                f"{type(module).__name__} needs as {tuple(blank.shape)}. Remove the image to have it rebuilt."
-            )
-        if slot.name not in bound:
-            bound[slot.name] = nn.Parameter(arena.slot_view(slot), requires_grad=False)
-        owner, leaf = _owner(module, name)
-        owner.register_parameter(leaf, bound[slot.name])
-
-
-def _bind_buffers(module: Any, buffers: dict[str, torch.Tensor]) -> None:
-    for name, buffer in buffers.items():
-        owner, leaf = _owner(module, name)
-        owner.register_buffer(leaf, buffer, persistent=True)
-
-
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return module.get_submodule(path), leaf
-
-
-def _require_complete(module: nn.Module, image: WeightImage) -> None:
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    assert not (blank := [name for name, tensor in tensors if tensor.is_meta]), f"still without memory: {blank}"
-    slot_names = slot_names_of(image)
-    bound = {slot_names[name] for name, _ in module.named_parameters(remove_duplicate=False)}
-    unused = set(image.layout.slots) - bound
-    if unused:
-        raise ImageFailure(
-            f"{image.path} has tensors that {type(module).__name__} does not know: {', '.join(sorted(unused)[:5])}. "
-            "Remove the image to have it rebuilt."
-        )

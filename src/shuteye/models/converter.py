@@ -14,18 +14,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 import msgspec
 
-from shuteye.config import DType, EngineConfig
+from shuteye.config import DType, EngineConfig, Quantization
 from shuteye.errors import ImageFailure, InternalError, MemoryExhausted, ModelNotFound, ShuteyeError, rebuild
 from shuteye.memory.cache_dir import sweep_orphans
 from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.models.progress import Progress, ProgressEvent
+from shuteye.native import available
 from shuteye.parallel.shards import ONE_RANK, RankPlace
 from shuteye.processes import die_with_parent
 
@@ -41,6 +42,7 @@ class Order:
 
     Attributes:
         place: whose part of the model.
+        packed: see `ImageForm`; whether the native kernels are to read the image.
     """
 
     model: str
@@ -49,6 +51,8 @@ class Order:
     dtype: DType = "auto"
     offline: bool = False
     place: RankPlace = ONE_RANK
+    quantization: Quantization = "auto"
+    packed: bool = field(default_factory=available)
 
     @classmethod
     def of(cls, config: EngineConfig, place: RankPlace, *, model: str | None = None) -> Order:
@@ -59,7 +63,16 @@ class Order:
         """
         revision = config.revision if model in (None, config.model) else None
         cache_dir = str(config.cache_dir)
-        return cls(model or config.model, cache_dir, revision, config.dtype, config.offline, place)
+        return cls(
+            model=model or config.model,
+            cache_dir=cache_dir,
+            revision=revision,
+            dtype=config.dtype,
+            offline=config.offline,
+            place=place,
+            quantization=config.quantization,
+            packed=config.kernels != "torch" and available(),
+        )
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -103,8 +116,9 @@ def obtain_image(order: Order, progress: Progress) -> WeightImage:
 
 def _open_present(order: Order, store: ImageStore) -> WeightImage | None:
     """The image, if it is there, can be used, and its checkpoint is known without asking anybody."""
-    from shuteye.models.formats.checkpoint import resolve_dtype
-    from shuteye.models.image_builder import identity_of
+    from shuteye.models.formats.dtypes import served_dtype
+    from shuteye.models.image_form import ImageForm
+    from shuteye.models.image_identity import identity_of
     from shuteye.models.sources import resolve_source
 
     try:
@@ -114,7 +128,8 @@ def _open_present(order: Order, store: ImageStore) -> WeightImage | None:
             raise
         return None
     try:
-        return store.open(identity_of(source, resolve_dtype(source, order.dtype), order.place))
+        form = ImageForm(order.quantization, order.packed)
+        return store.open(identity_of(source, served_dtype(source, order.dtype), order.place, form))
     except ImageFailure as failure:
         logger.warning("The weight image of %s is rebuilt. %s", order.model, failure.message)
         return None
@@ -129,9 +144,11 @@ def make(order: Order, progress: Progress) -> str:
         order.model, revision=order.revision, cache_dir=cache_dir, offline=order.offline, progress=progress
     )
     from shuteye.models.image_builder import open_image  # torch takes seconds, which a name that is wrong need not
+    from shuteye.models.image_form import ImageForm
 
+    form = ImageForm(order.quantization, order.packed)
     store = ImageStore(cache_dir)
-    image = open_image(source, dtype=order.dtype, store=store, progress=progress, place=order.place)
+    image = open_image(source, dtype=order.dtype, store=store, progress=progress, place=order.place, form=form)
     image.close()
     return image.identity.key
 

@@ -20,14 +20,16 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from shuteye.errors import UnsupportedModel
-from shuteye.memory.arena import Arena, dtype_name, torch_dtype
+from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.model_info import PoolingInfo
-from shuteye.models.binding import BoundModel, CommonSpec, bind_module, read_image_config, slot_names_of
+from shuteye.models.binding import BoundModel, CommonSpec, read_image_config, slot_names_of
 from shuteye.models.formats.checkpoint import read_tokenizer_facts
+from shuteye.models.module_binding import bind_module
 from shuteye.models.modules import build_module, model_class, quiet
 from shuteye.models.sources import ModelSource
 from shuteye.models.support import refuse_quantized
+from shuteye.models.tensors import dtype_name, torch_dtype
 
 if TYPE_CHECKING:
     from shuteye.tasks.pool.requests import PoolInput

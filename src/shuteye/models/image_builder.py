@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,40 +18,54 @@ import torch
 
 from shuteye.config import DType
 from shuteye.errors import UnsupportedModel
-from shuteye.memory.arena import dtype_name
-from shuteye.memory.image import ImageIdentity, WeightImage
+from shuteye.matrices.kinds import ROWS, MatrixKind
+from shuteye.matrices.stored import StoredMatrix
+from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
 from shuteye.memory.image_writer import ImageWriter
 from shuteye.memory.layout import TensorSpec
 from shuteye.models.binding import CONFIG_DIR, TOKENIZER_DIR, Origin, Shard
-from shuteye.models.decoder import ImageSpec, LoadedModel, bind
+from shuteye.models.decoder import LoadedModel, bind
 from shuteye.models.encoder import EncoderSpec, examine_encoder, has_pooling
 from shuteye.models.formats.checkpoint import (
     CheckpointTensors,
     open_checkpoint,
     read_config,
     read_generation_config,
-    resolve_dtype,
     save_tokenizer,
     stored_as,
 )
+from shuteye.models.formats.dtypes import served_dtype
 from shuteye.models.formats.files import refusing
-from shuteye.models.fused import INVERSE_FREQUENCIES, FusedSpec, are_joined, group_of, layout_order, recognise
+from shuteye.models.fused import INVERSE_FREQUENCIES, MODEL_TYPES, FusedSpec, group_of, recognise
+from shuteye.models.image_content import content_of
+from shuteye.models.image_form import AS_STORED, ImageForm
+from shuteye.models.image_identity import identity_of
+from shuteye.models.image_spec import AttentionSpec, ImageSpec
 from shuteye.models.module_split import divide
 from shuteye.models.modules import build_module, quiet, task_of, tied_names
 from shuteye.models.progress import Advanced, Finished, Progress, Started, no_progress
 from shuteye.models.sources import ModelSource
-from shuteye.models.support import AttentionSpec, check
+from shuteye.models.support import check, refuse_quantized
+from shuteye.models.tensors import as_bytes, dtype_name, torch_dtype
 from shuteye.parallel.module_shards import ModulePlan, ModuleSplit
-from shuteye.parallel.shards import HEAD, ONE_RANK, DecoderShape, Part, RankPlace, ShardPlan, part_shape, plan_shards
+from shuteye.parallel.shards import (
+    EMBEDDING,
+    HEAD,
+    ONE_RANK,
+    ROW_MULTIPLE,
+    DecoderShape,
+    Part,
+    RankPlace,
+    ShardPlan,
+    part_shape,
+    plan_shards,
+)
 
 if TYPE_CHECKING:
     from shuteye.models.whisper import WhisperImageSpec
 
 __all__ = ["LoadedModel", "bind", "identity_of", "open_image"]
-
-RECIPE = 3
-"""Part of every image's identity: to be raised when the same checkpoint is to give another image, or other shards."""
 
 _SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _UNKNOWN_CONTEXT = 2048
@@ -69,14 +84,31 @@ class _Model:
     buffers: Mapping[str, torch.Tensor]
     split: DecoderShape | ModuleSplit | None = None
 
-    def split_of(self, tensors: CheckpointTensors) -> DecoderShape | ModuleSplit | None:
-        """What it is split by, with its head tied as it is in the checkpoint."""
+    @property
+    def is_flat(self) -> bool:
+        """Whether the flat loop computes it, which reads matrices of any kind."""
+        return isinstance(self.facts, ImageSpec) and self.facts.fused is not None
+
+    def split_of(
+        self, tensors: CheckpointTensors, kinds: Mapping[str, MatrixKind]
+    ) -> DecoderShape | ModuleSplit | None:
+        """What it is split by, with its head tied as it is in the checkpoint, and its MLP cut where blocks end."""
         match self.split:
             case ModuleSplit() as split:
                 return split.with_tie(split.head in tensors.aliases)
             case DecoderShape() as shape:
-                return replace(shape, tied=HEAD in tensors.aliases)
+                blocks = (kind.cut_columns for name, kind in kinds.items() if name.endswith("mlp.down_proj.weight"))
+                return replace(shape, tied=HEAD in tensors.aliases, mlp_multiple=max((ROW_MULTIPLE, *blocks)))
         return None
+
+    def kinds_of(self, tensors: CheckpointTensors, form: ImageForm, dtype: str) -> dict[str, MatrixKind]:
+        """The kind of each tensor, before it is split."""
+        if not self.is_flat:
+            return dict.fromkeys(tensors.parameters, ROWS)
+        return {
+            name: form.kind_of(name, shape, dtype, tensors.stored.get(name))
+            for name, (shape, _) in tensors.parameters.items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +136,44 @@ class _Target:
         """What of a tensor goes here; None if nothing does."""
         return tuple(map(slice, shape)) if self.plan is None else self.plan.part_of(name, shape)
 
+    def kind_of(self, name: str, kind: MatrixKind, part: Part) -> MatrixKind:
+        """The kind of the part of a tensor.
+
+        Raises:
+            UnsupportedModel: it would be cut within blocks.
+        """
+        if not isinstance(self.plan, ShardPlan) or kind == ROWS:
+            return kind
+        shares_rows = name == EMBEDDING and self.plan.embeds and self.plan.has_head and self.plan.shape.tied
+        if shares_rows and any(each.start % kind.panel_rows for each in self.plan.vocabularies):
+            return ROWS  # so few tokens that some rank's begin within a panel
+        columns = part[1]
+        assert isinstance(columns, slice)
+        if kind.is_quantized and any(edge % kind.cut_columns for edge in (columns.start, columns.stop)):
+            raise UnsupportedModel(
+                f"{name} is held as {kind.name}, in blocks of {kind.cut_columns} columns, and tensor_parallel_size "
+                f"{self.plan.spec.tp_size} would give a rank columns {columns.start} to {columns.stop} of it. Use "
+                "another size, pipeline_parallel_size, or --quantization none.",
+                param="tensor_parallel_size",
+            )
+        return kind
+
     def begin(
-        self, order: list[str], tensors: CheckpointTensors, model: _Model, origin: Origin, *, beside_bytes: int
+        self,
+        tensors: CheckpointTensors,
+        kinds: Mapping[str, MatrixKind],
+        model: _Model,
+        origin: Origin,
+        *,
+        beside_bytes: int,
     ) -> int:
         """Fix the image's layout; the bytes of its weights."""
         specs: list[TensorSpec] = []
-        for name in order:
-            shape, dtype = tensors.parameters[name]
+        for name, (shape, dtype) in tensors.parameters.items():
             part = self.part_of(name, shape)
             if part is not None:
-                # Parts may be smaller than a cache line; whole tensors lie where they always lay.
-                joined = isinstance(self.plan, ShardPlan) and bool(specs) and are_joined(specs[-1].name, name)
-                mine = part_shape(part, shape)
-                specs.append(TensorSpec(name, mine, dtype_name(dtype), group=group_of(name), joined=joined))
+                mine, kind = part_shape(part, shape), self.kind_of(name, kinds[name], part)
+                specs.append(TensorSpec(name, mine, dtype_name(dtype), group=group_of(name), kind=kind.name))
         names = {spec.name for spec in specs}
         facts = model.facts
         if self.plan is not None:
@@ -131,11 +188,17 @@ class _Target:
         )
         return layout.nbytes
 
+    def put(self, name: str, tensor: torch.Tensor | StoredMatrix, kind: MatrixKind, dtype: torch.dtype) -> None:
+        """Write what of a tensor goes here."""
+        part = self.part_of(name, tuple(tensor.shape))
+        if part is not None:
+            self.writer.put(name, content_of(tensor, part, self.kind_of(name, kind, part), dtype))
+
     def put_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:
         """Write those that are not of layers of other stages."""
         for name, buffer in buffers.items():
             if not isinstance(self.plan, ModulePlan) or self.plan.has_module(name):
-                self.writer.put_buffer(name, buffer)
+                self.writer.put_buffer(name, as_bytes(buffer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +215,7 @@ class _Conversion:
     progress: Progress
     streaming: bool = True
     place: RankPlace = ONE_RANK
+    form: ImageForm = AS_STORED
 
     def write(self, *writers: ImageWriter) -> None:
         """Build the images; what cannot be served is refused before anything large is read, and by name."""
@@ -173,7 +237,21 @@ class _Conversion:
         self._write_files(writers, config, task)
         self.progress(Finished())
         self.progress(Started(f"Reading the weights of {self.source.name}"))
-        with open_checkpoint(self.source, config, dtype=self.dtype, streaming=self.streaming, task=task) as tensors:
+        if self.form.quantizes and not model.is_flat:
+            raise UnsupportedModel(
+                f"quantization is {self.form.quantization!r}, which is for models of the types "
+                f"{', '.join(sorted(MODEL_TYPES))}; leave it out.",
+                param="quantization",
+            )
+        with open_checkpoint(
+            self.source,
+            config,
+            dtype=self.dtype,
+            streaming=self.streaming,
+            task=task,
+            is_flat=model.is_flat,
+            keeps_bits=self.form.quantization != "none",
+        ) as tensors:
             self.progress(Finished())
             self._write_weights(writers, tensors, model, Origin(self.source.origin, stored))
 
@@ -194,6 +272,7 @@ class _Conversion:
             blueprint = build_module(config, dtype=self.dtype, attention="eager")
         facts = _facts(config, read_generation_config(self.source), self.dtype, attention, recognise(blueprint))
         if facts.fused is None:
+            refuse_quantized(config)
             return _Model(facts, {}, divide(config, attention, self.place) if self.place.num_ranks > 1 else None)
         buffers = {INVERSE_FREQUENCIES: blueprint.get_buffer(INVERSE_FREQUENCIES)}
         if self.place.num_ranks == 1:
@@ -225,22 +304,29 @@ class _Conversion:
         self, writers: Sequence[ImageWriter], tensors: CheckpointTensors, model: _Model, origin: Origin
     ) -> None:
         """Read each tensor once, and write to each image its part of it."""
-        split = model.split_of(tensors)
+        if self.form.quantizes and tensors.stored:
+            raise UnsupportedModel(
+                f"quantization is {self.form.quantization!r}, and the checkpoint is quantized already "
+                f"({origin.source_format}); leave it out, or use the checkpoint that is not.",
+                param="quantization",
+            )
+        kinds = model.kinds_of(tensors, self.form, dtype_name(self.dtype))
+        split = model.split_of(tensors, kinds)
         targets = [_Target.of(writer, self.place.all(), split) for writer in writers]
-        order = layout_order(list(tensors.parameters))
         nbytes = 0
         for target in targets:
-            nbytes += target.begin(order, tensors, model, origin, beside_bytes=nbytes)
+            nbytes += target.begin(tensors, kinds, model, origin, beside_bytes=nbytes)
         self.progress(Started(f"Writing the weight image of {self.source.name}", tensors.nbytes))
-        for name in order:
+        for name, (shape, dtype) in tensors.parameters.items():
             tensor = tensors.read(name)
             for target in targets:
-                part = target.part_of(name, tuple(tensor.shape))
-                if part is not None:
-                    target.writer.put(name, tensor[part])
-            self.progress(Advanced(tensor.nbytes))
+                target.put(name, tensor, kinds[name], dtype)
+            self.progress(Advanced(prod(shape) * dtype.itemsize))
+        buffers = {**tensors.buffers, **model.buffers}
+        if tensors.rope_factors is not None:
+            buffers[INVERSE_FREQUENCIES] = buffers[INVERSE_FREQUENCIES] / torch.from_numpy(tensors.rope_factors)
         for target in targets:
-            target.put_buffers({**tensors.buffers, **model.buffers})
+            target.put_buffers(buffers)
         self.progress(Finished())
 
 
@@ -251,6 +337,7 @@ def open_image(
     store: ImageStore,
     progress: Progress | None = None,
     place: RankPlace = ONE_RANK,
+    form: ImageForm = AS_STORED,
 ) -> WeightImage:
     """The weight image of a checkpoint, or of a rank's part of it; converted first, for all ranks at once, if there is
     none.
@@ -258,20 +345,16 @@ def open_image(
     Args:
         dtype: what to serve in; "auto" is the checkpoint's, with float16 and packed formats as bfloat16.
         place: whose part.
+        form: how matrices lie, and in what bits.
 
     Raises:
         UnsupportedModel: it cannot be served correctly, or not by so many ranks, or has no fast tokenizer.
         ImageFailure: an image cannot be written.
     """
-    resolved = resolve_dtype(source, dtype)
-    conversion = _Conversion(source, resolved, progress or no_progress, place=place)
-    everyones = [identity_of(source, resolved, each) for each in place.all()]
+    served = served_dtype(source, dtype)
+    conversion = _Conversion(source, torch_dtype(served), progress or no_progress, place=place, form=form)
+    everyones = [identity_of(source, served, each, form) for each in place.all()]
     return store.open_or_build_one_of(everyones[place.rank], everyones, lambda writers: conversion.write(*writers))
-
-
-def identity_of(source: ModelSource, dtype: torch.dtype, place: RankPlace = ONE_RANK) -> ImageIdentity:
-    """What the image of `source` in `dtype`, or of a rank's part of it, is filed under."""
-    return ImageIdentity(source.name, f"{source.fingerprint}.{RECIPE}", dtype_name(dtype), place.label)
 
 
 def _shape(config: Any, fused: FusedSpec, *, tied: bool) -> DecoderShape:

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from shuteye.errors import UnsupportedModel
+from shuteye.models.image_spec import AttentionSpec
 from shuteye.models.modules import build_module, quiet, tied_names
-from shuteye.models.support import AttentionSpec, probe_part
+from shuteye.models.support import probe_part
 from shuteye.parallel.module_shards import Exchange, ModuleSplit, TensorSplit, plan_modules
 from shuteye.parallel.shards import ROW_MULTIPLE, RankPlace
 

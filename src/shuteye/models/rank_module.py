@@ -9,11 +9,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from shuteye.matrices.bfloat16 import float32_of
 from shuteye.models.attention import AttentionContext, attending
-from shuteye.models.rank_decoder import RankGroups
+from shuteye.models.rank_groups import RankGroups
+from shuteye.models.tensors import numbers_of, tensor_of
 from shuteye.parallel.module_shards import Exchange, ModulePlan
 from shuteye.parallel.shards import part_shape
 
@@ -176,24 +180,26 @@ class RankModuleDecoder:
 
     native_tokens = 0
 
-    def __init__(self, part: RankModule, windows: Sequence[int | None], groups: RankGroups, dtype: torch.dtype) -> None:
+    def __init__(self, part: RankModule, windows: Sequence[int | None], groups: RankGroups, dtype: str) -> None:
         self._part = part
         self._windows = windows
         self._groups = groups
         self._dtype = dtype
 
-    def forward(self, batch: PackedBatch, kv_cache: KVCache) -> Tensor:
+    @torch.inference_mode()
+    def forward(self, batch: PackedBatch, kv_cache: KVCache) -> NDArray[np.float32]:
         """Compute the rank's part of a step; what it gives is said at `RankDecoder.forward`."""
         plan = self._part.plan
         context = AttentionContext(batch, kv_cache, self._windows, first_layer=plan.spec.layers.start)
         hidden = self._groups.receive((batch.num_tokens, plan.split.hidden_size), self._dtype, plan)
         with attending(context):
             found = self._part(
-                batch.input_ids[None],
-                hidden,
-                wanted=batch.logits_indices,
-                position_ids=batch.positions[None],
+                torch.from_numpy(batch.input_ids)[None],
+                None if hidden is None else tensor_of(hidden),
+                wanted=torch.from_numpy(batch.logits_indices),
+                position_ids=torch.from_numpy(batch.positions)[None],
                 use_cache=False,
             )
-        self._groups.pass_on(found, plan)
-        return found
+        numbers = numbers_of(found)
+        self._groups.pass_on(numbers, plan)
+        return float32_of(numbers)

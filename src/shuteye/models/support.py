@@ -16,6 +16,7 @@ import torch
 
 from shuteye.errors import UnsupportedModel
 from shuteye.models.attention import check_arguments
+from shuteye.models.image_spec import AttentionSpec
 from shuteye.models.modules import build_module, model_class, quiet, task_of
 from shuteye.models.rank_module import RankModule
 from shuteye.parallel.module_shards import ModulePlan
@@ -24,20 +25,6 @@ _IMPLEMENTATION = "shuteye_probe"
 _NUM_TOKENS = 8
 _GRID = 24
 """Positions on which a model's mask function is compared with ours when it has no window."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSpec:
-    """What a KV cache and paged attention must be made for.
-
-    Attributes:
-        windows: per layer, how many positions back a token sees, itself included; None sees all.
-    """
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    windows: tuple[int | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +257,6 @@ def check(config: Any) -> AttentionSpec:
         raise UnsupportedModel(f"Model type {config.model_type!r} is an encoder-decoder; only decoders are served.")
     if config.get_text_config(decoder=True) is not config:
         raise UnsupportedModel(f"Model type {config.model_type!r} is multimodal; only text models are served.")
-    refuse_quantized(config)
     task = task_of(config)
     if task != "generate":
         raise UnsupportedModel(f"{config.architectures[0]} is a model for {task!r}, not one that generates.")
@@ -279,7 +265,7 @@ def check(config: Any) -> AttentionSpec:
 
 
 def refuse_quantized(config: Any) -> None:
-    """Refuse checkpoints with packed weights.
+    """Refuse checkpoints with packed weights, of models that transformers' modules compute.
 
     Raises:
         UnsupportedModel: names the method.
@@ -287,7 +273,8 @@ def refuse_quantized(config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
         method = _quantization_method(config.quantization_config)
         raise UnsupportedModel(
-            f"The checkpoint is quantized ({method}), which is not read; use the unquantized one or a .gguf file."
+            f"The checkpoint is quantized ({method}), which is not read for models of type {config.model_type!r}; "
+            "use the unquantized one."
         )
 
 

@@ -17,8 +17,13 @@ from safetensors import SafetensorError, safe_open
 
 from shuteye.errors import InvalidRequest, MemoryExhausted
 from shuteye.handover import NamelessFile
+from shuteye.matrices.kinds import ROWS
+from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
+from shuteye.memory.layout import Slot
 from shuteye.models.binding import CONFIG_DIR, TOKENIZER_DIR, read_image_config
+from shuteye.models.image_content import packed_tensor
+from shuteye.models.tensors import as_bytes, slot_view, torch_dtype
 
 _DTYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -58,7 +63,7 @@ def safetensors_chunks(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Ite
     encoded += b" " * (-len(encoded) % 8)
     yield memoryview(len(encoded).to_bytes(8, "little") + encoded)
     for tensor in filter(torch.numel, tensors.values()):
-        yield tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
+        yield as_bytes(tensor).content
 
 
 def tensor_file(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> NamelessFile:
@@ -80,6 +85,15 @@ def tensor_file(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> NamelessFi
             ) from error
         stack.pop_all()
     return file
+
+
+def write_tensor(arena: Arena, slot: Slot, tensor: torch.Tensor) -> None:
+    """Cast a tensor of the slot's shape, and write it to its place, which is not quantized."""
+    if slot.kind == ROWS.name:
+        slot_view(arena, slot).copy_(tensor.detach())
+        return
+    packed = packed_tensor(tensor.detach().to(torch_dtype(slot.dtype)), slot.matrix_kind)
+    arena.bytes_view(slot.offset, slot.nbytes)[:] = packed
 
 
 def _dtype_of(name: str, tensor: torch.Tensor) -> str:
@@ -196,7 +210,7 @@ def _buffer_differences(bound: WeightImage, other: WeightImage) -> Iterator[str]
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
             yield f"buffer {name} {_is_there(name in ours)} → {_is_there(name in theirs)}"
-        elif ours[name].dtype != theirs[name].dtype or not ours[name].equal(theirs[name]):
+        elif not ours[name].same_as(theirs[name]):
             yield f"values of buffer {name}"
 
 

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from shuteye.memory.arena import Arena, torch_dtype
+from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.model_info import WhisperSpec
-from shuteye.models.binding import CONFIG_DIR, BoundModel, CommonSpec, bind_module, read_image_config, slot_names_of
+from shuteye.models.binding import CONFIG_DIR, BoundModel, CommonSpec, read_image_config, slot_names_of
+from shuteye.models.module_binding import bind_module
 from shuteye.models.modules import build_module, quiet
+from shuteye.models.tensors import torch_dtype
 
 if TYPE_CHECKING:
     from shuteye.tasks.transcribe.plans import WindowRules
@@ -243,7 +245,7 @@ class SpeechModel(BoundModel[WhisperImageSpec]):
             return_tensors="pt",
             **({} if pad else {"truncation": False, "padding": "longest"}),
         )
-        features: torch.Tensor = extracted.input_features[0].to(self.dtype)
+        features: torch.Tensor = extracted.input_features[0].to(torch_dtype(self.dtype))
         return features
 
     @torch.inference_mode()
@@ -312,7 +314,9 @@ class SpeechModel(BoundModel[WhisperImageSpec]):
         """
         encoder = self._module.model.encoder
         num_bins = encoder.num_mel_bins
-        frames = torch.linspace(-1.0, 1.0, num_bins * _CANARY_FRAMES, dtype=self.dtype).view(1, num_bins, -1)
+        frames = torch.linspace(-1.0, 1.0, num_bins * _CANARY_FRAMES, dtype=torch_dtype(self.dtype)).view(
+            1, num_bins, -1
+        )
         hidden_states = torch.nn.functional.gelu(encoder.conv1(frames))
         hidden_states = torch.nn.functional.gelu(encoder.conv2(hidden_states)).permute(0, 2, 1)
         hidden_states = hidden_states + encoder.embed_positions.weight[: hidden_states.shape[1]]

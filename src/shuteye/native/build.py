@@ -20,16 +20,21 @@ SOURCES = Path(__file__).parent / "csrc"
 LIBRARY = Path(__file__).parent / "_kernels.so"
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-fno-math-errno")
 _QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")  # in GCC 12's own intrinsics
-_AVX512 = (*_QUIET, "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_QUIET, *_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
 KERNEL_FLAGS: dict[str, tuple[str, ...]] = {
-    "kernels_avx2.cpp": ("-mavx2", "-mfma"),
+    "kernels_avx2.cpp": _AVX2,
     "kernels_avx512.cpp": _AVX512,
     "kernels_amx.cpp": (*_AVX512, "-mamx-tile", "-mamx-bf16"),
+    "quant_avx2.cpp": _AVX2,
+    "quant_avxvnni.cpp": (*_AVX2, "-mavxvnni"),
+    "quant_avx512.cpp": (*_AVX512, "-mavx512vnni"),
 }
 """Sources for one instruction set each, compiled on x86-64 only; never -march=native: the library may be moved."""
 
-EMULATED_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-Wno-psabi")
-"""Instead of those, where larger sets are functions that need no more than AVX2."""
+EMULATED_FLAGS = (*_AVX2, "-Wno-psabi", "-O1")
+EMULATED = ("kernels_avx512.cpp", "kernels_amx.cpp", "quant_avx512.cpp")
+"""Sources that have these flags instead, where the instructions of their sets are functions."""
 
 
 class BuildFailed(Exception):
@@ -65,7 +70,7 @@ def build(target: Path = LIBRARY, *, extra_flags: Sequence[str] = (), emulated: 
     own_flags = KERNEL_FLAGS
     if emulated is not None:
         flags += ["-DSHUTEYE_EMULATED", f"-I{emulated}"]
-        own_flags = dict.fromkeys(KERNEL_FLAGS, EMULATED_FLAGS)
+        own_flags = KERNEL_FLAGS | dict.fromkeys(EMULATED, EMULATED_FLAGS)
     with tempfile.TemporaryDirectory(prefix="shuteye-native-") as scratch:
         jobs = [
             _compile_command([*compiler, *flags, *own_flags.get(source.name, ())], source, Path(scratch))

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import accumulate
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from shuteye.parallel.group import TIMEOUT_S, Group, aborted, refused
+from shuteye.parallel.group import TIMEOUT_S, Array, ArrayT, Group, aborted, refused
 
 _LOOK_S = 0.1
 _gloo: Any = distributed  # exports them, but not by name
@@ -101,32 +102,33 @@ class GlooGroup(Group):
         )
         self._group = _gloo.ProcessGroupGloo(_gloo.PrefixStore("gloo", store), self.rank, self.size, options)
 
-    def all_reduce(self, x: Tensor) -> None:
+    def all_reduce(self, x: Array) -> None:
         """Fetch the parts of all ranks and add them here; see `Group.all_reduce`."""
-        mine = x.view(-1)
+        mine = _tensor(x).view(-1)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         into = [[_bytes(part) for part in parts]]
         self._call("all_reduce", lambda: self._group.allgather(into, [_bytes(mine)]).wait())
         mine.copy_(list(accumulate((part.float() for part in parts), Tensor.add))[-1])
 
-    def gather(self, x: Tensor, widths: Sequence[int], to: int = 0) -> Tensor | None:
+    def gather(self, x: ArrayT, widths: Sequence[int], to: int = 0) -> ArrayT | None:
         """Send columns to rank `to`, which puts them side by side; see `Group.gather`."""
         self._check_columns(x, widths)
         if self.rank != to:
             self.send(x, to)
             return None
-        parts = [x if rank == to else x.new_empty(x.shape[0], width) for rank, width in enumerate(widths)]
+        mine = _tensor(x)
+        parts = [mine if rank == to else mine.new_empty(len(mine), width) for rank, width in enumerate(widths)]
         for rank, part in enumerate(parts):
             if rank != to:
                 self.recv(part, rank)
-        return torch.cat(parts, dim=1)
+        return _like(x, torch.cat(parts, dim=1))
 
-    def send(self, x: Tensor, to: int) -> None:
+    def send(self, x: Array, to: int) -> None:
         """Hand `x` to another rank's socket."""
         self._check_other(to)
         self._call("send", lambda: self._group.send([_bytes(x)], to, 0).wait(), waits_for=[to])
 
-    def recv(self, out: Tensor, source: int) -> None:
+    def recv(self, out: Array, source: int) -> None:
         """Fill `out` with what `source` sends next."""
         self._check_other(source)
         self._call("recv", lambda: self._group.recv([_bytes(out)], source, 0).wait(), waits_for=[source])
@@ -193,7 +195,24 @@ class GlooGroup(Group):
             raise aborted(self.epoch, **self._ended)
 
 
-def _bytes(x: Tensor) -> Tensor:
+def _tensor(x: Array) -> Tensor:
+    """The same memory as torch's; uint16 of numpy is bfloat16."""
+    if not isinstance(x, np.ndarray):
+        return x
+    assert x.flags.c_contiguous
+    tensor = torch.from_numpy(x)
+    return tensor.view(torch.bfloat16) if x.dtype == np.uint16 else tensor
+
+
+def _like(x: ArrayT, tensor: Tensor) -> ArrayT:
+    """The tensor, in the library of `x`."""
+    if not isinstance(x, np.ndarray):
+        return cast("ArrayT", tensor)
+    return cast("ArrayT", (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy())
+
+
+def _bytes(array: Array) -> Tensor:
+    x = _tensor(array)
     assert x.is_contiguous()
     return x.view(-1).view(torch.uint8) if x.numel() else x.new_empty(0, dtype=torch.uint8)
 

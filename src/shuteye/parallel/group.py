@@ -13,16 +13,18 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from shuteye.errors import GroupAborted
+from shuteye.matrices.bfloat16 import Numbers
 from shuteye.memory.backends import closing_on_error, failure_of
 from shuteye.native import library as structs
-from shuteye.native.kernels import DTYPES, pointer
 from shuteye.native.library import load
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TIMEOUT_S = 60.0
 SLOT_BYTES = 512 << 10
@@ -31,11 +33,16 @@ SLOT_BYTES = 512 << 10
 MESSAGE_BYTES = 256 << 10
 """The largest piece of a message; two under way, from each rank to each other one."""
 
+Array: TypeAlias = "Numbers | Tensor"
+"""What ranks exchange: of numpy, where bfloat16 is its bits as uint16, or of torch, which is not imported for it."""
+
+ArrayT = TypeVar("ArrayT", bound=Array)
+
 
 class Group(ABC):
     """The ranks that compute one model together, as one of them sees them.
 
-    All ranks make the same calls in the same order, with tensors of the same shapes and dtypes: contiguous, on the
+    All ranks make the same calls in the same order, with arrays of the same shapes and dtypes: contiguous, on the
     CPU. One thread of a rank at a time; `abort` from any. Every call but `abort` and `close` raises `GroupAborted` if
     the group is aborted, by whomever, and aborts it if a wait outlasts `timeout_s`. What it was to fill is undefined
     then, and other ranks may have come through: only what all ranks report as done is done. There is no way back: ranks
@@ -53,14 +60,14 @@ class Group(ABC):
     timeout_s: float
 
     @abstractmethod
-    def all_reduce(self, x: Tensor) -> None:
+    def all_reduce(self, x: Array) -> None:
         """Add the ranks' `x`, float32 or bfloat16, in place.
 
         Summed in rank order as float32 and rounded once, by every rank alike: the bits are the same on all.
         """
 
     @abstractmethod
-    def gather(self, x: Tensor, widths: Sequence[int], to: int = 0) -> Tensor | None:
+    def gather(self, x: ArrayT, widths: Sequence[int], to: int = 0) -> ArrayT | None:
         """Put the ranks' columns side by side: `x` [rows, widths[rank]] → [rows, sum(widths)] on rank `to`, else None.
 
         Args:
@@ -68,11 +75,11 @@ class Group(ABC):
         """
 
     @abstractmethod
-    def send(self, x: Tensor, to: int) -> None:
+    def send(self, x: Array, to: int) -> None:
         """Hand `x` to another rank; returns once it has been taken, or is under way."""
 
     @abstractmethod
-    def recv(self, out: Tensor, source: int) -> None:
+    def recv(self, out: Array, source: int) -> None:
         """Fill `out` with what `source` sends next, of the same size."""
 
     @abstractmethod
@@ -87,7 +94,7 @@ class Group(ABC):
     def close(self) -> None:
         """Give back memory and connections; no call may be running. Idempotent."""
 
-    def _check_columns(self, x: Tensor, widths: Sequence[int]) -> None:
+    def _check_columns(self, x: Array, widths: Sequence[int]) -> None:
         assert len(widths) == self.size, f"{len(widths)} widths for {self.size} ranks"
         assert x.shape[1:] == (widths[self.rank],), f"{tuple(x.shape)} has not {widths[self.rank]} columns"
 
@@ -105,6 +112,24 @@ def aborted(epoch: int, by: int | None, reason: str, missing: Sequence[int] = ()
 def refused(why: str) -> GroupAborted:
     """The error of a rank that a group does not take."""
     return GroupAborted(f"The group does not take this rank: {why}.")
+
+
+def _address(x: Array) -> int:
+    if isinstance(x, np.ndarray):
+        assert x.flags.c_contiguous, f"needs contiguous memory, got strides {x.strides}"
+        return x.ctypes.data
+    assert x.is_contiguous(), f"needs contiguous memory, got strides {x.stride()}"
+    return x.data_ptr()
+
+
+def _dtype_number(x: Array) -> int:
+    """What csrc/types.h calls the dtype of numbers that are added up."""
+    return {4: 0, 2: 1}[x.itemsize]
+
+
+def _empty(like: ArrayT, shape: tuple[int, int]) -> ArrayT:
+    made = np.empty(shape, like.dtype) if isinstance(like, np.ndarray) else like.new_empty(shape)
+    return cast("ArrayT", made)
 
 
 class _Mapping:
@@ -259,19 +284,19 @@ class ShmGroup(Group):
         self._timeout_s = seconds
         load().shuteye_group_set_timeout(self._mapping.handle, seconds)
 
-    def all_reduce(self, x: Tensor) -> None:
+    def all_reduce(self, x: Array) -> None:
         """Add the ranks' `x` in place, in pieces if it does not fit a slot; see `Group.all_reduce`."""
-        dtype, address = DTYPES[x.dtype], pointer(x)
-        self._reduce(structs.Reduce(dtype, dtype, 1, x.numel(), address, None, None, None, address))
+        dtype, address = _dtype_number(x), _address(x)
+        self._reduce(structs.Reduce(dtype, dtype, 1, x.nbytes // x.itemsize, address, None, None, None, address))
 
     def all_reduce_into(
         self,
-        out: Tensor,
-        part: Tensor,
+        out: Array,
+        part: Array,
         *,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-        residual_rows: Tensor | None = None,
+        bias: Array | None = None,
+        residual: Array | None = None,
+        residual_rows: Array | None = None,
     ) -> None:
         """As the native decoder ends a product: out = residual + (sum of the ranks' parts + bias).
 
@@ -286,30 +311,31 @@ class ShmGroup(Group):
         rows, width = out.shape
         assert part.shape == out.shape
         assert all(other is None or other.dtype == out.dtype for other in (bias, residual))
-        assert residual_rows is None or residual_rows.dtype == torch.int64
-        pointers = (pointer(tensor) for tensor in (part, bias, residual, residual_rows, out))
-        self._reduce(structs.Reduce(DTYPES[out.dtype], DTYPES[part.dtype], rows, width, *pointers))
+        assert residual_rows is None or residual_rows.itemsize == 8
+        addresses = (None if each is None else _address(each) for each in (part, bias, residual, residual_rows, out))
+        self._reduce(structs.Reduce(_dtype_number(out), _dtype_number(part), rows, width, *addresses))
 
     def _reduce(self, call: structs.Reduce) -> None:
         self.call(load().shuteye_group_reduce, ctypes.byref(call))
 
-    def gather(self, x: Tensor, widths: Sequence[int], to: int = 0) -> Tensor | None:
+    def gather(self, x: ArrayT, widths: Sequence[int], to: int = 0) -> ArrayT | None:
         """Put columns side by side on rank `to`; all ranks wait until it has come. See `Group.gather`."""
         self._check_columns(x, widths)
         row_bytes = (ctypes.c_int64 * self.size)(*(width * x.itemsize for width in widths))
-        out = torch.empty((x.shape[0], sum(widths)), dtype=x.dtype) if self.rank == to else None
-        self.call(load().shuteye_group_gather, pointer(x), x.shape[0], row_bytes, to, pointer(out))
+        out = _empty(x, (x.shape[0], sum(widths))) if self.rank == to else None
+        into = None if out is None else _address(out)
+        self.call(load().shuteye_group_gather, _address(x), x.shape[0], row_bytes, to, into)
         return out
 
-    def send(self, x: Tensor, to: int) -> None:
+    def send(self, x: Array, to: int) -> None:
         """Hand `x` to another rank: two pieces of `message_bytes` are taken at once, the rest as `to` receives."""
         self._check_other(to)
-        self.call(load().shuteye_group_send, pointer(x), x.nbytes, to)
+        self.call(load().shuteye_group_send, _address(x), x.nbytes, to)
 
-    def recv(self, out: Tensor, source: int) -> None:
+    def recv(self, out: Array, source: int) -> None:
         """Fill `out` with what `source` sends next; another size aborts the group."""
         self._check_other(source)
-        self.call(load().shuteye_group_receive, pointer(out), out.nbytes, source)
+        self.call(load().shuteye_group_receive, _address(out), out.nbytes, source)
 
     def barrier(self) -> None:
         """A round in which nothing is added up."""

@@ -99,6 +99,7 @@ class DecoderShape:
 
     Attributes:
         tied: the head's rows are the embedding's.
+        mlp_multiple: the MLP is cut at multiples of it where there are enough: where blocks of quantized columns end.
     """
 
     num_layers: int
@@ -109,6 +110,7 @@ class DecoderShape:
     intermediate_size: int
     vocab_size: int
     tied: bool
+    mlp_multiple: int = ROW_MULTIPLE
 
     @property
     def layer_numel(self) -> int:
@@ -358,7 +360,8 @@ class ShardPlan(RankPlan):
     @property
     def intermediate(self) -> range:
         """Its rows of gate and up, which are its columns of down."""
-        return even_ranges(self.shape.intermediate_size, self.spec.tp_size, multiple=ROW_MULTIPLE)[self.spec.tp_rank]
+        shape = self.shape
+        return even_ranges(shape.intermediate_size, self.spec.tp_size, multiple=shape.mlp_multiple)[self.spec.tp_rank]
 
     def kv_bytes_per_token(self, *, itemsize: int) -> int:
         """Bytes of one token's keys and values on this rank; others may have more or fewer."""

@@ -21,7 +21,7 @@ from shuteye.tasks.pool.requests import PooledDelta, PooledOutput
 from shuteye.tasks.transcribe.requests import TranscriptDelta, Transcription
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
     from shuteye.memory.arena import Arena
     from shuteye.models.binding import BoundModel
@@ -309,5 +309,5 @@ class ModelRunner(ABC):
         """Memory is about to be released: let go of what was computed for requests and lies outside of the arenas."""
 
     @abstractmethod
-    def canary_pass(self) -> torch.Tensor:
-        """The numbers (any shape) that a short fixed input gives; they depend on nothing but weights and buffers."""
+    def canary_pass(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The float32 numbers (any shape) that a short fixed input gives, by nothing but weights and buffers."""

@@ -5,11 +5,15 @@ It notices what checksums cannot: a wrong address, a lost buffer, a stale view.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
-import torch
+import numpy as np
 
 NUM_TOKENS = 8
+
+EPS: Mapping[str, float] = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""The distance from 1 to the next number of a dtype."""
 
 TOLERANCE_ULPS = 4
 """Allowed difference in units of the dtype's eps, relative to the largest number.
@@ -17,7 +21,9 @@ TOLERANCE_ULPS = 4
 Reduction order may change with the number of threads that the system grants; corrupt memory is far outside of this.
 """
 
-Prove = Callable[[torch.Tensor], None]
+Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+
+Prove = Callable[[Numbers], None]
 """Is given the canary's numbers, and raises if they are wrong."""
 
 
@@ -32,13 +38,13 @@ class Canary:
 
     Args:
         run: the pass; its result must depend on nothing but weights and buffers.
-        dtype: the weights', which says how exact the numbers can be.
+        dtype: the weights', one of `EPS`, which says how exact the numbers can be.
     """
 
-    def __init__(self, run: Callable[[], torch.Tensor], *, dtype: torch.dtype) -> None:
+    def __init__(self, run: Callable[[], Numbers], *, dtype: str) -> None:
         self._run = run
-        self._dtype = dtype
-        self._recorded: dict[str, torch.Tensor] = {}
+        self._tolerance = TOLERANCE_ULPS * EPS[dtype]
+        self._recorded: dict[str, Numbers] = {}
 
     def forget(self, version: str) -> None:
         """Drop what was recorded for a version of the weights that is gone for good."""
@@ -48,13 +54,13 @@ class Canary:
         """Run the pass; True if its numbers match those of this version, or are the first seen of it."""
         return self.knows(self._run(), version)
 
-    def knows(self, found: torch.Tensor, version: str) -> bool:
+    def knows(self, found: Numbers, version: str) -> bool:
         """`agrees`, for the numbers of a pass that was run elsewhere.
 
         The first numbers of a version are recorded only if all of them are finite.
         """
-        if not bool(torch.isfinite(found).all()):
+        if not np.isfinite(found).all():
             return False
-        recorded = self._recorded.setdefault(version, found.clone())
-        limit = TOLERANCE_ULPS * torch.finfo(self._dtype).eps * float(recorded.abs().max())
-        return float((found - recorded).abs().max()) <= limit
+        recorded = self._recorded.setdefault(version, found.copy())
+        limit = self._tolerance * float(np.abs(recorded).max())
+        return float(np.abs(found - recorded).max()) <= limit

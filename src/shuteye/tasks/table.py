@@ -33,7 +33,7 @@ from shuteye.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from shuteye.memory.arena import Arena
     from shuteye.memory.image import WeightImage
-    from shuteye.models.rank_decoder import RankGroups
+    from shuteye.models.rank_groups import RankGroups
 
 Plan = StepPlan | PoolPlan | SpeechPlan
 """One step of a model. `starts` are the requests that get their place in a batch with it, where that is to be timed."""
@@ -147,8 +147,10 @@ def _pool_scheduler(setup: SchedulerSetup) -> PoolScheduler:
 
 
 def _pool_runner(setup: RunnerSetup) -> ModelRunner:
+    from shuteye.models.tensors import use_torch_threads
     from shuteye.tasks.pool.runner import PoolingRunner
 
+    use_torch_threads(setup.num_threads)
     return PoolingRunner(setup.image, setup.weights)
 
 
@@ -167,8 +169,10 @@ def _transcribe_scheduler(setup: SchedulerSetup) -> SpeechScheduler:
 
 
 def _transcribe_runner(setup: RunnerSetup) -> ModelRunner:
+    from shuteye.models.tensors import use_torch_threads
     from shuteye.tasks.transcribe.runner import SpeechRunner
 
+    use_torch_threads(setup.num_threads)
     return SpeechRunner(setup.image, setup.weights)
 
 

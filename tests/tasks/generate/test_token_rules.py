@@ -23,7 +23,7 @@ def admit(sampler, request_id, **params):
 
 
 def draw(sampler, logits, *request_ids, masks=()):
-    return [token.token_id for token in sampler.sample(logits, request_ids, masks)]
+    return [token.token_id for token in sampler.sample(logits.numpy(), request_ids, masks)]
 
 
 def falling(rows=1):
@@ -102,7 +102,7 @@ def test_logprobs_are_of_the_logits_before_any_rule():
     """Log-probabilities that change with a grammar (vLLM's are raw)."""
     sampler = make()
     admit(sampler, "r", logprobs=1, logit_bias={7: 100.0})
-    (token,) = sampler.sample(falling(), ["r"], [mask_of("r", 7)])
+    (token,) = sampler.sample(falling().numpy(), ["r"], [mask_of("r", 7)])
     raw = falling()[0].log_softmax(-1)
     assert token.token_id == 7
     assert token.logprobs.token_ids == (7, 0)

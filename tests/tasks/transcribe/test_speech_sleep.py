@@ -9,13 +9,14 @@ from speech_harness import noise
 
 from shuteye.calls import PauseCall, ReloadCall, ResumeCall, SleepCall, UpdateCall, WakeCall
 from shuteye.errors import InvalidRequest, ModelSleeping
+from shuteye.models.tensors import slot_view
 from shuteye.testing import poison
 
 SAMPLES = noise(3.3)
 
 
 def weights_of(harness):
-    return [harness.worker._weights.slot_view(slot) for slot in harness.worker._image.layout.slots.values()]
+    return [slot_view(harness.worker._weights, slot) for slot in harness.worker._image.layout.slots.values()]
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -46,7 +47,7 @@ def test_written_weights_survive_level_1_and_not_level_2(harness):
     name = "model.decoder.layer_norm.weight"
     state = {"proj_out.weight", "model.decoder.embed_tokens.weight", name}
     assert state <= harness.worker._model.slot_names.keys(), "names of the checkpoint, tied ones included"
-    tensor = harness.worker._weights.slot_view(harness.worker._image.layout.slots[name]) * -1
+    tensor = slot_view(harness.worker._weights, harness.worker._image.layout.slots[name]) * -1
     harness.call(UpdateCall(named_tensors=[(name, tensor)]))
     changed = harness.transcribe(SAMPLES).stretches
     assert changed != before
@@ -64,7 +65,7 @@ def test_the_canary_notices_a_changed_weight(harness):
     for name, slot in harness.worker._image.layout.slots.items():
         if "embed_positions" in name:
             continue  # a short pass reads its first rows alone; checksums cover the others
-        view = harness.worker._weights.slot_view(slot)
+        view = slot_view(harness.worker._weights, slot)
         kept = view.clone()
         view += torch.randn(view.shape, generator=torch.Generator().manual_seed(0))
         noticed = not harness.worker.canary_agrees()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from shuteye.config import DType
 from shuteye.errors import UnsupportedModel
+from shuteye.matrices.kinds import MatrixKind
+from shuteye.matrices.stored import StoredMatrix
 from shuteye.models.formats.files import (
-    gguf_formats,
     main_formats,
     open_weights,
     read_json,
@@ -22,12 +24,12 @@ from shuteye.models.formats.files import (
     stored_formats,
     weight_files,
 )
+from shuteye.models.formats.gguf import open_gguf, unknown_formats
+from shuteye.models.formats.gguf_header import read_gguf_header
+from shuteye.models.formats.quantized import QuantizedTensors, fitted
+from shuteye.models.formats.quantized_safetensors import open_safetensors, quantization_config, quantization_label
 from shuteye.models.modules import build_module, model_class, model_options, quiet, tied_names
 from shuteye.models.sources import ModelSource
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_WIDE = frozenset({"float32", "float64"})
-_NARROW = frozenset({"bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,45 +37,25 @@ class CheckpointTensors:
     """Everything that a module needs of a checkpoint.
 
     Attributes:
-        parameters: names in module order → shape and dtype; tied ones only once.
+        parameters: names in module order → shape, and the dtype that is computed in; tied ones only once.
         aliases: tied name → the name in `parameters` that holds its values.
-        read: gives one parameter, cast.
+        read: gives one parameter, cast; or as it is stored, if that is quantized.
         buffers: persistent buffers.
+        stored: the kinds of those that are quantized.
+        rope_factors: what each rotary frequency is to be divided by [head_dim / 2]; None: they are the config's.
     """
 
     parameters: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     aliases: Mapping[str, str]
-    read: Callable[[str], torch.Tensor]
+    read: Callable[[str], torch.Tensor | StoredMatrix]
     buffers: Mapping[str, torch.Tensor]
+    stored: Mapping[str, MatrixKind] = field(default_factory=dict)
+    rope_factors: NDArray[np.float32] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parameters."""
+        """Bytes of all parameters, were they of the dtype that is computed in."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.parameters.values())
-
-
-def resolve_dtype(source: ModelSource, wanted: DType) -> torch.dtype:
-    """The dtype to serve in; "auto" is the checkpoint's, with float16 (slow on CPU) and packed formats as bfloat16."""
-    if wanted != "auto":
-        return _DTYPES[wanted]
-    if source.kind == "gguf":
-        return torch.bfloat16
-    path = source.path / "config.json"
-    config = read_json(path)
-    named = config.get("dtype") or config.get("torch_dtype")
-    named = named.removeprefix("torch.") if isinstance(named, str) else "auto"
-    if named not in _NARROW | _WIDE | {"auto"}:
-        raise UnsupportedModel(
-            f"{path} names the dtype {named!r}, which is not served; expected {', '.join(sorted(_NARROW | _WIDE))}."
-        )
-    return torch.float32 if (_stored_dtype(source) if named == "auto" else named) in _WIDE else torch.bfloat16
-
-
-def _stored_dtype(source: ModelSource) -> str:
-    """The dtype that most numbers are stored in."""
-    with ExitStack() as stack:
-        counts = stored_formats(open_weights(weight_files(source.path), stack))
-    return counts.most_common(1)[0][0] if counts else "bfloat16"
 
 
 def stored_as(source: ModelSource) -> str:
@@ -83,8 +65,10 @@ def stored_as(source: ModelSource) -> str:
         UnsupportedModel: one of them is damaged.
     """
     if source.kind == "gguf":
-        return f"GGUF {main_formats(gguf_formats(source.path))}"
+        return f"GGUF {main_formats(read_gguf_header(source.path).formats())}"
     require_json(source.path)
+    if (config := quantization_config(source.path)) is not None:
+        return f"safetensors {quantization_label(config)}"
     with ExitStack() as stack:
         return f"safetensors {main_formats(stored_formats(open_weights(weight_files(source.path), stack)))}"
 
@@ -166,16 +150,32 @@ def _read_tokenizer(source: ModelSource) -> Any:
 
 @contextmanager
 def open_checkpoint(
-    source: ModelSource, config: Any, *, dtype: torch.dtype, streaming: bool = True, task: str = "generate"
+    source: ModelSource,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    streaming: bool = True,
+    task: str = "generate",
+    is_flat: bool = False,
+    keeps_bits: bool = True,
 ) -> Iterator[CheckpointTensors]:
     """The tensors of a checkpoint for `task`; `streaming=False` always goes through transformers.
+
+    Args:
+        is_flat: the model is one that the flat loop computes: quantized matrices are given as they are stored.
+        keeps_bits: that is what they are wanted for; formats that kernels do not know are refused. False: they are
+            to be dequantized, by transformers if need be.
 
     Raises:
         UnsupportedModel: a tensor that the model needs is missing or has another shape.
     """
     with ExitStack() as stack:
-        streams = streaming and source.kind == "directory"
-        tensors = _stream(source, config, dtype, stack, task=task) if streams else None
+        stored = _open_quantized(source, stack, keeps_bits=keeps_bits) if is_flat and streaming else None
+        tensors = None
+        if stored is not None:
+            tensors = _as_stored(source, build_module(config, dtype=dtype, attention="eager"), stored, dtype)
+        elif streaming and source.kind == "directory":
+            tensors = _stream(source, config, dtype, stack, task=task)
         yield tensors or _load_whole(source, config, dtype, task=task)
 
 
@@ -183,6 +183,38 @@ def _location(source: ModelSource) -> tuple[str, dict[str, Any]]:
     if source.kind == "gguf":
         return str(source.path.parent), {"gguf_file": source.path.name}
     return str(source.path), {}
+
+
+# --- as they are stored ---------------------------------------------------------------------------
+
+
+def _open_quantized(source: ModelSource, stack: ExitStack, *, keeps_bits: bool) -> QuantizedTensors | None:
+    """The tensors of a checkpoint that is quantized; None: it is not, or transformers is to dequantize it."""
+    if source.kind == "gguf":
+        if not keeps_bits and unknown_formats(source.path):
+            return None
+        return stack.enter_context(open_gguf(source.path))
+    config = quantization_config(source.path)
+    return None if config is None else stack.enter_context(open_safetensors(source.path, config))
+
+
+def _as_stored(source: ModelSource, module: Any, stored: QuantizedTensors, dtype: torch.dtype) -> CheckpointTensors:
+    """One tensor in memory at a time; the quantized ones are not touched."""
+    ties = tied_names(module)
+    wanted = {
+        name: tuple(parameter.shape)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if name not in ties
+    }
+    stored = fitted(source.name, stored, wanted)
+
+    def read(name: str) -> torch.Tensor | StoredMatrix:
+        found = stored.read(name)
+        return torch.from_numpy(found).to(dtype) if isinstance(found, np.ndarray) else found
+
+    kinds = {name: kind for name, (kind, _) in stored.matrices.items()}
+    parameters = {name: (shape, dtype) for name, shape in wanted.items()}
+    return CheckpointTensors(parameters, ties, read, {}, kinds, stored.rope_factors)
 
 
 # --- tensor by tensor -----------------------------------------------------------------------------

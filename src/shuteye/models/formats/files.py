@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -76,7 +76,7 @@ _OBJECTS = (
 _ADVICE = "Fetch or copy the checkpoint again."
 _LONGEST_REASON = 400
 _MAIN_SHARE = 0.05
-_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOAT_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     found = _parse(path)
     if not isinstance(found, dict):
-        raise _damaged(path, f"it holds a {type(found).__name__} instead of a JSON object")
+        raise damaged(path, f"it holds a {type(found).__name__} instead of a JSON object")
     return found
 
 
@@ -134,7 +134,7 @@ def _parse(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise _damaged(path, f"it is not JSON ({reason_of(error)})") from error
+        raise damaged(path, f"it is not JSON ({reason_of(error)})") from error
 
 
 def require_regular(directory: Path) -> None:
@@ -171,7 +171,7 @@ def _shards(directory: Path) -> list[str]:
     path = directory / INDEX_FILE
     shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise _damaged(path, "it has no 'weight_map' from tensors to files")
+        raise damaged(path, "it has no 'weight_map' from tensors to files")
     return sorted(set(shards.values()))
 
 
@@ -186,8 +186,11 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in _shards(directory)] if (directory / INDEX_FILE).is_file() else []
 
 
-def open_weights(files: list[Path], stack: ExitStack) -> dict[str, Any]:
+def open_weights(files: list[Path], stack: ExitStack, *, framework: Literal["pt", "numpy"] = "pt") -> dict[str, Any]:
     """Tensor name → the open file that holds it.
+
+    Args:
+        framework: of the tensors it gives; "pt" imports torch.
 
     Raises:
         UnsupportedModel: a file is missing, or damaged: its header, or bytes that should follow it.
@@ -195,9 +198,9 @@ def open_weights(files: list[Path], stack: ExitStack) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in files:
         try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
+            file = stack.enter_context(safe_open(path, framework=framework))
         except (OSError, SafetensorError) as error:
-            raise _damaged(path, f"it is not a whole safetensors file ({' '.join(str(error).split())})") from error
+            raise damaged(path, f"it is not a whole safetensors file ({' '.join(str(error).split())})") from error
         found |= dict.fromkeys(file.keys(), file)
     return found
 
@@ -207,30 +210,7 @@ def stored_formats(stored: Mapping[str, Any]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for name, file in stored.items():
         part = file.get_slice(name)
-        counts[_NAMES.get(part.get_dtype(), part.get_dtype())] += prod(part.get_shape())
-    return counts
-
-
-def gguf_formats(path: Path) -> Counter[str]:
-    """How many numbers a GGUF file stores in which format, such as `Q4_1`.
-
-    Raises:
-        UnsupportedModel: it is damaged, or cut short.
-    """
-    from gguf import GGMLQuantizationType
-    from transformers.integrations.gguf.reader import GgufHeader
-
-    try:
-        header = GgufHeader.from_file(str(path))
-    except Exception as error:
-        raise _damaged(path, f"it is not a whole GGUF file ({reason_of(error)})") from error
-    end = max((header.data_start + tensor.offset + tensor.nbytes for tensor in header.tensors), default=0)
-    if path.stat().st_size < end:
-        raise _damaged(path, f"it has {path.stat().st_size:,} bytes, and its tensors end at {end:,}")
-    counts: Counter[str] = Counter()
-    for tensor in header.tensors:
-        name = GGMLQuantizationType(tensor.ggml_type).name
-        counts[_NAMES.get(name, name)] += prod(tensor.shape)
+        counts[FLOAT_NAMES.get(part.get_dtype(), part.get_dtype())] += prod(part.get_shape())
     return counts
 
 
@@ -239,5 +219,6 @@ def main_formats(counts: Counter[str]) -> str:
     return " and ".join(name for name, count in counts.most_common() if count >= _MAIN_SHARE * counts.total())
 
 
-def _damaged(path: Path, what: str) -> UnsupportedModel:
+def damaged(path: Path, what: str) -> UnsupportedModel:
+    """The error for a file of a checkpoint that is not what it should be."""
     return UnsupportedModel(f"{path} cannot be used: {what}. {_ADVICE}")

@@ -12,25 +12,37 @@
 namespace shuteye {
 
 KernelTable portable_table();
+void add_quant_portable(KernelTable& table);
 #if defined(__x86_64__)
 KernelTable avx2_table();
 KernelTable avx512_table();
 KernelTable amx_table();
+void add_quant_avx2(KernelTable& table);
+void add_quant_avxvnni(KernelTable& table);
+void add_quant_avx512(KernelTable& table);
 #endif
 
 namespace {
 
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool has_avxvnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax & (1u << 4);
+}
+#endif
+
 #if defined(__x86_64__) && defined(SHUTEYE_EMULATED)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 bool has_avx512() { return true; }
 bool has_amx() { return true; }
 #elif defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bf16");
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
 
 // Linux grants tile registers per process, on request (Documentation/arch/x86/xstate.rst).
@@ -54,7 +66,7 @@ bool probe(int64_t level) {
   }
 }
 
-KernelTable make_table(int64_t level) {
+KernelTable table_of(int64_t level) {
   switch (level) {
     case kAvx2: return avx2_table();
     case kAvx512: return avx512_table();
@@ -62,10 +74,26 @@ KernelTable make_table(int64_t level) {
     default: return portable_table();
   }
 }
+
+void add_quant(int64_t level, KernelTable& table) {
+  switch (level) {
+    case kAvx2: return has_avxvnni() ? add_quant_avxvnni(table) : add_quant_avx2(table);
+    case kAvx512:
+    case kAmx: return add_quant_avx512(table);
+    default: return add_quant_portable(table);
+  }
+}
 #else
 bool probe(int64_t level) { return level == kPortable; }
-KernelTable make_table(int64_t) { return portable_table(); }
+KernelTable table_of(int64_t) { return portable_table(); }
+void add_quant(int64_t, KernelTable& table) { add_quant_portable(table); }
 #endif
+
+KernelTable make_table(int64_t level) {
+  KernelTable table = table_of(level);
+  add_quant(level, table);
+  return table;
+}
 
 struct Levels {
   bool supported[kNumLevels];

@@ -11,6 +11,7 @@
 // Tokens are prepared chunk by chunk: of each, one block for each tile, [columns][tokens of the tile] of float, or
 // [pairs][tokens][2] of bfloat16.
 #pragma once
+#include "constants.h"
 #include "linear.h"
 #include "transpose.h"
 
@@ -19,8 +20,6 @@ namespace SHUTEYE_ISA {
 using shuteye::kPanelRows;
 
 constexpr int kVectors = kPanelRows / Lanes::width;
-
-#define SHUTEYE_INLINED __attribute__((always_inline)) // where sums must stay in registers
 
 // Sums of a tile of tokens and some vectors of rows.
 template <int num_tokens, int num_vectors>
@@ -92,7 +91,7 @@ struct Bf16Pairs {
   using X = bf16;
   static constexpr int max_tokens = 12;
   static constexpr int max_sums = 24; // of 32 registers
-  static constexpr int64_t chunk = 1 << 20; // all columns: a panel is read where it lies
+  static constexpr int64_t chunk = 2048; // columns: for row-major weights alone, panels are read where they lie
   template <int num_tokens, int num_vectors>
   SHUTEYE_INLINED static void add(const bf16* weight, const bf16* x, Totals<num_tokens, num_vectors>& totals) {
     __m512bh own[num_vectors];
@@ -184,7 +183,7 @@ void multiply_tile(const typename Weights::W* weight, const typename Weights::X*
         totals[token][vector] = goes_on ? load(place + token * kPanelRows + vector * Lanes::width) : broadcast(0.0f);
     const auto* own = weight + first * Lanes::width * (sizeof(float) / sizeof(*weight));
     const auto* factors = x;
-    const auto step = [&]() __attribute__((always_inline)) {
+    const auto step = [&]() SHUTEYE_INLINED {
       Weights::add(own, factors, totals);
       own += 2 * kPanelRows;
       factors += 2 * num_tokens;

@@ -22,7 +22,7 @@ router = APIRouter(route_class=InferenceRoute)
 
 
 class ModelAnswer(Struct, kw_only=True):
-    """One served name."""
+    """One served name; how its weights are held is known once they are loaded."""
 
     id: str
     object: Literal["model"] = "model"
@@ -31,6 +31,8 @@ class ModelAnswer(Struct, kw_only=True):
     root: str
     parent: None = None
     max_model_len: int | None
+    weights_format: str | None = None
+    bits_per_weight: float | None = None
 
 
 class ModelsAnswer(Struct, kw_only=True):
@@ -55,8 +57,14 @@ async def retrieve_model(name: str, context: Context) -> Response:
 def _card(name: str, context: ServerContext) -> ModelAnswer:
     engine = context.engine
     loaded = engine.status != "starting" and engine.failure is None
-    length = engine.info.max_model_len if loaded else engine.config.max_model_len
-    return ModelAnswer(id=name, created=context.created, root=engine.config.model, max_model_len=length)
+    card = ModelAnswer(
+        id=name, created=context.created, root=engine.config.model, max_model_len=engine.config.max_model_len
+    )
+    if loaded:
+        info = engine.info
+        card.max_model_len = info.max_model_len
+        card.weights_format, card.bits_per_weight = info.weights_format, info.bits_per_weight
+    return card
 
 
 _ONE_OF_TWO: JsonDict = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache, kv_bytes_per_token
@@ -15,13 +15,17 @@ from shuteye.config import EngineConfig
 from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.models.decoder import LoadedModel, bind
-from shuteye.models.rank_decoder import RankGroups
+from shuteye.models.rank_groups import RankGroups
 from shuteye.state import SCRATCH_BLOCK
 from shuteye.tasks.base import ModelRunner
 from shuteye.tasks.canary import Prove, fixed_tokens
+from shuteye.tasks.generate.logprobs import token_logprobs
 from shuteye.tasks.generate.plans import Chunk, StepPlan, StepResult
 from shuteye.tasks.generate.requests import TokenLogprobs
-from shuteye.tasks.generate.sampler import Sampler, token_logprobs
+from shuteye.tasks.generate.sampler import Sampler
+
+Int64s: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
+Logits: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 MAX_SHARED_TOKENS = 63
 """Of a step that the canary may share: native kernels give it the same numbers then, whatever is beside it."""
@@ -58,9 +62,12 @@ class GenerationRunner(ModelRunner):
             dtype=model.dtype,
         )
         self._block_size = config.block_size
-        if model.decoder.native_tokens:
+        if config.kernels == "auto" and native.available():
             native.set_num_threads(num_threads)
-            torch.set_num_threads(1)  # its threads would spin on the cores that the kernels' own threads need
+        if not model.decoder.native_tokens:
+            from shuteye.models.tensors import use_torch_threads
+
+            use_torch_threads(num_threads)  # else its threads would spin on the cores that the kernels' own need
         self._sampler = Sampler(vocab_size=model.facts.vocab_size, eos_token_ids=model.eos_token_ids, seed=config.seed)
 
     def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
@@ -93,11 +100,11 @@ class GenerationRunner(ModelRunner):
         sampling = [chunk.request_id for chunk in plan.chunks if chunk.sample]
         return StepResult(self._sampler.sample(logits, sampling, plan.masks) if sampling else (), scored)
 
-    def _forward(self, plan: StepPlan) -> torch.Tensor:
+    def _forward(self, plan: StepPlan) -> Logits:
         batch = PackedBatch.from_plan(plan, block_size=self._block_size)
         return self.model.forward(batch, self._kv_cache)
 
-    def _forward_with_canary(self, plan: StepPlan, prove: Prove) -> torch.Tensor:
+    def _forward_with_canary(self, plan: StepPlan, prove: Prove) -> Logits:
         """The plan's logits; weights are read but once for it and the canary, if the canary comes out the same so."""
         shared = MAX_SHARED_TOKENS if self.model.shard is None else 0  # a stage gives more than the wanted tokens
         if plan.num_tokens + self._canary.num_tokens > min(shared, self.model.decoder.native_tokens):
@@ -107,7 +114,7 @@ class GenerationRunner(ModelRunner):
         prove(logits[-1:])
         return logits[:-1]
 
-    def canary_pass(self) -> torch.Tensor:
+    def canary_pass(self) -> Logits:
         """Logits [1, vocab_size] of the last of the fixed tokens, or what the rank computed of them."""
         return self._forward(self._canary)
 
@@ -132,13 +139,13 @@ class PackedBatch:
             score its prompt, then the one that is sampled from.
     """
 
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
+    input_ids: Int64s
+    positions: Int64s
+    slots: Int64s
     query_starts: tuple[int, ...]
     context_lengths: tuple[int, ...]
     block_tables: tuple[tuple[int, ...], ...]
-    logits_indices: torch.Tensor
+    logits_indices: Int64s
     block_size: int
 
     @classmethod
@@ -151,13 +158,13 @@ class PackedBatch:
         wanted = [index for chunk, end in zip(chunks, ends, strict=True) for index in _wanted(chunk, int(end))]
         token_ids = chain.from_iterable(chunk.token_ids for chunk in chunks)
         return cls(
-            input_ids=torch.from_numpy(np.fromiter(token_ids, np.int64, num_tokens)),
-            positions=torch.from_numpy(np.concatenate([_positions(chunk) for chunk in chunks])),
-            slots=torch.from_numpy(np.concatenate([_slots(chunk, block_size) for chunk in chunks])),
+            input_ids=np.fromiter(token_ids, np.int64, num_tokens),
+            positions=np.concatenate([_positions(chunk) for chunk in chunks]),
+            slots=np.concatenate([_slots(chunk, block_size) for chunk in chunks]),
             query_starts=(0, *ends.tolist()),
             context_lengths=tuple(chunk.start + len(chunk.token_ids) for chunk in chunks),
             block_tables=tuple(chunk.block_ids for chunk in chunks),
-            logits_indices=torch.from_numpy(np.asarray(wanted, dtype=np.int64)),
+            logits_indices=np.asarray(wanted, dtype=np.int64),
             block_size=block_size,
         )
 
@@ -176,11 +183,11 @@ def _wanted(chunk: Chunk, end: int) -> Iterable[int]:
     return (*range(begin, begin + len(chunk.scoring.targets)), *sampled)
 
 
-def _positions(chunk: Chunk) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _positions(chunk: Chunk) -> Int64s:
     return np.arange(chunk.start, chunk.start + len(chunk.token_ids), dtype=np.int64)
 
 
-def _slots(chunk: Chunk, block_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _slots(chunk: Chunk, block_size: int) -> Int64s:
     """Only the blocks that the chunk writes are looked up: a table may be far longer than a chunk."""
     positions = _positions(chunk)
     first = chunk.start // block_size
@@ -190,7 +197,7 @@ def _slots(chunk: Chunk, block_size: int) -> np.ndarray[tuple[int], np.dtype[np.
     return written[positions // block_size - first] * block_size + positions % block_size
 
 
-def split_scored(plan: StepPlan, logits: torch.Tensor) -> tuple[tuple[tuple[TokenLogprobs, ...], ...], torch.Tensor]:
+def split_scored(plan: StepPlan, logits: Logits) -> tuple[tuple[tuple[TokenLogprobs, ...], ...], Logits]:
     """The scores of each scoring chunk, in plan order, and the logits of the sampling chunks.
 
     Args:
@@ -201,7 +208,7 @@ def split_scored(plan: StepPlan, logits: torch.Tensor) -> tuple[tuple[tuple[Toke
     row = 0
     for chunk in plan.chunks:
         if chunk.scoring is not None:
-            targets = torch.tensor(chunk.scoring.targets, dtype=torch.long, device=logits.device)
+            targets = np.asarray(chunk.scoring.targets, dtype=np.int64)
             rows = logits[row : row + len(targets)]
             scored.append(tuple(token_logprobs(rows, targets, [chunk.scoring.num_top] * len(targets))))
             row += len(targets)

@@ -11,7 +11,7 @@ from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.models.encoder import LoadedEncoder, bind_encoder
 from shuteye.tasks.base import ModelRunner
-from shuteye.tasks.canary import NUM_TOKENS, Prove, fixed_tokens
+from shuteye.tasks.canary import NUM_TOKENS, Numbers, Prove, fixed_tokens
 from shuteye.tasks.pool.plans import PoolPlan, PoolResult
 from shuteye.tasks.pool.requests import PoolingParams, PoolInput
 
@@ -26,6 +26,7 @@ class PoolingRunner(ModelRunner):
         limit = min(NUM_TOKENS, self.model.facts.context_length)
         self._canary = PoolInput(fixed_tokens(self.model.facts.vocab_size, limit=limit))
 
+    @torch.inference_mode()
     def execute(self, plan: PoolPlan, *, prove: Prove | None = None) -> PoolResult:
         """Run the batch; rows with the same wishes are finished together."""
         if prove is not None:
@@ -43,6 +44,6 @@ class PoolingRunner(ModelRunner):
                 found[index] = row.tobytes()
         return PoolResult(tuple(found[index] for index in range(len(plan.items))))
 
-    def canary_pass(self) -> torch.Tensor:
+    def canary_pass(self) -> Numbers:
         """The row [1, size] of one fixed input, as the model gives it."""
-        return self.model.forward([self._canary])
+        return self.model.forward([self._canary]).numpy()

@@ -18,7 +18,7 @@ from shuteye.memory.image import WeightImage
 from shuteye.models.whisper import SpeechModel, bind_speech
 from shuteye.state import Epoch
 from shuteye.tasks.base import ModelRunner
-from shuteye.tasks.canary import Prove, fixed_tokens
+from shuteye.tasks.canary import Numbers, Prove, fixed_tokens
 from shuteye.tasks.transcribe.plans import (
     SpeechAdmission,
     SpeechPlan,
@@ -65,10 +65,11 @@ class SpeechRunner(ModelRunner):
             self._states.clear()
             return_free_heap()
 
-    def canary_pass(self) -> torch.Tensor:
+    def canary_pass(self) -> Numbers:
         """Logits of a few tokens after a window of a few frames."""
-        return self.model.short_pass(fixed_tokens(self.model.facts.vocab_size))
+        return self.model.short_pass(fixed_tokens(self.model.facts.vocab_size)).float().numpy()
 
+    @torch.inference_mode()
     def execute(self, plan: SpeechPlan, *, prove: Prove | None = None) -> SpeechResult:
         """Open the plan's windows one by one, then take one step in all others together."""
         if prove is not None:

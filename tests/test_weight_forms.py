@@ -1,0 +1,130 @@
+"""Sleep, wake, updates and reloads of models whose matrices are packed into panels, or quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_gguf import write_gguf
+
+from shuteye import LLM, SamplingParams
+from shuteye.errors import InvalidRequest
+from shuteye.testing import tiny_model
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+PROMPTS = [[5, 80, 33, 140, 12, 9], [7] * 40]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("forms")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Two of the same sizes and other weights."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    return [tiny_model(directory / str(seed), seed=seed, vocab_size=323) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def files(checkpoints, tmp_path_factory):
+    """The same as GGUF files."""
+    directory = tmp_path_factory.mktemp("files")
+    paths = [directory / f"{checkpoint.name}.gguf" for checkpoint in checkpoints]
+    for path, checkpoint in zip(paths, checkpoints, strict=True):
+        write_gguf(path, checkpoint, lambda name: "q8_0" if "embed" in name else "q4_0")
+    return paths
+
+
+def open_llm(model, cache, **options: Any) -> LLM:
+    return LLM(
+        str(model), cache_dir=cache, enable_sleep_mode=True, verify_wake="full",
+        dtype="bfloat16", kv_cache_memory=1 << 20, max_model_len=256, num_threads=1, **options,
+    )  # fmt: skip
+
+
+def tokens(llm) -> list[tuple[int, ...]]:
+    return [tuple(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, GREEDY)]
+
+
+def through_all_levels(llm, expected) -> None:
+    for level in (1, 2):
+        llm.sleep(level)
+        llm.wake_up()
+        assert tokens(llm) == expected
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_packed_model_is_updated_as_one_in_rows(checkpoints, cache, kernels):
+    """Would catch tensors written in rows over panels, or an update that is lost by a sleep."""
+    first, second = checkpoints
+    with open_llm(second, cache, kernels=kernels) as other:
+        expected = tokens(other)
+    with open_llm(first, cache, kernels=kernels) as llm:
+        assert tokens(llm) != expected
+        llm.update_weights(load_file(second / "model.safetensors").items())
+        assert tokens(llm) == expected
+        llm.sleep(1)
+        llm.wake_up()
+        assert tokens(llm) == expected
+
+
+def test_blank_panels_are_filled_tensor_by_tensor(checkpoints, cache):
+    """Would catch a panel of which only the rows that exist are written, or a tensor that stays blank."""
+    first, second = checkpoints
+    with open_llm(second, cache) as other:
+        expected = tokens(other)
+    with open_llm(first, cache) as llm:
+        llm.sleep(2)
+        llm.wake_up(tags=["weights"])
+        llm.update_weights(load_file(second / "model.safetensors").items())
+        llm.wake_up()
+        assert tokens(llm) == expected
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_a_quantized_model_sleeps_wakes_and_is_reloaded(files, cache, kernels):
+    """Would catch a canary that differs from wake to wake, a checksum of other bytes, a reload into other kinds."""
+    first, second = files
+    with open_llm(second, cache, kernels=kernels) as other:
+        expected = tokens(other)
+    with open_llm(first, cache, kernels=kernels) as llm:
+        before = tokens(llm)
+        assert before != expected
+        through_all_levels(llm, before)
+        llm.reload_weights(str(second))
+        assert tokens(llm) == expected
+        through_all_levels(llm, before)
+
+
+def test_what_is_written_to_a_quantized_matrix_is_refused(files, checkpoints, cache):
+    """Would catch a tensor that is rounded to four bits without a word, or written over blocks as it is."""
+    with open_llm(files[0], cache) as llm:
+        before = tokens(llm)
+        name = "model.layers.0.mlp.up_proj.weight"
+        with pytest.raises(InvalidRequest, match="held as q4_0") as refusal:
+            llm.update_weights([(name, torch.zeros(128, 64))])
+        assert "--quantization none" in refusal.value.message
+        assert tokens(llm) == before
+        llm.update_weights([("model.norm.weight", torch.zeros(64))])
+        assert tokens(llm) != before
+
+
+def test_a_checkpoint_in_other_bits_is_not_reloaded(files, checkpoints, cache):
+    """Would catch blocks that are mapped under kernels bound to panels of another kind."""
+    with open_llm(files[0], cache) as llm:
+        before = tokens(llm)
+        with pytest.raises(InvalidRequest):
+            llm.reload_weights(str(checkpoints[1]))
+        assert tokens(llm) == before
+
+
+def test_how_weights_are_held_is_told(files, cache):
+    """Would catch a model of five bits that says it is bfloat16."""
+    with open_llm(files[0], cache) as llm:
+        assert llm.info.weights_format == "q4_0 and q8_0"
+        assert 4.5 < llm.info.bits_per_weight < 8.5
+        assert "served as q4_0 and q8_0" in llm.info.weights_are
