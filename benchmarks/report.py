@@ -59,7 +59,8 @@ again there. Memory is read, and products are computed, by `benchmarks/peaks.cpp
   every stream had its first token to the last token. This is the figure that claims are about.
 - **End to end, N streams**: the same requests; all generated tokens over the whole time, prompts included.
 - **Memory**: proportional set size of the process and its descendants, right after 16 streams have ended; and asleep.
-  Everyone has a KV cache for 16 streams of 2,560 tokens; shuteye's costs memory as it fills, most others' at once.
+  Everyone has a KV cache for 16 streams of 2,560 tokens, in 16 bits (OpenVINO on a processor without bfloat16: in 8);
+  shuteye's costs memory as it fills, most others' at once.
 - **Weights on disk**: the files that the engine runs from: an image, a GGUF file, or what its tools made.
 - **Sleep**: how long it took until it said so. llama.cpp goes to sleep by itself after idle seconds.
 - **Wake to first token**: from sending a 32-token request to a sleeping engine to its first token; the request wakes it
@@ -69,7 +70,7 @@ PERPLEXITY = """\
 `benchmarks/perplexity.py` scores the prose of mpmath's documentation, 20,480 tokens in windows of 512, with
 SmolLM2-135M-Instruct: shuteye from the file that it serves, transformers in float32 on the weights that the file stands
 for. llama.cpp (`llama-perplexity`) scores the second half of each window; its difference is from transformers on the
-same tokens. The last three columns are how far apart log-probabilities of single tokens are (root mean square):
+same tokens. The last three columns are how far apart log-probabilities of these tokens are (root mean square):
 shuteye's and llama.cpp's from transformers', which is the rounding of activations to 16 or 8 bits, and from each other.
 """
 

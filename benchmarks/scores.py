@@ -25,7 +25,8 @@ class Scores:
     Attributes:
         tokens: how many were scored.
         shuteye, reference: perplexities of all of them.
-        apart: root mean square of shuteye's log-probabilities less the reference's, token by token.
+        apart: root mean square of shuteye's log-probabilities less the reference's, token by token; of the tokens that
+            llama.cpp scored, if it did.
         llama_tokens: how many llama.cpp scored, the second halves of windows; 0 if it was not asked.
         llama_perplexity, llama_reference: of these tokens, llama.cpp's and the reference's.
         llama_apart, llama_from_shuteye: as `apart`: llama.cpp's from the reference's, and from shuteye's.
@@ -55,6 +56,7 @@ class Scores:
         return cls(
             **plain.as_dict()
             | {
+                "apart": distance(mine, true),
                 "llama_tokens": theirs.size,
                 "llama_perplexity": perplexity(theirs),
                 "llama_reference": perplexity(true),
@@ -70,7 +72,8 @@ class Scores:
 
     @property
     def llama_percent(self) -> float:
-        return (self.llama_perplexity / self.llama_reference - 1) * 100
+        """The same of llama.cpp's; 0 if it was not asked."""
+        return 0.0 if not self.llama_tokens else (self.llama_perplexity / self.llama_reference - 1) * 100
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,7 +81,7 @@ class Scores:
     def in_words(self) -> str:
         told = (
             f"{self.format}: perplexity {self.shuteye:.4f}, transformers {self.reference:.4f} ({self.percent:+.3f}%), "
-            f"{self.tokens:,} tokens apart by {self.apart:.4f}"
+            f"{self.tokens:,} tokens; apart by {self.apart:.4f}"
         )
         if not self.llama_tokens:
             return told

@@ -149,8 +149,8 @@ def harness(make_harness):
 
 @pytest.fixture(scope="session")
 def smollm2_options(smollm2):
-    """What `LLM` needs to serve the real model from the user's cache."""
-    return {"model": str(smollm2.path), "cache_dir": default_cache_dir(), "num_threads": 2}
+    """What `LLM` needs to serve the real model from the user's cache, in the dtype that is asked for."""
+    return {"model": str(smollm2.path), "cache_dir": default_cache_dir(), "num_threads": 2, "quantization": "none"}
 
 
 @pytest.fixture(scope="session")

@@ -96,8 +96,7 @@ def test_a_quantized_model_sleeps_wakes_and_is_reloaded(files, cache, kernels):
         assert before != expected
         through_all_levels(llm, before)
         llm.reload_weights(str(second))
-        assert tokens(llm) == expected
-        through_all_levels(llm, before)
+        through_all_levels(llm, expected)
 
 
 def test_what_is_written_to_a_quantized_matrix_is_refused(files, checkpoints, cache):

@@ -26,6 +26,8 @@ LAYERS = {
             "handover",
             "logs",
             "tokenizer",
+            "chat_template",
+            "heap",
             "audio",
         ),
     ),

@@ -44,6 +44,11 @@ class HttpEngine(ABC):
         """The command line, without the port."""
 
     @property
+    def served(self) -> Path:
+        """The model's name in requests."""
+        return self.checkpoint.directory
+
+    @property
     def environment(self) -> Mapping[str, str]:
         return LEVEL_SETTINGS.get(self.level or "", {})
 
@@ -89,7 +94,7 @@ class HttpEngine(ABC):
                 return burst.streams[0].arrivals_s[0] - begin
 
     def ask(self, prompts: list[str], *, max_tokens: int, timeout_s: float) -> Burst:
-        common = {"model": str(self.checkpoint.directory), "max_tokens": max_tokens, "temperature": 0, "stream": True}
+        common = {"model": str(self.served), "max_tokens": max_tokens, "temperature": 0, "stream": True}
         bodies = [common | dict(self.fields) | {"prompt": prompt} for prompt in prompts]
         return streaming.ask(self.port, "/v1/completions", bodies, timeout_s=timeout_s)
 

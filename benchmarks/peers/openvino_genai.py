@@ -1,8 +1,9 @@
 """OpenVINO GenAI: its continuous-batching pipeline in a child process, without a server.
 
 The checkpoint's float16 GGUF is converted to OpenVINO's own format once, which loads in half the time; it computes in
-bfloat16 where the processor can, as by default, and its KV cache is bfloat16 as everyone's. int8 and int4 weights are
-made of that by OpenVINO's NNCF, with the settings of its export tool but for groups of 64, which divide every width.
+bfloat16 where the processor can, as by default, and its KV cache is bfloat16 as everyone's; where it cannot, the cache
+is of 8 bits, its default. int8 and int4 weights are made of that by OpenVINO's NNCF, with the settings of its export
+tool but for groups of 64, which divide every width.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import FORMATS, Checkpoint
+from machine import this_machine
 from peers.base import (
     KV_BYTES,
     LEVEL_SETTINGS,
@@ -47,6 +49,7 @@ openvino.save_model(model, target, compress_to_fp16=False)
 """
 MODES = {"int8": "INT8_ASYM", "int4": "INT4_ASYM"}
 MODEL = "openvino_model.xml"
+BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 class OpenVino:
@@ -71,6 +74,10 @@ class OpenVino:
     def _plain(self) -> Path:
         return self.checkpoint.gguf_f16.with_name(f"{self.checkpoint.name}-openvino")
 
+    @property
+    def _flags(self) -> tuple[str, ...]:
+        return () if self.level == "avx2" else this_machine(measured=False).flags
+
     def missing(self) -> str | None:
         return None if peer_python("openvino").exists() else how_to_install("openvino")
 
@@ -80,7 +87,8 @@ class OpenVino:
     def arguments(self) -> list[str]:
         # -P: the script's own directory must not be searched for modules.
         child = [str(peer_python("openvino")), "-P", str(CHILD)]
-        return [*child, str(self.directory), str(KV_BYTES >> 30), str(MAX_STREAMS)]
+        precision = "bf16" if not BF16_FLAGS.isdisjoint(self._flags) else "u8"
+        return [*child, str(self.directory), str(KV_BYTES >> 30), str(MAX_STREAMS), precision]
 
     def command(self) -> str:
         shown = [argument.replace(str(Path.home()), "~") for argument in self.arguments()]

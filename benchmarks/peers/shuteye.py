@@ -47,11 +47,14 @@ class Shuteye(HttpEngine):
     def version(self) -> str:
         return f"shuteye {__version__}"
 
+    @property
+    def served(self) -> Path:
+        return self.checkpoint.directory if self.checkpoint.format == "bf16" else self.checkpoint.gguf
+
     def arguments(self) -> list[str]:
         flags = ["--dtype", "bfloat16", "--max-model-len", str(CONTEXT), "--kv-cache-memory", f"{KV_BYTES >> 20}MiB"]
         kernels = ["--kernels", self.level] if self.level else []
         sleeping = ["--enable-sleep-mode", "--dev-mode", "--on-sleeping-request", "wake"] if self._sleep_mode else []
-        served = self.checkpoint.directory if self.checkpoint.format == "bf16" else self.checkpoint.gguf
         path = [] if self._source is None else ["env", f"PYTHONPATH={self._source}"]
         return [
             *path,
@@ -59,7 +62,7 @@ class Shuteye(HttpEngine):
             "-m",
             "shuteye",
             "serve",
-            str(served),
+            str(self.served),
             "--offline",
             *flags,
             *kernels,

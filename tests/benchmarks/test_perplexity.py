@@ -43,7 +43,8 @@ def test_scores_compare_the_same_tokens():
     found = scores.Scores.of("q4_0", ours=ours, reference=reference, llama_cpp=llama_cpp)
     assert found.shuteye == pytest.approx(32 ** (1 / 3))
     assert found.percent == pytest.approx((2 ** (1 / 3) - 1) * 100)
-    assert found.apart == pytest.approx(math.log(2) / 3**0.5)
+    assert found.apart == pytest.approx(math.log(2) / 2**0.5)
+    assert scores.Scores.of("q4_0", ours=ours, reference=reference).apart == pytest.approx(math.log(2) / 3**0.5)
     assert found.llama_tokens == 2
     assert found.llama_percent == pytest.approx((2**0.5 - 1) * 100)
     assert found.llama_from_shuteye == 0

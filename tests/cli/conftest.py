@@ -24,9 +24,9 @@ def no_settings(monkeypatch):
 def served(monkeypatch):
     """Runs `shuteye serve` with a recorder in the server's place; returns what it was given."""
     calls = []
-    fake = types.ModuleType("shuteye.server.run")
+    fake = types.ModuleType("shuteye.server.launch")
     fake.serve = lambda engine, server: calls.append((engine, server)) or 7
-    monkeypatch.setitem(sys.modules, "shuteye.server.run", fake)
+    monkeypatch.setitem(sys.modules, "shuteye.server.launch", fake)
 
     def run(*arguments):
         calls.clear()

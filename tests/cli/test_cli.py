@@ -115,6 +115,7 @@ def other_value(config, name):  # noqa: PLR0911
     """A value unlike the default, and its text (None for a switch)."""
     special = {
         "dtype": "float32",
+        "quantization": "q8_0",
         "on_sleeping_request": "hold",
         "default_sleep_mode": "keep",
         "verify_wake": "full",

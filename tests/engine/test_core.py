@@ -372,7 +372,7 @@ def test_policy_wake_reads_the_weights_once_for_canary_and_first_step(make_harne
     harness.call(SleepCall(1))
     passes = count_passes(harness, monkeypatch)
     assert harness.generate(PROMPT) == expected
-    assert passes == [len(PROMPT) + 8] + [1] * (len(expected) - 1)
+    assert passes == [len(PROMPT) + 2] + [1] * (len(expected) - 1)
 
 
 @pytest.mark.parametrize(("repeat", "kernels"), [(2, "auto"), (1, "torch")])
@@ -386,7 +386,7 @@ def test_policy_wake_runs_the_canary_by_itself_where_it_would_round_otherwise(
     harness.call(SleepCall(1))
     passes = count_passes(harness, monkeypatch)
     assert harness.generate(prompt) == expected
-    assert passes == [8, len(prompt)] + [1] * (len(expected) - 1)
+    assert passes == [2, len(prompt)] + [1] * (len(expected) - 1)
 
 
 @pytest.mark.parametrize("repeat", [1, 2], ids=["shared step", "step of its own"])
@@ -395,8 +395,8 @@ def test_a_canary_that_disagrees_with_the_first_step_fails_its_requests(make_har
     harness = make_harness(on_sleeping_request="wake")
     expected = harness.generate(PROMPT)
     harness.call(SleepCall(1))
-    frequencies = harness.worker._model.decoder.inverse_frequencies
-    frequencies.mul_(1.5)
+    frequencies = harness.worker._model.decoder._loop._frequencies
+    frequencies *= 1.5
     harness.add("a", PROMPT * repeat)
     harness.run()
     assert isinstance(harness.ended["a"], VerificationFailed)
@@ -407,7 +407,7 @@ def test_a_canary_that_disagrees_with_the_first_step_fails_its_requests(make_har
     assert isinstance(harness.ended["b"], EngineFaulted)
     with pytest.raises(VerificationFailed, match="canary"):
         harness.call(WakeCall())
-    frequencies.div_(1.5)
+    frequencies /= 1.5
     assert harness.call(WakeCall()).verified == "full"
     assert harness.generate(PROMPT) == expected
 
@@ -423,7 +423,7 @@ def test_a_canary_deferred_to_a_step_that_never_came_runs_later(make_harness, mo
     harness.call(ResumeCall())
     passes = count_passes(harness, monkeypatch)
     assert harness.generate(PROMPT) == expected
-    assert passes[0] == len(PROMPT) + 8
+    assert passes[0] == len(PROMPT) + 2
 
 
 def test_policy_wake_tells_those_who_wait_when_it_fails(make_harness):
@@ -596,12 +596,12 @@ def corrupt_saved(harness):
 def test_the_canary_notices_a_lost_buffer(harness):
     """Rotary frequencies live outside the arena, where no checksum looks."""
     harness.call(SleepCall(1))
-    frequencies = harness.worker._model.decoder.inverse_frequencies
-    frequencies.mul_(1.5)
+    frequencies = harness.worker._model.decoder._loop._frequencies
+    frequencies *= 1.5
     with pytest.raises(VerificationFailed, match="canary"):
         harness.call(WakeCall())
     assert harness.core.state.is_sleeping
-    frequencies.div_(1.5)
+    frequencies /= 1.5
     harness.call(WakeCall())
     assert harness.core.state.gate == "open"
 

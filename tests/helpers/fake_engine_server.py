@@ -13,7 +13,7 @@ from fake_engine import FakeEngine
 from shuteye.config import EngineConfig
 from shuteye.errors import DescriptorsExhausted, EngineDead, ImageFailure, InvalidRequest
 from shuteye.server.config import ServerConfig
-from shuteye.server.run import serve_engine
+from shuteye.server.launch import serve_engine
 
 {before}
 options = {options}

@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 
 from shuteye.server.config import ServerConfig
-from shuteye.server.connections import open_listener
+from shuteye.server.listener import open_listener
 from shuteye.server.run import _Server
 
 

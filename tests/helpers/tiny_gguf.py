@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, TokenType, get_tensor_name_map
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH, GGMLQuantizationType, GGUFWriter, TokenType, get_tensor_name_map
 from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file
 
@@ -21,7 +21,7 @@ def write_gguf(path, checkpoint, format_of, *, metadata=None, extra=None):
 
     Args:
         format_of: a format such as `q4_0`, `bf16` or `f32`, or a function from a matrix's name to one.
-        metadata: keys of the model's own, such as `rope.scaling.type`, to strings.
+        metadata: keys of the model's own, such as `rope.scaling.type`, to what they are; and of its tokenizer.
         extra: more tensors by their names in the file, float32.
     """
     config = json.loads((Path(checkpoint) / "config.json").read_text())
@@ -55,6 +55,8 @@ def _stored(rows, wanted):
     kind = GGMLQuantizationType[wanted.upper()]
     if wanted in _MADE_HERE:
         return _random_blocks(wanted, *rows.shape), kind
+    if wanted == "iq2_xs":  # is read by others only
+        return _random_iq2_xs(*rows.shape), kind
     return quantize(np.ascontiguousarray(rows), kind), kind
 
 
@@ -65,6 +67,13 @@ def _random_blocks(name, rows, columns):
     blocks = random.integers(0, 256, (rows, columns // kind.block_columns * dtype.itemsize), np.uint8)
     widest = np.abs(dequantize(_with_scales(blocks, dtype, 1.0, 0.0), GGMLQuantizationType[name.upper()])).max()
     return _with_scales(blocks, dtype, 0.5 / widest, 0.1 / widest)
+
+
+def _random_iq2_xs(rows, columns):
+    block_columns, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType.IQ2_XS]
+    blocks = np.random.default_rng(rows).integers(0, 256, (rows, columns // block_columns, nbytes), np.uint8)
+    blocks[:, :, :2] = np.array([0.001], np.float16).view(np.uint8)  # the scale
+    return blocks.reshape(rows, -1)
 
 
 def _with_scales(blocks, dtype, scale, minimum):
@@ -94,7 +103,8 @@ def _write_config(writer, config, metadata):
     writer.add_key_length(head_dim)
     writer.add_vocab_size(config["vocab_size"])
     for key, value in metadata.items():
-        writer.add_string(f"{writer.arch}.{key}", value)
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(key if key.startswith("tokenizer.") else f"{writer.arch}.{key}", value)
 
 
 def _write_tokenizer(writer, tokenizer):

@@ -202,9 +202,10 @@ def test_keys_are_readable_and_differ_with_every_field() -> None:
     assert "-tp0of2.pp0of1-" in others[-1].key
 
 
-def test_a_whole_images_key_is_what_it_was_before_there_were_shards() -> None:
+def test_a_whole_images_key_is_what_it_was_before_there_were_shards_and_forms() -> None:
     """Would catch a change that converts every model anew."""
     assert IDENTITY.key == "smollm2-135m-instruct-bfloat16-2c7f207f3f67"
+    assert replace(IDENTITY, form="q4_0").key.startswith("smollm2-135m-instruct-bfloat16-q4_0-")
 
 
 @pytest.mark.parametrize("source", ["", "/", "..", "../../etc/passwd", "a b\0c/ü", "x" * 500])

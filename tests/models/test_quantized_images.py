@@ -103,6 +103,18 @@ def test_without_quantization_the_image_has_the_same_weights_wide(image_of, made
     assert np.array_equal(found, meant[UP])
 
 
+def test_formats_that_only_transformers_reads_are_refused_unless_dequantized(image_of, tmp_path):
+    """A file that was served before, and is not any more, whatever is asked for."""
+    made = tiny_model(tmp_path / "hf", hidden_size=256, intermediate_size=256, head_dim=64)
+    meant = write_gguf(tmp_path / "model.gguf", made, lambda name: "iq2_xs" if "up_proj" in name else "q8_0")
+    with pytest.raises(UnsupportedModel, match=r"ffn_up.weight is stored as IQ2_XS.*or --quantization none"):
+        image_of(tmp_path / "model.gguf")
+    image = image_of(tmp_path / "model.gguf", "none")
+    slot = image.layout.slots[UP]
+    found = np.frombuffer(os.pread(image.fd, slot.nbytes, slot.offset), np.float32).reshape(slot.shape)
+    assert np.array_equal(found, meant[UP])
+
+
 @pytest.mark.parametrize(
     ("case", "told"),
     [("GPTQ", "safetensors gptq 4 bits"), ("W8A8", "safetensors compressed-tensors int-quantized")],

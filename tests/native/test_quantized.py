@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from emulated import emulated_levels
 from quantized_matrices import BLOCK_NAMES, NAMES, Quantized, quantized_tokens
 from torch import Tensor
 
@@ -10,6 +11,13 @@ from shuteye import native
 from shuteye.matrices.kinds import kind_of
 from shuteye.matrices.matrix import Matrix
 from shuteye.matrices.packing import unpack
+
+# Nothing of these kernels is AMX's own; the emulated AVX2 is one with AVX-VNNI.
+ALL_LEVELS = (*(native.levels() if native.available() else ()), *(f"emulated {level}" for level in emulated_levels()))
+LEVELS = [level for level in ALL_LEVELS if "amx" not in level]
+if emulated_levels():
+    LEVELS.append("emulated avx2")
+pytestmark = pytest.mark.parametrize("level", LEVELS, indirect=True)
 
 LONG_BLOCKS = [name for name in BLOCK_NAMES if kind_of(name).block_columns > 32]
 SHORT_BLOCKS = [name for name in BLOCK_NAMES if name not in LONG_BLOCKS]

@@ -10,7 +10,7 @@ import pytest
 
 from shuteye.errors import InvalidRequest
 from shuteye.server.config import ServerConfig
-from shuteye.server.connections import open_listener
+from shuteye.server.listener import open_listener
 
 
 @pytest.mark.parametrize("host", ["300.1.1.1", "a..b", "x" * 70, "no\0name", "no-such-name.invalid"])

@@ -208,6 +208,13 @@ def variables() -> frozenset[str]:
     return frozenset(name for one in details for name in one.env_var)
 
 
+def run_server(engine: EngineConfig, server: ServerConfig) -> int:
+    """What is done with both; replaced where another process does it (`cli/apart.py`)."""
+    from shuteye.server.launch import serve as run
+
+    return run(engine, server)
+
+
 def serve(*arguments: Any, **flags: Any) -> int:
     """Load a model and serve it over an OpenAI-compatible API.
 
@@ -216,8 +223,6 @@ def serve(*arguments: Any, **flags: Any) -> int:
     values = _SIGNATURE.bind(*arguments, **flags).arguments  # only what was given
     engine = EngineConfig(**{one.name: values[one.name] for one in fields(EngineConfig) if one.name in values})
     server = ServerConfig(**{one.name: values[one.name] for one in fields(ServerConfig) if one.name in values})
-    from shuteye.server.run import serve as run_server
-
     return run_server(engine, server)
 
 

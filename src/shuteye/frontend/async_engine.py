@@ -45,6 +45,7 @@ class AsyncEngine(Engine):
         self._given_config = config
         self._in_process = in_process
         self._link: ProcessLink | ThreadLink | None = None
+        self._launched = False  # and not yet waited for
         self._restarting = asyncio.Lock()
         self._client = self._new_client()
 
@@ -52,7 +53,15 @@ class AsyncEngine(Engine):
 
     async def start(self) -> None:
         """See `Engine.start`."""
+        if not self._launched:
+            await self.launch()
+        self._launched = False
+        await asyncio.wrap_future(self._client.ready)
+
+    async def launch(self) -> None:
+        """See `Engine.launch`."""
         self._refuse_second_start()
+        self._launched = True
         client = self._client
         client.begun = True
         if self._in_process:
@@ -63,7 +72,6 @@ class AsyncEngine(Engine):
                 await link.start()
             except ShuteyeError as error:
                 client.fail(error, status="failed")
-        await asyncio.wrap_future(client.ready)
 
     def _refuse_second_start(self) -> None:
         if self._link is not None or self._client.failure is not None:
@@ -86,6 +94,7 @@ class AsyncEngine(Engine):
     async def close(self, reason: ShuteyeError | None = None) -> None:
         """See `Engine.close`."""
         link, self._link = self._link, None
+        self._launched = False
         if link is None or link.inherited:
             return
         closed = EngineDead("The engine was closed: restart() starts it again, or make another one.")

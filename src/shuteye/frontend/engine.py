@@ -151,6 +151,9 @@ class Engine(KnownEngine, AsyncControls):
             ShuteyeError: loading failed, as the message says.
         """
 
+    async def launch(self) -> None:
+        """Begin to load, for callers with other work to do before they `start`, which then waits for the end of it."""
+
     @abstractmethod
     async def restart(self) -> None:
         """Start again after the engine died, hung or failed to load; nothing of its memory is reused.

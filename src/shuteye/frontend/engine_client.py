@@ -44,6 +44,7 @@ from shuteye.errors import (
 )
 from shuteye.frontend.engine import ServedModel, Status
 from shuteye.frontend.forks import tell_forks
+from shuteye.heap import return_free_heap
 from shuteye.model_info import ModelInfo
 from shuteye.state import EngineState, SchedulerStats, WakeReport
 from shuteye.tasks.base import Job, TaskOutputs
@@ -229,6 +230,7 @@ class EngineClient:
     def _on_ready(self, info: ModelInfo, config: EngineConfig) -> None:
         try:
             tokenizer = Tokenizer.from_directory(info.tokenizer_dir)
+            return_free_heap()  # reading its file took as much again
         except ShuteyeError as error:
             self.fail(error, status="failed")
             return

@@ -60,7 +60,7 @@ class ImageIdentity:
     def key(self) -> str:
         """The image's directory name: readable, and different for every identity."""
         readable = re.sub(r"[^a-z0-9.]+", "-", Path(self.source).name.lower()).strip("-.")[:48]
-        parts = (self.source, self.fingerprint, self.dtype, self.shard, self.form)
+        parts = (self.source, self.fingerprint, self.dtype, *filter(None, (self.shard, self.form)))
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
         return "-".join(part for part in (readable, self.dtype, self.form, self.shard, digest[:12]) if part)
 

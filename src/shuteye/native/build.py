@@ -33,8 +33,7 @@ KERNEL_FLAGS: dict[str, tuple[str, ...]] = {
 """Sources for one instruction set each, compiled on x86-64 only; never -march=native: the library may be moved."""
 
 EMULATED_FLAGS = (*_AVX2, "-Wno-psabi")
-EMULATED = ("kernels_avx512.cpp", "kernels_amx.cpp", "quant_avx512.cpp")
-"""Sources that have these flags instead, where the instructions of their sets are functions."""
+"""Instead of those, where larger sets are functions that need no more than AVX2."""
 
 
 class BuildFailed(Exception):
@@ -69,8 +68,8 @@ def build(target: Path = LIBRARY, *, extra_flags: Sequence[str] = (), emulated: 
     flags = [*COMMON_FLAGS, *extra_flags]
     own_flags = KERNEL_FLAGS
     if emulated is not None:
-        flags += ["-DSHUTEYE_EMULATED", f"-I{emulated}", "-O1"]  # for tests, built by those who run them
-        own_flags = KERNEL_FLAGS | dict.fromkeys(EMULATED, EMULATED_FLAGS)
+        flags += ["-DSHUTEYE_EMULATED", f"-I{emulated}", "-O1"]  # compiled more than run
+        own_flags = dict.fromkeys(KERNEL_FLAGS, EMULATED_FLAGS)
     with tempfile.TemporaryDirectory(prefix="shuteye-native-") as scratch:
         jobs = [
             _compile_command([*compiler, *flags, *own_flags.get(source.name, ())], source, Path(scratch))

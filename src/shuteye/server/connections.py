@@ -1,14 +1,12 @@
-"""Connections: the socket they come in on, how many are taken at a time, and how long each may take over a head."""
+"""Connections: how many are taken at a time, and how long each may take over a head."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import os
 import socket
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import h11
 from uvicorn.config import Config
@@ -16,45 +14,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from shuteye import processes as descriptors
-from shuteye.errors import InvalidRequest
-from shuteye.server.config import ServerConfig
 from shuteye.server.http.errors import http_error
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 2048
 RESERVED_DESCRIPTORS = 64
 """Left to the server itself: to restart an engine, to receive uploads, to open files."""
 AT_ONCE = 64
 """Connections taken before the event loop does something else."""
 PAUSE_S = 0.1
 LOG_EVERY_S = 60.0
-_ADVICE = {
-    errno.EADDRINUSE: ("port", "Stop what listens there, or choose another."),
-    errno.EADDRNOTAVAIL: ("host", "It is not an address of this machine; 0.0.0.0 stands for all of them."),
-    errno.EACCES: ("port", "Ports below 1024 are for privileged users; choose a higher one, or give the capability."),
-}
-"""errno → the field to change, and how."""
-
-
-def open_listener(config: ServerConfig) -> socket.socket:
-    """A socket that listens where the config says.
-
-    Raises:
-        InvalidRequest: it cannot; `param` names the field to change, as far as the system tells.
-    """
-    where = f"Cannot listen on {config.host}:{config.port}"
-    try:
-        address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (OSError, ValueError) as error:  # ValueError: not a name, such as one with an empty label
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        advice = "The host is neither an address nor a name that can be looked up."
-        raise InvalidRequest(f"{where}: {reason}. {advice}", param="host") from error
-    try:
-        return socket.create_server(cast(tuple[str, int], address[4][:2]), family=address[0], backlog=BACKLOG)
-    except OSError as error:
-        field, advice = _ADVICE.get(error.errno or 0, ("host", "Choose another --host or --port."))
-        raise InvalidRequest(f"{where}: {os.strerror(error.errno or 0)}. {advice}", param=field) from error
 
 
 class Acceptor:

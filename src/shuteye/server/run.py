@@ -1,8 +1,4 @@
-"""Serves an engine on a socket until a signal says stop: binds, listens while the model loads, drains, closes.
-
-Exit codes: 0 stopped as asked, 1 could not listen or load or keep the engine alive, 130 forced
-by a second signal.
-"""
+"""Serves an engine on a socket until a signal says stop: answers while the model loads, drains, closes."""
 
 from __future__ import annotations
 
@@ -14,27 +10,24 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 import uvicorn
 from uvicorn.lifespan.on import LifespanOn
 from uvicorn.server import HANDLED_SIGNALS
 
-from shuteye import logs
-from shuteye import processes as descriptors
-from shuteye.config import EngineConfig
-from shuteye.errors import InvalidRequest, ServerStopping
+from shuteye.errors import ServerStopping
 from shuteye.frontend.engine import Engine
 from shuteye.server.app import create_app, with_flag
 from shuteye.server.config import ServerConfig
-from shuteye.server.connections import Acceptor, Connection, open_listener
+from shuteye.server.connections import Acceptor, Connection
 from shuteye.server.context import ServerContext
 from shuteye.server.control.supervisor import Supervisor
+from shuteye.server.launch import FAILED, FORCED, STOPPED
 
 logger = logging.getLogger(__name__)
 
-STOPPED, FAILED, FORCED = 0, 1, 130
 LAST_ANSWERS_S = 2.0
 """After the grace, how long clients have to take the errors that end their requests."""
 UVICORN_LATER_S = 1.0
@@ -42,31 +35,24 @@ UVICORN_LATER_S = 1.0
 POLLED_PATHS = ("/health", "/ready", "/ping", "/metrics")
 
 
-def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
-    """Serve a model in an engine process of its own until SIGINT or SIGTERM; returns the process's exit code."""
-    from shuteye.frontend.async_engine import AsyncEngine
+def serve_on(
+    listener: socket.socket,
+    engine: Engine,
+    config: ServerConfig,
+    runner: asyncio.Runner,
+    noted: Sequence[signal.Signals] = (),
+) -> int:
+    """Serve `engine`, which is started and closed here, on a socket that listens; returns the process's exit code.
 
-    return serve_engine(AsyncEngine(engine_config), server_config)
-
-
-def serve_engine(engine: Engine, config: ServerConfig) -> int:
-    """Serve `engine`, which is started and closed here; returns the process's exit code."""
-    logs.configure(logs.LogSettings(config.log_format, config.log_level))
+    Args:
+        noted: signals that came before; until they are handled here, whoever notes them may add to it.
+    """
     logging.getLogger("uvicorn.access").addFilter(_worth_logging)
-    descriptors.raise_limit()
-    try:
-        listener = open_listener(config)
-    except InvalidRequest as error:
-        logger.error("%s", with_flag(error))  # noqa: TRY400
-        return FAILED
-    with listener:
-        server = _Server(engine, config)
-        _log_address(listener, config)
-        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
-            runner.run(server.serve_until_stopped(listener))
-        if server.exit_code == FAILED:
-            _log_cause(engine, was_loaded=server.context.loading.done)
-        return server.exit_code
+    server = _Server(engine, config, noted)
+    runner.run(server.serve_until_stopped(listener))
+    if server.exit_code == FAILED:
+        _log_cause(engine, was_loaded=server.context.loading.done)
+    return server.exit_code
 
 
 def _worth_logging(record: logging.LogRecord) -> bool:
@@ -82,13 +68,6 @@ def _log_cause(engine: Engine, *, was_loaded: bool) -> None:
         logger.error("Stopped, because the model %r %s: %s", engine.config.model, what, with_flag(engine.failure))
 
 
-def _log_address(listener: socket.socket, config: ServerConfig) -> None:
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    logger.info(
-        "Listening on http://%s:%d; GET /ready tells when the model is loaded.", host, listener.getsockname()[1]
-    )
-
-
 class _Server(uvicorn.Server):
     """uvicorn's server, which also stops when the model cannot be loaded or kept alive, and leaves exit codes to us.
 
@@ -96,7 +75,7 @@ class _Server(uvicorn.Server):
     refused connection; it ends once nothing is being answered any more, or when the grace is over.
     """
 
-    def __init__(self, engine: Engine, config: ServerConfig) -> None:
+    def __init__(self, engine: Engine, config: ServerConfig, noted: Sequence[signal.Signals] = ()) -> None:
         app = create_app(engine, config)
         super().__init__(
             uvicorn.Config(
@@ -115,6 +94,7 @@ class _Server(uvicorn.Server):
         self._acceptor: Acceptor | None = None
         self.context: ServerContext = app.state.context
         self._supervisor = Supervisor(self.context)
+        self._noted = noted
         self._failed = False
         self._grace_ends: float | None = None  # monotonic seconds; from the first signal on
         self._waited_enough = asyncio.Event()
@@ -215,6 +195,8 @@ class _Server(uvicorn.Server):
             yield
             return
         previous = {number: signal.signal(number, self.handle_exit) for number in HANDLED_SIGNALS}
+        for number in self._noted:
+            self.handle_exit(number, None)
         try:
             yield
         finally:

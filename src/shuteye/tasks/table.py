@@ -1,7 +1,7 @@
 """The tasks, each a row: what callers ask, what the engine takes, and who schedules, computes and tells it.
 
-Whoever serves a model chooses by this table; which task a checkpoint is for, `models.modules` says. No torch until a
-runner is opened.
+Whoever serves a model chooses by this table; which task a checkpoint is for, `models.modules` says. What schedules and
+computes is imported when it is opened: callers' processes never need it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,15 @@ from shuteye.config import EngineConfig
 from shuteye.errors import ErrorInfo, InternalError, InvalidRequest
 from shuteye.model_info import ModelInfo, ModelSpec
 from shuteye.tasks.base import Job, ModelRunner, RequestDelta, TaskOutputs, TaskScheduler
-from shuteye.tasks.generate.constraints import ConstrainedScheduler
-from shuteye.tasks.generate.grammar import Grammars
 from shuteye.tasks.generate.outputs import GenerationJob, OutputProcessor
 from shuteye.tasks.generate.plans import StepPlan, StepResult
 from shuteye.tasks.generate.requests import GenerateRequest
-from shuteye.tasks.generate.scheduler import Limits
 from shuteye.tasks.pool.outputs import PoolingJob, PoolOutputs
 from shuteye.tasks.pool.plans import PoolPlan, PoolResult
 from shuteye.tasks.pool.requests import PoolRequest
-from shuteye.tasks.pool.scheduler import PoolScheduler
 from shuteye.tasks.transcribe.outputs import TranscriptionJob, TranscriptOutputs
 from shuteye.tasks.transcribe.plans import SpeechPlan, SpeechResult
 from shuteye.tasks.transcribe.requests import TranscribeRequest
-from shuteye.tasks.transcribe.scheduler import SpeechScheduler
 from shuteye.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -93,7 +88,11 @@ def _generate_outputs(info: ModelInfo, tokenizer: Tokenizer, _why_aborted: WhyAb
     return OutputProcessor(tokenizer, vocab_size=info.vocab_size)
 
 
-def _generate_scheduler(setup: SchedulerSetup) -> ConstrainedScheduler:
+def _generate_scheduler(setup: SchedulerSetup) -> TaskScheduler:
+    from shuteye.tasks.generate.constraints import ConstrainedScheduler
+    from shuteye.tasks.generate.grammar import Grammars
+    from shuteye.tasks.generate.scheduler import Limits
+
     config, spec = setup.config, setup.spec
     assert config.max_model_len is not None
     grammars = Grammars(
@@ -135,7 +134,9 @@ def _pool_outputs(_info: ModelInfo, _tokenizer: Tokenizer, why_aborted: WhyAbort
     return PoolOutputs(why_aborted=why_aborted)
 
 
-def _pool_scheduler(setup: SchedulerSetup) -> PoolScheduler:
+def _pool_scheduler(setup: SchedulerSetup) -> TaskScheduler:
+    from shuteye.tasks.pool.scheduler import PoolScheduler
+
     config = setup.config
     assert config.max_model_len is not None
     return PoolScheduler(
@@ -161,7 +162,9 @@ def _transcribe_outputs(_info: ModelInfo, tokenizer: Tokenizer, why_aborted: Why
     return TranscriptOutputs(tokenizer, why_aborted=why_aborted)
 
 
-def _transcribe_scheduler(setup: SchedulerSetup) -> SpeechScheduler:
+def _transcribe_scheduler(setup: SchedulerSetup) -> TaskScheduler:
+    from shuteye.tasks.transcribe.scheduler import SpeechScheduler
+
     spec = setup.spec
     return SpeechScheduler(
         spec=spec.speech, max_num_seqs=setup.config.max_num_seqs, available_bytes=spec.available_bytes

@@ -186,6 +186,8 @@
 #define _mm512_cvtne2ps_pbh emulated_mm512_cvtne2ps_pbh
 #undef _mm512_dpbf16_ps
 #define _mm512_dpbf16_ps emulated_mm512_dpbf16_ps
+#undef _mm256_dpbusd_avx_epi32
+#define _mm256_dpbusd_avx_epi32 emulated_mm256_dpbusd_avx_epi32
 #undef _mm512_dpbusd_epi32
 #define _mm512_dpbusd_epi32 emulated_mm512_dpbusd_epi32
 #undef _tile_loadconfig
@@ -512,6 +514,18 @@ inline __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
   SHUTEYE_EACH(__m512i, int32_t, 16,
                before[i] + left[4 * i] * right[4 * i] + left[4 * i + 1] * right[4 * i + 1] +
                    left[4 * i + 2] * right[4 * i + 2] + left[4 * i + 3] * right[4 * i + 3]);
+}
+
+inline __m256i _mm256_dpbusd_avx_epi32(__m256i sums, __m256i a, __m256i b) {
+  uint8_t left[32];
+  int8_t right[32];
+  int32_t totals[8];
+  memcpy(left, &a, sizeof left);
+  memcpy(right, &b, sizeof right);
+  memcpy(totals, &sums, sizeof totals);
+  for (int byte = 0; byte < 32; byte++) totals[byte / 4] += left[byte] * right[byte];
+  memcpy(&sums, totals, sizeof sums);
+  return sums;
 }
 
 #undef SHUTEYE_EACH

@@ -41,13 +41,6 @@ def _failure(verb: str, address: int, nbytes: int, *, code: int | None) -> Backe
     return failure_of(f"{verb} of {nbytes:,} bytes at {address:#x}", code)
 
 
-def return_free_heap() -> None:
-    """Let the C library give whole free pages back, where it can (glibc's malloc_trim)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 class LinuxBackend:
     """The `MemoryBackend` of host memory."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shuteye.errors import UnsupportedModel
-from shuteye.models.formats.packed_integers import Facts, Module, unpacked
+from shuteye.models.formats.packed_integers import Facts, Module
 
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word the rows 0 to 7 are."""
@@ -50,13 +50,17 @@ class Awq:
     def read(self, module: Module, facts: Facts) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.uint8] | None]:
         """See `IntegerFormat`."""
         scales = np.ascontiguousarray(module.scales("scales").T)
-        zeros = _in_order(module.read("qzeros", "I32")).T if facts.has_zeros else None
-        return np.ascontiguousarray(_in_order(module.read("qweight", "I32")).T), scales, zeros
+        zeros = _rows(module.read("qzeros", "I32")) if facts.has_zeros else None
+        return _rows(module.read("qweight", "I32")), scales, zeros
 
 
-def _in_order(words: NDArray[np.int32]) -> NDArray[np.uint8]:
-    u = unpacked(words, 4).reshape(len(words), -1, 8)
-    return u[:, :, _ORDER].reshape(len(words), -1)
+def _rows(words: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """Words [columns, words of rows] → integers [rows, columns]."""
+    by_row = np.ascontiguousarray(words.T).view(np.uint32)
+    u = np.empty((len(by_row), 8, by_row.shape[1]), np.uint8)
+    for row, place in enumerate(_ORDER):
+        u[:, row] = by_row >> np.uint32(4 * place) & np.uint32(0x0F)
+    return u.reshape(-1, by_row.shape[1])
 
 
 def _not_read(what: str, expected: str) -> UnsupportedModel:

@@ -24,7 +24,8 @@ from shuteye.models.formats.files import (
     stored_formats,
     weight_files,
 )
-from shuteye.models.formats.gguf import open_gguf, unknown_formats
+from shuteye.models.formats.gguf import ARCHITECTURES, open_gguf, unknown_formats
+from shuteye.models.formats.gguf_config import config_of
 from shuteye.models.formats.gguf_header import read_gguf_header
 from shuteye.models.formats.quantized import QuantizedTensors, fitted
 from shuteye.models.formats.quantized_safetensors import open_safetensors, quantization_config, quantization_label
@@ -84,6 +85,8 @@ def read_config(source: ModelSource) -> Any:
 
     where, extra = _location(source)
     with quiet(), refusing(f"{source.name}: its configuration cannot be used"):
+        if source.kind == "gguf" and (header := read_gguf_header(source.path)).architecture in ARCHITECTURES:
+            return AutoConfig.for_model(**config_of(header))
         return AutoConfig.from_pretrained(where, trust_remote_code=False, local_files_only=True, **extra)
 
 
@@ -134,12 +137,21 @@ def read_tokenizer_facts(source: ModelSource) -> TokenizerSpec:
     )
 
 
-def _read_tokenizer(source: ModelSource) -> Any:
-    from transformers import AutoTokenizer
+def _tokenizer_class(source: ModelSource) -> Any:
+    """The class that `AutoTokenizer` comes to; of a GGUF file in seconds, for which it parses all of it once more."""
+    from transformers import CONFIG_MAPPING, TOKENIZER_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
 
+    if source.kind == "gguf" and (architecture := read_gguf_header(source.path).architecture) in ARCHITECTURES:
+        return TOKENIZER_MAPPING.get(CONFIG_MAPPING[architecture], PreTrainedTokenizerFast)
+    return AutoTokenizer
+
+
+def _read_tokenizer(source: ModelSource) -> Any:
     where, extra = _location(source)
     with quiet(), refusing(f"{source.name}: its tokenizer cannot be read"):
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=True, **extra)
+        tokenizer = _tokenizer_class(source).from_pretrained(
+            where, trust_remote_code=False, local_files_only=True, **extra
+        )
     if not tokenizer.is_fast:
         raise UnsupportedModel(
             f"{source.name}: {type(tokenizer).__name__} is not a fast tokenizer; only those with a tokenizer.json "

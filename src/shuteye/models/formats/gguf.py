@@ -88,12 +88,6 @@ def _require_plain(header: GgufHeader) -> None:
             f"{header.path} is of the architecture {header.architecture!r}, whose weights are not kept quantized; "
             f"expected one of {', '.join(sorted(ARCHITECTURES))}. Serve it with --quantization none."
         )
-    scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
-    if scaling != "none":
-        raise UnsupportedModel(
-            f"{header.path} scales its rotary positions ({scaling}), which is not read from GGUF files. Use the "
-            "checkpoint in Hugging Face format."
-        )
 
 
 def _known_name(header: GgufHeader, name: str) -> str:

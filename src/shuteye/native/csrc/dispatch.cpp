@@ -28,17 +28,18 @@ namespace {
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+#endif
 
+#if defined(__x86_64__) && defined(SHUTEYE_EMULATED)
+bool has_avxvnni() { return true; }
+bool has_avx512() { return true; }
+bool has_amx() { return true; }
+#elif defined(__x86_64__)
 bool has_avxvnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax & (1u << 4);
 }
-#endif
 
-#if defined(__x86_64__) && defined(SHUTEYE_EMULATED)
-bool has_avx512() { return true; }
-bool has_amx() { return true; }
-#elif defined(__x86_64__)
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

@@ -1,6 +1,7 @@
 // Quantized matrices with AVX2 and AVX-VNNI.
 #define SHUTEYE_ISA shuteye_quant_avxvnni
 #define SHUTEYE_LANES_AVX2
+#define SHUTEYE_AVXVNNI
 #include "quant.h"
 
 namespace shuteye {

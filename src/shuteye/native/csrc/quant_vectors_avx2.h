@@ -79,7 +79,7 @@ inline void store_whole(int8_t* target, Lanes lanes) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(target), _mm_packs_epi16(words, words));
 }
 
-#if defined(__AVXVNNI__)
+#if defined(SHUTEYE_AVXVNNI)
 // Of each row, sum + the products of its 4 columns.
 inline Ints add_dot(Ints sum, Bytes weights, Ints x) { return {_mm256_dpbusd_avx_epi32(sum.v, weights.v, x.v)}; }
 #else
@@ -138,6 +138,6 @@ SHUTEYE_INLINE void add_unit_products(const Unit& unit, const int32_t* x, const 
 
 } // namespace SHUTEYE_ISA
 
-#if defined(__AVXVNNI__)
+#if defined(SHUTEYE_AVXVNNI)
 #include "quant_dots.h"
 #endif

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shuteye.errors import InvalidRequest, QueueFull, ShuteyeError, info_of, refusal
-from shuteye.memory.backends.linux import return_free_heap
+from shuteye.heap import return_free_heap
 from shuteye.tasks.base import RequestDelta, id_in_use
 from shuteye.tasks.generate.plans import StepPlan, TokenMask
 from shuteye.tasks.generate.requests import JSON_WHITESPACE, GenerateRequest, StructuredOutputsParams

@@ -28,6 +28,9 @@ from shuteye.tasks.generate.sampler import Sampler
 Int64s: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 Logits: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
+CANARY_POSITIONS = (0, 1000)
+"""Of the canary's tokens: every weight is read for as few, and far apart they need every frequency of rotations."""
+
 MAX_SHARED_TOKENS = 63
 """Of a step that the canary may share: native kernels give it the same numbers then, whatever is beside it."""
 
@@ -84,7 +87,7 @@ class GenerationRunner(ModelRunner):
             head_dim=cached.head_dim,
             dtype=model.dtype,
         )
-        token_ids = fixed_tokens(model.facts.vocab_size, limit=self._block_size)
+        token_ids = fixed_tokens(model.facts.vocab_size, limit=min(len(CANARY_POSITIONS), self._block_size))
         chunk = Chunk(request_id="canary", token_ids=token_ids, start=0, block_ids=(SCRATCH_BLOCK,), sample=True)
         self._canary = StepPlan(chunks=(chunk,))
 
@@ -102,8 +105,12 @@ class GenerationRunner(ModelRunner):
         sampling = [chunk.request_id for chunk in plan.chunks if chunk.sample]
         return StepResult(self._sampler.sample(logits, sampling, plan.masks) if sampling else (), scored)
 
-    def _forward(self, plan: StepPlan) -> Logits:
+    def _forward(self, plan: StepPlan, *, canary: bool = False) -> Logits:
+        """The plan's logits; `canary`: its last chunk is the canary's."""
         batch = PackedBatch.from_plan(plan, block_size=self._block_size)
+        if canary:
+            own = CANARY_POSITIONS[: self._canary.num_tokens]
+            batch.positions[-len(own) :] = np.minimum(own, self.model.facts.context_length - 1)
         return self.model.forward(batch, self._kv_cache)
 
     def _forward_with_canary(self, plan: StepPlan, prove: Prove) -> Logits:
@@ -112,13 +119,13 @@ class GenerationRunner(ModelRunner):
         if plan.num_tokens + self._canary.num_tokens > min(shared, self.model.decoder.native_tokens):
             prove(self.canary_pass())
             return self._forward(plan)
-        logits = self._forward(StepPlan(chunks=plan.chunks + self._canary.chunks))
+        logits = self._forward(StepPlan(chunks=plan.chunks + self._canary.chunks), canary=True)
         prove(logits[-1:])
         return logits[:-1]
 
     def canary_pass(self) -> Logits:
         """Logits [1, vocab_size] of the last of the fixed tokens, or what the rank computed of them."""
-        return self._forward(self._canary)
+        return self._forward(self._canary, canary=True)
 
 
 def _choose_set(kernels: str) -> None:

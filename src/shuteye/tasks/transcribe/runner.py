@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from shuteye.heap import return_free_heap
 from shuteye.memory.arena import Arena
-from shuteye.memory.backends.linux import return_free_heap
 from shuteye.memory.image import WeightImage
 from shuteye.models.whisper import SpeechModel, bind_speech
 from shuteye.state import Epoch
