@@ -19,7 +19,7 @@ from shuteye.typed_fields import settle_types
 DType = Literal["auto", "bfloat16", "float32"]
 Quantization = Literal["auto", "none", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 SleepingPolicy = Literal["reject", "hold", "wake"]
-Kernels = Literal["auto", "torch"]
+Kernels = Literal["auto", "torch", "portable", "avx2", "avx512", "amx"]
 ExecutorBackend = Literal["inproc", "mp", "ray"]
 RayPlacement = Literal["auto", "pack", "spread"]
 MemoryBackendName = Literal["auto", "linux", "fake", "cuda"]
@@ -67,7 +67,8 @@ class EngineConfig:
         hang_timeout_s: a loaded engine process that gives no sign of life for so long counts as hung.
         step_timeout_s: so does one that takes longer for one step: of the model, or of a sleep or a wake.
         num_threads: compute threads of a rank; None divides all cores among the ranks.
-        kernels: `auto` uses the native kernels where they can be used, `torch` never.
+        kernels: `auto` uses the native kernels where they can be used, `torch` never; the name of an instruction set
+            uses those of that set, and refuses to start where they cannot run.
         distributed_executor_backend: where ranks run; None is `inproc` for one and `mp` for several.
         ray_placement: of `ray`, which machines ranks go to: `auto` as few as have CPUs, `pack` one, `spread` one for
             each stage, or for each rank if there is one stage.

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from shuteye import native
 from shuteye.cache.kv_cache import KVCache
-from shuteye.models.fused import FusedSpec, FusedWeights, Layer, Projection
-from shuteye.native.decoder import DecoderStep, NativeDecoder
+from shuteye.matrices.matrix import Matrix
+from shuteye.models.flat_weights import FlatWeights
+from shuteye.models.fused import FusedSpec
+from shuteye.models.native_loop import rotation
+from shuteye.native.decoder import DecoderStep, LayerSpec, NativeDecoder
 from shuteye.tasks.generate.plans import Chunk, Scoring, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch
 
@@ -36,6 +41,38 @@ KINDS = {
 }
 
 
+@dataclass(frozen=True)
+class Projection:
+    """Weight [out, in] and bias [out]; several projections of one input lie side by side."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's tensors."""
+
+    input_norm: torch.Tensor
+    qkv: Projection
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    output: Projection
+    post_norm: torch.Tensor
+    gate_up: Projection
+    down: Projection
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A decoder's tensors, or those of a part of one."""
+
+    embedding: torch.Tensor | None
+    layers: tuple[Layer, ...]
+    norm: torch.Tensor | None
+    head: Projection | None
+
+
 class CacheArena:
     """A poisoned KV cache: every block holds NaN until it is written."""
 
@@ -44,14 +81,14 @@ class CacheArena:
         self.blocks = torch.full(shape, torch.nan, dtype=dtype)
         self.cache = KVCache(
             self, num_blocks=NUM_BLOCKS, num_layers=num_layers, block_size=BLOCK_SIZE,
-            num_kv_heads=kind.kv_heads, head_dim=kind.head_dim, dtype=dtype,
+            num_kv_heads=kind.kv_heads, head_dim=kind.head_dim, dtype=str(dtype).removeprefix("torch."),
         )  # fmt: skip
 
-    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return self.blocks
+    def bytes_view(self, offset: int, nbytes: int) -> memoryview:
+        return memoryview(self.blocks.view(torch.uint8).numpy()).cast("B")[offset : offset + nbytes]
 
 
-def make_weights(kind: Kind, dtype: torch.dtype) -> FusedWeights:
+def make_weights(kind: Kind, dtype: torch.dtype) -> Weights:
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> torch.Tensor:
@@ -76,28 +113,59 @@ def make_weights(kind: Kind, dtype: torch.dtype) -> FusedWeights:
         )
         for _ in range(NUM_LAYERS)
     )
-    return FusedWeights(random(VOCAB, HIDDEN), layers, norm(HIDDEN), projection(VOCAB, HIDDEN))
+    return Weights(random(VOCAB, HIDDEN), layers, norm(HIDDEN), projection(VOCAB, HIDDEN))
 
 
 def facts_of(kind: Kind, *, num_layers: int = NUM_LAYERS) -> FusedSpec:
     return FusedSpec(num_layers, kind.heads, kind.kv_heads, kind.head_dim, 1e-5, kind.head_dim**-0.5, 1.0)
 
 
-def frequencies_of(kind: Kind) -> torch.Tensor:
-    return 10000.0 ** (-torch.arange(0, kind.head_dim, 2) / kind.head_dim)
+def flat(kind: Kind, weights: Weights, windows: tuple[int | None, ...] | list[int | None]) -> FlatWeights:
+    """The same as matrices; they point into the tensors, whose owner must keep them."""
+    layers = tuple(_layer_spec(kind, layer, window) for layer, window in zip(weights.layers, windows, strict=True))
+    norm, head, embedding = weights.norm, weights.head, weights.embedding
+    return FlatWeights(
+        layers[0].query.dtype,
+        HIDDEN,
+        layers,
+        None if embedding is None else native.matrix_of(embedding),
+        None if norm is None else norm.data_ptr(),
+        None if head is None else native.matrix_of(head.weight, head.bias),
+        memoryview(b""),
+    )
 
 
-def native_forward(
-    decoder: NativeDecoder, batch: PackedBatch, frequencies: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def _layer_spec(kind: Kind, layer: Layer, window: int | None) -> LayerSpec:
+    heads, keys = kind.heads * kind.head_dim, kind.kv_heads * kind.head_dim
+    inner = layer.down.weight.shape[1]
+    return LayerSpec(
+        layer.input_norm.data_ptr(),
+        *_matrices(layer.qkv, [heads, keys, keys]),
+        *_matrices(layer.output, [HIDDEN]),
+        layer.post_norm.data_ptr(),
+        *_matrices(layer.gate_up, [inner, inner]),
+        *_matrices(layer.down, [HIDDEN]),
+        None if layer.query_norm is None else layer.query_norm.data_ptr(),
+        None if layer.key_norm is None else layer.key_norm.data_ptr(),
+        window,
+    )
+
+
+def _matrices(wide: Projection, rows: list[int]) -> list[Matrix]:
+    biases = [None] * len(rows) if wide.bias is None else torch.split(wide.bias, rows)
+    return [native.matrix_of(weight, bias) for weight, bias in zip(torch.split(wide.weight, rows), biases, strict=True)]
+
+
+def frequencies_of(kind: Kind) -> np.ndarray:
+    return (10000.0 ** (-np.arange(0, kind.head_dim, 2) / kind.head_dim)).astype(np.float32)
+
+
+def native_forward(decoder: NativeDecoder, batch: PackedBatch, frequencies: np.ndarray, dtype: str) -> torch.Tensor:
     """A step of a whole model."""
-    angles = torch.outer(batch.positions.float(), frequencies).repeat(1, 2)
-    cos, sin = (each.to(dtype) for each in (angles.cos(), angles.sin()))
-    if dtype == torch.bfloat16:
-        cos, sin = cos.view(torch.uint16), sin.view(torch.uint16)
+    cos, sin = rotation(frequencies, 1.0, batch.positions, dtype)
     step = DecoderStep(
-        batch.input_ids.numpy(), cos.numpy(), sin.numpy(), batch.slots.numpy(), batch.query_starts,
-        batch.context_lengths, batch.block_tables, batch.logits_indices.numpy(),
+        batch.input_ids, cos, sin, batch.slots, batch.query_starts, batch.context_lengths, batch.block_tables,
+        batch.logits_indices,
     )  # fmt: skip
     return torch.from_numpy(decoder.forward(step))
 

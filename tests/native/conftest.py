@@ -1,4 +1,4 @@
-"""Every test runs the native library at every instruction set: those that this machine lacks are emulated, if they can.
+"""Every test runs the native library at every instruction set; those that this machine lacks are emulated, if it can.
 
 Skipped where there is no native library.
 """

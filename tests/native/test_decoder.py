@@ -10,11 +10,11 @@ from panels import Panels
 from random_decoders import (
     KINDS,
     NUM_BLOCKS,
-    NUM_LAYERS,
     VOCAB,
     CacheArena,
     Kind,
     facts_of,
+    flat,
     frequencies_of,
     make_weights,
     mixed_steps,
@@ -24,7 +24,8 @@ from random_decoders import (
 )
 
 from shuteye import native
-from shuteye.models.fused import FusedDecoder, decoder_spec
+from shuteye.models.fused import FusedDecoder
+from shuteye.models.native_loop import NativeLoop
 from shuteye.tasks.generate.plans import Chunk
 from shuteye.tasks.generate.runner import PackedBatch
 
@@ -33,22 +34,20 @@ class Pair:
     """One random model bound to torch and to the native decoder, each with a cache of its own."""
 
     def __init__(self, kind: Kind, dtype: torch.dtype, *, packed: bool = False) -> None:
-        weights = make_weights(kind, dtype)
-        facts = facts_of(kind)
+        self.weights = make_weights(kind, dtype)
+        facts, weights = facts_of(kind), flat(kind, self.weights, kind.windows)
         self.frequencies = frequencies_of(kind)
-        self.dtype = dtype
         self.torch_arena, self.native_arena = CacheArena(kind, dtype), CacheArena(kind, dtype)
         self.fused = FusedDecoder(facts, weights, self.frequencies, kind.windows, native=False)
-        spec = decoder_spec(facts, weights, kind.windows, self.native_arena.blocks)
+        self.spec = NativeLoop(facts, weights, self.frequencies)._spec(self.native_arena.cache)
         self.panels = Panels()
-        self.native = native.NativeDecoder.create(self.panels.of_decoder(spec) if packed else spec)
+        self.native = native.NativeDecoder.create(self.panels.of_decoder(self.spec) if packed else self.spec)
 
     def by_native(self, batch: PackedBatch) -> torch.Tensor:
-        return native_forward(self.native, batch, self.frequencies, self.dtype)
+        return native_forward(self.native, batch, self.frequencies, self.spec.dtype)
 
-    @torch.inference_mode()
     def by_torch(self, batch: PackedBatch) -> torch.Tensor:
-        return self.fused.forward(batch, self.torch_arena.cache).float()
+        return torch.from_numpy(self.fused.forward(batch, self.torch_arena.cache))
 
 
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "panels"])
@@ -124,18 +123,19 @@ def test_refuses_what_would_reach_outside(level, change, message):
 def test_a_step_may_be_larger_than_what_is_computed_at_a_time(level):
     """Pieces that do not find the tokens before them, or whose logits go to other rows."""
     pair = Pair(KINDS["mistral"], torch.float32)
-    small = replace(pair.native._spec, max_tokens=37)
+    small = replace(pair.spec, max_tokens=37)
     by_pieces = native.NativeDecoder.create(small)
     for step in mixed_steps():
         batch = pack(*step)
         expected = pair.by_native(batch)
-        found = native_forward(by_pieces, batch, pair.frequencies, pair.dtype)
+        found = native_forward(by_pieces, batch, pair.frequencies, pair.spec.dtype)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_refuses_other_dtypes():
-    pair = Pair(KINDS["llama"], torch.float32)
-    weights = make_weights(KINDS["llama"], torch.float16)
-    facts = facts_of(KINDS["llama"])
+    """Numbers that would be read as others."""
+    spec = Pair(KINDS["llama"], torch.float32).spec
     with pytest.raises(ValueError, match="float16"):
-        native.NativeDecoder.create(decoder_spec(facts, weights, (None,) * NUM_LAYERS, pair.native_arena.blocks.half()))
+        native.NativeDecoder.create(replace(spec, dtype="float16"))
+    with pytest.raises(ValueError, match="several dtypes"):
+        native.NativeDecoder.create(replace(spec, dtype="bfloat16"))

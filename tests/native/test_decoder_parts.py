@@ -16,7 +16,11 @@ from random_decoders import (
     VOCAB,
     CacheArena,
     Kind,
+    Layer,
+    Projection,
+    Weights,
     facts_of,
+    flat,
     frequencies_of,
     make_weights,
     mixed_steps,
@@ -27,7 +31,7 @@ from thread_group import on_all_ranks
 
 from shuteye import native
 from shuteye.errors import GroupAborted
-from shuteye.models.fused import FusedDecoder, FusedWeights, Layer, Projection, RankWeights
+from shuteye.models.fused import FusedDecoder
 from shuteye.models.rank_decoder import RankDecoder
 from shuteye.models.rank_groups import RankGroups
 from shuteye.parallel.group import ShmGroup, ShmRegion
@@ -84,12 +88,12 @@ def part_of_layer(plan: ShardPlan, index: int, kind: Kind, layer: Layer) -> Laye
     )
 
 
-def part_of(plan: ShardPlan, kind: Kind, whole: FusedWeights) -> RankWeights:
-    return RankWeights(
+def part_of(plan: ShardPlan, kind: Kind, whole: Weights) -> Weights:
+    return Weights(
         embedding=whole.embedding if plan.embeds else None,
         layers=tuple(part_of_layer(plan, index, kind, whole.layers[index]) for index in plan.spec.layers),
         norm=whole.norm if plan.has_head else None,
-        head=cut_projection(plan, {"lm_head": VOCAB}, whole.head) if plan.has_head else None,
+        head=cut_projection(plan, {"lm_head": VOCAB}, whole.head) if plan.has_head and whole.head else None,
     )
 
 
@@ -101,6 +105,7 @@ class Ranks:
         self.plans = [plan_shards(shape_of(kind), place) for place in self.places]
         self.regions: list[ShmRegion] = []
         self._opened: list[ShmGroup] = []
+        self._kept: list[Weights] = []  # matrices point into them
         tensor = [self.groups_of(layout[0]) for _ in range(layout[1])]
         pipeline = [self.groups_of(layout[1]) for _ in range(layout[0])]
         whole = make_weights(kind, dtype)
@@ -113,8 +118,10 @@ class Ranks:
             part = Kind(plan.num_heads, len(plan.spec.kv_groups), kind.head_dim)
             num_layers = len(plan.spec.layers)
             self.arenas.append(CacheArena(part, dtype, num_layers=num_layers))
-            weights, facts = part_of(plan, kind, whole), facts_of(part, num_layers=num_layers)
+            facts = facts_of(part, num_layers=num_layers)
             windows = [kind.windows[index] for index in plan.spec.layers]
+            self._kept.append(part_of(plan, kind, whole))
+            weights = flat(part, self._kept[-1], windows)
             frequencies = frequencies_of(kind)
             self.decoders.append(RankDecoder(plan, facts, weights, frequencies, windows, groups=groups, native=native))
 
@@ -130,9 +137,8 @@ class Ranks:
     def calls(self, batch: PackedBatch) -> list[Callable[[], torch.Tensor]]:
         """One for each rank."""
 
-        @torch.inference_mode()
         def forward(index: int) -> torch.Tensor:
-            return self.decoders[index].forward(batch, self.arenas[index].cache).float()
+            return torch.from_numpy(self.decoders[index].forward(batch, self.arenas[index].cache))
 
         return [lambda index=index: forward(index) for index in range(len(self.decoders))]
 
@@ -188,11 +194,15 @@ def test_parts_say_what_the_whole_says(make_ranks, case):
     name, layout = CASES[case]
     kind = KINDS[name] if isinstance(name, str) else name
     ranks = make_ranks(kind, torch.float32, layout)
-    whole = FusedDecoder(facts_of(kind), make_weights(kind, torch.float32), frequencies_of(kind), kind.windows)
-    cache = CacheArena(kind, torch.float32).cache
+    weights = make_weights(kind, torch.float32)
+    flat_weights = flat(kind, weights, kind.windows)
+    whole = FusedDecoder(facts_of(kind), flat_weights, frequencies_of(kind), kind.windows)
+    arena = CacheArena(kind, torch.float32)
+    cache = arena.cache
     sampler = next(index for index, plan in enumerate(ranks.plans) if plan.holds_sampler)
     for step in mixed_steps():
-        found, expected = ranks.forward(pack(*step))[sampler], whole.forward(pack(*step), cache)
+        found = ranks.forward(pack(*step))[sampler]
+        expected = torch.from_numpy(whole.forward(pack(*step), cache))
         assert torch.equal(found.argmax(-1), expected.argmax(-1))
         if expected.numel():
             torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * expected.abs().max().item())

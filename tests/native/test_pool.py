@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from shuteye import native
+from shuteye.errors import InvalidRequest
+from shuteye.native import library
+from shuteye.tasks.generate.runner import _choose_set
 
 
 def product() -> torch.Tensor:
@@ -41,3 +44,18 @@ def test_levels_can_be_chosen_by_name_only_where_they_run():
         native.set_level("avx1024")
     assert native.level() in native.levels()
     assert native.levels()[0] == "portable"
+
+
+def test_an_engine_is_told_which_set_it_cannot_have():
+    """A set that does not run here must be refused with the flag's name, not ignored, nor end the process."""
+    before = native.level()
+    _choose_set("portable")
+    assert native.level() == "portable"
+    native.set_level(before)
+    missing = set(library.LEVELS) - set(native.levels())
+    if not missing:
+        pytest.skip("every set runs here")
+    with pytest.raises(InvalidRequest, match="cannot run here") as error:
+        _choose_set(missing.pop())
+    assert error.value.param == "kernels"
+    assert native.level() == before

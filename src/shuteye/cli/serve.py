@@ -81,7 +81,7 @@ ENGINE_FLAGS = {
     ),
     "seed": Flag("For requests that bring no seed of their own."),
     "num_threads": Flag("Compute threads of each rank. By default all cores, divided among the ranks."),
-    "kernels": Flag("auto uses the native kernels where they can be used; torch never does."),
+    "kernels": Flag("auto uses the native kernels where they can be used; torch never does; others name their set."),
     "tensor_parallel_size": Flag("Ranks that each hold a slice of every layer."),
     "pipeline_parallel_size": Flag("Ranks that each hold a part of the layers."),
     "distributed_executor_backend": Flag(

@@ -32,8 +32,8 @@ KERNEL_FLAGS: dict[str, tuple[str, ...]] = {
 }
 """Sources for one instruction set each, compiled on x86-64 only; never -march=native: the library may be moved."""
 
-EMULATED_FLAGS = (*_AVX2, "-O1", "-Wno-psabi")
-"""Instead of those, where larger sets are functions that need no more than AVX2: they are compiled more than run."""
+EMULATED_FLAGS = (*_AVX2, "-Wno-psabi")
+"""Instead of those, where larger sets are functions that need no more than AVX2."""
 
 
 class BuildFailed(Exception):
@@ -68,7 +68,7 @@ def build(target: Path = LIBRARY, *, extra_flags: Sequence[str] = (), emulated: 
     flags = [*COMMON_FLAGS, *extra_flags]
     own_flags = KERNEL_FLAGS
     if emulated is not None:
-        flags += ["-DSHUTEYE_EMULATED", f"-I{emulated}"]
+        flags += ["-DSHUTEYE_EMULATED", f"-I{emulated}", "-O1"]  # compiled more than run
         own_flags = dict.fromkeys(KERNEL_FLAGS, EMULATED_FLAGS)
     with tempfile.TemporaryDirectory(prefix="shuteye-native-") as scratch:
         jobs = [

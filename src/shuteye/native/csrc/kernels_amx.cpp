@@ -17,19 +17,17 @@ inline void attend_any(const ShuteyeAttention& attention, const AttentionTask& t
   TileAttention(attention, task, memory).run();
 }
 
-// `Otherwise`: kernels of a model of float32.
-template <shuteye::LinearKernels (*otherwise)()>
-shuteye::LinearKernels tile_kernels() {
+inline shuteye::LinearKernels tile_kernels() {
   return {[](const Linear& linear) {
-            return linear.dtype == SHUTEYE_BFLOAT16 ? tiles_of_sixteen(linear) : otherwise().token_tiles(linear);
+            return linear.dtype == SHUTEYE_BFLOAT16 ? tiles_of_sixteen(linear) : panel_kernels<FloatColumns>().token_tiles(linear);
           },
           [](const Linear& linear, void* prepared, void* scratch, int64_t first, int64_t end) {
             linear.dtype == SHUTEYE_BFLOAT16 ? pack_tokens(linear, prepared, scratch, first, end)
-                                             : otherwise().prepare(linear, prepared, scratch, first, end);
+                                             : prepare_panel_tokens<float, FloatColumns>(linear, prepared, scratch, first, end);
           },
           [](const Linear& linear, const void* prepared, void* scratch, int64_t first, int64_t end) {
             linear.dtype == SHUTEYE_BFLOAT16 ? tile_rows(linear, prepared, scratch, first, end)
-                                             : otherwise().rows(linear, prepared, scratch, first, end);
+                                             : panel_rows<float, FloatColumns>(linear, prepared, scratch, first, end);
           }};
 }
 
@@ -38,8 +36,7 @@ shuteye::LinearKernels tile_kernels() {
 namespace shuteye {
 KernelTable amx_table() {
   KernelTable table = SHUTEYE_ISA::common_table("amx");
-  table.linear[kRowsForm] = SHUTEYE_ISA::tile_kernels<SHUTEYE_ISA::dot_kernels<SHUTEYE_ISA::PairDot>>();
-  table.linear[kPanelsForm] = SHUTEYE_ISA::tile_kernels<SHUTEYE_ISA::panel_kernels<SHUTEYE_ISA::Bf16Pairs>>();
+  table.linear[kRowsForm] = table.linear[kPanelsForm] = SHUTEYE_ISA::tile_kernels();
   table.packed_tokens = SHUTEYE_ISA::kPackedTokens;
   table.attend[SHUTEYE_BFLOAT16] = SHUTEYE_ISA::attend_any;
   table.joined_rows = SHUTEYE_ISA::kColumns;

@@ -6,8 +6,7 @@
 namespace shuteye {
 KernelTable avx512_table() {
   KernelTable table = SHUTEYE_ISA::common_table("avx512");
-  table.linear[kRowsForm] = SHUTEYE_ISA::dot_kernels<SHUTEYE_ISA::PairDot>();
-  table.linear[kPanelsForm] = SHUTEYE_ISA::panel_kernels<SHUTEYE_ISA::Bf16Pairs>();
+  table.linear[kRowsForm] = table.linear[kPanelsForm] = SHUTEYE_ISA::panel_kernels<SHUTEYE_ISA::Bf16Pairs>();
   table.attend[SHUTEYE_BFLOAT16] = SHUTEYE_ISA::attend<SHUTEYE_ISA::PairArithmetic>;
   return table;
 }

@@ -48,6 +48,10 @@ inline Lanes operator-(Lanes left, Lanes right) { return {_mm256_sub_ps(left.v, 
 inline Lanes operator*(Lanes left, Lanes right) { return {_mm256_mul_ps(left.v, right.v)}; }
 inline Lanes operator/(Lanes left, Lanes right) { return {_mm256_div_ps(left.v, right.v)}; }
 inline Lanes fma(Lanes left, Lanes right, Lanes sum) { return {_mm256_fmadd_ps(left.v, right.v, sum.v)}; }
+// sum = left * right + sum, into the register where sum is: GCC 12 moves sums about, and spills some of twelve.
+inline void add_product(Lanes left, Lanes right, Lanes& sum) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum.v) : "x"(left.v), "x"(right.v));
+}
 inline Lanes max(Lanes left, Lanes right) { return {_mm256_max_ps(left.v, right.v)}; }
 inline Lanes min(Lanes left, Lanes right) { return {_mm256_min_ps(left.v, right.v)}; }
 

@@ -51,6 +51,7 @@ inline Lanes operator-(Lanes left, Lanes right) { return {_mm512_sub_ps(left.v, 
 inline Lanes operator*(Lanes left, Lanes right) { return {_mm512_mul_ps(left.v, right.v)}; }
 inline Lanes operator/(Lanes left, Lanes right) { return {_mm512_div_ps(left.v, right.v)}; }
 inline Lanes fma(Lanes left, Lanes right, Lanes sum) { return {_mm512_fmadd_ps(left.v, right.v, sum.v)}; }
+inline void add_product(Lanes left, Lanes right, Lanes& sum) { sum = fma(left, right, sum); }
 inline Lanes max(Lanes left, Lanes right) { return {_mm512_max_ps(left.v, right.v)}; }
 inline Lanes min(Lanes left, Lanes right) { return {_mm512_min_ps(left.v, right.v)}; }
 inline float sum(Lanes lanes) { return _mm512_reduce_add_ps(lanes.v); }

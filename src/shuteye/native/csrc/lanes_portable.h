@@ -52,6 +52,7 @@ inline Lanes operator-(Lanes left, Lanes right) { return {left.v - right.v}; }
 inline Lanes operator*(Lanes left, Lanes right) { return {left.v * right.v}; }
 inline Lanes operator/(Lanes left, Lanes right) { return {left.v / right.v}; }
 inline Lanes fma(Lanes left, Lanes right, Lanes sum) { return {left.v * right.v + sum.v}; }
+inline void add_product(Lanes left, Lanes right, Lanes& sum) { sum = fma(left, right, sum); }
 inline Lanes max(Lanes left, Lanes right) { return {left.v > right.v ? left.v : right.v}; }
 inline Lanes min(Lanes left, Lanes right) { return {left.v < right.v ? left.v : right.v}; }
 inline float sum(Lanes lanes) { return (lanes.v[0] + lanes.v[2]) + (lanes.v[1] + lanes.v[3]); }

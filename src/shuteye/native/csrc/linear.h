@@ -1,7 +1,5 @@
-// Products with row-major weights, and what every product has in common: preparing tokens, finishing sums. Knows nothing
-// of threads.
+// What all products have in common: a row of tokens as it is multiplied, and what becomes of sums. Knows no weights.
 #pragma once
-#include "dot.h"
 #include "elementwise.h"
 #include "kernel_table.h"
 
@@ -29,43 +27,6 @@ void copy_row(const Linear& linear, int64_t token, X* target, int64_t depth) {
     });
   }
   memset(target + linear.in_features, 0, (depth - linear.in_features) * sizeof(X));
-}
-
-inline int64_t tiles_of_sixteen(const Linear& linear) { return (linear.num_tokens + 15) / 16; }
-
-// Row-major weights: x as [num_tokens, depth] in the form the dot product wants, depth being padded with zeros.
-template <class Dot>
-void prepare_rows(const Linear& linear, void* prepared, void*, int64_t first_tile, int64_t end_tile) {
-  const int64_t depth = round_up(linear.in_features, shuteye::kDepthStep);
-  for (int64_t token = first_tile * 16; token < smaller(end_tile * 16, linear.num_tokens); token++) {
-    copy_row<typename Dot::Weight>(linear, token, static_cast<typename Dot::X*>(prepared) + token * depth, depth);
-  }
-}
-
-// tile[token, row] for up to 16 rows of weight.
-template <class Dot>
-void compute_tile(const Linear& linear, const ShuteyeMatrix& matrix, const void* prepared, int64_t first_row, int64_t num_rows,
-                  float* tile) {
-  const auto* weight = static_cast<const typename Dot::Weight*>(matrix.data) + first_row * linear.in_features;
-  const auto* x = static_cast<const typename Dot::X*>(prepared);
-  const DotShape shape{linear.in_features, round_up(linear.in_features, shuteye::kDepthStep)};
-  int64_t row = 0;
-  for (; row + 4 <= num_rows; row += 4) {
-    const auto* rows = weight + row * linear.in_features;
-    int64_t token = 0;
-    for (; token + 4 <= linear.num_tokens; token += 4) {
-      dot_block<Dot, 4, 4>(shape, rows, x + token * shape.depth, tile + token * kTileRows + row);
-    }
-    for (; token < linear.num_tokens; token++) {
-      dot_block<Dot, 4, 1>(shape, rows, x + token * shape.depth, tile + token * kTileRows + row);
-    }
-  }
-  for (; row < num_rows; row++) {
-    for (int64_t token = 0; token < linear.num_tokens; token++) {
-      tile[token * kTileRows + row] =
-          dot_one<Dot>(shape, weight + row * linear.in_features, x + token * shape.depth);
-    }
-  }
 }
 
 // sums[token * stride + row].
@@ -147,20 +108,6 @@ void finish_tile(const Linear& linear, Sums sums, Sums upper, int64_t first_row,
   with_finish(linear.finish, [&](auto tag) {
     finish_as<T, decltype(tag)::finish>(linear, sums, upper, first_row, num_rows, tokens);
   });
-}
-
-// Compute: (linear, matrix, prepared, first_row, num_rows, tile), of up to 16 rows; scratch holds two tiles.
-template <class T, class Compute>
-void each_tile(const Linear& linear, const void* prepared, void* scratch, int64_t first_row, int64_t end_row,
-               const Compute& compute) {
-  float* lower = static_cast<float*>(scratch);
-  float* upper = lower + round_up(linear.num_tokens, 16) * kTileRows;
-  for (int64_t row = first_row; row < end_row; row += kTileRows) {
-    const int64_t num_rows = smaller(kTileRows, end_row - row);
-    compute(linear, linear.weight, prepared, row, num_rows, lower);
-    if (linear.finish == Finish::silu_mul) compute(linear, linear.upper, prepared, row, num_rows, upper);
-    finish_tile<T>(linear, {lower, kTileRows}, {upper, kTileRows}, row, num_rows, {0, linear.num_tokens});
-  }
 }
 
 } // namespace SHUTEYE_ISA

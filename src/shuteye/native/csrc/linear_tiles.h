@@ -21,6 +21,8 @@ constexpr int64_t kBlock = 32; // tokens, and rows, of two by two tiles
 constexpr int64_t kBlockSums = kBlock * kBlock;
 constexpr int64_t kStepElements = 2 * kTileElements; // of a panel
 
+inline int64_t tiles_of_sixteen(const Linear& linear) { return (linear.num_tokens + 15) / 16; }
+
 struct Depth {
   int64_t steps;
   int64_t chunk_steps; // of all chunks but perhaps the last

@@ -6,21 +6,6 @@
 
 namespace SHUTEYE_ISA {
 
-// `Halves`: of a model of bfloat16.
-template <class Halves>
-shuteye::LinearKernels dot_kernels() {
-  return {tiles_of_sixteen,
-          [](const Linear& linear, void* prepared, void* scratch, int64_t first, int64_t end) {
-            linear.dtype == SHUTEYE_BFLOAT16 ? prepare_rows<Halves>(linear, prepared, scratch, first, end)
-                                             : prepare_rows<FloatDot<float>>(linear, prepared, scratch, first, end);
-          },
-          [](const Linear& linear, const void* prepared, void* scratch, int64_t first, int64_t end) {
-            linear.dtype == SHUTEYE_BFLOAT16
-                ? each_tile<bf16>(linear, prepared, scratch, first, end, compute_tile<Halves>)
-                : each_tile<float>(linear, prepared, scratch, first, end, compute_tile<FloatDot<float>>);
-          }};
-}
-
 inline void nothing() {}
 
 inline shuteye::KernelTable common_table(const char* name) {
@@ -30,8 +15,7 @@ inline shuteye::KernelTable common_table(const char* name) {
   table.norm_rows[SHUTEYE_BFLOAT16] = norm_rows<bf16>;
   table.silu_mul_rows[SHUTEYE_FLOAT32] = silu_mul_rows<float>;
   table.silu_mul_rows[SHUTEYE_BFLOAT16] = silu_mul_rows<bf16>;
-  table.linear[shuteye::kRowsForm] = dot_kernels<FloatDot<bf16>>();
-  table.linear[shuteye::kPanelsForm] = panel_kernels<FloatPairs>();
+  table.linear[shuteye::kRowsForm] = table.linear[shuteye::kPanelsForm] = panel_kernels<FloatColumns>();
   table.rope_heads[SHUTEYE_FLOAT32] = rope_heads<float>;
   table.rope_heads[SHUTEYE_BFLOAT16] = rope_heads<bf16>;
   table.attend[SHUTEYE_FLOAT32] = attend<FloatArithmetic<float>>;

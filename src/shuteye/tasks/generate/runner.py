@@ -12,6 +12,7 @@ import numpy as np
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache, kv_bytes_per_token
 from shuteye.config import EngineConfig
+from shuteye.errors import InvalidRequest
 from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.models.decoder import LoadedModel, bind
@@ -55,7 +56,8 @@ class GenerationRunner(ModelRunner):
         num_threads: int,
         groups: RankGroups | None = None,
     ) -> None:
-        self.model = model = bind(image, weights, native=config.kernels == "auto", groups=groups)
+        _choose_set(config.kernels)
+        self.model = model = bind(image, weights, native=config.kernels != "torch", groups=groups)
         self._samples = model.shard is None or model.shard.holds_sampler
         cached = model.facts.attention
         self.kv_bytes_per_token = kv_bytes_per_token(
@@ -65,7 +67,7 @@ class GenerationRunner(ModelRunner):
             dtype=model.dtype,
         )
         self._block_size = config.block_size
-        if config.kernels == "auto" and native.available():
+        if config.kernels != "torch" and native.available():
             native.set_num_threads(num_threads)
         if not model.decoder.native_tokens:
             from shuteye.models.tensors import use_torch_threads
@@ -124,6 +126,24 @@ class GenerationRunner(ModelRunner):
     def canary_pass(self) -> Logits:
         """Logits [1, vocab_size] of the last of the fixed tokens, or what the rank computed of them."""
         return self._forward(self._canary, canary=True)
+
+
+def _choose_set(kernels: str) -> None:
+    """Have the native kernels use the instruction set of that name.
+
+    Raises:
+        InvalidRequest: it cannot run here.
+    """
+    if kernels in {"auto", "torch"}:
+        return
+    reason = native.unavailable_reason()
+    if reason is None:
+        try:
+            native.set_level(kernels)
+        except ValueError as error:
+            reason = str(error)
+    if reason is not None:
+        raise InvalidRequest(f"kernels={kernels!r} cannot be used: {reason}. Leave it at 'auto'.", param="kernels")
 
 
 # --- a packed batch and its logits -----------------------------------------------------------------
