@@ -5,65 +5,13 @@
 // of bfloat16 that are multiplied and added at once. A panel is two vectors: of 2 * Lanes::width dimensions or keys.
 #pragma once
 #include "lanes.h"
+#include "transpose.h"
 
 namespace SHUTEYE_ISA {
 
 #define SHUTEYE_INLINE inline __attribute__((always_inline)) // where state must stay in registers
 
 constexpr int64_t kPanel = 2 * Lanes::width;
-
-// In place: rows[i] lane j becomes rows[j] lane i.
-#if defined(SHUTEYE_LANES_AVX512)
-inline void transpose(Lanes (&rows)[16]) {
-  __m512 other[16];
-  for (int i = 0; i < 16; i += 4) {
-    const __m512 low = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v), high = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
-    const __m512 low2 = _mm512_unpacklo_ps(rows[i + 2].v, rows[i + 3].v);
-    const __m512 high2 = _mm512_unpackhi_ps(rows[i + 2].v, rows[i + 3].v);
-    other[i] = _mm512_shuffle_ps(low, low2, 0x44); // each 128 bits: a column of four rows
-    other[i + 1] = _mm512_shuffle_ps(low, low2, 0xee);
-    other[i + 2] = _mm512_shuffle_ps(high, high2, 0x44);
-    other[i + 3] = _mm512_shuffle_ps(high, high2, 0xee);
-  }
-  for (int i = 0; i < 4; i++) {
-    const __m512 even = _mm512_shuffle_f32x4(other[i], other[i + 4], 0x88);
-    const __m512 odd = _mm512_shuffle_f32x4(other[i], other[i + 4], 0xdd);
-    const __m512 even2 = _mm512_shuffle_f32x4(other[i + 8], other[i + 12], 0x88);
-    const __m512 odd2 = _mm512_shuffle_f32x4(other[i + 8], other[i + 12], 0xdd);
-    rows[i].v = _mm512_shuffle_f32x4(even, even2, 0x88);
-    rows[i + 8].v = _mm512_shuffle_f32x4(even, even2, 0xdd);
-    rows[i + 4].v = _mm512_shuffle_f32x4(odd, odd2, 0x88);
-    rows[i + 12].v = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
-  }
-}
-#elif defined(SHUTEYE_LANES_AVX2)
-inline void transpose(Lanes (&rows)[8]) {
-  __m256 other[8];
-  for (int i = 0; i < 8; i += 4) {
-    const __m256 low = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v), high = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
-    const __m256 low2 = _mm256_unpacklo_ps(rows[i + 2].v, rows[i + 3].v);
-    const __m256 high2 = _mm256_unpackhi_ps(rows[i + 2].v, rows[i + 3].v);
-    other[i] = _mm256_shuffle_ps(low, low2, 0x44);
-    other[i + 1] = _mm256_shuffle_ps(low, low2, 0xee);
-    other[i + 2] = _mm256_shuffle_ps(high, high2, 0x44);
-    other[i + 3] = _mm256_shuffle_ps(high, high2, 0xee);
-  }
-  for (int i = 0; i < 4; i++) {
-    rows[i].v = _mm256_permute2f128_ps(other[i], other[i + 4], 0x20);
-    rows[i + 4].v = _mm256_permute2f128_ps(other[i], other[i + 4], 0x31);
-  }
-}
-#else
-inline void transpose(Lanes (&rows)[4]) {
-  for (int i = 0; i < 4; i++) {
-    for (int j = 0; j < i; j++) {
-      const float own = rows[i].v[j];
-      rows[i].v[j] = rows[j].v[i];
-      rows[j].v[i] = own;
-    }
-  }
-}
-#endif
 
 // The sums over the lanes of four vectors.
 inline void sums_of_four(const Lanes* lanes, float* sums) {
