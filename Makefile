@@ -19,7 +19,7 @@ SETUP_INPUTS := pyproject.toml requirements/lock.txt requirements/torch.txt tool
 	src/shuteye/native/build.py $(sort $(wildcard src/shuteye/native/csrc/*))
 STAMP := $(VENV)/.set-up-$(shell { pwd; cat $(SETUP_INPUTS); } | sha256sum | cut -c1-16)
 
-.PHONY: help setup lock serve test test-latest test-slow test-clients test-ray test-gpu test-asan test-tsan chaos soak-ranks check bench bench-peers bench-sleep docs clean
+.PHONY: help setup lock bytecode serve test test-latest test-slow test-clients test-ray test-gpu test-asan test-tsan chaos soak-ranks check bench bench-peers bench-sleep docs clean
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -35,14 +35,18 @@ lock: ## Renew requirements/lock.txt: the newest versions that pyproject.toml al
 serve: setup ## Serve MODEL on 127.0.0.1:8000 with sleep mode, in development mode.
 	SHUTEYE_SERVER_DEV_MODE=1 $(VENV)/bin/shuteye serve '$(MODEL)' --enable-sleep-mode $(ARGS)
 
-test: setup ## Run the tests that need neither minutes nor a GPU.
+# Tests start hundreds of processes; where bytecode is not written by itself, each would compile the package again.
+bytecode: setup
+	@$(VENV)/bin/python -m compileall -q src
+
+test: bytecode ## Run the tests that need neither minutes nor a GPU.
 	$(VENV)/bin/python -m pytest -m 'not slow and not gpu and not clients and not ray' $(ARGS)
 
 test-latest: ## Run the tests on today's newest versions instead of the locked ones, in VENV-latest.
 	@PYTHON='$(PYTHON)' tools/setup.sh --latest '$(VENV)-latest'
 	$(VENV)-latest/bin/python -m pytest -m 'not slow and not gpu and not clients and not ray' $(ARGS)
 
-test-slow: setup ## Run the tests that take minutes.
+test-slow: bytecode ## Run the tests that take minutes.
 	$(VENV)/bin/python -m pytest -m 'slow and not gpu and not clients and not ray' $(ARGS)
 
 test-clients: setup ## Run litellm and lm-eval against the server, in environments of their own.

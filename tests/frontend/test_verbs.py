@@ -22,7 +22,8 @@ VERB_OF_FACE = {
     LLM: {"update_weights": "update_weights_from_file"},
 }
 ONLY_ASYNC = {
-    "start": "LLM starts when it is made",
+    "launch": "LLM starts when it is made",
+    "start": "the same",
     "restart": "an engine in a thread dies only by a bug; make another LLM",
     "abort": "a caller who blocks until the end has nothing to end",
     "stream": "a caller who blocks cannot follow",

@@ -136,6 +136,7 @@ def main():
     """Fork until the socket is closed."""
     import shuteye.executors.rank
     import shuteye.models.decoder
+    import shuteye.models.weight_updates
     import shuteye.native.decoder
     import shuteye.tasks.generate.runner  # noqa: F401
 

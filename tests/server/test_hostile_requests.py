@@ -16,7 +16,7 @@ import pytest
 from hostile_requests import RAW, requests_of
 
 from shuteye import AsyncEngine, EngineConfig
-from shuteye.tasks import table
+from shuteye.tasks.generate import grammar
 from shuteye.testing import tiny_encoder, tiny_model, tiny_speech_model
 
 SEED = 20261124
@@ -118,12 +118,12 @@ def target(checkpoint, live, tmp_path_factory, monkeypatch):
     """Opens a server of a task's tiny model."""
     made = []
 
-    class Noted(table.Grammars):
+    class Noted(grammar.Grammars):
         def __init__(self, **options):
             super().__init__(**options)
             made.append(self)
 
-    monkeypatch.setattr(table, "Grammars", Noted)
+    monkeypatch.setattr(grammar, "Grammars", Noted)
 
     def open_target(task, *, in_process=True):
         memory = {"kv_cache_memory": 1 << 20, "max_model_len": 256} if task == "generate" else {}

@@ -350,6 +350,17 @@ def test_logprobs_are_of_the_raw_logits():
     assert (b.logprobs.token_ids, b.logprobs.ranks) == ((order[2][1],), (2,))
 
 
+@pytest.mark.parametrize("vocab_size", [50, 5000])
+def test_logprobs_of_nothing_but_the_chosen_token(vocab_size):
+    """`logprobs=0` in a batch where nobody wants more, which asks for none of the most likely tokens."""
+    sampler = make(vocab_size)
+    admit(sampler, "a", temperature=0.0, logprobs=0)
+    logits = distinct_logits(vocab_size, seed=3)[None]
+    (a,) = sampler.sample(logits.numpy(), ("a",))
+    assert (a.logprobs.token_ids, a.logprobs.ranks) == ((a.token_id,), (1,))
+    assert a.logprobs.logprobs == pytest.approx((float(logits.log_softmax(-1).max()),), abs=1e-5)
+
+
 def test_admitting_twice_is_refused():
     """Catches a scheduler that forgets to forget."""
     sampler = make(10)

@@ -4,12 +4,11 @@
 // Products are of units of four bytes, one of a row of queries (or of weights) spread over all lanes: a float, or a pair
 // of bfloat16 that are multiplied and added at once. A panel is two vectors: of 2 * Lanes::width dimensions or keys.
 #pragma once
+#include "constants.h"
 #include "lanes.h"
 #include "transpose.h"
 
 namespace SHUTEYE_ISA {
-
-#define SHUTEYE_INLINE inline __attribute__((always_inline)) // where state must stay in registers
 
 constexpr int64_t kPanel = 2 * Lanes::width;
 

@@ -82,6 +82,8 @@ def top_k(scores: Floats, *, width: int) -> Candidates:
 
 def _best(row: Floats, width: int) -> Int64s:
     """Where the `width` largest of a row are, or all; only those that may be among them are sorted."""
+    if width == 0:
+        return np.empty(0, dtype=np.int64)
     if width >= len(row):
         return _falling(row, np.arange(len(row)))
     return _falling(row, np.flatnonzero(row >= _bound(row, width)))[:width]
