@@ -69,7 +69,7 @@ def new_wakes(server, before):
     return tuple(now - then for now, then in zip(wakes(server), before, strict=True))
 
 
-@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("level", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ask_all", [ask_from_threads, ask_from_tasks])
 def test_fifty_requests_wake_it_once(server, right, ask_all, level):
     """A wake per request, a request that fails because another one woke the model, or answers that change places."""

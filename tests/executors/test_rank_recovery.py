@@ -29,7 +29,7 @@ def lose(ranks, rank):
     ranks.wait_for_fault()
 
 
-@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("gone", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_after_a_reload_from_elsewhere_a_new_rank_serves_that(ranks, checkpoints, gone):
     """Would catch a recovery that can never succeed, and one of the first checkpoint's weights on one rank."""
     ranks.call(ReloadCall(str(checkpoints[1])))
@@ -45,7 +45,7 @@ def test_after_a_reload_from_elsewhere_a_new_rank_serves_that(ranks, checkpoints
     assert ranks.generate(PROMPT) == expected
 
 
-@pytest.mark.parametrize("what", ["moved away", "overwritten"])
+@pytest.mark.parametrize("what", [pytest.param("moved away", marks=pytest.mark.slow), "overwritten"])
 def test_a_recovery_needs_no_checkpoint(ranks, checkpoints, what):
     """Would catch a new rank that loads what a trainer has saved meanwhile, or cannot start without it."""
     expected = ranks.generate(PROMPT)
