@@ -32,7 +32,7 @@ ALIKE = ("hang", "late", "bug")
 
 
 def each_rank():
-    """Every third of the ways to fail that differ, on a rank of TP 2 in turn, in each run; all, everywhere, in slow ones."""
+    """Every third way to fail, on a rank of TP 2 in turn, in each run; all that there are, everywhere, in slow ones."""
     for number, (row, cell) in enumerate(CELLS):
         for layout, (tp_size, pp_size) in LAYOUTS.items():
             for rank in range(tp_size * pp_size):
