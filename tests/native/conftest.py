@@ -18,11 +18,18 @@ LEVELS = native.levels() if native.available() else ("portable",)
 EMULATED = tuple(f"emulated {level}" for level in emulated_levels())
 
 
+WHOLE_DECODERS = {"test_decoder.py", "test_decoder_parts.py"}
+"""Emulated, these take minutes; their kernels one by one take seconds."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents and item.path.name != "test_native_build.py":
             item.add_marker(needs_native)
+            if item.path.name in WHOLE_DECODERS and "emulated" in item.name:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=[*LEVELS, *EMULATED])

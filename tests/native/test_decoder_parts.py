@@ -180,7 +180,8 @@ def test_parts_equal_the_torch_loop_of_the_same_parts(make_ranks, case, dtype, t
     for step in mixed_steps():
         batch = pack(*step)
         all_expected = by_torch.forward(batch)
-        largest = max(float(each.abs().max()) for each in all_expected if each.numel())  # a rank may have three columns
+        # Of all ranks: one may have three columns of the logits, all small.
+        largest = max((float(each.abs().max()) for each in all_expected if each.numel()), default=0.0)
         for found, expected in zip(by_native.forward(batch), all_expected, strict=True):
             assert found.shape == expected.shape
             tolerance = 2e-5 if dtype == torch.float32 else 0.04
