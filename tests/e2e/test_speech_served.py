@@ -16,7 +16,7 @@ SPEECH = (Path(__file__).parent.parent / "data" / "speech.ogg").read_bytes()
 WORDS = "We went to the market and bought apples, bread and cheese."
 MODEL = "whisper-tiny.en"
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 
 def in_format(container):
@@ -54,7 +54,7 @@ def transcribe(client, file=SPEECH, **more):
     return client.audio.transcriptions.create(model=MODEL, file=("speech", file), temperature=0, **more)
 
 
-@pytest.mark.parametrize("container", [pytest.param("WAV", marks=pytest.mark.slow), "FLAC", "MP3"])
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "MP3"])
 def test_every_format_says_the_same_words(client, container):
     """A decoder that is right for one format only."""
     assert WORDS in transcribe(client, in_format(container)).text
@@ -81,7 +81,6 @@ def test_asleep_it_is_refused_and_awake_it_says_the_same(server, client):
         assert transcribe(client, response_format="verbose_json") == before
 
 
-@pytest.mark.slow
 def test_a_sleep_in_the_middle_keeps_or_ends_a_long_transcription(server, client):
     """A transcription that hangs over a sleep, loses its window, or passes half of itself for the whole."""
     file = longer_than_a_window()

@@ -1,4 +1,4 @@
-"""Every test runs the native library at every instruction set; those that this machine lacks are emulated, if it can.
+"""Every test runs the native library at every instruction set: those that this machine lacks, emulated, in slow tests.
 
 Skipped where there is no native library.
 """
@@ -18,17 +18,13 @@ LEVELS = native.levels() if native.available() else ("portable",)
 EMULATED = tuple(f"emulated {level}" for level in emulated_levels())
 
 
-WHOLE_DECODERS = {"test_decoder.py", "test_decoder_parts.py"}
-"""Emulated, these take minutes; their kernels one by one take seconds."""
-
-
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents and item.path.name != "test_native_build.py":
             item.add_marker(needs_native)
-            if item.path.name in WHOLE_DECODERS and "emulated" in item.name:
+            if "emulated" in item.name:  # their library alone takes a minute to compile
                 item.add_marker(pytest.mark.slow)
 
 
