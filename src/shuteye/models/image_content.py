@@ -21,19 +21,15 @@ def content_of(
     Args:
         dtype: what is computed in.
     """
-    if not isinstance(tensor, torch.Tensor):
-        rows, columns = part
-        assert isinstance(rows, slice)
-        assert isinstance(columns, slice)
-        if tensor.kind == kind:
-            return tensor.part(rows, columns).packed().data
+    if not isinstance(tensor, torch.Tensor) and tensor.kind != kind:
         tensor = torch.from_numpy(dequantized(tensor)).to(dtype)
-    if kind.is_quantized:
-        rows, columns = part
-        assert isinstance(rows, slice)
-        assert isinstance(columns, slice)
-        return quantize(kind, tensor.float().numpy()).part(rows, columns).packed().data
-    return as_bytes(tensor[part]) if kind == ROWS else packed_tensor(tensor[part], kind)
+    if isinstance(tensor, torch.Tensor) and not kind.is_quantized:
+        return as_bytes(tensor[part]) if kind == ROWS else packed_tensor(tensor[part], kind)
+    stored = quantize(kind, tensor.float().numpy()) if isinstance(tensor, torch.Tensor) else tensor
+    rows, columns = part
+    assert isinstance(rows, slice)
+    assert isinstance(columns, slice)
+    return stored.part(rows, columns).packed().data
 
 
 def packed_tensor(tensor: torch.Tensor, kind: MatrixKind) -> memoryview:
