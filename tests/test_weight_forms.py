@@ -50,6 +50,11 @@ def tokens(llm) -> list[tuple[int, ...]]:
     return [tuple(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, GREEDY)]
 
 
+def tokens_of(model, cache, **options) -> list[tuple[int, ...]]:
+    with open_llm(model, cache, **options) as llm:
+        return tokens(llm)
+
+
 def through_all_levels(llm, expected) -> None:
     for level in (1, 2):
         llm.sleep(level)
@@ -61,8 +66,7 @@ def through_all_levels(llm, expected) -> None:
 def test_a_packed_model_is_updated_as_one_in_rows(checkpoints, cache, kernels):
     """Would catch tensors written in rows over panels, or an update that is lost by a sleep."""
     first, second = checkpoints
-    with open_llm(second, cache, kernels=kernels) as other:
-        expected = tokens(other)
+    expected = tokens_of(second, cache, kernels=kernels)
     with open_llm(first, cache, kernels=kernels) as llm:
         assert tokens(llm) != expected
         llm.update_weights(load_file(second / "model.safetensors").items())
@@ -75,8 +79,7 @@ def test_a_packed_model_is_updated_as_one_in_rows(checkpoints, cache, kernels):
 def test_blank_panels_are_filled_tensor_by_tensor(checkpoints, cache):
     """Would catch a panel of which only the rows that exist are written, or a tensor that stays blank."""
     first, second = checkpoints
-    with open_llm(second, cache) as other:
-        expected = tokens(other)
+    expected = tokens_of(second, cache)
     with open_llm(first, cache) as llm:
         llm.sleep(2)
         llm.wake_up(tags=["weights"])
@@ -89,8 +92,7 @@ def test_blank_panels_are_filled_tensor_by_tensor(checkpoints, cache):
 def test_a_quantized_model_sleeps_wakes_and_is_reloaded(files, cache, kernels):
     """Would catch a canary that differs from wake to wake, a checksum of other bytes, a reload into other kinds."""
     first, second = files
-    with open_llm(second, cache, kernels=kernels) as other:
-        expected = tokens(other)
+    expected = tokens_of(second, cache, kernels=kernels)
     with open_llm(first, cache, kernels=kernels) as llm:
         before = tokens(llm)
         assert before != expected
