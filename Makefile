@@ -19,7 +19,7 @@ SETUP_INPUTS := pyproject.toml requirements/lock.txt requirements/torch.txt tool
 	src/shuteye/native/build.py $(sort $(wildcard src/shuteye/native/csrc/*))
 STAMP := $(VENV)/.set-up-$(shell { pwd; cat $(SETUP_INPUTS); } | sha256sum | cut -c1-16)
 
-.PHONY: help setup lock bytecode serve test test-latest test-slow test-clients test-ray test-gpu test-asan test-tsan chaos soak-ranks check bench bench-peers bench-sleep docs clean
+.PHONY: help setup lock bytecode serve test test-latest test-slow test-clients test-vllm test-ray test-gpu test-asan test-tsan chaos soak-ranks check bench bench-peers bench-sleep docs clean
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -52,6 +52,10 @@ test-slow: bytecode ## Run the tests that take minutes.
 test-clients: setup ## Run litellm and lm-eval against the server, in environments of their own.
 	tools/clients.sh '$(VENV)' "$${SHUTEYE_TEST_CLIENTS:-$$HOME/.cache/shuteye/clients}"
 	$(VENV)/bin/python -m pytest -m clients $(ARGS)
+
+test-vllm: setup ## Run vLLM's own HTTP tests against the server; ARGS names single files of tools/vllm_tests/files.toml.
+	tools/vllm_tests/setup.sh '$(VENV)' "$${SHUTEYE_TEST_VLLM:-$$HOME/.cache/shuteye/vllm-tests}"
+	$(VENV)/bin/python tools/vllm_tests/run.py "$${SHUTEYE_TEST_VLLM:-$$HOME/.cache/shuteye/vllm-tests}" $(ARGS)
 
 # Each in a process of its own: Ray remembers the token of the first cluster that a process has spoken to.
 test-ray: setup ## Run ranks on Ray, with Ray in an environment of its own; as root also on two machines made of namespaces.

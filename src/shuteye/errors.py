@@ -158,7 +158,7 @@ class ModelPaused(ServerError):
 
     MESSAGE: ClassVar[str] = "The model is paused and takes no new requests until it is resumed: POST /resume."
     status_code = 503
-    error_type = "ModelPausedError"
+    error_type = "ServiceUnavailableError"  # vLLM's
 
     def __init__(self, message: str = MESSAGE, *, param: str | None = None) -> None:
         super().__init__(message, param=param)

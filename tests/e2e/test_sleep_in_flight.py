@@ -345,7 +345,7 @@ def test_conflicting_sleeps_and_disconnects_lose_nothing(any_server, right):
 def assert_fair(outcomes, right, *, may_refuse, may_be_paused=False):
     """Every request was served with the right text, refused to the letter, or aborted in order."""
     for prompt, length, outcome in outcomes:
-        if outcome.status == 503 and may_be_paused and b"ModelPausedError" in outcome.body:
+        if outcome.status == 503 and may_be_paused and b"ServiceUnavailableError" in outcome.body:
             assert is_worth_a_retry(outcome), outcome
         elif outcome.status == 503:
             assert may_refuse

@@ -89,6 +89,8 @@ PROTECTED = (
 OTHERS = (
     Row("unchanged", "POST", "/tokenize", {"json": {"prompt": "abc"}}),
     Row("unchanged", "POST", "/detokenize", {"json": {"tokens": [64, 65]}}),
+    Row("unchanged", "GET", "/tokenizer_info"),
+    Row("unchanged", "GET", "/load"),
     Row("unchanged", "GET", "/v1/models"),
     Row("unchanged", "GET", "/v1/models/{name:path}", url="/v1/models/tiny"),
     Row("unchanged", "GET", "/health"),
@@ -114,6 +116,8 @@ CONTROL = (
     Row("control", "POST", "/update_weights", {"json": {"path": "/no/such.safetensors"}}),
     Row("control", "POST", "/collective_rpc", {"json": {"method": "residual_bytes"}}),
     Row("control", "POST", "/restart_engine"),
+    Row("control", "GET", "/get_world_size"),
+    Row("control", "POST", "/release_kv_cache_memory"),
 )
 
 ROUTES = PROTECTED + OTHERS + CONTROL

@@ -34,7 +34,7 @@ def test_query_and_body_together(client):
     assert (report["level"], report["tags"]) == (2, ["kv_cache"])
     client.post("/wake_up")
     found = error(client.post("/sleep?level=1", json={"level": 2}))
-    assert (found["code"], found["param"]) == (400, "level")
+    assert (found["code"], found["param"]) == (400, "query.level")
     assert client.get("/is_sleeping").json() == {"is_sleeping": False}
 
 
@@ -53,7 +53,7 @@ def test_query_and_body_together(client):
 def test_a_name_that_comes_twice_in_the_query_is_400(client, engine, path, param):
     """A deeper sleep than the one that was asked for first, in silence."""
     found = error(client.post(path))
-    assert (found["code"], found["param"]) == (400, param)
+    assert (found["code"], found["param"]) == (400, f"query.{param}")
     assert not engine.is_sleeping
     assert not engine.is_paused
 

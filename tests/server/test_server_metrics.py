@@ -24,6 +24,18 @@ def scrape(client):
     return samples
 
 
+def test_metrics_have_vllms_names_if_wanted(make_engine, client_of):
+    """Dashboards made for vLLM that stay empty."""
+    client = client_of(make_engine(), metrics_prefix="both")
+    client.post("/v1/completions", json=COMPLETION | {"n": 2})
+    found = {family.name for family in text_string_to_metric_families(client.get("/metrics").text)}
+    for name in ("engine_sleep_state", "request_params_n", "request_params_max_tokens", "cache_config_info"):
+        assert {f"vllm:{name}", f"shuteye_{name}"} <= found
+    assert {"http_requests", "vllm:request_inference_time_seconds"} <= found
+    only = client_of(make_engine(), metrics_prefix="vllm").get("/metrics").text
+    assert "shuteye" not in only
+
+
 def test_requests_are_counted_by_how_they_finished(client):
     """Requests lost from, or counted twice in, the dashboards."""
     client.post("/v1/completions", json=COMPLETION | {"n": 2})

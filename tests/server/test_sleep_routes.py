@@ -264,7 +264,7 @@ def test_one_tag_at_a_time(client):
 def test_bad_values_are_400_naming_the_parameter(client, path, param):
     """vLLM's silent 200 for an unknown tag, level or parameter."""
     found = error(client.post(path))
-    assert (found["code"], found["type"], found["param"]) == (400, "BadRequestError", param)
+    assert (found["code"], found["type"], found["param"]) == (400, "BadRequestError", f"query.{param}")
     assert client.get("/is_sleeping").json() == {"is_sleeping": False}
 
 
@@ -295,7 +295,7 @@ def test_a_pause_that_ends_requests_answers_503_until_resumed(client, engine, pa
     client.post(f"/pause?mode={mode}").raise_for_status()
     response = client.post(path, json=body)
     found = error(response)
-    assert (response.status_code, found["code"], found["type"]) == (503, 503, "ModelPausedError")
+    assert (response.status_code, found["code"], found["type"]) == (503, 503, "ServiceUnavailableError")
     assert "/resume" in found["message"]
     assert int(response.headers["retry-after"]) >= 1
     assert engine.seen == []

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from fake_model import byte_tokenizer
+from llguidance import LLMatcher, LLTokenizer
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 TOOLS = [
@@ -19,6 +20,7 @@ TOOLS = [
     }
     for name in ("weather", "time")
 ]
+BYTES = LLTokenizer("byte")
 ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 200}
 CALLS = (
     'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>\n'
@@ -216,6 +218,42 @@ def test_a_forced_call_is_a_grammar_of_those_tools(chat, choice):
     assert whole(response).finish_reason == ("stop" if named else "tool_calls")
 
 
+@pytest.mark.parametrize(
+    ("fields", "matches", "fails"),
+    [
+        ({"response_format": {"type": "json_object"}}, '{"a": [1]}', "[1]"),
+        ({"structured_outputs": {"regex": "[a-c]/d{2}"}}, "b/dd", "b/d"),
+        ({"structured_outputs": {"choice": ["yes", 'n"o']}}, 'n"o', "no"),
+    ],
+)
+def test_a_structure_stands_beside_calls(chat, fields, matches, fails):
+    """A structure that is refused because there are tools; one that forbids calls; one that is not held to."""
+    engine, response = chat("x", tools=TOOLS, **fields)
+    assert response.status_code == 200, response.text
+    grammar = engine.seen[-1][1].structured_outputs.grammar
+    call = '<tool_call>\n{"name": "time", "arguments": {"city": "Rom"}}\n</tool_call>'
+    assert (accepts(grammar, call), accepts(grammar, matches)) == (True, True)
+    assert not accepts(grammar, fails)
+    forced = chat("x", tools=TOOLS, tool_choice="required", **fields)[0].seen[-1][1].structured_outputs.grammar
+    assert (accepts(forced, call), accepts(forced, matches)) == (True, False)
+
+
+def accepts(grammar, text):
+    """Whether a text is all that a grammar may give."""
+    matcher = LLMatcher(BYTES, LLMatcher.grammar_from_lark(grammar))
+    assert not matcher.is_error(), matcher.get_error()
+    return matcher.try_consume_tokens(list(text.encode())) == len(text.encode()) and matcher.is_accepting()
+
+
+def test_only_allowed_tools_are_offered(chat):
+    """A model told of tools that it must not call."""
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "time"}}]}
+    engine, _ = chat("x", tools=TOOLS, tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
+    assert "does time" in prompt_of(engine)
+    assert "does weather" not in prompt_of(engine)
+    assert '\\"name\\": \\"time\\"' in engine.seen[-1][1].structured_outputs.grammar
+
+
 def test_markers_that_are_special_tokens_are_seen_and_forced_as_such(chat):
     """Calls that vanish because the tokenizer leaves special tokens out of the text."""
     tokenizer = byte_tokenizer()
@@ -248,7 +286,7 @@ def test_reasoning_is_told_apart(chat, parser, script):
 
 def test_reasoning_can_be_left_out_and_is_off_by_default(chat):
     _engine, response = chat("hm</think>Rome", server={"reasoning_parser": "deepseek_r1"}, include_reasoning=False)
-    assert "reasoning" not in response.json()["choices"][0]["message"]
+    assert response.json()["choices"][0]["message"]["reasoning"] is None
     assert response.json()["choices"][0]["message"]["content"] == "Rome"
     _engine, response = chat("<think>hm</think>Rome")
     assert whole(response).message.content == "<think>hm</think>Rome"

@@ -136,6 +136,13 @@ SERVER_FLAGS = {
     "max_waiting_audio_s": Flag(
         "Audio being transcribed or waiting, in seconds all together (64 kB each); more are answered with 503."
     ),
+    "strict_fields": Flag(
+        "Answer 400 to a request body with a field that nobody here knows; else such fields are left out, logged, and "
+        "named in the answer's X-Ignored-Fields."
+    ),
+    "enable_force_include_usage": Flag("Streams tell how many tokens they took, also those that were not asked to."),
+    "return_tokens_as_token_ids": Flag("Log-probabilities name tokens as token_id:N, also where it was not asked for."),
+    "metrics_prefix": Flag("Names of metrics: shuteye_…, vllm:… for dashboards made for vLLM, or each metric twice."),
     "max_header_count": Flag("More request headers are answered with 431."),
     "max_header_bytes": Flag(
         "Larger request headers, all of them and the request line together, are answered with 431.", size=True

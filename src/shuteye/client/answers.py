@@ -54,7 +54,7 @@ def error_from_response(status: int, body: bytes) -> ShuteyeError:
     text = body[:200].decode(errors="replace").strip() or "no message"
     message = error.get("message") or f"The server answered {status}: {text}"
     param = error.get("param")
-    return kind(str(message), param=None if param is None else str(param))
+    return kind(str(message), param=None if param is None else str(param).removeprefix("query."))
 
 
 def error_object(body: bytes) -> Mapping[str, Any]:

@@ -51,6 +51,9 @@ from shuteye.state import (
 )
 from shuteye.tasks.base import Delta, TaskScheduler
 
+SCHEDULING = "scheduling"
+"""A tag of `wake_up` that names no memory: it lifts a sleep at level 0, as in vLLM."""
+
 Report = SleepReport | WakeReport | UpdateReport | list[Any] | None
 Steps = Generator[None, None, Report]
 """A transition under way: each `next` is one look whether it can go on; the return value is its report."""
@@ -211,7 +214,20 @@ class Transitions:
 
     def _wake_steps(self, call: WakeCall) -> Steps:
         yield from ()
-        return self._wake(parse_tags(call.tags), defer_canary=False)
+        tags = call.tags
+        if tags is not None and SCHEDULING in tags:
+            tags = [tag for tag in tags if tag != SCHEDULING]
+            if not tags:
+                return self._resume_scheduling()
+        return self._wake(parse_tags(tags), defer_canary=False)
+
+    def _resume_scheduling(self) -> WakeReport:
+        """Undo level 0, and nothing else: a model that has given memory back schedules once that is back."""
+        begin = time.perf_counter()
+        self._sleep.refuse_if_faulted()
+        paused = self._sleep.state.paused_by_sleep
+        self._sleep.set_gate(paused_by_sleep=False)
+        return WakeReport(changed=paused, seconds=time.perf_counter() - begin)
 
     def _wake_for_requests_steps(self) -> Steps:
         yield from ()

@@ -25,6 +25,7 @@ from shuteye.server.context import ServerContext
 from shuteye.server.control import health, routes
 from shuteye.server.http import docs_page
 from shuteye.server.http.errors import install_error_handlers
+from shuteye.server.http.ignored_fields import IgnoredFields
 from shuteye.server.http.middleware import BodyDeadline, BodyFraming, BodyLimit, HeaderLimit, HeadRequests, RequestIds
 from shuteye.server.openai import chat, completions, invocations, models, pooling, responses, transcriptions
 from shuteye.server.openapi import install_openapi
@@ -79,7 +80,7 @@ def create_app(
     )
     model_name = (config.served_model_name or (engine.config.model,))[0]
     tracer = tracer or _configured_tracer(config, model_name)
-    measured = Metrics(engine, model_name, tracer=tracer, log_requests=config.log_requests)
+    measured = Metrics(engine, model_name, tracer=tracer, log_requests=config.log_requests, names=config.metrics_prefix)
     engine.on_auto_wake = measured.on_auto_wake
     app.state.context = ServerContext(engine, config, measured, tracer)
     _add_middleware(app, app.state.context)
@@ -122,6 +123,8 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
         from shuteye.server.telemetry.tracing import TraceRequests
 
         app.add_middleware(TraceRequests, tracer=context.tracer)
+    if not config.strict_fields:
+        app.add_middleware(IgnoredFields)
     app.add_middleware(BodyFraming)
     app.add_middleware(HeaderLimit, max_count=config.max_header_count, max_bytes=config.max_header_bytes)
     app.add_middleware(RequestIds, on_answer=context.metrics.count_answer)
@@ -132,7 +135,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
             allow_methods=config.allowed_methods,
             allow_headers=config.allowed_headers,
             allow_credentials=config.allow_credentials,
-            expose_headers=("X-Request-Id", "Retry-After"),
+            expose_headers=("X-Request-Id", "X-Ignored-Fields", "Retry-After"),
         )
     app.add_middleware(HeadRequests)  # before whatever counts answers by the route's method
 

@@ -14,6 +14,7 @@ from shuteye.errors import InvalidRequest
 from shuteye.logs import LogFormat, LogLevel
 from shuteye.server.parsing.parser import ReasoningParserName
 from shuteye.server.parsing.tool_formats import ToolFormat
+from shuteye.server.telemetry.names import MetricsPrefix
 from shuteye.typed_fields import require_sendable, settle_types
 
 ToolCallParser = Literal["auto"] | ToolFormat
@@ -49,6 +50,10 @@ class ServerConfig:
         engine_restarts: how often a dead engine is restarted within ten minutes before the server ends.
         engine_restart_delay_s: before the first of these restarts; twice as long before every further one.
         shutdown_grace_s: how long running requests may go on after the first signal.
+        strict_fields: a body's unknown field is answered with 400, instead of being left out.
+        enable_force_include_usage: streams tell how many tokens they took, whether asked to or not.
+        return_tokens_as_token_ids: log-probabilities name tokens by their ids, whether asked to or not.
+        metrics_prefix: metrics are named `shuteye_…`, `vllm:…` or both.
         log_requests: a line for every request that was served, without its text.
         tool_call_parser: how the model writes tool calls; `auto` asks its chat template.
         reasoning_parser: how the model writes reasoning, if it does.
@@ -81,6 +86,10 @@ class ServerConfig:
     engine_restarts: int = 3
     engine_restart_delay_s: float = 1.0
     shutdown_grace_s: float = 30.0
+    strict_fields: bool = False
+    enable_force_include_usage: bool = False
+    return_tokens_as_token_ids: bool = False
+    metrics_prefix: MetricsPrefix = "shuteye"
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
     log_requests: bool = False

@@ -38,10 +38,12 @@ ANSWERS: Mapping[str, type] = {
     "GET /v1/models/{name}": models.ModelAnswer,
     "POST /tokenize": models.TokensAnswer,
     "POST /detokenize": models.TextAnswer,
+    "GET /tokenizer_info": models.TokenizerAnswer,
     "GET /health": health.AliveAnswer,
     "GET /ping": health.AliveAnswer,
     "GET /version": health.VersionAnswer,
     "GET /ready": health.ReadyAnswer,
+    "GET /load": health.LoadAnswer,
     "GET /state": health.StateAnswer,
     "POST /sleep": routes.SleepAnswer,
     "POST /wake_up": routes.WakeAnswer,
@@ -53,6 +55,8 @@ ANSWERS: Mapping[str, type] = {
     "POST /reload_weights": UpdateReport,
     "POST /collective_rpc": routes.RpcAnswer,
     "POST /restart_engine": routes.RestartAnswer,
+    "GET /get_world_size": routes.WorldSizeAnswer,
+    "POST /release_kv_cache_memory": routes.DoneAnswer,
     "POST /reset_prefix_cache": routes.DoneAnswer,
 }
 """What each route answers with 200, in JSON."""

@@ -287,6 +287,13 @@ class TestPrefix:
         scheduler.add(request("b", [1, 2, *[7] * 7]))
         assert step(scheduler)[0].chunks[0].start == 8
 
+    def test_only_requests_of_one_salt_share(self):
+        """A caller who learns by timing what somebody else has sent."""
+        scheduler = make_scheduler()
+        for name, salt, start in (("a", "x", 0), ("b", "y", 0), ("c", None, 0), ("d", "x", 8)):
+            scheduler.add(request(name, range(10), max_tokens=1, cache_salt=salt))
+            assert step(scheduler)[0].chunks[0].start == start
+
     def test_reset_forgets_what_was_cached(self):
         """After a weight update, a new request would be served K/V of the old weights."""
         scheduler = make_scheduler()

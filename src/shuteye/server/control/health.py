@@ -117,6 +117,18 @@ async def ready(context: Context) -> Response:
     return JsonAnswer(ReadyAnswer(True)) if reason is None else JsonAnswer(ReadyAnswer(False, reason), 503)
 
 
+class LoadAnswer(Struct):
+    """Answer of GET /load (vLLM's shape)."""
+
+    server_load: int
+
+
+@router.get("/load", response_model=None)
+async def load(context: Context) -> Response:
+    """How many prompts, texts and recordings are being worked on, or wait to be."""
+    return JsonAnswer(LoadAnswer(context.metrics.num_in_flight))
+
+
 @keyed.get("/state", response_model=None)
 async def state(context: Context) -> Response:
     """All that is known of the engine, from what it pushed last; asks it nothing."""

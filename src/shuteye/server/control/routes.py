@@ -237,6 +237,15 @@ async def reset_prefix_cache(
     return JsonAnswer(DoneAnswer("reset"))
 
 
+@router.post("/release_kv_cache_memory", response_model=None, dependencies=[NO_QUERY])
+async def release_kv_cache_memory(context: Context) -> Response:
+    """Gives the KV cache back while paused; `/wake_up` brings it back."""
+    if not context.engine.is_paused:
+        raise TransitionConflict("The KV cache is given back only while nothing runs; POST /pause first.")
+    await _carried_out(context, SleepCall(level=1, tags=("kv_cache",)))
+    return JsonAnswer(DoneAnswer("kv_cache_released"))
+
+
 # --- the engine ---------------------------------------------------------------------------------
 
 
@@ -246,11 +255,24 @@ class RpcAnswer(Struct):
     results: list[Any]
 
 
+class WorldSizeAnswer(Struct):
+    """Answer of GET /get_world_size."""
+
+    world_size: int
+
+
 class RestartAnswer(Struct):
     """The engine that was dead is loaded again."""
 
     status: str
     seconds: float
+
+
+@router.get("/get_world_size", response_model=None)
+async def get_world_size(context: Context, include_dp: bool = True) -> Response:  # one replica
+    """How many ranks compute the model together."""
+    config = context.engine.config
+    return JsonAnswer(WorldSizeAnswer(config.tensor_parallel_size * config.pipeline_parallel_size))
 
 
 @router.post("/collective_rpc", response_model=None, openapi_extra=documented_body(RpcRequest))

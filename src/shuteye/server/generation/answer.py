@@ -220,23 +220,26 @@ async def _events(
     step: PromptOutput | None = first
     while step is not None:
         prompt_index, output = step
+        before = usage.answer()
         usage.add(prompt_index, output)
         if output.prompt_logprobs is not None:
             writer.prompt_logprobs[prompt_index] = output.prompt_logprobs
-        if usage_in == "every chunk":
-            chunk.usage = usage.answer()
         for completion in output.outputs:
             index = prompt_index * job.params.n + completion.index
             if index not in opened:
                 extra = {} if opened else writer.extra()
                 opened.add(index)
                 if (opening := writer.opening(index)) is not None:
-                    chunk.choices = [opening]
-                    yield event(encode_json(structs.replace(chunk, **extra)))
+                    opened_with = structs.replace(chunk, choices=[opening], **extra)
+                    if usage_in == "every chunk":
+                        opened_with.usage = before  # no token of this step is told yet
+                    yield event(encode_json(opened_with))
             if completion.text or completion.logprobs or completion.finish_reason is not None or writer.shows_token_ids:
                 choice = writer.delta(index, completion)
                 if choice is not None:
                     chunk.choices = [choice]
+                    if usage_in == "every chunk":
+                        chunk.usage = usage.answer()
                     yield event(encode_json(chunk))
         step = await anext(rest, None)
     if usage_in != "no chunk":

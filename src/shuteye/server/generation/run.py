@@ -76,6 +76,8 @@ async def _run_one(
         output_kind="delta",
         backlog=backlog,
     )
+    params = job.params
+    context.metrics.observe_params(n=params.n, max_tokens=params.max_tokens)
     with context.metrics.request() as timer:
         async with aclosing(outputs):
             async for output in outputs:

@@ -25,12 +25,12 @@ class JsonAnswer(Response):
 
 
 class ErrorDetail(Struct, kw_only=True):
-    """What went wrong; the error of a sleeping model has no `param`."""
+    """What went wrong; the error of a sleeping model has no `param`. `code` is the status, or a name of OpenAI's."""
 
     message: str
     type: str
     param: str | UnsetType | None = UNSET
-    code: int
+    code: int | str
 
 
 class ErrorAnswer(Struct):

@@ -24,6 +24,7 @@ from shuteye.errors import (
     MemoryExhausted,
     ModelPaused,
     ModelSleeping,
+    PromptTooLong,
     QueueFull,
     ServerStopping,
     ShuteyeError,
@@ -55,6 +56,10 @@ _HTTP_ERROR_TYPES = {
 }
 
 
+CONTEXT_LENGTH = "context_length_exceeded"
+"""OpenAI's code of a prompt that does not fit, by which clients choose another model; other codes are the status."""
+
+
 class ClientDisconnected(Exception):
     """The client disconnected; the work has been cancelled."""
 
@@ -63,10 +68,11 @@ def error_body(error: ShuteyeError) -> dict[str, Any]:
     """OpenAI's error shape; `ModelSleeping` has exactly the three keys and the message of the contract."""
     if isinstance(error, ModelSleeping):
         return _body(error.MESSAGE, error.error_type, UNSET, error.status_code)
-    return _body(error.message, error.error_type, error.param, error.status_code)
+    code = CONTEXT_LENGTH if isinstance(error, PromptTooLong) else error.status_code
+    return _body(error.message, error.error_type, error.param, code)
 
 
-def _body(message: str, kind: str, param: str | UnsetType | None, code: int) -> dict[str, Any]:
+def _body(message: str, kind: str, param: str | UnsetType | None, code: int | str) -> dict[str, Any]:
     body: dict[str, Any] = msgspec.to_builtins(
         ErrorAnswer(ErrorDetail(message=message, type=kind, param=param, code=code))
     )
@@ -143,11 +149,16 @@ _SHORT.maxstring = _SHORT.maxother = 120
 """Looks no further into a value than is shown."""
 
 
+QUERY = "query."
+"""Stands before the name of a parameter that was in the query, as in vLLM; a body's fields have their bare names."""
+
 # --- handlers -----------------------------------------------------------------------------------
 
 
-async def _on_shuteye_error(_request: Request, error: Exception) -> Response:
+async def _on_shuteye_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ShuteyeError)
+    if error.param is not None and error.param in request.query_params:
+        error.param = f"{QUERY}{error.param}"
     return error_response(error)
 
 
@@ -156,7 +167,10 @@ async def _on_validation_error(_request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return error_response(InvalidRequest(_message(first, None)))
-    return error_response(invalid_request(error.errors()))
+    refusal = invalid_request(error.errors())
+    if refusal.param is not None and first["loc"][0] == "query":
+        refusal.param = f"{QUERY}{refusal.param}"
+    return error_response(refusal)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

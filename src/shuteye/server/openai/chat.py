@@ -23,6 +23,7 @@ from shuteye.server.generation.answer import (
 )
 from shuteye.server.generation.run import Job, Prompt
 from shuteye.server.http.admission import ModelRoute, require_prompt_tokens, require_sequences, require_task
+from shuteye.server.http.ignored_fields import ignore
 from shuteye.server.openai.fields import GenerationBody, Many, one_message
 from shuteye.server.openai.logprobs import ChatLogprobs, PromptLogprobs, TokenNames, chat_logprobs, prompt_logprobs
 from shuteye.server.openai.prompts import Message, encode, render_chat, require_room, require_tokens
@@ -35,6 +36,7 @@ from shuteye.server.openai.tools import (
     ToolCallDelta,
     ToolChoice,
     available_tools,
+    call_or_content,
     forced_call,
     required_tools,
 )
@@ -74,12 +76,6 @@ class ChatBody(GenerationBody):
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequest(
                 "continue_final_message and add_generation_prompt cannot both be true.", param="continue_final_message"
-            )
-        if self.tools and self.tool_choice != "none" and self.structure is not None:
-            raise InvalidRequest(
-                "The output's structure cannot be given together with tools that may be called; "
-                "send tool_choice 'none', or no tools.",
-                param="tools",
             )
         return self
 
@@ -141,10 +137,8 @@ async def chat_job(context: ServerContext, request_id: str, body: ChatBody) -> t
     reading = ReadingPlan(tool_format, reasons, reasons and begins_inside(config.reasoning_parser, text))
     # how tokens are chosen
     params = body.sampling_params(info.default_sampling, max_tokens=limit, logprobs=body.num_logprobs)
-    if required := required_tools(tools, body.tool_choice):
-        assert tool_format is not None
-        several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedToolChoice)
-        params = replace(params, structured_outputs=forced_call(required, tool_format, tokenizer, several=several))
+    if tool_format is not None:
+        params = _with_calls(params, body, tools, tool_format, tokenizer)
     if reading.needs_special_tokens(tokenizer):
         params = replace(params, skip_special_tokens=False)
     if reasons and not text.rstrip().endswith(END):
@@ -152,8 +146,23 @@ async def chat_job(context: ServerContext, request_id: str, body: ChatBody) -> t
     return Job(request_id, (Prompt(kept),), params), reading
 
 
+def _with_calls(
+    params: SamplingParams, body: ChatBody, tools: Sequence[Tool], tool_format: ToolFormat, tokenizer: Tokenizer
+) -> SamplingParams:
+    """A call that must be made has no room for a structure of content; one that may be made is an alternative to it."""
+    several = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedToolChoice)
+    content = params.structured_outputs
+    if required := required_tools(tools, body.tool_choice):
+        structure = forced_call(required, tool_format, tokenizer, several=several)
+    elif content is not None:
+        structure = call_or_content(tools, tool_format, tokenizer, several=several, content=content)
+    else:
+        return params
+    return replace(params, structured_outputs=structure)
+
+
 def _template_kwargs(body: ChatBody, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the template gets beside the messages; a field that it would not look at is refused."""
+    """What the template gets beside the messages; documents that it would not look at are refused, an effort is not."""
     kwargs = dict(body.chat_template_kwargs or {})
     given = {"documents": body.documents or None, "reasoning_effort": body.reasoning_effort}
     for name, value in given.items():
@@ -161,12 +170,13 @@ def _template_kwargs(body: ChatBody, tokenizer: Tokenizer) -> dict[str, Any]:
             continue
         if tokenizer.template_reads(name):
             kwargs[name] = value
-        elif value != "none":
+        elif name == "reasoning_effort" and (value == "none" or ignore([name])):
+            if value == "none" and tokenizer.template_reads("enable_thinking"):
+                kwargs.setdefault("enable_thinking", False)
+        else:
             raise InvalidRequest(
                 f"'{name}' is not supported with this model: its chat template has no place for it.", param=name
             )
-        elif tokenizer.template_reads("enable_thinking"):
-            kwargs.setdefault("enable_thinking", False)
     return kwargs
 
 
@@ -195,8 +205,11 @@ class ChatMessageAnswer(Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
     tool_calls: list[ToolCallAnswer] | UnsetType = UNSET
-    reasoning: str | UnsetType = UNSET
+    reasoning: str | None = None
 
 
 class ChatChoiceAnswer(Struct):
@@ -207,7 +220,7 @@ class ChatChoiceAnswer(Struct):
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
     stop_reason: str | int | None
-    token_ids: Sequence[int] | UnsetType = UNSET
+    token_ids: Sequence[int] | None = None
 
 
 class ChatAnswer(Struct, kw_only=True):
@@ -219,8 +232,11 @@ class ChatAnswer(Struct, kw_only=True):
     model: str
     choices: list[ChatChoiceAnswer]
     usage: UsageAnswer
-    prompt_token_ids: Sequence[int] | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    prompt_token_ids: Sequence[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    service_tier: None = None
+    system_fingerprint: None = None
+    kv_transfer_params: None = None
 
 
 class ChatDelta(Struct, omit_defaults=True):
@@ -239,8 +255,8 @@ class ChatChunkChoice(Struct):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
-    token_ids: Sequence[int] | UnsetType = UNSET
-    stop_reason: str | int | UnsetType | None = UNSET
+    token_ids: Sequence[int] | None = None
+    stop_reason: str | int | None = None
 
 
 class ChatChunk(Struct, kw_only=True):
@@ -307,9 +323,7 @@ class ChatWriter(ResponseWriter):
         reader = self.reading.reader()
         said = self._said([*reader.feed(transcript.text), *reader.finish()])
         text = self.echo + (said.content or "")
-        message = ChatMessageAnswer(content=text)
-        if said.reasoning is not None:
-            message.reasoning = said.reasoning
+        message = ChatMessageAnswer(content=text, reasoning=said.reasoning)
         if said.tool_calls:
             message.content = text or None
             message.tool_calls = [
@@ -329,7 +343,7 @@ class ChatWriter(ResponseWriter):
             logprobs,
             self._finish_reason(transcript.finish_reason, has_calls=bool(said.tool_calls)),
             transcript.stop_reason,
-            transcript.token_ids if self.shows_token_ids else UNSET,
+            transcript.token_ids if self.shows_token_ids else None,
         )
 
     def opening(self, index: int) -> ChatChunkChoice:
@@ -400,7 +414,7 @@ async def chat_completions(request: Request, body: ChatBody, context: Context) -
     writer = ChatWriter(
         prompts=job.prompts,
         shows_token_ids=body.return_token_ids is True,
-        names=TokenNames(context.engine.tokenizer, body.return_tokens_as_token_ids is True),
+        names=TokenNames(context.engine.tokenizer, body.names_by_id(context.config)),
         num_top=body.num_logprobs,
         reading=reading,
         echo=_echo(body),
@@ -409,7 +423,9 @@ async def chat_completions(request: Request, body: ChatBody, context: Context) -
         show_reasoning=body.include_reasoning is not False,
     )
     if body.stream:
-        return await answer_stream(request, context, job, writer=writer, model=model, usage_in=body.usage_in)
+        return await answer_stream(
+            request, context, job, writer=writer, model=model, usage_in=body.usage_in(context.config)
+        )
     return await answer_whole(request, context, job, writer=writer, model=model)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 from fastapi import APIRouter, Request, Response
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import Struct, UnsetType
 from pydantic import Field, field_validator, model_validator
 
 from shuteye.errors import InvalidRequest
@@ -89,10 +89,10 @@ class CompletionChoiceAnswer(Struct):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
-    stop_reason: str | int | UnsetType | None = UNSET
-    token_ids: Sequence[int] | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType | None = UNSET
-    prompt_token_ids: Sequence[int] | UnsetType = UNSET
+    stop_reason: str | int | None = None
+    token_ids: Sequence[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: Sequence[int] | None = None
 
 
 class CompletionAnswer(Struct, kw_only=True):
@@ -104,6 +104,9 @@ class CompletionAnswer(Struct, kw_only=True):
     model: str
     choices: list[CompletionChoiceAnswer]
     usage: UsageAnswer
+    service_tier: None = None
+    system_fingerprint: None = None
+    kv_transfer_params: None = None
 
 
 class CompletionChunk(Struct, kw_only=True):
@@ -166,11 +169,10 @@ class CompletionWriter(ResponseWriter):
     def delta(self, index: int, delta: CompletionOutput) -> CompletionChoiceAnswer:
         """What is new of a choice."""
         if self.echoes_only:
-            return CompletionChoiceAnswer(index, "", None, _echo_ends(delta), stop_reason=None)
+            return CompletionChoiceAnswer(index, "", None, _echo_ends(delta))
         logprobs = self._logprobs(index, delta.token_ids, delta.logprobs or ()) if self.wants_logprobs else None
         choice = CompletionChoiceAnswer(index, delta.text, logprobs, delta.finish_reason)
-        if delta.finish_reason is not None:
-            choice.stop_reason = delta.stop_reason
+        choice.stop_reason = delta.stop_reason
         if self.shows_token_ids:
             choice.token_ids = delta.token_ids
         return choice
@@ -210,7 +212,7 @@ async def completions(request: Request, body: CompletionBody, context: Context) 
     model = context.served_name(body.model)
     job = await _job(body, context)
     writer = CompletionWriter(
-        names=TokenNames(context.engine.tokenizer, as_ids=body.return_tokens_as_token_ids is True),
+        names=TokenNames(context.engine.tokenizer, as_ids=body.names_by_id(context.config)),
         prompts=job.prompts,
         num_choices=job.best or job.params.n,
         wants_logprobs=body.logprobs is not None,
@@ -220,7 +222,9 @@ async def completions(request: Request, body: CompletionBody, context: Context) 
         shows_token_ids=body.return_token_ids is True,
     )
     if body.stream:
-        return await answer_stream(request, context, job, writer=writer, model=model, usage_in=body.usage_in)
+        return await answer_stream(
+            request, context, job, writer=writer, model=model, usage_in=body.usage_in(context.config)
+        )
     return await answer_whole(request, context, job, writer=writer, model=model)
 
 

@@ -1,9 +1,9 @@
 """Fields that generation routes share, and what becomes of those that this server does not support.
 
-A field is used, known to be harmless, or refused by name; never silently dropped. Lists are validated up to their
-first wrong item: a million complaints would keep the event loop for seconds. What the output must be
-(`response_format`, `structured_outputs`, `guided_*`) is a field, too; whether a grammar can be used is found where it
-is compiled.
+A field is used, known to be harmless, or refused by name; what no one here knows is left out and named in the answer.
+Lists are validated up to their first wrong item: a million complaints would keep the event loop for seconds. What the
+output must be (`response_format`, `structured_outputs`, `guided_*`) is a field, too; whether a grammar can be used is
+found where it is compiled.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, ValidationError
 
 from shuteye.errors import InvalidRequest
+from shuteye.server.config import ServerConfig
+from shuteye.server.http.ignored_fields import ignore
 from shuteye.tasks.generate.requests import SamplingParams, StructuredOutputsParams
 
 T = TypeVar("T")
@@ -152,23 +154,25 @@ class StructureFields(BaseModel):
 HARMLESS = frozenset(
     {
         "user", "metadata", "store", "service_tier", "safety_identifier", "request_id", "session_id",
-        "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+        "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "vllm_xargs",
     }
 )  # fmt: skip
 """Fields that change nothing in what is generated."""
 
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    # of other routes
+    "best_of": (), "echo": (False,), "input": (), "messages": (), "prompt": (),
     # OpenAI's
     "audio": (), "function_call": ("none", "auto"), "functions": ([],), "modalities": (["text"],), "moderation": (),
     "prediction": (), "reasoning_effort": ("none",), "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],),
     "parallel_tool_calls": (True,), "verbosity": ("medium",), "web_search_options": (), "include_reasoning": (True,),
     # vLLM's
-    "cache_salt": (), "chat_template": (), "documents": ([],), "ec_transfer_params": (),
+    "chat_template": (), "documents": ([],), "ec_transfer_params": (),
     "guided_decoding_backend": (), "kv_transfer_params": (), "length_penalty": (1.0,), "logits_processors": ([],),
     "logprob_token_ids": (), "media_io_kwargs": ({},), "mm_processor_kwargs": ({},), "prompt_embeds": (),
     "repetition_detection": (), "return_mm_kwargs": (True,), "return_prompt_text": (False,),
     "return_token_offsets": (False,), "routed_experts_prompt_start": (0,), "stream_interval": (1,),
-    "thinking_token_budget": (-1,), "use_beam_search": (False,), "vllm_xargs": ({},), "watermarking": (False,),
+    "thinking_token_budget": (-1,), "use_beam_search": (False,), "watermarking": (False,),
 }  # fmt: skip
 """Fields that would change what is generated, each with the values that ask for nothing; null is always one."""
 
@@ -176,7 +180,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 def settle_unsupported(
     body: Any, declared: Mapping[str, Any], *, unsupported: Mapping[str, tuple[object, ...]] = UNSUPPORTED
 ) -> Any:
-    """`body` without its harmless and neutral fields.
+    """`body` without its harmless and neutral fields, and without unknown ones unless those are to be refused.
 
     Args:
         unsupported: the route's fields that would change its answer, each with the values that ask for nothing.
@@ -186,11 +190,15 @@ def settle_unsupported(
     """
     if not isinstance(body, Mapping):
         return body
-    return {
+    kept = {
         name: value
         for name, value in body.items()
         if name in declared or not _ignorable(name, value, unsupported=unsupported)
     }
+    unknown = [name for name in kept if name not in declared]
+    if unknown and ignore(unknown):
+        return {name: value for name, value in kept.items() if name in declared}
+    return kept
 
 
 def _ignorable(name: str, value: object, *, unsupported: Mapping[str, tuple[object, ...]]) -> bool:
@@ -256,6 +264,7 @@ class GenerationBody(StructureFields):
     bad_words: Many[str] | None = None
     prompt_logprobs: int | None = None
     priority: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    cache_salt: str | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     truncation_side: Literal["left", "right"] | None = None
     return_token_ids: bool | None = None
@@ -288,13 +297,17 @@ class GenerationBody(StructureFields):
             )
         return self
 
-    @property
-    def usage_in(self) -> Literal["no chunk", "last chunk", "every chunk"]:
+    def usage_in(self, config: ServerConfig) -> Literal["no chunk", "last chunk", "every chunk"]:
         """Where a stream is to tell how many tokens it took."""
-        options = self.stream_options
-        if options is None or not options.include_usage:
+        options = self.stream_options or StreamOptions()
+        if not options.include_usage and not config.enable_force_include_usage:
             return "no chunk"
         return "every chunk" if options.continuous_usage_stats else "last chunk"
+
+    def names_by_id(self, config: ServerConfig) -> bool:
+        """Whether log-probabilities name tokens by their ids."""
+        asked = self.return_tokens_as_token_ids
+        return config.return_tokens_as_token_ids if asked is None else asked
 
     def truncated(self, token_ids: Sequence[int], *, room: int) -> Sequence[int]:
         """At most `truncate_prompt_tokens` tokens of a prompt; -1 keeps as many as there is `room` for."""
@@ -343,5 +356,5 @@ _DEFAULTED: Mapping[str, type[int] | type[float]] = {
 _PASSED_ON = (
     *_DEFAULTED, "n", "presence_penalty", "frequency_penalty", "seed", "stop", "stop_token_ids", "ignore_eos",
     "include_stop_str_in_output", "min_tokens", "skip_special_tokens", "allowed_token_ids", "bad_words",
-    "prompt_logprobs", "priority",
+    "prompt_logprobs", "priority", "cache_salt",
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from fastapi import APIRouter, Response
@@ -14,8 +15,9 @@ from shuteye.errors import InvalidRequest
 from shuteye.server.context import Context, ServerContext
 from shuteye.server.http.answers import JsonAnswer
 from shuteye.server.http.auth import InferenceRoute
-from shuteye.server.openai.fields import Many
+from shuteye.server.openai.fields import Many, settle_unsupported
 from shuteye.server.openai.prompts import Message, encode, render_chat, require_known
+from shuteye.server.openai.tools import Tool, available_tools
 from shuteye.tokenizer import LONG_TEXT, Tokenizer
 
 router = APIRouter(route_class=InferenceRoute)
@@ -67,6 +69,11 @@ def _card(name: str, context: ServerContext) -> ModelAnswer:
     return card
 
 
+_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    "chat_template": (), "media_io_kwargs": ({},), "mm_processor_kwargs": ({},),
+}  # fmt: skip
+"""Fields that would change the tokens, each with the values that ask for nothing; null is always one."""
+
 _ONE_OF_TWO: JsonDict = {
     "oneOf": [
         {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}},
@@ -85,13 +92,28 @@ class TokenizeBody(BaseModel):
     messages: Many[Message] | None = Field(default=None, min_length=1)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
-    return_token_strs: bool = False
+    continue_final_message: bool = False
+    return_token_strs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Many[Tool] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_unsupported(cls, body: Any) -> Any:
+        return settle_unsupported(body, cls.model_fields, unsupported=_UNSUPPORTED)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("Send either prompt or messages.", param="prompt")
+        if (
+            self.continue_final_message
+            and self.add_generation_prompt
+            and "add_generation_prompt" in self.model_fields_set
+        ):
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt cannot both be true.", param="continue_final_message"
+            )
         return self
 
 
@@ -102,6 +124,22 @@ class DetokenizeBody(BaseModel):
 
     model: str | None = None
     tokens: Many[int]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_unsupported(cls, body: Any) -> Any:
+        return settle_unsupported(body, cls.model_fields, unsupported={})
+
+
+class TokenizerAnswer(Struct):
+    """Answer of GET /tokenizer_info (vLLM's names)."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    vocab_size: int
+    model_max_length: int
+    chat_template: str | None
 
 
 class TokensAnswer(Struct):
@@ -119,6 +157,22 @@ class TextAnswer(Struct):
     prompt: str
 
 
+@router.get("/tokenizer_info", response_model=None)
+async def tokenizer_info(context: Context) -> Response:
+    """What is known of the tokenizer, its chat template included."""
+    tokenizer = context.engine.tokenizer
+    template = tokenizer.template_source() if tokenizer.has_chat_template else None
+    answer = TokenizerAnswer(
+        tokenizer_class=type(tokenizer).__name__,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        vocab_size=tokenizer.vocab_size,
+        model_max_length=context.engine.info.max_model_len,
+        chat_template=template,
+    )
+    return JsonAnswer(answer)
+
+
 @router.post("/tokenize", response_model=None)
 async def tokenize(body: TokenizeBody, context: Context) -> Response:
     """Token ids of a text; special tokens are added to a text by default, to a rendered conversation not."""
@@ -129,8 +183,10 @@ async def tokenize(body: TokenizeBody, context: Context) -> Response:
         text = await render_chat(
             tokenizer,
             body.messages,
-            add_generation_prompt=body.add_generation_prompt,
+            add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
             template_kwargs=body.chat_template_kwargs or {},
+            tools=available_tools(body.tools, None),
+            continue_final_message=body.continue_final_message,
         )
     assert text is not None
     add_special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from shuteye.errors import InvalidRequest, PromptTooLong
 from shuteye.server.http.bodies import parsed
@@ -60,15 +60,16 @@ def require_room(num_prompt_tokens: int, max_tokens: int | None, max_model_len: 
         return
     asked = "" if max_tokens is None else f" and {max_tokens} were asked for"
     raise PromptTooLong(
-        f"The context is {max_model_len} tokens, but the prompt has {num_prompt_tokens}{asked}. "
-        "Shorten the prompt or lower max_tokens.",
+        f"This model's maximum context length is {max_model_len} tokens. However, the prompt has {num_prompt_tokens}"
+        f"{asked}. Shorten the prompt or lower max_tokens.",
         param="max_tokens" if num_prompt_tokens < max_model_len else "prompt",
     )
 
 
 # --- conversations ------------------------------------------------------------------------------
 
-Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+Role = Annotated[str, Field(min_length=1, max_length=64)]
+"""Any that a template may know: besides OpenAI's, models have been trained with roles of their own."""
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "function_call": (), "audio": (), "refusal": (), "annotations": ([],), "reasoning_details": ([],),
@@ -96,6 +97,8 @@ class TextPart(BaseModel):
             raise InvalidRequest(
                 f"Content of type '{kind}' is not supported: this model reads text only.", param="messages"
             )
+        if isinstance(part, Mapping) and "cache_control" in part:  # every prefix is cached as it is
+            return {name: value for name, value in part.items() if name != "cache_control"}
         return part
 
 

@@ -19,7 +19,7 @@ from shuteye.server.generation.run import Job
 from shuteye.server.http.admission import ModelRoute, require_task
 from shuteye.server.http.errors import invalid_request
 from shuteye.server.openai.chat import ChatBody, chat_job
-from shuteye.server.openai.fields import Many, one_message
+from shuteye.server.openai.fields import Many, one_message, settle_unsupported
 from shuteye.server.openai.response_events import ResponseAnswer, ResponseInProgress, answer_response, stream_response
 from shuteye.server.parsing.parser import ReadingPlan
 
@@ -206,7 +206,7 @@ class ResponsesBody(BaseModel):
                 )
             if name not in REFUSED and name not in HARMLESS:
                 kept[name] = value
-        return kept
+        return settle_unsupported(kept, cls.model_fields, unsupported={})
 
     def as_chat(self) -> ChatBody:
         """The same request to the chat route.

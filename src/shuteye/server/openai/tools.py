@@ -6,6 +6,7 @@ Syntax of grammars: https://github.com/guidance-ai/llguidance/blob/main/docs/syn
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from msgspec import Struct
 from pydantic import BaseModel, ConfigDict, Field
 
 from shuteye.errors import InvalidRequest
+from shuteye.server.http.bodies import parsed
 from shuteye.server.parsing.tool_formats import HERMES_BEGIN, HERMES_END, MISTRAL_BEGIN, ToolFormat
 from shuteye.tasks.generate.requests import JSON_WHITESPACE, StructuredOutputsParams
 from shuteye.tokenizer import Tokenizer
@@ -69,7 +71,34 @@ class NamedToolChoice(BaseModel):
     function: NamedFunction
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice
+class AllowedTool(BaseModel):
+    """One of the tools that may be called."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class AllowedTools(BaseModel):
+    """Which tools may be called, and whether one must be."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    mode: Literal["auto", "required"]
+    tools: list[AllowedTool] = Field(min_length=1)
+
+
+class AllowedToolsChoice(BaseModel):
+    """OpenAI's way to offer only some of the tools."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice
 
 
 class CalledFunction(BaseModel):
@@ -112,13 +141,26 @@ def available_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> 
             f"{', '.join(map(repr, names)) or 'there are none'}.",
             param="tool_choice",
         )
-    return tools
+    return _allowed(tools, choice) if isinstance(choice, AllowedToolsChoice) else tools
+
+
+def _allowed(tools: Sequence[Tool], choice: AllowedToolsChoice) -> list[Tool]:
+    wanted = {allowed.function.name for allowed in choice.allowed_tools.tools}
+    unknown = wanted - {tool.function.name for tool in tools}
+    if unknown:
+        raise InvalidRequest(
+            f"tool_choice allows {', '.join(map(repr, sorted(unknown)))}, which are none of the tools.",
+            param="tool_choice",
+        )
+    return [tool for tool in tools if tool.function.name in wanted]
 
 
 def required_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> list[Tool]:
     """The tools of which one must be called; empty if the model is free to call none."""
     if isinstance(choice, NamedToolChoice):
         return [tool for tool in tools if tool.function.name == choice.function.name]
+    if isinstance(choice, AllowedToolsChoice):
+        return list(tools) if choice.allowed_tools.mode == "required" else []
     return list(tools) if choice == "required" else []
 
 
@@ -185,6 +227,53 @@ def forced_call(
     tools: Sequence[Tool], tool_format: ToolFormat, tokenizer: Tokenizer, *, several: bool
 ) -> StructuredOutputsParams:
     """Structure of an output that calls one of the tools, or, if `several`, up to MAX_CALLS."""
+    rules = ["start: calls", *_calls(tools, tool_format, tokenizer, several=several)]
+    return StructuredOutputsParams(grammar="\n".join(rules), param="tools")
+
+
+def call_or_content(
+    tools: Sequence[Tool],
+    tool_format: ToolFormat,
+    tokenizer: Tokenizer,
+    *,
+    several: bool,
+    content: StructuredOutputsParams,
+) -> StructuredOutputsParams:
+    """Structure of an output that calls tools, as `forced_call` has it, or else is what `content` says.
+
+    Raises:
+        InvalidRequest: `content` is a grammar, whose rules cannot be told from those of calls.
+    """
+    rules = ["start: calls | content", *_calls(tools, tool_format, tokenizer, several=several)]
+    if content.choice is not None:
+        rules.append(f"content: {' | '.join(json.dumps(text) for text in content.choice)}")
+    elif content.regex is not None:
+        rules += ["content: CONTENT", f"CONTENT: /{_escaped(content.regex)}/"]
+    elif content.grammar is not None:
+        raise InvalidRequest("A grammar cannot be given together with tools that may be called.", param=content.param)
+    else:
+        rules.append(f"content: %json {json.dumps(_schema(content))}")
+    return StructuredOutputsParams(grammar="\n".join(rules), param=content.param)
+
+
+def _schema(content: StructuredOutputsParams) -> dict[str, Any]:
+    """The JSON schema of a content, with how much whitespace it may have."""
+    given: Any = {"type": "object"} if content.json is None else content.json
+    if isinstance(given, str):
+        given = parsed(given.encode(), what="The schema")
+    if not isinstance(given, dict):
+        raise InvalidRequest("A schema together with tools must be an object.", param=content.param)
+    space = {"whitespace_pattern": content.whitespace_pattern or JSON_WHITESPACE}
+    return given | {"x-guidance": {"whitespace_flexible": False} if content.disable_any_whitespace else space}
+
+
+def _escaped(regex: str) -> str:
+    """A regular expression between slashes, as Lark writes it."""
+    return re.sub(r"(\\.)|/", lambda match: match[1] or r"\/", regex, flags=re.DOTALL).replace("\n", r"\n")
+
+
+def _calls(tools: Sequence[Tool], tool_format: ToolFormat, tokenizer: Tokenizer, *, several: bool) -> list[str]:
+    """The rule `calls`, and those that it is made of."""
     words = _WORDS[tool_format]
 
     def literal(*texts: str) -> str:
@@ -192,7 +281,7 @@ def forced_call(
 
     more = f"({literal(words.between)} call){{0,{MAX_CALLS - 1}}}" if several else ""
     rules = [
-        f"start: {literal(*words.opening)} call {more} {literal(*words.closing)}",
+        f"calls: {literal(*words.opening)} call {more} {literal(*words.closing)}",
         f"call: {literal(*words.before)} ({' | '.join(f'tool_{index}' for index in range(len(tools)))}) "
         f"{literal(*words.after)}",
     ]
@@ -203,7 +292,7 @@ def forced_call(
             f'tool_{index}: {json.dumps(head)} arguments_{index} "}}"',
             f"arguments_{index}: %json {json.dumps(schema)}",
         ]
-    return StructuredOutputsParams(grammar="\n".join(rules), param="tools")
+    return rules
 
 
 def _literal(text: str, tokenizer: Tokenizer) -> str:

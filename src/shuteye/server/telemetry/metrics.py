@@ -17,8 +17,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from shuteye.config import EngineConfig
 from shuteye.errors import ClientError, ShuteyeError
 from shuteye.frontend.engine import KnownEngine
+from shuteye.server.telemetry.names import MetricsPrefix, named
 from shuteye.server.telemetry.timing import RequestTimer, RequestTiming
 from shuteye.state import EngineState, SchedulerStats, SleepReport, TagResidency, UpdateReport, WakeReport
 
@@ -36,6 +38,7 @@ TRANSITION_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 """Those that may be a label; each series takes memory for ever, so that no caller may make one up."""
 
+N_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0)
 TOKEN_BUCKETS = tuple(float(2**power) for power in range(18))
 
 CALL, REQUEST = "call", "request"
@@ -53,15 +56,27 @@ class Metrics:
     Args:
         tracer: makes spans of prompts and transitions, too.
         log_requests: log a line for every prompt that was served.
+        names: which prefix the names have, `shuteye_` or `vllm:`, or each metric under both.
+
+    Attributes:
+        num_in_flight: prompts, inputs and recordings that are worked on, or wait to be.
     """
 
     def __init__(
-        self, engine: KnownEngine, model_name: str, *, tracer: Tracer | None = None, log_requests: bool = False
+        self,
+        engine: KnownEngine,
+        model_name: str,
+        *,
+        tracer: Tracer | None = None,
+        log_requests: bool = False,
+        names: MetricsPrefix = "shuteye",
     ) -> None:
         self.registry = CollectorRegistry()
+        self.num_in_flight = 0
         self._model = model_name
         self._tracer = tracer
         self._log_requests = log_requests
+        self._names = names
         self._last_wake: tuple[float, int] | None = None  # seconds, and bytes of weights that came back
         self._define_requests()
         self._define_transitions()
@@ -86,6 +101,15 @@ class Metrics:
             "queue": self._whole_request("shuteye_request_queue_time_seconds", "Arrival to a place in the batch."),
             "prefill": self._whole_request("shuteye_request_prefill_time_seconds", "That place to the first token."),
             "decode": self._whole_request("shuteye_request_decode_time_seconds", "First to last token."),
+        }
+        self._inference = self._whole_request(
+            "shuteye_request_inference_time_seconds", "A place in the batch to the last token."
+        )
+        self._params = {
+            "n": self._histogram("shuteye_request_params_n", "Choices asked for.", buckets=N_BUCKETS),
+            "max_tokens": self._histogram(
+                "shuteye_request_params_max_tokens", "Most tokens asked for, where it was said.", buckets=TOKEN_BUCKETS
+            ),
         }
         self._num_prompt_tokens = self._histogram(
             "shuteye_request_prompt_tokens", "Tokens of a prompt.", buckets=TOKEN_BUCKETS
@@ -133,7 +157,7 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
-        return generate_latest(self.registry)
+        return named(generate_latest(self.registry), self._names)
 
     # --- requests -------------------------------------------------------------------------------
 
@@ -147,6 +171,7 @@ class Metrics:
     def request(self) -> Iterator[RequestTimer]:
         """Times one prompt from here on; every choice that finishes is counted, and so is a prompt that is lost."""
         timer = RequestTimer(self._observe_tokens, self._observe_end)
+        self.num_in_flight += 1
         try:
             yield timer
         except GeneratorExit:
@@ -158,6 +183,14 @@ class Metrics:
         except BaseException as error:
             timer.lost("error" if isinstance(error, Exception) else "disconnected")
             raise
+        finally:
+            self.num_in_flight -= 1
+
+    def observe_params(self, *, n: int, max_tokens: int | None) -> None:
+        """What a request to generate asks for, once per prompt."""
+        self._params["n"].labels(self._model).observe(n)
+        if max_tokens is not None:
+            self._params["max_tokens"].labels(self._model).observe(max_tokens)
 
     def _observe_tokens(self, seconds: float, count: int) -> None:
         for _ in range(count):
@@ -181,6 +214,8 @@ class Metrics:
             self._first_token.observe(served.first_token - served.arrived)
         for name, (begin, end) in served.phases.items():
             self._phases[name].observe(end - begin)
+        if "prefill" in served.phases:
+            self._inference.observe(served.ended - served.phases["prefill"][0])
         self._num_prompt_tokens.observe(served.num_prompt_tokens)
         self._num_output_tokens.observe(served.num_output_tokens)
 
@@ -280,6 +315,7 @@ class SnapshotCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """All families, as of now."""
         yield from self._of_scheduler(self.engine.stats)
+        yield from self._of_cache(self.engine.config, self.engine.stats)
         yield from self._of_sleep(self.engine.state)
 
     def _of_scheduler(self, stats: SchedulerStats) -> Iterable[Metric]:
@@ -302,6 +338,21 @@ class SnapshotCollector(Collector):
             "Sequences that lost their KV blocks and were computed again; those kept over a sleep included.",
             stats.num_preemptions_total,
         )
+
+    def _of_cache(self, config: EngineConfig, stats: SchedulerStats) -> Iterable[Metric]:
+        facts = {
+            "block_size": config.block_size,
+            "num_gpu_blocks": stats.num_blocks,
+            "enable_prefix_caching": config.enable_prefix_caching,
+        }
+        info = self._family("shuteye_cache_config_info", "How the KV cache is divided (vLLM's names).", *facts)
+        info.add_metric((self.model_name, *map(str, facts.values())), 1)
+        yield info
+        waiting = self._family("shuteye_num_requests_waiting_by_reason", "The same, by what they wait for.", "reason")
+        closed = self.engine.state.gate != "open"
+        waiting.add_metric((self.model_name, "capacity"), 0 if closed else stats.num_waiting)
+        waiting.add_metric((self.model_name, "deferred"), stats.num_waiting if closed else 0)
+        yield waiting
 
     def _of_sleep(self, state: EngineState) -> Iterable[Metric]:
         yield self._gauge("shuteye_is_sleeping", "1 until every tag is resident and loaded.", float(state.is_sleeping))

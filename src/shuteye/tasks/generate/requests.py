@@ -72,6 +72,7 @@ MAX_TEXTS = 256
 MAX_TEXTS_CHARACTERS = 16_384
 """What they may come to, all together."""
 MAX_STOP_TOKEN_IDS = 4096
+MAX_SALT = 1024
 MAX_TOP_K = 2**31 - 1
 JSON_WHITESPACE = r"\r?\n[ \t]{0,40}|[ \t]{0,2}"
 """Between the parts of constrained JSON: what formatters write, but not the endless blanks of small models."""
@@ -151,6 +152,8 @@ class SamplingParams:
         bad_token_ids: token sequences that are never completed; frontends make them of `bad_words`.
         structured_outputs: what the whole output must be.
         priority: requests with lower values leave the queue first.
+        cache_salt: only requests with the same one share cached prefixes, so that nobody can learn by timing what
+            others have sent.
 
     Raises:
         InvalidRequest: a value is of another type or out of range; `param` names it.
@@ -180,6 +183,7 @@ class SamplingParams:
     bad_token_ids: Sequence[Sequence[int]] = ()
     structured_outputs: StructuredOutputsParams | None = None
     priority: int = 0
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         settle_types(self)
@@ -200,6 +204,8 @@ class SamplingParams:
             len(self.stop_token_ids),
         )
         require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+        salted = self.cache_salt is None or 0 < len(self.cache_salt) <= MAX_SALT
+        require(salted, "cache_salt", f"a text of 1 to {MAX_SALT} characters", self.cache_salt)
         require(self.min_tokens >= 0, "min_tokens", "at least 0", self.min_tokens)
         require(
             self.max_tokens is None or self.min_tokens <= self.max_tokens,

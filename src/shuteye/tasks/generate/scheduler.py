@@ -254,7 +254,8 @@ class Scheduler(TaskScheduler):
         root = repr((self._epoch, self._num_resets)).encode()
         while self._waiting and batch.budget > 0 and len(self._running) < self._limits.max_num_seqs:
             sequence = self._waiting[0]
-            sequence.hashes.restart(root)
+            salt = sequence.request.params.cache_salt
+            sequence.hashes.restart(root if salt is None else root + salt.encode())
             # what the cache holds has no logits any more
             matched = () if sequence.to_be_scored else self._prefix.match(sequence.hashes, sequence.token_ids)
             if not self._has_room(sequence, matched):

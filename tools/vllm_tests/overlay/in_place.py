@@ -1,0 +1,68 @@
+"""Starts `shuteye serve` where vLLM's tests start `vllm serve`: which model stands for theirs, and what flags become.
+
+Runs in the environment of vLLM's tests. SHUTEYE_PYTHON is the interpreter that shuteye is installed in.
+"""
+
+from __future__ import annotations
+
+import os
+
+_SPEECH, _TEXTS, _PAIRS, _DECODER = "whisper-tiny.en", "minilm-l6", "cross-encoder", "smollm2-135m"
+_CONTEXT = {_DECODER: 8192, _TEXTS: 256, _SPEECH: 448}
+_KEPT = {  # flags of vLLM that shuteye has, with how many values they take
+    "--max-model-len": 1, "--max-num-seqs": 1, "--max-num-batched-tokens": 1, "--seed": 1, "--port": 1, "--host": 1,
+    "--enable-prefix-caching": 0, "--no-enable-prefix-caching": 0, "--enable-sleep-mode": 0, "--served-model-name": 1,
+    "--api-key": 1, "--tool-call-parser": 1, "--reasoning-parser": 1, "--uds": 1, "--root-path": 1,
+    "--enable-force-include-usage": 0, "--return-tokens-as-token-ids": 0, "--shutdown-timeout": 1,
+}  # fmt: skip
+_DROPPED = {  # flags that change how vLLM computes, or turn on what shuteye always has
+    "--enforce-eager": 0, "--gpu-memory-utilization": 1, "--runner": 1, "--trust-remote-code": 0,
+    "--enable-chunked-prefill": 0, "--enable-auto-tool-choice": 0, "--enable-prompt-tokens-details": 0,
+    "--attention-backend": 1, "--load-format": 1, "--disable-uvicorn-access-log": 0, "--tokenizer": 1,
+    "--structured-outputs-config": 1, "--no-async-scheduling": 0, "--enable-tokenizer-info-endpoint": 0,
+    "--show-hidden-metrics-for-version": 1, "--enable-server-load-tracking": 0, "--max-logprobs": 1, "--dtype": 1,
+    "--tokenizer-mode": 1, "--config-format": 1, "--hf-overrides": 1, "--enable-scale-out": 0,
+    "--enable-lora": 0, "--lora-modules": 1, "--max-lora-rank": 1, "--max-cpu-loras": 1,
+}  # fmt: skip
+
+
+def stand_in(model: str) -> str:
+    """What is served in the place of a model that cannot be had here."""
+    name = model.lower()
+    if "whisper" in name:
+        return _SPEECH
+    if any(part in name for part in ("cross-encoder", "reranker")):
+        return os.environ.get("SHUTEYE_TEST_CROSS_ENCODER", _PAIRS)
+    if any(part in name for part in ("e5", "bge", "minilm", "arctic-embed", "gte-")):
+        return _TEXTS
+    return _DECODER
+
+
+def command(model: str, arguments: list[str]) -> list[str]:
+    """The command that serves `model`, by its own name, as `vllm serve MODEL ARGUMENTS` would."""
+    served = stand_in(model)
+    line = [os.environ["SHUTEYE_PYTHON"], "-m", "shuteye", "serve", served]
+    if not any(one.startswith("--served-model-name") for one in arguments):
+        line += ["--served-model-name", model]
+    left = [part for one in arguments for part in (one.split("=", 1) if one.startswith("--") else [one])]
+    while left:
+        flag = left.pop(0)
+        count = _KEPT.get(flag, _DROPPED.get(flag))
+        if count is None:
+            line.append(flag)  # shuteye says that it does not know it
+            continue
+        values = [left.pop(0) for _ in range(count)]
+        while flag == "--lora-modules" and left and not left[0].startswith("-"):
+            left.pop(0)
+        if flag == "--max-model-len":
+            values = [str(min(int(values[0]), _CONTEXT.get(served, 8192)))]
+        if flag in _KEPT:
+            line += [flag, *values]
+    return line
+
+
+def environment(extra: dict[str, str] | None) -> dict[str, str]:
+    """The environment of that command."""
+    wanted = os.environ | (extra or {})
+    wanted["PYTHONPATH"] = os.environ.get("SHUTEYE_PYTHONPATH", "")
+    return {name: value for name, value in wanted.items() if value or name != "PYTHONPATH"}
