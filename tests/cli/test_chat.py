@@ -2,24 +2,23 @@
 
 import io
 import os
-import pty
 import re
-import select
 import signal
-import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import httpx2
 import pytest
 from fake_engine import FakeEngine
 from live_server import LiveServer
-from shuteye_server import clean_environment, shuteye, wait_for
+from pseudo_terminal import terminal
+from shuteye_server import shuteye, wait_for
 
 from shuteye.cli import main as cli
 from shuteye.client import Client
 from shuteye.config import EngineConfig
+
+SHUTEYE = (sys.executable, "-m", "shuteye")
 
 
 @contextmanager
@@ -40,59 +39,9 @@ def asked(engine):
     return engine.tokenizer_.decode(list(engine.seen[-1][0]))
 
 
-class Terminal:
-    """`shuteye ARGUMENTS` with a terminal; what it shows, without the sequences that move a cursor."""
-
-    def __init__(self, *arguments, **environment):
-        self._ours, theirs = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "shuteye", *arguments],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            env=clean_environment(TERM="dumb", INPUTRC="/dev/null", **environment),
-            start_new_session=True,
-        )
-        os.close(theirs)
-        self.shown = ""
-
-    def expect(self, text, seconds=20.0):
-        """Wait for `text`, and take all up to its end."""
-        wait_for(lambda: text in self._read(), f"{text!r} after {self.shown!r}", seconds)
-        before, _, self.shown = self.shown.partition(text)
-        return before
-
-    def _read(self):
-        if select.select([self._ours], [], [], 0.05)[0]:
-            try:
-                self.shown += os.read(self._ours, 65536).decode().replace("\r\n", "\n")
-            except OSError:  # the other end is closed
-                time.sleep(0.01)
-        return self.shown
-
-    def type(self, text):
-        os.write(self._ours, text.encode())
-
-    def end(self):
-        wait_for(lambda: self._read() is not None and self.process.poll() is not None, "its end")
-        os.close(self._ours)
-        return self.process.returncode
-
-
-@contextmanager
-def terminal(*arguments, **environment):
-    opened = Terminal(*arguments, **environment)
-    try:
-        yield opened
-    finally:
-        if opened.process.poll() is None:
-            opened.process.kill()
-            opened.process.wait()
-
-
 def test_a_conversation_survives_a_sleep_and_remembers():
     """Catches a sleep that ends the conversation, a model that is left asleep, and what was said being forgotten."""
-    with serving("Good day.") as (url, engine), terminal("chat", "--url", url) as chat, Client(url) as client:
+    with serving("Good day.") as (url, engine), terminal(*SHUTEYE, "chat", "--url", url) as chat, Client(url) as client:
         assert f"tiny at {url}" in chat.expect(">>> ")
         chat.type("First question\n")
         assert "Good day." in chat.expect(">>> ")
@@ -117,7 +66,7 @@ def test_a_conversation_survives_a_sleep_and_remembers():
 
 def test_an_answer_ends_when_the_server_or_the_user_says_so():
     """Catches a partial answer passed off as whole, and Ctrl-C ending more than the answer."""
-    with serving("x" * 400, token_delay_s=0.02) as (url, engine), terminal("chat", "--url", url) as chat:
+    with serving("x" * 400, token_delay_s=0.02) as (url, engine), terminal(*SHUTEYE, "chat", "--url", url) as chat:
         chat.expect(">>> ")
         chat.type("One\n")
         chat.expect("xxx")
@@ -181,7 +130,13 @@ def test_what_cannot_be_answered_is_refused(answered):
 def test_a_model_that_nobody_serves_is_served_meanwhile(tiny_checkpoint, core_cache):
     """Catches a server, or its engine, that stays when the command has ended."""
     with terminal(
-        "chat", str(tiny_checkpoint), "--max-tokens", "4", SHUTEYE_CACHE_DIR=str(core_cache), SHUTEYE_DTYPE="float32"
+        *SHUTEYE,
+        "chat",
+        str(tiny_checkpoint),
+        "--max-tokens",
+        "4",
+        SHUTEYE_CACHE_DIR=str(core_cache),
+        SHUTEYE_DTYPE="float32",
     ) as chat:
         url = re.search(r"http://\S+?(?=;)", chat.expect(">>> ", seconds=60))[0]
         chat.type("Hello\n")
