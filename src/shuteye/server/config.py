@@ -91,7 +91,7 @@ class ServerConfig:
     return_tokens_as_token_ids: bool = False
     metrics_prefix: MetricsPrefix = "shuteye"
     log_level: LogLevel = "info"
-    log_format: LogFormat = "text"
+    log_format: LogFormat = "auto"
     log_requests: bool = False
     otlp_traces_endpoint: str | None = None
     tool_call_parser: ToolCallParser = "auto"
