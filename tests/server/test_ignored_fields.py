@@ -1,4 +1,4 @@
-"""Fields of bodies that nobody here knows (ADR 25)."""
+"""Fields of bodies that nobody here knows (ADR 26)."""
 
 from __future__ import annotations
 

@@ -250,7 +250,9 @@ def call_or_content(
     elif content.regex is not None:
         rules += ["content: CONTENT", f"CONTENT: /{_escaped(content.regex)}/"]
     elif content.grammar is not None:
-        raise InvalidRequest("A grammar cannot be given together with tools that may be called.", param=content.param)
+        raise InvalidRequest(
+            f"A grammar ({content.param}) cannot be given together with tools that may be called.", param=content.param
+        )
     else:
         rules.append(f"content: %json {json.dumps(_schema(content))}")
     return StructuredOutputsParams(grammar="\n".join(rules), param=content.param)
