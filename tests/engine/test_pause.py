@@ -108,3 +108,16 @@ def test_keep_holds_what_is_held(harness):
     harness.call(ResumeCall())
     harness.run()
     assert harness.ended["held"] == "length"
+
+
+def test_the_tag_scheduling_lifts_level_0_and_nothing_else(harness):
+    """vLLM's tag refused; or one that wakes memory, or lifts somebody's pause."""
+    harness.call(SleepCall(0))
+    assert harness.call(WakeCall(tags=("scheduling",))).changed
+    assert not harness.call(WakeCall(tags=("scheduling",))).changed
+    harness.call(PauseCall("keep"))
+    harness.call(SleepCall(1))
+    assert not harness.call(WakeCall(tags=("scheduling",))).changed
+    assert harness.core.state.is_sleeping
+    assert harness.call(WakeCall(tags=("scheduling", "weights", "kv_cache"))).changed
+    assert (harness.core.state.is_sleeping, harness.core.state.paused) == (False, True)

@@ -1,4 +1,4 @@
-"""Fields of bodies that nobody here knows (ADR 26)."""
+"""Fields of bodies that nobody here knows (ADR 27)."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ packages=(regex cachetools psutil blake3 py-cpuinfo aiohttp tiktoken partial-jso
     setproctitle anthropic tblib cloudpickle requests httpx pytest-asyncio prometheus-fastapi-instrumentator einops
     python-json-logger watchfiles mcp pillow soundfile model-hosting-container-standards gguf orjson oss-harmony)
 # These would bring a torch, or a numpy, of their own.
-without_dependencies=(mistral_common pydantic_extra_types pycountry xgrammar compressed-tensors depyf loguru)
+without_dependencies=(mistral_common pydantic_extra_types pycountry xgrammar apache-tvm-ffi compressed-tensors depyf loguru)
 
 here=$(cd "$(dirname "$0")" && pwd)
 project=$(cd "$1" && pwd)
