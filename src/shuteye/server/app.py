@@ -168,7 +168,8 @@ async def _start(context: ServerContext) -> None:
     else:
         context.loading.done = True
         seconds = time.perf_counter() - began
-        logger.info("The model %r is ready after %.1f s: %s.", engine.config.model, seconds, engine.info.weights_are)
+        held = "; ".join(part for part in (engine.info.weights_are, engine.info.kv_cache_is) if part)
+        logger.info("The model %r is ready after %.1f s: %s.", engine.config.model, seconds, held)
 
 
 # --- what an operator should know ---------------------------------------------------------------
