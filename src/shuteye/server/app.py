@@ -20,6 +20,8 @@ from shuteye import __version__
 from shuteye.config import EngineConfig
 from shuteye.errors import InvalidRequest, ShuteyeError
 from shuteye.frontend.engine import Engine
+from shuteye.logs import is_for_a_terminal
+from shuteye.server.banner import banner
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
 from shuteye.server.control import health, routes
@@ -167,12 +169,20 @@ async def _start(context: ServerContext) -> None:
         raise
     else:
         context.loading.done = True
-        seconds = time.perf_counter() - began
-        held = "; ".join(part for part in (engine.info.weights_are, engine.info.kv_cache_is) if part)
-        logger.info("The model %r is ready after %.1f s: %s.", engine.config.model, seconds, held)
+        _announce(context, time.perf_counter() - began)
 
 
 # --- what an operator should know ---------------------------------------------------------------
+
+
+def _announce(context: ServerContext, seconds: float) -> None:
+    """Log that the model is loaded, which took so many seconds."""
+    if is_for_a_terminal() and context.listening.url:
+        logger.info("%s", banner(context, seconds))
+    else:
+        info = context.engine.info
+        held = "; ".join(part for part in (info.weights_are, info.kv_cache_is) if part)
+        logger.info("The model %r is ready after %.1f s: %s.", context.engine.config.model, seconds, held)
 
 
 def log_notices(engine: EngineConfig, server: ServerConfig) -> None:
