@@ -141,11 +141,26 @@ def load(image_store: ImageStore, tmp_path: Path) -> Iterator[Callable[..., Driv
 def load_ranks(load: Callable[..., Driver]) -> Iterator[Callable[..., Ranks]]:
     """Load a checkpoint onto several ranks, which are threads; each with torch's own would be more than cores."""
 
-    def load_ranks(checkpoint: Path, layout: RankPlace, *, dtype: DType = "auto", native: bool = False) -> Ranks:
+    def load_ranks(
+        checkpoint: Path,
+        layout: RankPlace,
+        *,
+        dtype: DType = "auto",
+        native: bool = False,
+        quantization: Quantization = "auto",
+    ) -> Ranks:
         groups = thread_groups(layout)
         return Ranks(
             [
-                load(checkpoint, dtype=dtype, place=place, num_blocks=16, native=native, groups=groups[place.rank])
+                load(
+                    checkpoint,
+                    dtype=dtype,
+                    place=place,
+                    num_blocks=16,
+                    native=native,
+                    groups=groups[place.rank],
+                    quantization=quantization,
+                )
                 for place in layout.all()
             ],
             groups,
