@@ -1,4 +1,4 @@
-"""Fields of bodies that nobody here knows (ADR 27)."""
+"""Fields of bodies that nobody here knows (ADR 28)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Fields of a body that no one here knows: left out, logged and named in the answer's header `X-Ignored-Fields`.
 
-What would change the answer is known by name, and refused where a route does not do it. Why: ADR 27.
+What would change the answer is known by name, and refused where a route does not do it. Why: ADR 28.
 """
 
 from __future__ import annotations
