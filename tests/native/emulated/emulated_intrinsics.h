@@ -104,6 +104,8 @@
 #define _mm512_cmp_ps_mask emulated_mm512_cmp_ps_mask
 #undef _mm512_maskz_mov_ps
 #define _mm512_maskz_mov_ps emulated_mm512_maskz_mov_ps
+#undef _mm512_add_epi8
+#define _mm512_add_epi8 emulated_mm512_add_epi8
 #undef _mm512_add_epi32
 #define _mm512_add_epi32 emulated_mm512_add_epi32
 #undef _mm512_sub_epi32
@@ -170,6 +172,8 @@
 #define _mm512_cvtepu16_epi32 emulated_mm512_cvtepu16_epi32
 #undef _mm512_cvtepi8_epi32
 #define _mm512_cvtepi8_epi32 emulated_mm512_cvtepi8_epi32
+#undef _mm512_cvtepi8_epi16
+#define _mm512_cvtepi8_epi16 emulated_mm512_cvtepi8_epi16
 #undef _mm512_cvtepu8_epi32
 #define _mm512_cvtepu8_epi32 emulated_mm512_cvtepu8_epi32
 #undef _mm512_cvtepi32_ps
@@ -178,8 +182,12 @@
 #define _mm512_cvtps_epi32 emulated_mm512_cvtps_epi32
 #undef _mm512_cvtsepi32_epi8
 #define _mm512_cvtsepi32_epi8 emulated_mm512_cvtsepi32_epi8
+#undef _mm512_cvtsepi32_epi16
+#define _mm512_cvtsepi32_epi16 emulated_mm512_cvtsepi32_epi16
 #undef _mm512_cvtph_ps
 #define _mm512_cvtph_ps emulated_mm512_cvtph_ps
+#undef _mm512_cvtps_ph
+#define _mm512_cvtps_ph emulated_mm512_cvtps_ph
 #undef _mm512_cvtneps_pbh
 #define _mm512_cvtneps_pbh emulated_mm512_cvtneps_pbh
 #undef _mm512_cvtne2ps_pbh
@@ -202,6 +210,8 @@
 #define _tile_stored emulated_tile_stored
 #undef _tile_dpbf16ps
 #define _tile_dpbf16ps emulated_tile_dpbf16ps
+#undef _tile_dpbssd
+#define _tile_dpbssd emulated_tile_dpbssd
 
 namespace {
 
@@ -411,6 +421,7 @@ inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {
 
 // --- integers -------------------------------------------------------------------------------------
 
+inline __m512i _mm512_add_epi8(__m512i a, __m512i b) { SHUTEYE_EACH(__m512i, uint8_t, 64, static_cast<uint8_t>(bytes(a)[i] + bytes(b)[i])); }
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) { SHUTEYE_EACH(__m512i, uint32_t, 16, words(a)[i] + words(b)[i]); }
 inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) { SHUTEYE_EACH(__m512i, uint32_t, 16, words(a)[i] - words(b)[i]); }
 inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) { SHUTEYE_EACH(__m512i, uint32_t, 16, words(a)[i] * words(b)[i]); }
@@ -482,6 +493,7 @@ inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i index, __m512 b) { // fro
 
 inline __m512i _mm512_cvtepu16_epi32(__m256i v) { SHUTEYE_EACH(__m512i, int32_t, 16, halves(v)[i]); }
 inline __m512i _mm512_cvtepi8_epi32(__m128i v) { SHUTEYE_EACH(__m512i, int32_t, 16, chars(v)[i]); }
+inline __m512i _mm512_cvtepi8_epi16(__m256i v) { SHUTEYE_EACH(__m512i, int16_t, 32, chars(v)[i]); }
 inline __m512i _mm512_cvtepu8_epi32(__m128i v) { SHUTEYE_EACH(__m512i, int32_t, 16, bytes(v)[i]); }
 inline __m512 _mm512_cvtepi32_ps(__m512i v) { SHUTEYE_EACH(__m512, float, 16, static_cast<float>(ints(v)[i])); }
 inline int32_t to_int(float value) { // what does not fit: the smallest
@@ -492,6 +504,12 @@ inline __m128i _mm512_cvtsepi32_epi8(__m512i v) {
   SHUTEYE_EACH(__m128i, int8_t, 16, static_cast<int8_t>(ints(v)[i] > 127 ? 127 : ints(v)[i] < -128 ? -128 : ints(v)[i]));
 }
 inline __m512 _mm512_cvtph_ps(__m256i v) { SHUTEYE_EACH(__m512, float, 16, _cvtsh_ss(halves(v)[i])); }
+inline __m256i _mm512_cvtps_ph(__m512 v, int) { // to the nearest
+  SHUTEYE_EACH(__m256i, uint16_t, 16, _cvtss_sh(floats(v)[i], _MM_FROUND_TO_NEAREST_INT));
+}
+inline __m256i _mm512_cvtsepi32_epi16(__m512i v) {
+  SHUTEYE_EACH(__m256i, int16_t, 16, static_cast<int16_t>(ints(v)[i] > 32767 ? 32767 : ints(v)[i] < -32768 ? -32768 : ints(v)[i]));
+}
 inline __m256bh _mm512_cvtneps_pbh(__m512 v) { SHUTEYE_EACH(__m256bh, uint16_t, 16, to_bf16_bits(floats(v)[i])); }
 inline __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
   SHUTEYE_EACH(__m512bh, uint16_t, 32, to_bf16_bits(floats(i < 16 ? low : high)[i % 16]));
@@ -576,6 +594,21 @@ inline void _tile_loadd(int index, const void* memory, int64_t stride) {
 inline void _tile_stored(int index, void* memory, int64_t stride) {
   const Tile& own = tile(index);
   for (int row = 0; row < own.rows; row++) memcpy(static_cast<char*>(memory) + row * stride, own.data[row], own.row_bytes);
+}
+
+inline void _tile_dpbssd(int target, int a, int b) {
+  Tile& sums = tile(target);
+  const Tile &left = tile(a), &right = tile(b);
+  if (left.row_bytes / 4 != right.rows || sums.rows != left.rows || sums.row_bytes != right.row_bytes) __builtin_trap();
+  for (int row = 0; row < sums.rows; row++) {
+    for (int column = 0; column < sums.row_bytes / 4; column++) {
+      int32_t sum = sums.get<int32_t>(row, column);
+      for (int byte = 0; byte < left.row_bytes; byte++) {
+        sum += left.get<int8_t>(row, byte) * right.get<int8_t>(byte / 4, 4 * column + byte % 4);
+      }
+      memcpy(sums.data[row] + column * sizeof sum, &sum, sizeof sum);
+    }
+  }
 }
 
 // Firsts and seconds of all pairs are added up apart, and both to what was there.
