@@ -20,7 +20,7 @@ VLLM_PATH = Path(__file__).parent.parent
 ROCM_EXTRA_ARGS: list[str] = []
 ROCM_ENV_OVERRIDES: dict[str, str] = {}
 ROCM_ENGINE_KWARGS: dict[str, Any] = {}
-_START_S = 120.0
+_START_S = 400.0
 
 
 class RemoteOpenAIServer:
