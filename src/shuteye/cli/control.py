@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from shuteye.calls import PauseCall, SleepCall, WakeCall
+from shuteye.cli.quantities import format_seconds, format_size
 from shuteye.cli.remote import AsJson, Remote, takes
-from shuteye.cli.terminal import format_seconds, format_size, show, show_json, table
+from shuteye.cli.terminal import show, show_json, table
 from shuteye.state import EngineState, SleepReport, WakeReport
 
 
