@@ -2,12 +2,13 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 
 import pytest
 
-from shuteye.logs import REQUEST_ID, JsonFormatter, TextFormatter
+from shuteye.logs import REQUEST_ID, JsonFormatter, TerminalFormatter, TextFormatter
 
 
 def record(message="hello", **extra):
@@ -68,3 +69,17 @@ def test_configure(level, lines):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = [json.loads(line)["message"] for line in done.stderr.splitlines()]
     assert found == ["d", "i"][2 - lines :]
+
+
+def test_terminal_lines_are_short_and_mark_what_is_wrong(request_id, monkeypatch):
+    """Catches a warning that looks like all else, and colours where they are unwanted or come out as signs."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    wrong = record(levelno=logging.WARNING)
+    line = TerminalFormatter().format(wrong)
+    assert re.fullmatch(r"\x1b\[2m\d\d:\d\d:\d\d\x1b\[0m \x1b\[33mhello\x1b\[0m \x1b\[2m\[abc-1\]\x1b\[0m", line)
+    assert "\x1b[3" not in TerminalFormatter().format(record())
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert "\x1b" not in TerminalFormatter().format(wrong)

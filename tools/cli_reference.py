@@ -12,7 +12,7 @@ from pathlib import Path
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "cli.md"
 COMMANDS = (
-    *("", "serve", "pull", "sleep", "wake", "pause", "resume", "restart", "ps", "bench"),
+    *("", "serve", "chat", "pull", "sleep", "wake", "pause", "resume", "reload", "update", "restart", "ps", "bench"),
     *("images", "images ls", "images rm", "images verify"),
 )
 _HEADER = "# Command line\n\nWritten by `make docs` from each command's own `--help`; edit the help, not this page.\n"

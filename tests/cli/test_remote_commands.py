@@ -50,14 +50,28 @@ def answer(report):
     return {"status": "sleeping", "tags": None, "tag_reports": measured.pop("tags"), **measured}
 
 
+def received(request):
+    """The body of a request, whether its length was told or not."""
+    if request.headers.get("Transfer-Encoding") != "chunked":
+        return request.rfile.read(int(request.headers.get("Content-Length", 0)))
+    body = b""
+    while size := int(request.rfile.readline(), 16):
+        body += request.rfile.read(size)
+        request.rfile.readline()
+    request.rfile.readline()
+    return body
+
+
 @pytest.fixture
 def server():
-    """A real HTTP server with canned answers by path; `asked` records what came."""
-    answers, asked = {}, []
+    """A real HTTP server with canned answers by path; `asked` and `bodies` record what came."""
+    answers, asked, bodies = {}, [], []
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self):
             asked.append((self.command, self.path, self.headers.get("Authorization")))
+            if self.command == "POST":
+                bodies.append(received(self))
             status, value = answers[self.path.partition("?")[0]]
             body = json.dumps(value).encode()
             self.send_response(status)
@@ -73,7 +87,7 @@ def server():
     http = HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=http.serve_forever, args=(0.01,))
     thread.start()
-    yield types.SimpleNamespace(url=f"http://127.0.0.1:{http.server_port}", answers=answers, asked=asked)
+    yield types.SimpleNamespace(url=f"http://127.0.0.1:{http.server_port}", answers=answers, asked=asked, bodies=bodies)
     http.shutdown()
     thread.join()
     http.server_close()
@@ -386,3 +400,19 @@ MODEL = {
     "vocab_size": 1, "max_model_len": 1, "block_size": 1, "num_blocks": 1, "eos_token_ids": [], "weights_bytes": 1,
     "kv_cache_bytes": 1, "kv_bytes_per_token": 1,
 }  # fmt: skip
+
+
+def test_weights_are_sent_or_read_where_the_server_is(server, capsys, tmp_path):
+    """Catches a path of this machine looked for on the server's, and weights that are missing going unsaid."""
+    report = {"updated": 2, "updated_bytes": 3 * MIB, "missing": ["lm_head.weight"], "seconds": 0.5}
+    server.answers |= {"/update_weights": (200, report), "/reload_weights": (200, report | {"missing": []})}
+    file = tmp_path / "step.safetensors"
+    file.write_bytes(b"weights")
+    for arguments in (["update", str(file)], ["update", "/there", "--on-server"], ["reload"], ["reload", "/there"]):
+        assert cli.run([*arguments, "--url", server.url]) == 0
+    out = capsys.readouterr().out
+    assert out.count("2 tensors, 3.0 MiB, written in 500.0 ms.") == 4
+    assert out.count("1 tensors must be written first, lm_head.weight among them") == 2
+    assert server.bodies == [b"weights", b'{"path":"/there"}', b'{"path":null}', b'{"path":"/there"}']
+    assert cli.run(["update", str(tmp_path / "none"), "--url", server.url]) != 0
+    assert "is it on the server? Then: --on-server" in capsys.readouterr().err

@@ -1,14 +1,20 @@
-"""The commands that ask a running server: sleep, wake, pause, resume, restart."""
+"""The commands that ask a running server: sleep, wake, pause, resume, reload, update, restart."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+from cyclopts import Parameter
 
 from shuteye.calls import PauseCall, SleepCall, WakeCall
 from shuteye.cli.quantities import format_seconds, format_size
 from shuteye.cli.remote import AsJson, Remote, takes
 from shuteye.cli.terminal import show, show_json, table
-from shuteye.state import EngineState, SleepReport, WakeReport
+from shuteye.errors import InvalidRequest
+from shuteye.state import EngineState, SleepReport, UpdateReport, WakeReport
 
 
 @takes(SleepCall, "level", "mode", "tags")
@@ -121,6 +127,57 @@ def resume(*, remote: Remote | None = None) -> None:
         was_paused = client.is_paused()
         client.resume()
     show("Requests run again." if was_paused else "Nothing to do: not paused.")
+
+
+def reload(
+    path: Annotated[
+        str | None, Parameter(help="A checkpoint on the server's host; the image that was loaded last unless given.")
+    ] = None,
+    /,
+    *,
+    as_json: AsJson = False,
+    remote: Remote | None = None,
+) -> None:
+    """Load every weight of a served model again; requests that run are computed again with them."""
+    with (remote or Remote()).connect() as client:
+        _show_update(client.reload_weights(path), as_json=as_json)
+
+
+def update(
+    path: Annotated[
+        Path, Parameter(help="A safetensors file, which is sent; with --on-server, also a directory of such files.")
+    ],
+    /,
+    *,
+    on_server: Annotated[bool, Parameter(help="PATH is on the server's host: nothing is sent.", negative="")] = False,
+    as_json: AsJson = False,
+    remote: Remote | None = None,
+) -> None:
+    """Write new weights into a served model, by their checkpoint names; requests that run are computed again."""
+    with (remote or Remote()).connect() as client, ExitStack() as stack:
+        if on_server:
+            report = client.update_weights(str(path))
+        else:
+            report = client.upload_weights(stack.enter_context(_opened(path)))
+    _show_update(report, as_json=as_json)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InvalidRequest(
+            f"{path} cannot be read ({error.strerror}); is it on the server? Then: --on-server."
+        ) from error
+
+
+def _show_update(report: UpdateReport, *, as_json: bool) -> None:
+    if as_json:
+        show_json(asdict(report))
+        return
+    show(f"{report.updated} tensors, {format_size(report.updated_bytes)}, written in {format_seconds(report.seconds)}.")
+    if report.missing:
+        show(f"Not serving yet: {len(report.missing)} tensors must be written first, {report.missing[0]} among them.")
 
 
 def restart(*, remote: Remote | None = None) -> None:

@@ -36,11 +36,14 @@ _COMMANDS = {
         "Load a model and serve it over an OpenAI-compatible API.",
         "shuteye serve smollm2-135m --enable-sleep-mode --dev-mode",
     ),
+    "chat": ("Talk to a model in the terminal; also called run.", "shuteye chat smollm2-135m"),
     "pull": ("Fetch a model and build its weight image.", "shuteye pull smollm2-135m"),
     "sleep": ("Put a served model to sleep.", "shuteye sleep --level 1 --mode wait"),
     "wake": ("Wake a served model.", "shuteye wake --url http://127.0.0.1:8000"),
     "pause": ("Stop a served model's requests, keeping its memory.", "shuteye pause --mode keep"),
     "resume": ("Let a paused model's requests run again.", "shuteye resume"),
+    "reload": ("Load a served model's weights again.", "shuteye reload"),
+    "update": ("Write new weights into a served model.", "shuteye update step-100.safetensors"),
     "restart": ("Restart a server's dead or hung engine.", "shuteye restart"),
     "ps": (
         "Show whether served models sleep, and where their memory is.",
@@ -50,12 +53,23 @@ _COMMANDS = {
 }
 """What each command is for, and an example of it."""
 
-_MODULES = dict.fromkeys(("sleep", "wake", "pause", "resume", "restart"), "control") | {"pull": "images"}
+_MODULES = dict.fromkeys(("sleep", "wake", "pause", "resume", "reload", "update", "restart"), "control") | {
+    "pull": "images"
+}
 """Where the function of a command is, if not in a module of its own name."""
+
+_ALIASES = {"chat": "run"}
 
 for _name, (_help, _example) in _COMMANDS.items():
     _module = _MODULES.get(_name, _name)
-    app.command(f"shuteye.cli.{_module}:{_name}", name=_name, help=_help, help_epilogue=f"Example: {_example}")
+    app.command(
+        f"shuteye.cli.{_module}:{_name}",
+        name=_name,
+        alias=_ALIASES.get(_name),
+        help=_help,
+        help_epilogue=f"Example: {_example}",
+    )
+app.register_install_completion_command(help="Install completion of commands and flags for your shell.")
 app.command("shuteye.cli.images:app", name="images", help="List, remove and verify weight images.")
 
 

@@ -161,7 +161,10 @@ SERVER_FLAGS = {
         alias="--shutdown-timeout",
     ),
     "log_level": Flag("What server and engine log."),
-    "log_format": Flag("Log lines for people, or one JSON object a line."),
+    "log_format": Flag(
+        "auto is short and coloured on a terminal and text elsewhere; text tells level and origin, too; json is one "
+        "object a line."
+    ),
     "log_requests": Flag("Log a line for every request that was served: its id, token counts and times, not its text."),
     "otlp_traces_endpoint": Flag(
         "Send OpenTelemetry spans to this address, such as http://127.0.0.1:4318/v1/traces (OTLP over HTTP); "

@@ -66,6 +66,25 @@ def error_object(body: bytes) -> Mapping[str, Any]:
     return error if isinstance(error, dict) else {}
 
 
+def model_names(url: str, status: int, body: bytes) -> tuple[str, ...]:
+    """The names in an answer of `GET /v1/models`, which came from `url`; never none.
+
+    Raises:
+        AuthenticationFailed: the key is wrong or missing; `param` is `api_key`.
+        ShuteyeError: what else the server answered, or that it is none that serves models.
+    """
+    if status != 200:
+        error = error_from_response(status, body)
+        raise AuthenticationFailed(error.message, param="api_key") if status == 401 else error
+    try:
+        names = tuple(str(model["id"]) for model in json.loads(body)["data"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise InternalError(f"{url} does not list models as OpenAI's does ({error!r}).") from error
+    if not names:
+        raise InternalError(f"{url} lists no model.")
+    return names
+
+
 def is_sleeping(status: int, body: bytes) -> bool:
     """True if the answer is the 503 of a sleeping model."""
     return status == ModelSleeping.status_code and error_object(body).get("type") == ModelSleeping.error_type

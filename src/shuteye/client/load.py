@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import httpx2
 
-from shuteye.client.answers import error_from_response
+from shuteye.client.answers import error_from_response, model_names
 from shuteye.client.control import AsyncClient, bearer, server_root, translated
-from shuteye.errors import AuthenticationFailed, InternalError, InvalidRequest, ShuteyeError
+from shuteye.errors import InternalError, InvalidRequest, ShuteyeError
 
 Route = Literal["completions", "chat"]
 
@@ -168,13 +168,7 @@ class LoadGenerator:
         url = f"{self._base_url}/v1/models"
         with translated(self._base_url):
             response = await self._http.get(url)
-        if not response.is_success:
-            error = error_from_response(response.status_code, response.content)
-            raise AuthenticationFailed(error.message, param="api_key") if response.status_code == 401 else error
-        try:
-            return str(response.json()["data"][0]["id"])
-        except (ValueError, LookupError, TypeError) as error:
-            raise InternalError(f"{url} does not list models as OpenAI's does ({error!r}).") from error
+        return model_names(url, response.status_code, response.content)[0]
 
     async def run(self, plan: LoadPlan) -> LoadResult:
         """All requests of `plan`, `concurrency` of them at any time."""

@@ -20,6 +20,8 @@ from shuteye import __version__
 from shuteye.config import EngineConfig
 from shuteye.errors import InvalidRequest, ShuteyeError
 from shuteye.frontend.engine import Engine
+from shuteye.logs import is_for_a_terminal
+from shuteye.server.banner import banner
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
 from shuteye.server.control import health, routes
@@ -167,11 +169,19 @@ async def _start(context: ServerContext) -> None:
         raise
     else:
         context.loading.done = True
-        seconds = time.perf_counter() - began
-        logger.info("The model %r is ready after %.1f s: %s.", engine.config.model, seconds, engine.info.weights_are)
+        _announce(context, time.perf_counter() - began)
 
 
 # --- what an operator should know ---------------------------------------------------------------
+
+
+def _announce(context: ServerContext, seconds: float) -> None:
+    """Log that the model is loaded, which took so many seconds."""
+    if is_for_a_terminal() and context.listening.url:
+        logger.info("%s", banner(context, seconds))
+    else:
+        info = context.engine.info
+        logger.info("The model %r is ready after %.1f s: %s.", context.engine.config.model, seconds, info.weights_are)
 
 
 def log_notices(engine: EngineConfig, server: ServerConfig) -> None:

@@ -82,7 +82,7 @@ class ServerConfig:
     engine_restart_delay_s: float = 1.0
     shutdown_grace_s: float = 30.0
     log_level: LogLevel = "info"
-    log_format: LogFormat = "text"
+    log_format: LogFormat = "auto"
     log_requests: bool = False
     otlp_traces_endpoint: str | None = None
     tool_call_parser: ToolCallParser = "auto"

@@ -37,6 +37,13 @@ class Stopping:
 
 
 @dataclass(slots=True)
+class Listening:
+    """Where the server may be asked, such as http://127.0.0.1:8000; empty where somebody else listens for it."""
+
+    url: str = ""
+
+
+@dataclass(slots=True)
 class AudioInFlight:
     """How much decoded audio is held for requests; a small file may be an hour, which takes 230 MB."""
 
@@ -68,6 +75,7 @@ class ServerContext:
     tracer: Tracer | None = None
     loading: Loading = field(default_factory=Loading)
     stopping: Stopping = field(default_factory=Stopping)
+    listening: Listening = field(default_factory=Listening)
     audio: AudioInFlight = field(default_factory=AudioInFlight)
     bodies: PendingBodies = field(default_factory=PendingBodies)
     created: int = field(default_factory=lambda: int(time.time()))

@@ -96,7 +96,7 @@ def serve_engine(engine: Engine, config: ServerConfig) -> int:
         import_server()
         from shuteye.server.run import serve_on
 
-        _log_address(listener, config)
+        logger.info("Listening on %s; GET /ready tells when the model is loaded.", address_of(listener, config))
         return serve_on(listener, engine, config, runner, noted)
 
 
@@ -116,8 +116,7 @@ def _noting_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def _log_address(listener: socket.socket, config: ServerConfig) -> None:
+def address_of(listener: socket.socket, config: ServerConfig) -> str:
+    """What a socket that listens is called in links."""
     host = f"[{config.host}]" if ":" in config.host else config.host
-    logger.info(
-        "Listening on http://%s:%d; GET /ready tells when the model is loaded.", host, listener.getsockname()[1]
-    )
+    return f"http://{host}:{listener.getsockname()[1]}"

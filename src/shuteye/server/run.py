@@ -24,7 +24,7 @@ from shuteye.server.config import ServerConfig
 from shuteye.server.connections import Acceptor, Connection
 from shuteye.server.context import ServerContext
 from shuteye.server.control.supervisor import Supervisor
-from shuteye.server.launch import FAILED, FORCED, STOPPED
+from shuteye.server.launch import FAILED, FORCED, STOPPED, address_of
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ class _Server(uvicorn.Server):
 
     async def serve_until_stopped(self, listener: socket.socket) -> None:
         """Serve; whatever ends it, the engine is closed."""
+        self.context.listening.url = address_of(listener, self._config)
         watching = asyncio.create_task(self._supervisor.watch())
         try:
             await self.serve(sockets=[listener])

@@ -19,7 +19,6 @@ namespace {
 
 constexpr int64_t kPhasesPerLayer = 10; // two for each product, one for attention, one for gate and up
 constexpr int64_t kManyTokens = 32;     // are prepared once for all threads
-constexpr int64_t kLeastRows = 128;     // of many tokens: fewer rows at a time would read the tokens too often
 constexpr int64_t kSumElements = 1024;  // of a sum over ranks: what a thread takes at a time
 
 int64_t larger(int64_t left, int64_t right) { return left > right ? left : right; }
@@ -300,7 +299,9 @@ void Decoder::compute(const Products& products, int thread, Phase* phases, const
       then(part, first_row, end_row);
     });
   };
-  phases[1].run(num_shares, num_threads_, rows, many ? larger(int64_t{1}, kLeastRows / products.share_rows[0]) : 1);
+  // Of many tokens pieces are smaller, as a thread that is held up in a large one makes all others wait.
+  const int64_t least = many ? larger(int64_t{1}, table_->least_rows / products.share_rows[0]) : 1;
+  phases[1].run(num_shares, many ? 2 * num_threads_ : num_threads_, rows, least);
 }
 
 void Decoder::attention_block(int64_t index, int thread) {

@@ -50,8 +50,8 @@ inline void rotate_head(const T* x, const T* cos, const T* sin, T* out, int64_t 
 
 template <class T>
 inline Lanes silu_mul(Lanes gate, Lanes up) {
-  const Lanes one = broadcast(1.0f);
-  const Lanes activated = rounded<T>(quotient(gate, one + exp(broadcast(0.0f) - gate), T{}));
+  const Lanes weight = exp_within(max(min(broadcast(0.0f) - gate, broadcast(88.0f)), broadcast(-87.3f)));
+  const Lanes activated = rounded<T>(quotient(gate, broadcast(1.0f) + weight, T{}));
   return activated * up;
 }
 

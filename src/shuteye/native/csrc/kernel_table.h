@@ -87,6 +87,7 @@ struct KernelTable {
   void (*norm_rows[2])(const void* x, const void* weight, float eps, void* out, int64_t rows, int64_t width);
   void (*silu_mul_rows[2])(const void* gate_up, void* out, int64_t rows, int64_t width);
   LinearKernels linear[kNumForms];
+  int64_t least_rows; // that a thread takes of a product of many tokens
   void (*dequantize_row[2])(const ShuteyeMatrix& matrix, int64_t row, void* out); // [columns] of the model's dtype
   int64_t packed_tokens; // from so many on, tokens of bfloat16 are prepared as `packed_offset` says; 0: never
   void (*rope_heads[2])(const ShuteyeRope& rope, int64_t first_head, int64_t end_head);
@@ -124,12 +125,13 @@ inline int64_t packed_offset(int64_t token, int64_t feature, int64_t num_feature
   return (token / 16 * (num_features / 32) + feature / 32) * 512 + token % 16 * 32 + feature % 32;
 }
 
-// Enough for prepare and rows of any form: a row of tokens; then two tiles of sums, or of AMX weights and sums.
+// Enough for prepare and rows of any form: six tokens of float, or twelve of bfloat16; then two panels' sums and a chunk of
+// weights, or AMX's weights and sums.
 inline int64_t linear_scratch_bytes(int64_t num_tokens, int64_t in_features) {
-  const int64_t row = round_up(in_features, kDepthStep) * 4;
+  const int64_t rows_of_tokens = round_up(in_features, kDepthStep) * 6 * 4;
   const int64_t sums = round_up(num_tokens, 2 * 16) * kGroupPanels * kPanelRows * 4;
   const int64_t rows = kGroupPanels * kMaxChunkSteps * 2048 + sums;
-  return (row > rows ? row : rows) + 8192;
+  return (rows_of_tokens > rows ? rows_of_tokens : rows) + 8192;
 }
 
 inline int64_t attention_scratch_bytes(int64_t head_dim) {

@@ -17,17 +17,18 @@ inline void attend_any(const ShuteyeAttention& attention, const AttentionTask& t
   TileAttention(attention, task, memory).run();
 }
 
+// Tiles for bfloat16, vectors for float.
 inline shuteye::LinearKernels tile_kernels() {
   return {[](const Linear& linear) {
-            return linear.dtype == SHUTEYE_BFLOAT16 ? tiles_of_sixteen(linear) : panel_kernels<FloatColumns>().token_tiles(linear);
+            return linear.dtype == SHUTEYE_BFLOAT16 ? tiles_of_sixteen(linear) : panel_kernels<WidenedPairs>().token_tiles(linear);
           },
           [](const Linear& linear, void* prepared, void* scratch, int64_t first, int64_t end) {
-            linear.dtype == SHUTEYE_BFLOAT16 ? pack_tokens(linear, prepared, scratch, first, end)
-                                             : prepare_panel_tokens<float, FloatColumns>(linear, prepared, scratch, first, end);
+            const auto prepare = linear.dtype == SHUTEYE_BFLOAT16 ? pack_tokens : panel_kernels<WidenedPairs>().prepare;
+            prepare(linear, prepared, scratch, first, end);
           },
           [](const Linear& linear, const void* prepared, void* scratch, int64_t first, int64_t end) {
-            linear.dtype == SHUTEYE_BFLOAT16 ? tile_rows(linear, prepared, scratch, first, end)
-                                             : panel_rows<float, FloatColumns>(linear, prepared, scratch, first, end);
+            const auto rows = linear.dtype == SHUTEYE_BFLOAT16 ? tile_rows : panel_kernels<WidenedPairs>().rows;
+            rows(linear, prepared, scratch, first, end);
           }};
 }
 
@@ -37,6 +38,7 @@ namespace shuteye {
 KernelTable amx_table() {
   KernelTable table = SHUTEYE_ISA::common_table("amx");
   table.linear[kRowsForm] = table.linear[kPanelsForm] = SHUTEYE_ISA::tile_kernels();
+  table.least_rows = 4 * SHUTEYE_ISA::kPanelRows; // fewer at a time would read the tokens too often
   table.packed_tokens = SHUTEYE_ISA::kPackedTokens;
   table.attend[SHUTEYE_BFLOAT16] = SHUTEYE_ISA::attend_any;
   table.joined_rows = SHUTEYE_ISA::kColumns;

@@ -48,14 +48,6 @@ inline void store_some(T* target, Lanes lanes, int64_t count) {
 // The values as type T holds them.
 inline Lanes round_lanes(Lanes lanes, float) { return lanes; }
 
-#if !defined(SHUTEYE_LANES_AVX512)
-inline Lanes round_lanes(Lanes lanes, bf16) {
-  bf16 places[Lanes::width];
-  store(places, lanes);
-  return load(places);
-}
-#endif
-
 // left / right, as exact as T can hold it.
 inline Lanes quotient(Lanes left, Lanes right, float) { return left / right; }
 #if !defined(SHUTEYE_LANES_AVX512)
@@ -67,21 +59,23 @@ inline Lanes rounded(Lanes lanes) {
   return round_lanes(lanes, T{});
 }
 
-// exp with a relative error below 2e-7; 0 below -87.3, and no infinity: arguments are capped at 88.
-// Range reduction to [-ln2/2, ln2/2] and polynomial as in Cephes' expf.
-inline Lanes exp(Lanes x) {
-  const Lanes capped = max(min(x, broadcast(88.0f)), broadcast(-87.3f));
-  const Lanes n = nearest_integer(capped * broadcast(1.44269504088896341f));
-  Lanes r = fma(n, broadcast(-0.693359375f), capped);
+// exp of arguments in [-87.3, 88], with a relative error below 2e-7. Range reduction to [-ln2/2, ln2/2] and polynomial as in
+// Cephes' expf, in pairs of terms: many vectors wait for few results.
+inline Lanes exp_within(Lanes x) {
+  const Lanes n = nearest_integer(x * broadcast(1.44269504088896341f));
+  Lanes r = fma(n, broadcast(-0.693359375f), x);
   r = fma(n, broadcast(2.12194440e-4f), r);
-  Lanes p = broadcast(1.9875691500e-4f);
-  p = fma(p, r, broadcast(1.3981999507e-3f));
-  p = fma(p, r, broadcast(8.3334519073e-3f));
-  p = fma(p, r, broadcast(4.1665795894e-2f));
-  p = fma(p, r, broadcast(1.6666665459e-1f));
-  p = fma(p, r, broadcast(5.0000001201e-1f));
-  const Lanes value = fma(p * r, r, r + broadcast(1.0f)) * power_of_two(n);
-  return zero_below(value, x, -87.3f);
+  const Lanes square = r * r;
+  const Lanes high = fma(broadcast(1.9875691500e-4f), r, broadcast(1.3981999507e-3f));
+  const Lanes middle = fma(broadcast(8.3334519073e-3f), r, broadcast(4.1665795894e-2f));
+  const Lanes low = fma(broadcast(1.6666665459e-1f), r, broadcast(5.0000001201e-1f));
+  const Lanes p = fma(fma(high, square, middle), square, low);
+  return fma(p, square, r + broadcast(1.0f)) * power_of_two(n);
+}
+
+// 0 below -87.3, and no infinity: arguments are capped at 88.
+inline Lanes exp(Lanes x) {
+  return zero_below(exp_within(max(min(x, broadcast(88.0f)), broadcast(-87.3f))), x, -87.3f);
 }
 
 } // namespace SHUTEYE_ISA

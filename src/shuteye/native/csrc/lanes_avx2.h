@@ -31,16 +31,25 @@ inline Lanes load_odd(const bf16* pairs) {
 
 inline void store(float* target, Lanes lanes) { _mm256_storeu_ps(target, lanes.v); }
 
-inline void store(bf16* target, Lanes lanes) {
+// The bits of the nearest bfloat16 of each, followed by 16 of anything; NaN stays NaN.
+inline __m256i bf16_bits(Lanes lanes) {
   const __m256i bits = _mm256_castps_si256(lanes.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i nearest = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)); // NaN stays NaN
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256 unordered = _mm256_cmp_ps(lanes.v, lanes.v, _CMP_UNORD_Q);
-  const __m256i chosen = _mm256_blendv_epi8(nearest, quiet, _mm256_castps_si256(unordered));
-  const __m256i high = _mm256_srli_epi32(chosen, 16);
+  return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(nearest), _mm256_castsi256_ps(quiet), unordered));
+}
+
+inline void store(bf16* target, Lanes lanes) {
+  const __m256i high = _mm256_srli_epi32(bf16_bits(lanes), 16);
   const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(target), packed);
+}
+
+inline Lanes round_lanes(Lanes lanes, bf16) {
+  const __m256i high = _mm256_and_si256(bf16_bits(lanes), _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+  return {_mm256_castsi256_ps(high)};
 }
 
 inline Lanes operator+(Lanes left, Lanes right) { return {_mm256_add_ps(left.v, right.v)}; }

@@ -47,6 +47,12 @@ inline void store(bf16* target, Lanes lanes) {
   for (int lane = 0; lane < 4; lane++) target[lane] = to_bf16(lanes.v[lane]);
 }
 
+inline Lanes round_lanes(Lanes lanes, bf16) {
+  bf16 places[4];
+  store(places, lanes);
+  return load(places);
+}
+
 inline Lanes operator+(Lanes left, Lanes right) { return {left.v + right.v}; }
 inline Lanes operator-(Lanes left, Lanes right) { return {left.v - right.v}; }
 inline Lanes operator*(Lanes left, Lanes right) { return {left.v * right.v}; }

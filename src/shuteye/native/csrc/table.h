@@ -15,7 +15,8 @@ inline shuteye::KernelTable common_table(const char* name) {
   table.norm_rows[SHUTEYE_BFLOAT16] = norm_rows<bf16>;
   table.silu_mul_rows[SHUTEYE_FLOAT32] = silu_mul_rows<float>;
   table.silu_mul_rows[SHUTEYE_BFLOAT16] = silu_mul_rows<bf16>;
-  table.linear[shuteye::kRowsForm] = table.linear[shuteye::kPanelsForm] = panel_kernels<FloatColumns>();
+  table.linear[shuteye::kRowsForm] = table.linear[shuteye::kPanelsForm] = panel_kernels<WidenedPairs>();
+  table.least_rows = shuteye::kPanelRows;
   table.rope_heads[SHUTEYE_FLOAT32] = rope_heads<float>;
   table.rope_heads[SHUTEYE_BFLOAT16] = rope_heads<bf16>;
   table.attend[SHUTEYE_FLOAT32] = attend<FloatArithmetic<float>>;
