@@ -29,6 +29,7 @@ KERNEL_FLAGS: dict[str, tuple[str, ...]] = {
     "quant_avx2.cpp": _AVX2,
     "quant_avxvnni.cpp": (*_AVX2, "-mavxvnni"),
     "quant_avx512.cpp": (*_AVX512, "-mavx512vnni"),
+    "quant_amx.cpp": (*_AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
 }
 """Sources for one instruction set each, compiled on x86-64 only; never -march=native: the library may be moved."""
 

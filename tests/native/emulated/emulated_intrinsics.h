@@ -104,6 +104,8 @@
 #define _mm512_cmp_ps_mask emulated_mm512_cmp_ps_mask
 #undef _mm512_maskz_mov_ps
 #define _mm512_maskz_mov_ps emulated_mm512_maskz_mov_ps
+#undef _mm512_add_epi8
+#define _mm512_add_epi8 emulated_mm512_add_epi8
 #undef _mm512_add_epi32
 #define _mm512_add_epi32 emulated_mm512_add_epi32
 #undef _mm512_sub_epi32
@@ -202,6 +204,8 @@
 #define _tile_stored emulated_tile_stored
 #undef _tile_dpbf16ps
 #define _tile_dpbf16ps emulated_tile_dpbf16ps
+#undef _tile_dpbssd
+#define _tile_dpbssd emulated_tile_dpbssd
 
 namespace {
 
@@ -411,6 +415,7 @@ inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int how) {
 
 // --- integers -------------------------------------------------------------------------------------
 
+inline __m512i _mm512_add_epi8(__m512i a, __m512i b) { SHUTEYE_EACH(__m512i, uint8_t, 64, static_cast<uint8_t>(bytes(a)[i] + bytes(b)[i])); }
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) { SHUTEYE_EACH(__m512i, uint32_t, 16, words(a)[i] + words(b)[i]); }
 inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) { SHUTEYE_EACH(__m512i, uint32_t, 16, words(a)[i] - words(b)[i]); }
 inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) { SHUTEYE_EACH(__m512i, uint32_t, 16, words(a)[i] * words(b)[i]); }
@@ -576,6 +581,21 @@ inline void _tile_loadd(int index, const void* memory, int64_t stride) {
 inline void _tile_stored(int index, void* memory, int64_t stride) {
   const Tile& own = tile(index);
   for (int row = 0; row < own.rows; row++) memcpy(static_cast<char*>(memory) + row * stride, own.data[row], own.row_bytes);
+}
+
+inline void _tile_dpbssd(int target, int a, int b) {
+  Tile& sums = tile(target);
+  const Tile &left = tile(a), &right = tile(b);
+  if (left.row_bytes / 4 != right.rows || sums.rows != left.rows || sums.row_bytes != right.row_bytes) __builtin_trap();
+  for (int row = 0; row < sums.rows; row++) {
+    for (int column = 0; column < sums.row_bytes / 4; column++) {
+      int32_t sum = sums.get<int32_t>(row, column);
+      for (int byte = 0; byte < left.row_bytes; byte++) {
+        sum += left.get<int8_t>(row, byte) * right.get<int8_t>(byte / 4, 4 * column + byte % 4);
+      }
+      memcpy(sums.data[row] + column * sizeof sum, &sum, sizeof sum);
+    }
+  }
 }
 
 // Firsts and seconds of all pairs are added up apart, and both to what was there.

@@ -20,6 +20,7 @@ KernelTable amx_table();
 void add_quant_avx2(KernelTable& table);
 void add_quant_avxvnni(KernelTable& table);
 void add_quant_avx512(KernelTable& table);
+void add_quant_amx(KernelTable& table);
 #endif
 
 namespace {
@@ -34,6 +35,7 @@ bool has_avx2() {
 bool has_avxvnni() { return true; }
 bool has_avx512() { return true; }
 bool has_amx() { return true; }
+bool has_amx_int8() { return true; }
 #elif defined(__x86_64__)
 bool has_avxvnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -53,6 +55,11 @@ bool has_amx() {
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   const bool bf16 = edx & (1u << 22), tile = edx & (1u << 24);
   return bf16 && tile && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool has_amx_int8() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx & (1u << 25);
 }
 #endif
 
@@ -79,8 +86,8 @@ KernelTable table_of(int64_t level) {
 void add_quant(int64_t level, KernelTable& table) {
   switch (level) {
     case kAvx2: return has_avxvnni() ? add_quant_avxvnni(table) : add_quant_avx2(table);
-    case kAvx512:
-    case kAmx: return add_quant_avx512(table);
+    case kAvx512: return add_quant_avx512(table);
+    case kAmx: return has_amx_int8() ? add_quant_amx(table) : add_quant_avx512(table);
     default: return add_quant_portable(table);
   }
 }

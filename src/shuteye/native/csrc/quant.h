@@ -21,6 +21,18 @@ inline Ints whole_start(const Unit& unit, Ints pair_of_sums, int part) {
   }
 }
 
+// sum + what a token's whole sum with a unit stands for.
+template <class Shape, int tokens>
+SHUTEYE_INLINE Lanes add_scaled(Lanes whole, Lanes scale, const Lanes (&minima)[2], TokenTile<tokens> x, int token, Lanes sum) {
+  sum = fma(whole * x.floats(kScaleWord, token), scale, sum);
+  if constexpr (Shape::minima == 1) sum = fma(minima[0], x.floats(kSumWord, token), sum);
+  if constexpr (Shape::minima == 2) {
+    sum = fma(minima[0], x.floats(kHalfSumWord, token), sum);
+    sum = fma(minima[1], x.floats(kHalfSumWord + 1, token), sum);
+  }
+  return sum;
+}
+
 // sums[token][row] += the products of one unit.
 template <int tokens, class Unit>
 SHUTEYE_INLINE void multiply_unit(const Unit& unit, TokenTile<tokens> x, float* sums) {
@@ -33,13 +45,7 @@ SHUTEYE_INLINE void multiply_unit(const Unit& unit, TokenTile<tokens> x, float* 
     for (int index = 0; index < Unit::minima; index++) minima[index] = unit.minimum(index, part);
     for (int token = 0; token < tokens; token++) {
       float* place = sums + token * kQuantRows + part * Lanes::width;
-      Lanes sum = fma(to_lanes(totals[part][token]) * x.floats(kScaleWord, token), scale, load(place));
-      if constexpr (Unit::minima == 1) sum = fma(minima[0], x.floats(kSumWord, token), sum);
-      if constexpr (Unit::minima == 2) {
-        sum = fma(minima[0], x.floats(kHalfSumWord, token), sum);
-        sum = fma(minima[1], x.floats(kHalfSumWord + 1, token), sum);
-      }
-      store(place, sum);
+      store(place, add_scaled<Unit>(to_lanes(totals[part][token]), scale, minima, x, token, load(place)));
     }
   }
 }
@@ -60,6 +66,7 @@ template <class Shape>
 struct OpenUnit : Shape {
   static constexpr int digits = kSplitsBytes && Shape::bits == 8 ? 2 : 1;
 
+  // Of AMX u less zero, which it multiplies.
   alignas(64) uint8_t vectors[digits][8][kVectorBytes];
   alignas(64) float scales[kQuantRows];
   alignas(64) float minimum_of[2][kQuantRows];
@@ -72,7 +79,9 @@ struct OpenUnit : Shape {
       for_constants<8>([&](auto vector_index) SHUTEYE_INLINED {
         for_constants<digits>([&](auto digit_index) SHUTEYE_INLINED {
           constexpr int own = decltype(vector_index)::value, which = decltype(digit_index)::value;
-          store_bytes(vectors[which][own] + part * kPartBytes, unit.template digit<own, which>(part));
+          const Bytes bytes = unit.template digit<own, which>(part);
+          if constexpr (kMatrixTokens > 0) store_bytes(vectors[which][own] + part * kPartBytes, plus(bytes, -Shape::zero));
+          else store_bytes(vectors[which][own] + part * kPartBytes, bytes);
         });
       });
       const int lane = part * Lanes::width;
@@ -87,7 +96,9 @@ struct OpenUnit : Shape {
 
   template <int index, int which>
   Bytes digit(int part) const {
-    return load_bytes(vectors[which][index] + part * kPartBytes);
+    const Bytes bytes = load_bytes(vectors[which][index] + part * kPartBytes);
+    if constexpr (kMatrixTokens > 0) return plus(bytes, Shape::zero);
+    else return bytes;
   }
   Lanes scale(int part) const { return load(scales + part * Lanes::width); }
   Lanes minimum(int index, int part) const { return load(minimum_of[index] + part * Lanes::width); }
@@ -98,7 +109,7 @@ struct OpenUnit : Shape {
 // One unit of a block of tokens. Not to be inlined: the compiler would keep the vectors in more registers than there are.
 template <class Shape>
 __attribute__((noinline)) void multiply_quant_tiles(const OpenUnit<Shape>& unit, const TokenBlock& block, int64_t index, float* sums) {
-  each_tile_of_tokens(block.num_tokens, [&](auto constant, int64_t first) SHUTEYE_INLINED {
+  each_tile_of_tokens<kVectorTokens>(block.num_tokens, [&](auto constant, int64_t first) SHUTEYE_INLINED {
     constexpr int tokens = decltype(constant)::value;
     multiply_unit<tokens>(unit, block.tile<tokens>(index, first), sums + first * kQuantRows);
   });
@@ -131,18 +142,26 @@ void quant_panel(const ShuteyeMatrix& matrix, int64_t panel, const TokenBlock& b
 
 using MultiplyPanel = void (*)(const ShuteyeMatrix& matrix, int64_t panel, const TokenBlock& block, float* sums);
 
-inline MultiplyPanel multiply_of(const ShuteyeMatrix& matrix) {
+// How panels are multiplied: by vectors.
+struct VectorProducts {
+  template <class Unit>
+  static constexpr MultiplyPanel multiply_panel = quant_panel<Unit>;
+};
+
+template <class Products>
+MultiplyPanel multiply_of(const ShuteyeMatrix& matrix) {
   MultiplyPanel chosen = nullptr;
-  with_kind(matrix, [&](auto tag) { chosen = quant_panel<typename decltype(tag)::Unit>; });
+  with_kind(matrix, [&](auto tag) { chosen = Products::template multiply_panel<typename decltype(tag)::Unit>; });
   return chosen;
 }
 
 // Rows [first_row, end_row) of a product with tokens as quantize_tokens has prepared them; first_row begins a panel.
-inline void quant_rows(const Linear& linear, const void* prepared, void*, int64_t first_row, int64_t end_row) {
+template <class Products>
+void quant_rows(const Linear& linear, const void* prepared, void*, int64_t first_row, int64_t end_row) {
   alignas(64) float lower[kBlockTokens * kQuantRows], upper[kBlockTokens * kQuantRows];
   const bool is_paired = linear.finish == Finish::silu_mul;
-  const MultiplyPanel multiply = multiply_of(linear.weight);
-  const MultiplyPanel multiply_upper = is_paired ? multiply_of(linear.upper) : nullptr;
+  const MultiplyPanel multiply = multiply_of<Products>(linear.weight);
+  const MultiplyPanel multiply_upper = is_paired ? multiply_of<Products>(linear.upper) : nullptr;
   for (int64_t first = 0; first < linear.num_tokens; first += kBlockTokens) {
     const TokenBlock block(linear, prepared, first);
     for (int64_t row = first_row; row < end_row; row += kQuantRows) {
@@ -206,7 +225,7 @@ void dequantize_row(const ShuteyeMatrix& matrix, int64_t row, void* out) {
 }
 
 inline void fill_table(shuteye::KernelTable& table) {
-  table.linear[shuteye::kQuantForm] = {prepared_tiles, quantize_tokens, quant_rows};
+  table.linear[shuteye::kQuantForm] = {prepared_tiles, quantize_tokens, quant_rows<VectorProducts>};
   table.dequantize_row[SHUTEYE_FLOAT32] = dequantize_row<float>;
   table.dequantize_row[SHUTEYE_BFLOAT16] = dequantize_row<bf16>;
 }

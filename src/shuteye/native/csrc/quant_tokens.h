@@ -3,7 +3,8 @@
 //
 // Prepared tokens are blocks of up to kBlockTokens; a block is units of 32 columns in order, a unit tiles of tokens in order.
 // A tile is words of 4 bytes, each for all its tokens: 8 words of q (columns 4 j to 4 j + 3), the scale, the sums of q of both
-// halves (a pair of int16), and, times the scale, the sum of q, that of the first half, and that of the second.
+// halves (a pair of int16), and, times the scale, the sum of q, that of the first half, and that of the second. A tile for
+// AMX has the 8 words of q token by token.
 //
 // A token that holds NaN or an infinity has NaN for a scale there, and so in its results, and in no other token's.
 #pragma once
@@ -15,6 +16,14 @@ namespace SHUTEYE_ISA {
 constexpr int64_t kBlockTokens = 64;  // whose sums and quantized numbers stay near while weights pass
 constexpr int64_t kPreparedTokens = 8; // what a thread prepares at a time
 constexpr int64_t kUnitWords = 13;
+constexpr int64_t kNumberWords = 8; // of q
+#if defined(SHUTEYE_AMX_INT8)
+constexpr int kMatrixTokens = 16; // of a tile for AMX
+constexpr int kTileTokens = kMatrixTokens;
+#else
+constexpr int kMatrixTokens = 0; // there are none
+constexpr int kTileTokens = kVectorTokens;
+#endif
 enum Word : int { kScaleWord = 8, kPairWord = 9, kSumWord = 10, kHalfSumWord = 11 };
 
 // `tokens` tokens of one unit.
@@ -83,8 +92,14 @@ struct QuantizedUnit {
     }
   }
 
-  void place(int32_t* words, int64_t tokens) const {
-    for (int64_t word = 0; word < 8; word++) memcpy(words + word * tokens, q + 4 * word, 4);
+  // As token `own` of a tile.
+  void place(int32_t* words, int64_t own, int64_t tokens) const {
+    if (tokens == kMatrixTokens) {
+      memcpy(words + own * kNumberWords, q, sizeof q);
+    } else {
+      for (int64_t word = 0; word < kNumberWords; word++) memcpy(words + word * tokens + own, q + 4 * word, 4);
+    }
+    words += own;
     const auto low = static_cast<int32_t>(sums[0]), high = static_cast<int32_t>(sums[1]);
     const float scaled[3] = {scale * (sums[0] + sums[1]), scale * sums[0], scale * sums[1]};
     memcpy(words + kScaleWord * tokens, &scale, 4);
@@ -96,10 +111,11 @@ struct QuantizedUnit {
 inline int64_t prepared_tiles(const Linear& linear) { return (linear.num_tokens + kPreparedTokens - 1) / kPreparedTokens; }
 
 template <class T>
-void quantize_token(const Linear& linear, int32_t* words, int64_t tokens, int64_t token, int64_t unit_words, float* row) {
+void quantize_token(const Linear& linear, int32_t* words, int64_t own, int64_t tokens, int64_t token, int64_t unit_words,
+                    float* row) {
   copy_row<T>(linear, token, row, linear.in_features);
   for (int64_t unit = 0; unit < linear.in_features / kUnitColumns; unit++) {
-    QuantizedUnit(row + unit * kUnitColumns).place(words + unit * unit_words, tokens);
+    QuantizedUnit(row + unit * kUnitColumns).place(words + unit * unit_words, own, tokens);
   }
 }
 
@@ -113,9 +129,9 @@ inline void quantize_tokens(const Linear& linear, void* prepared, void* scratch,
       for (int64_t own = 0; own < tokens; own++) {
         const int64_t token = block_first + tile_first + own;
         if (token < first || token >= end) continue;
-        auto* words = const_cast<int32_t*>(block.words) + tile_first * kUnitWords + own;
+        auto* words = const_cast<int32_t*>(block.words) + tile_first * kUnitWords;
         const auto quantize = linear.dtype == SHUTEYE_BFLOAT16 ? quantize_token<bf16> : quantize_token<float>;
-        quantize(linear, words, tokens, token, block.num_tokens * kUnitWords, static_cast<float*>(scratch));
+        quantize(linear, words, own, tokens, token, block.num_tokens * kUnitWords, static_cast<float*>(scratch));
       }
     });
   }

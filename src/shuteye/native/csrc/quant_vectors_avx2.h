@@ -17,7 +17,7 @@ struct Ints { // one for each row
 };
 
 constexpr int kParts = 2;      // vectors for the 16 rows of a panel
-constexpr int kTileTokens = 4; // that are multiplied with a vector of weights while it is in a register
+constexpr int kVectorTokens = 4; // that are multiplied with a vector of weights while it is in a register
 constexpr bool kOpensInRegisters = true;
 
 inline Bytes load_bytes(const uint8_t* source) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))}; }

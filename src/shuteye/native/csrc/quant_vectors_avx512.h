@@ -14,12 +14,13 @@ struct Ints { // one for each row
 };
 
 constexpr int kParts = 1;
-constexpr int kTileTokens = 8;
+constexpr int kVectorTokens = 8;
 constexpr bool kOpensInRegisters = true;
 
 inline Bytes load_bytes(const uint8_t* source) { return {_mm512_loadu_si512(source)}; }
 inline void store_bytes(uint8_t* target, Bytes bytes) { _mm512_storeu_si512(target, bytes.v); }
 inline Bytes operator|(Bytes left, Bytes right) { return {_mm512_or_si512(left.v, right.v)}; }
+inline Bytes plus(Bytes bytes, int value) { return {_mm512_add_epi8(bytes.v, _mm512_set1_epi8(static_cast<char>(value)))}; }
 
 template <int shift>
 inline Bytes bits_at(Bytes bytes, int mask) {

@@ -19,7 +19,7 @@ struct Ints { // one for each row
 };
 
 constexpr int kParts = 4;
-constexpr int kTileTokens = 1;
+constexpr int kVectorTokens = 1;
 constexpr bool kOpensInRegisters = false;
 
 inline Bytes load_bytes(const uint8_t* source) {
