@@ -48,22 +48,27 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, process: Eng
 def import_server() -> None:
     """Import what serves, which is most of what this process imports."""
     gc.disable()  # what is imported stays
-    _build_validators_later()
     with _without_old_pydantic():
+        _import_fastapi()
         import shuteye.server.run  # noqa: F401
 
     gc.freeze()
     gc.enable()
 
 
-def _build_validators_later() -> None:
-    """Have pydantic build what checks and writes a model when that is first done.
+def _import_fastapi() -> None:
+    """Have pydantic build what checks and writes FastAPI's own models when that is first done.
 
-    FastAPI's models are those of an OpenAPI document, which few ask for, and to build them takes a tenth of a start.
+    They are those of an OpenAPI document, which few ask for, and to build them takes a tenth of a start.
     """
     import pydantic
 
-    pydantic.BaseModel.model_config["defer_build"] = True
+    config = pydantic.BaseModel.model_config
+    config["defer_build"] = True
+    try:
+        import fastapi  # noqa: F401
+    finally:
+        del config["defer_build"]
 
 
 @contextlib.contextmanager
