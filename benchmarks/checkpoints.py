@@ -97,17 +97,20 @@ def prepare(name: str, form: str = "bf16", *, quantize: Path | None = None) -> C
         print(f"Making the checkpoint {plain.directory} and its GGUF files …", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, __file__, name], check=True)
     if not found.complete:
-        if quantize is None:
-            sys.exit(
-                f"{found.gguf} is made by llama.cpp's llama-quantize; `make bench-peers PEERS=llama.cpp` installs it."
-            )
-        partial = found.gguf.with_suffix(".partial")
-        command = [str(quantize), str(plain.gguf), str(partial), FORMATS[form].gguf or ""]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr[-500:]}")
-        partial.rename(found.gguf)
+        quantize_gguf(plain.gguf, found.gguf, FORMATS[form].gguf or "", quantize)
     return found
+
+
+def quantize_gguf(source: Path, target: Path, kind: str, quantize: Path | None) -> None:
+    """Let llama-quantize make a file of another type; `quantize` is where it is."""
+    if quantize is None:
+        sys.exit(f"{target} is made by llama.cpp's llama-quantize; `make bench-peers PEERS=llama.cpp` installs it.")
+    partial = target.with_suffix(".partial")
+    command = [str(quantize), str(source), str(partial), kind]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with status {done.returncode}: {done.stderr[-500:]}")
+    partial.rename(target)
 
 
 def make(name: str) -> None:

@@ -4,7 +4,7 @@ The same windows are scored by shuteye, by transformers in float32 on the dequan
 llama-perplexity, where it is installed. Prints perplexities, how far shuteye's is from transformers', and how far apart
 single tokens' log-probabilities are.
 
-    python benchmarks/perplexity.py                         every format of SmolLM2-135M, a few minutes each
+    python benchmarks/perplexity.py                         every format of SmolLM2-135M, minutes each
     python benchmarks/perplexity.py --format q4_0 --windows 4
     python benchmarks/perplexity.py --docs                  keeps the figures for docs/benchmarks.md
 """
@@ -27,13 +27,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import serve
-from checkpoints import FORMATS, Checkpoint, prepare
-from machine import LEVELS, this_machine
+from checkpoints import Checkpoint
+from machine import LEVELS, Machine, this_machine
 from peers.llama_cpp import program
 from prose import fixed_text
+from scored_files import SCORED, Groups, prepare_scored, stands_for
 from scores import ScoreReport, Scores
 
-MODEL = "smollm2"
 WINDOW = 512
 """Tokens; each window is scored by itself, its first token not at all."""
 NUM_WINDOWS = 40
@@ -55,10 +55,14 @@ def windows(checkpoint: Checkpoint, count: int) -> list[list[int]]:
 # Each gives log-probabilities of tokens 1 … WINDOW - 1 of every window: [windows, WINDOW - 1].
 
 
+def _is_gguf(checkpoint: Checkpoint) -> bool:
+    return isinstance(SCORED[checkpoint.format].made, str)
+
+
 def by_shuteye(checkpoint: Checkpoint, pieces: Sequence[list[int]], level: str | None) -> Floats:
     from shuteye import LLM, SamplingParams
 
-    served = checkpoint.directory if checkpoint.format == "bf16" else checkpoint.gguf
+    served = checkpoint.gguf if _is_gguf(checkpoint) else checkpoint.directory
     options: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_memory": 256 << 20, "max_model_len": 2 * WINDOW}
     if level:
         options["kernels"] = level
@@ -75,16 +79,23 @@ def by_shuteye(checkpoint: Checkpoint, pieces: Sequence[list[int]], level: str |
 def by_transformers(checkpoint: Checkpoint, pieces: Sequence[list[int]]) -> Floats:
     """In float32, on weights that are dequantized to float32: what the file means."""
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
     from shuteye.models.modules import quiet
 
-    where: dict[str, Any] = {"pretrained_model_name_or_path": checkpoint.directory}
-    if checkpoint.format != "bf16":
-        where = {"pretrained_model_name_or_path": checkpoint.gguf.parent, "gguf_file": checkpoint.gguf.name}
-        where["quantization_config"] = GgufConfig(dequantize=True)
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+        if isinstance(SCORED[checkpoint.format].made, Groups):
+            config = AutoConfig.from_pretrained(checkpoint.directory)
+            del config.quantization_config
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            done = model.load_state_dict(dict(stands_for(checkpoint.format)), strict=False)
+            assert (done.missing_keys, done.unexpected_keys) == (["lm_head.weight"], []), done
+        else:
+            where: dict[str, Any] = {"pretrained_model_name_or_path": checkpoint.directory}
+            if _is_gguf(checkpoint):
+                where = {"pretrained_model_name_or_path": checkpoint.gguf.parent, "gguf_file": checkpoint.gguf.name}
+                where["quantization_config"] = GgufConfig(dequantize=True)
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
     found = np.empty((len(pieces), WINDOW - 1))
     with torch.inference_mode():
         for row, piece in zip(found, pieces, strict=True):
@@ -95,9 +106,9 @@ def by_transformers(checkpoint: Checkpoint, pieces: Sequence[list[int]]) -> Floa
 
 
 def by_llama_cpp(checkpoint: Checkpoint, pieces: Sequence[list[int]], level: str | None) -> Floats | None:
-    """NaN for the first half of each window, which llama-perplexity does not score; None if it is not installed."""
+    """NaN for the first half of each window, which llama-perplexity does not score; None without it, or of groups."""
     perplexity = program("llama-perplexity", level)
-    if perplexity is None:
+    if perplexity is None or isinstance(SCORED[checkpoint.format].made, Groups):
         return None
     with tempfile.TemporaryDirectory() as directory:
         text, logits = Path(directory) / "text.txt", Path(directory) / "logits"
@@ -139,7 +150,7 @@ def read_logits(path: Path, pieces: Sequence[list[int]]) -> Floats:
 
 
 def scored(form: str, count: int, level: str | None) -> Scores:
-    checkpoint = prepare(MODEL, form, quantize=program("llama-quantize"))
+    checkpoint = prepare_scored(form)
     pieces = windows(checkpoint, count)
     ours, reference = by_shuteye(checkpoint, pieces, level), by_transformers(checkpoint, pieces)
     return Scores.of(form, ours=ours, reference=reference, llama_cpp=by_llama_cpp(checkpoint, pieces, level))
@@ -147,7 +158,7 @@ def scored(form: str, count: int, level: str | None) -> Scores:
 
 def in_children(arguments: argparse.Namespace) -> Iterator[Scores]:
     """Format by format, each in a process of its own, as torch and engines keep what they took."""
-    for form in arguments.format or FORMATS:
+    for form in arguments.format or SCORED:
         command = [sys.executable, __file__, "--child", form, "--windows", str(arguments.windows)]
         level = ["--level", arguments.level] if arguments.level else []
         done = subprocess.run([*command, *level], check=True, stdout=subprocess.PIPE, text=True)
@@ -161,24 +172,32 @@ def main() -> None:
         return
     machine = this_machine(level=arguments.level, measured=False)
     print(machine.words, flush=True)
-    found = []
     for scores in in_children(arguments):
-        found.append(scores)
         print(scores.in_words(), flush=True)
+        if arguments.docs:
+            keep(machine, scores)
     if arguments.docs:
-        kept = ScoreReport(time.strftime("%Y-%m-%d"), machine, tuple(found))
-        serve.SCORES.mkdir(exist_ok=True)
-        (serve.SCORES / f"{machine.key}.json").write_text(json.dumps(kept.as_dict(), indent=1) + "\n")
         serve.write_docs()
+
+
+def keep(machine: Machine, scores: Scores) -> None:
+    """Put a format's figures beside those of others that this machine has: all of them take hours."""
+    path = serve.SCORES / f"{machine.key}.json"
+    path.parent.mkdir(exist_ok=True)
+    others = ScoreReport.from_dict(json.loads(path.read_text())).scores if path.exists() else ()
+    kept = {each.format: each for each in (*others, scores)}
+    ordered = tuple(kept[form] for form in SCORED if form in kept)
+    report = ScoreReport(time.strftime("%Y-%m-%d"), machine, ordered)
+    path.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--format", choices=FORMATS, action="append", help="default all; may be repeated")
+    parser.add_argument("--format", choices=SCORED, action="append", help="default all; may be repeated")
     parser.add_argument("--level", choices=LEVELS, help="hold shuteye and llama.cpp to this instruction set")
     parser.add_argument("--windows", type=int, default=NUM_WINDOWS, help=f"of {WINDOW} tokens; default {NUM_WINDOWS}")
     parser.add_argument("--docs", action="store_true", help="keep the figures for docs/benchmarks.md")
-    parser.add_argument("--child", choices=FORMATS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=SCORED, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -13,6 +13,7 @@ import targets
 from checkpoints import FORMATS
 from machine import Machine
 from rounds import METRICS, WAKING, Metric, Results, best_peer, ratios
+from scored_files import SCORED
 from scores import MOST_PERCENT, ScoreReport, Scores
 
 TITLES = {
@@ -245,7 +246,7 @@ def _scores(scores: Sequence[Scores]) -> list[str]:
         own = [f"{each.shuteye:.4f}", f"{each.reference:.4f}", f"{each.percent:+.3f}%", met]
         theirs = [f"{each.llama_percent:+.3f}%", f"{each.llama_apart:.4f}", f"{each.llama_from_shuteye:.4f}"]
         beside = theirs if each.llama_tokens else [NO_RATIO] * 3
-        rows.append(_row(FORMATS[each.format].title, [*own, beside[0], f"{each.apart:.4f}", *beside[1:]]))
+        rows.append(_row(SCORED[each.format].title, [*own, beside[0], f"{each.apart:.4f}", *beside[1:]]))
     return rows
 
 

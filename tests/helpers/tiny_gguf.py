@@ -13,6 +13,7 @@ from shuteye.matrices.kinds import kind_of
 from shuteye.testing import CHAT_TEMPLATE
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_OTHERS = {"gemma3_text": "gemma3", "starcoder2": "starcoder2"}  # that transformers' modules compute
 _MADE_HERE = frozenset({"q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"})  # that `quantize` cannot make
 
 
@@ -25,7 +26,7 @@ def write_gguf(path, checkpoint, format_of, *, metadata=None, extra=None):
         extra: more tensors by their names in the file, float32.
     """
     config = json.loads((Path(checkpoint) / "config.json").read_text())
-    architecture = ARCHITECTURES[config["model_type"]]
+    architecture = (ARCHITECTURES | _OTHERS)[config["model_type"]]
     names = get_tensor_name_map(MODEL_ARCH[architecture.upper()], config["num_hidden_layers"])
     writer = GGUFWriter(path, architecture)
     writer.add_name(config["model_type"])
@@ -34,7 +35,8 @@ def write_gguf(path, checkpoint, format_of, *, metadata=None, extra=None):
     meant = {}
     for name, rows in load_file(Path(checkpoint) / "model.safetensors").items():
         wanted = (format_of if isinstance(format_of, str) else format_of(name)) if rows.ndim == 2 else "f32"
-        stored, kind = _stored(rows.astype(np.float32), wanted)
+        more = 1 if architecture == "gemma3" and rows.ndim == 1 else 0  # of norms, as convert_hf_to_gguf.py adds it
+        stored, kind = _stored(rows.astype(np.float32) + np.float32(more), wanted)
         meant[name] = dequantize(stored, kind)
         if architecture == "llama" and ".self_attn.q_proj." in name:
             stored = _interleaved(stored, config["num_attention_heads"])
@@ -96,8 +98,14 @@ def _write_config(writer, config, metadata):
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    if "rms_norm_eps" in config:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    else:
+        writer.add_layer_norm_eps(config["norm_epsilon"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_rope_dimension_count(head_dim)
     writer.add_key_length(head_dim)

@@ -52,7 +52,6 @@ def test_what_no_scale_can_hold_is_refused(value):
 
 def test_embeddings_and_heads_keep_8_bits():
     """Four bits for the tensors in which errors are not averaged out."""
-    assert kind_for("q4_0", "lm_head.weight", 64) == KINDS["q8_0"]
-    assert kind_for("q4_1", "model.embed_tokens.weight", 64) == KINDS["q8_0"]
-    assert kind_for("q4_0", "model.layers.0.mlp.up_proj.weight", 64) == KINDS["q4_0"]
-    assert kind_for("q4_0", "model.layers.0.mlp.up_proj.weight", 80) is None
+    assert kind_for("q4_0", 64, careful=True) == KINDS["q8_0"]
+    assert kind_for("q4_0", 64, careful=False) == KINDS["q4_0"]
+    assert kind_for("q4_0", 80, careful=False) is None

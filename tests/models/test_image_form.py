@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packed_checkpoints import write_packed
 from rank_models import greedy
 from tiny_gguf import write_gguf
 
@@ -20,7 +21,7 @@ from shuteye.models.image_form import ImageForm
 from shuteye.models.sources import resolve_source
 from shuteye.models.tensors import slot_view
 from shuteye.parallel.shards import EMBEDDING, RankPlace
-from shuteye.testing import tiny_encoder, tiny_model
+from shuteye.testing import tiny_model
 
 SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_layers": 2}
 MIXED = {"embed_tokens": "q6_k", "v_proj": "q6_k", "down_proj": "q5_k", "o_proj": "q8_0", "k_proj": "bf16"}
@@ -141,14 +142,18 @@ def test_a_cut_within_blocks_is_refused_by_name(gguf, image_store, tmp_path):
     assert "pipeline_parallel_size" in refusal.value.message
 
 
+def _packed(path):
+    write_packed(path, tiny_model(path.with_name("float"), architecture="phi"), "gptq")
+    return path
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda path, gguf: gguf[0], "is quantized already"),
-        (lambda path, gguf: tiny_model(path, architecture="gpt2"), "for models of the types"),
-        (lambda path, gguf: tiny_encoder(path), "for models of the types"),
+        (lambda path, gguf: _packed(path), "is quantized already"),
     ],
-    ids=["quantized", "modules", "encoder"],
+    ids=["GGUF", "modules"],
 )
 def test_what_cannot_be_quantized_is_refused_by_name(gguf, image_store, tmp_path, make, said):
     source = resolve_source(str(make(tmp_path / "model", gguf)), cache_dir=tmp_path)

@@ -6,13 +6,12 @@ from statistics import median
 from typing import Any
 
 import pytest
-import torch
 from rank_models import BLOCK_SIZE, batches
+from rounded_product import RoundedProduct
 from tiny_gguf import write_gguf
 
 from shuteye import native
 from shuteye.models import torch_loop
-from shuteye.models.matrix_product import Product
 from shuteye.tasks.generate.plans import Chunk
 from shuteye.testing import tiny_model
 
@@ -23,17 +22,6 @@ FILES = {
     ),
     **{name: name for name in ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "iq4_nl", "iq4_xs")},
 }
-UNIT = 32
-
-
-class RoundedProduct(Product):
-    """Activations go in as 8-bit integers with a scale for each 32 columns, which is exact in float32."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        units = x.view(len(x), x.shape[1] // UNIT, UNIT)
-        scales = units.abs().amax(-1, keepdim=True) / 127
-        rounded = (units / scales.clamp_min(torch.finfo(torch.float32).tiny)).round() * scales
-        return super().__call__(rounded.view(x.shape))
 
 
 @pytest.fixture(scope="module")

@@ -125,11 +125,11 @@ def test_how_numbers_are_stored_is_told(made, tmp_path, case, told):
     assert stored_as(resolve_source(str(path), cache_dir=tmp_path)) == told
 
 
-def test_packed_modules_of_other_architectures_are_refused_by_name(image_of, tmp_path):
-    """Words of eight weights cast to floats and served."""
-    made = tiny_model(tmp_path / "hf", architecture="olmo")
+def test_packed_modules_that_transformers_would_put_together_are_refused_by_name(image_of, tmp_path):
+    """Experts that lie one by one in the file, and in one tensor in the module: words cast to floats."""
+    made = tiny_model(tmp_path / "hf", architecture="mixtral", num_local_experts=4)
     write_packed(tmp_path / "packed", made, "gptq")
-    with pytest.raises(UnsupportedModel, match=r"quantized \(gptq\), which is not read for models of type 'olmo'"):
+    with pytest.raises(UnsupportedModel, match=r"packed is quantized, and transformers would load its tensors changed"):
         image_of(tmp_path / "packed")
 
 

@@ -13,16 +13,15 @@ from shuteye.matrices.stored import Blocks
 FORMATS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 """What matrices can be quantized to: what `gguf.quants.quantize` makes, and kernels read."""
 
-_CAREFUL = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
 
-
-def kind_for(format: str, name: str, columns: int) -> MatrixKind | None:
+def kind_for(format: str, columns: int, *, careful: bool) -> MatrixKind | None:
     """What a matrix becomes when a checkpoint is quantized to `format`; None: it stays as it is.
 
-    Embeddings and the head are never quantized to less than 8 bits: each of their rows is a token's own, and what is
-    lost there is not made good by other columns.
+    Args:
+        careful: it is an embedding or a head, which are never quantized to less than 8 bits: each of their rows is a
+            token's own, and what is lost there is not made good by other columns.
     """
-    kind = KINDS["q8_0" if name in _CAREFUL else format]
+    kind = KINDS["q8_0" if careful else format]
     return kind if kind.fits(columns) else None
 
 

@@ -76,7 +76,7 @@ def bind(
     Args:
         arena: need not be resident yet.
         modules: use transformers' modules even for a model that the flat loop can compute.
-        native: let the flat loop use the native kernels where they can be used.
+        native: let the native kernels be used where they can.
         groups: the other ranks, if the image holds a rank's part.
 
     Raises:
@@ -94,12 +94,12 @@ def bind(
             return LoadedModel(facts, decoder, slot_names, plan)
         from shuteye.models.module_decoder import bind_rank_module
 
-        return LoadedModel(facts, bind_rank_module(image, arena, facts, plan, groups), slot_names, plan)
+        return LoadedModel(facts, bind_rank_module(image, arena, facts, plan, groups, native=native), slot_names, plan)
     if facts.fused is not None and not modules:
         return LoadedModel(facts, _bind_flat(image, arena, facts, native=native), slot_names)
     from shuteye.models.module_decoder import bind_modules
 
-    facts, module_decoder = bind_modules(image, arena, facts)
+    facts, module_decoder = bind_modules(image, arena, facts, native=native)
     return LoadedModel(facts, module_decoder, slot_names)
 
 

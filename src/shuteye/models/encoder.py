@@ -28,7 +28,6 @@ from shuteye.models.formats.checkpoint import read_tokenizer_facts
 from shuteye.models.module_binding import bind_module
 from shuteye.models.modules import build_module, model_class, quiet
 from shuteye.models.sources import ModelSource
-from shuteye.models.support import refuse_quantized
 from shuteye.models.tensors import dtype_name, torch_dtype
 
 if TYPE_CHECKING:
@@ -74,7 +73,6 @@ def examine_encoder(config: Any, source: ModelSource, *, task: str, dtype: torch
 
     if source.kind == "gguf":
         raise UnsupportedModel(f"{source.name} is a .gguf file of a model for {task!r}; give a checkpoint's directory.")
-    refuse_quantized(config)
     accepted = _check_class(config, task)
     files = read_sentence_files(source.path)
     if files.lowercase:
@@ -239,8 +237,11 @@ def pool(states: torch.Tensor, mask: torch.Tensor, how: Pooling) -> torch.Tensor
             return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def bind_encoder(image: WeightImage, arena: Arena) -> LoadedEncoder:
+def bind_encoder(image: WeightImage, arena: Arena, *, native: bool = True) -> LoadedEncoder:
     """Let every tensor of an image look into `arena`, which has the image's layout; touches no weight.
+
+    Args:
+        native: let native kernels compute with quantized weights where they can be used.
 
     Raises:
         ImageFailure: image and module disagree; the message names the tensors.
@@ -255,7 +256,7 @@ def bind_encoder(image: WeightImage, arena: Arena) -> LoadedEncoder:
             attention="sdpa" if found._supports_sdpa else "eager",
             task=facts.task,
         )
-    bind_module(module, image, arena)
+    bind_module(module, image, arena, native=native)
     return LoadedEncoder(facts, module, slot_names_of(image))
 
 

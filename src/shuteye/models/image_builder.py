@@ -37,7 +37,7 @@ from shuteye.models.formats.checkpoint import (
 )
 from shuteye.models.formats.dtypes import served_dtype
 from shuteye.models.formats.files import refusing
-from shuteye.models.fused import INVERSE_FREQUENCIES, MODEL_TYPES, FusedSpec, group_of, recognise
+from shuteye.models.fused import INVERSE_FREQUENCIES, FusedSpec, group_of, recognise
 from shuteye.models.image_content import content_of
 from shuteye.models.image_form import AS_STORED, ImageForm
 from shuteye.models.image_identity import identity_of
@@ -45,12 +45,12 @@ from shuteye.models.image_spec import AttentionSpec, ImageSpec
 from shuteye.models.module_split import divide
 from shuteye.models.modules import build_module, quiet, task_of, tied_names
 from shuteye.models.progress import Advanced, Finished, Progress, Started, no_progress
+from shuteye.models.quantizable import Quantizable, quantizable
 from shuteye.models.sources import ModelSource
-from shuteye.models.support import check, refuse_quantized
+from shuteye.models.support import check
 from shuteye.models.tensors import as_bytes, dtype_name, torch_dtype
 from shuteye.parallel.module_shards import ModulePlan, ModuleSplit
 from shuteye.parallel.shards import (
-    EMBEDDING,
     HEAD,
     ONE_RANK,
     ROW_MULTIPLE,
@@ -77,11 +77,13 @@ class _Model:
 
     Attributes:
         buffers: that are in no checkpoint but are needed.
+        quantizable: the parameters that may be held quantized.
         split: what it is split by; None: one rank has all of it.
     """
 
     facts: ImageSpec | EncoderSpec | WhisperImageSpec
     buffers: Mapping[str, torch.Tensor]
+    quantizable: Quantizable
     split: DecoderShape | ModuleSplit | None = None
 
     @property
@@ -95,7 +97,9 @@ class _Model:
         """What it is split by, with its head tied as it is in the checkpoint, and its MLP cut where blocks end."""
         match self.split:
             case ModuleSplit() as split:
-                return split.with_tie(split.head in tensors.aliases)
+                return split.with_tie(split.head in tensors.aliases).with_blocks(
+                    {name: kind.cut_columns for name, kind in kinds.items()}
+                )
             case DecoderShape() as shape:
                 blocks = (kind.cut_columns for name, kind in kinds.items() if name.endswith("mlp.down_proj.weight"))
                 return replace(shape, tied=HEAD in tensors.aliases, mlp_multiple=max((ROW_MULTIPLE, *blocks)))
@@ -103,10 +107,13 @@ class _Model:
 
     def kinds_of(self, tensors: CheckpointTensors, form: ImageForm, dtype: str) -> dict[str, MatrixKind]:
         """The kind of each tensor, before it is split."""
-        if not self.is_flat:
-            return dict.fromkeys(tensors.parameters, ROWS)
+        known = self.quantizable
         return {
-            name: form.kind_of(name, shape, dtype, tensors.stored.get(name))
+            name: form.kind_of(
+                shape, dtype, tensors.stored.get(name), careful=name in known.careful, packed=self.is_flat
+            )
+            if name in known.matrices
+            else ROWS
             for name, (shape, _) in tensors.parameters.items()
         }
 
@@ -142,10 +149,9 @@ class _Target:
         Raises:
             UnsupportedModel: it would be cut within blocks.
         """
-        if not isinstance(self.plan, ShardPlan) or kind == ROWS:
+        if self.plan is None or kind == ROWS:
             return kind
-        shares_rows = name == EMBEDDING and self.plan.embeds and self.plan.has_head and self.plan.shape.tied
-        if shares_rows and any(each.start % kind.panel_rows for each in self.plan.vocabularies):
+        if self.plan.shares_rows(name) and any(each.start % kind.panel_rows for each in self.plan.vocabularies):
             return ROWS  # so few tokens that some rank's begin within a panel
         columns = part[1]
         assert isinstance(columns, slice)
@@ -237,12 +243,6 @@ class _Conversion:
         self._write_files(writers, config, task)
         self.progress(Finished())
         self.progress(Started(f"Reading the weights of {self.source.name}"))
-        if self.form.quantizes and not model.is_flat:
-            raise UnsupportedModel(
-                f"quantization is {self.form.quantization!r}, which is for models of the types "
-                f"{', '.join(sorted(MODEL_TYPES))}; leave it out.",
-                param="quantization",
-            )
         with open_checkpoint(
             self.source,
             config,
@@ -263,23 +263,29 @@ class _Conversion:
             )
 
             self._refuse_ranks("Whisper models are")
-            return _Model(examine_speech(config, self.source, dtype=self.dtype), {})
+            return _Model(examine_speech(config, self.source, dtype=self.dtype), {}, self._quantizable(config, task))
         if task in {"embed", "score"}:
             self._refuse_ranks("Models that embed or score are")
-            return _Model(examine_encoder(config, self.source, task=task, dtype=self.dtype), {})
+            spec = examine_encoder(config, self.source, task=task, dtype=self.dtype)
+            return _Model(spec, {}, self._quantizable(config, task))
         attention = check(config)
         with quiet():
             blueprint = build_module(config, dtype=self.dtype, attention="eager")
         facts = _facts(config, read_generation_config(self.source), self.dtype, attention, recognise(blueprint))
+        matrices = quantizable(blueprint)
         if facts.fused is None:
-            refuse_quantized(config)
-            return _Model(facts, {}, divide(config, attention, self.place) if self.place.num_ranks > 1 else None)
+            split = divide(config, attention, self.place) if self.place.num_ranks > 1 else None
+            return _Model(facts, {}, matrices, split)
         buffers = {INVERSE_FREQUENCIES: blueprint.get_buffer(INVERSE_FREQUENCIES)}
         if self.place.num_ranks == 1:
-            return _Model(facts, buffers)
+            return _Model(facts, buffers, matrices)
         shape = _shape(config, facts.fused, tied=HEAD in tied_names(blueprint))
         plan_shards(shape, self.place)  # refuses what cannot be split
-        return _Model(facts, buffers, shape)
+        return _Model(facts, buffers, matrices, shape)
+
+    def _quantizable(self, config: Any, task: str) -> Quantizable:
+        with quiet():
+            return quantizable(build_module(config, dtype=self.dtype, attention="eager", task=task))
 
     def _refuse_ranks(self, which: str) -> None:
         if self.place.num_ranks == 1:

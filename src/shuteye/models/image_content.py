@@ -21,15 +21,17 @@ def content_of(
     Args:
         dtype: what is computed in.
     """
-    if not isinstance(tensor, torch.Tensor) and tensor.kind != kind:
+    if not isinstance(tensor, torch.Tensor):
+        if tensor.kind == kind:
+            rows, columns = part
+            assert isinstance(rows, slice)
+            assert isinstance(columns, slice)
+            return tensor.part(rows, columns).packed().data
         tensor = torch.from_numpy(dequantized(tensor)).to(dtype)
-    if isinstance(tensor, torch.Tensor) and not kind.is_quantized:
-        return as_bytes(tensor[part]) if kind == ROWS else packed_tensor(tensor[part], kind)
-    stored = quantize(kind, tensor.float().numpy()) if isinstance(tensor, torch.Tensor) else tensor
-    rows, columns = part
-    assert isinstance(rows, slice)
-    assert isinstance(columns, slice)
-    return stored.part(rows, columns).packed().data
+    mine = tensor[part]  # whose columns are whole blocks of the whole, so that it may be cut before it is quantized
+    if kind.is_quantized:
+        return quantize(kind, mine.float().numpy()).packed().data
+    return as_bytes(mine) if kind == ROWS else packed_tensor(mine, kind)
 
 
 def packed_tensor(tensor: torch.Tensor, kind: MatrixKind) -> memoryview:

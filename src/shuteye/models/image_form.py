@@ -37,19 +37,23 @@ class ImageForm:
         """Whether what the checkpoint has not quantized is to be."""
         return self.quantization not in ("auto", "none")
 
-    def kind_of(self, name: str, shape: tuple[int, ...], dtype: str, stored: MatrixKind | None) -> MatrixKind:
-        """The kind of a tensor of a model that the flat loop computes.
+    def kind_of(
+        self, shape: tuple[int, ...], dtype: str, stored: MatrixKind | None, *, careful: bool, packed: bool
+    ) -> MatrixKind:
+        """The kind of a tensor.
 
         Args:
             dtype: what is computed in.
             stored: how the checkpoint has quantized it; None if it has not.
+            careful: it is an embedding or a head, which are never quantized to less than 8 bits.
+            packed: whether its model reads panels that are not quantized, if this form has any.
         """
         if len(shape) != 2:
             return ROWS
         if stored is not None and self.keeps_bits:
             return stored
-        wanted = kind_for(self.quantization, name, shape[1]) if self.quantizes else None
-        return wanted or (BF16 if self.packed and dtype == "bfloat16" else ROWS)
+        wanted = kind_for(self.quantization, shape[1], careful=careful) if self.quantizes else None
+        return wanted or (BF16 if packed and self.packed and dtype == "bfloat16" else ROWS)
 
 
 AS_STORED = ImageForm()

@@ -59,7 +59,9 @@ class ModuleDecoder:
         return logits
 
 
-def bind_modules(image: WeightImage, arena: Arena, facts: ImageSpec) -> tuple[ImageSpec, ModuleDecoder]:
+def bind_modules(
+    image: WeightImage, arena: Arena, facts: ImageSpec, *, native: bool = True
+) -> tuple[ImageSpec, ModuleDecoder]:
     """A whole model, and its facts; it is examined again if transformers has changed since the image was made.
 
     Raises:
@@ -72,12 +74,12 @@ def bind_modules(image: WeightImage, arena: Arena, facts: ImageSpec) -> tuple[Im
     if facts.transformers != __version__:
         facts = replace(facts, attention=check(config), transformers=__version__)
     module = _blank_module(facts, config)
-    bind_module(module, image, arena)
+    bind_module(module, image, arena, native=native)
     return facts, ModuleDecoder(module, facts.attention.windows)
 
 
 def bind_rank_module(
-    image: WeightImage, arena: Arena, facts: ImageSpec, plan: ModulePlan, groups: RankGroups
+    image: WeightImage, arena: Arena, facts: ImageSpec, plan: ModulePlan, groups: RankGroups, *, native: bool
 ) -> RankModuleDecoder:
     """A rank's part; raises as `bind_modules`."""
     config = read_image_config(image)
@@ -88,7 +90,7 @@ def bind_rank_module(
         add_up=lambda product: groups.add_up(numbers_of(product)),
         side_by_side=lambda columns: tensor_of(groups.side_by_side(numbers_of(columns), plan)),
     )
-    bind_module(part.module, image, arena)
+    bind_module(part.module, image, arena, native=native)
     part.attach_tied_head()
     return RankModuleDecoder(part, facts.attention.windows, groups, facts.dtype)
 
@@ -108,7 +110,8 @@ def _require_same_split(image: WeightImage, facts: ImageSpec, config: Any, plan:
     found_attention = check(config)
     found = divide(config, found_attention, RankPlace(spec.rank, spec.tp_size, spec.pp_size))
     windows = found_attention.windows[spec.layers.start : spec.layers.stop]
-    if found.with_tie(plan.split.tied) != plan.split or windows != facts.attention.windows:
+    same = found.with_tie(plan.split.tied).with_multiple(plan.split.multiple)
+    if same != plan.split or windows != facts.attention.windows:
         raise ImageFailure(
             f"{image.path} was made with transformers {facts.transformers}; {__version__} divides models of type "
             f"{config.model_type!r} among ranks in another way. Remove the image to have it rebuilt."

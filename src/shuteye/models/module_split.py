@@ -198,12 +198,12 @@ class _Reader:
             self._refuse(f"its `tp_plan` has the style {style!r} for {name}, which is a {type(part).__name__}")
         dimension = 0 if style in _ROWS else 1
         weight = whole[f"{name}.weight"]
-        multiple = ROW_MULTIPLE
-        if self._is_attention(name) and style in ("colwise", "rowwise"):
-            multiple = self._rows_of_group(name, weight.shape[dimension], style)
-        found = {f"{name}.weight": replace(weight, dimension=dimension, multiple=multiple)}
+        by_group = self._is_attention(name) and style in ("colwise", "rowwise")
+        multiple = self._rows_of_group(name, weight.shape[dimension], style) if by_group else ROW_MULTIPLE
+        found = {f"{name}.weight": replace(weight, dimension=dimension, multiple=multiple, by_group=by_group)}
         if part.bias is not None and dimension == 0:
-            found[f"{name}.bias"] = replace(whole[f"{name}.bias"], dimension=0, multiple=multiple)
+            bias = whole[f"{name}.bias"]
+            found[f"{name}.bias"] = replace(bias, dimension=0, multiple=multiple, by_group=by_group)
         elif part.bias is not None:
             found[f"{name}.bias"] = replace(whole[f"{name}.bias"], once=True)
         return found

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shuteye.matrices.bfloat16 import float32_of
 from shuteye.models.attention import AttentionContext, attending
+from shuteye.models.packed_weight import PackedWeight
 from shuteye.models.rank_groups import RankGroups
 from shuteye.models.tensors import numbers_of, tensor_of
 from shuteye.parallel.module_shards import Exchange, ModulePlan
@@ -65,7 +66,7 @@ class RankModule:
         plan, split = self.plan, self.plan.split
         if split.tied and plan.embeds and plan.has_head:
             embedding = self.module.get_parameter(split.embedding)
-            self._head.weight = embedding[plan.vocabulary.start : plan.vocabulary.stop]
+            self._head.weight = _rows(embedding, plan.vocabulary)
 
     def __call__(self, token_ids: Tensor, hidden_in: Tensor | None, *, wanted: Tensor, **inputs: Any) -> Tensor:
         """Compute the part.
@@ -164,6 +165,13 @@ class RankModule:
     def _gather_columns(self, _part: nn.Module, _inputs: Any, logits: Tensor) -> Tensor:
         """Logits of the whole vocabulary, on the rank that holds the sampler."""
         return self._side_by_side(logits[0])[None]
+
+
+def _rows(weight: Tensor, rows: range) -> Tensor:
+    """Some rows of a weight that shares its memory."""
+    if isinstance(weight, PackedWeight):
+        return weight.rows(rows.start, rows.stop)
+    return weight[rows.start : rows.stop]
 
 
 def _take(rows: range, _part: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

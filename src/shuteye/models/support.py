@@ -264,20 +264,6 @@ def check(config: Any) -> AttentionSpec:
     return probe_attention(config)
 
 
-def refuse_quantized(config: Any) -> None:
-    """Refuse checkpoints with packed weights, of models that transformers' modules compute.
-
-    Raises:
-        UnsupportedModel: names the method.
-    """
-    if getattr(config, "quantization_config", None) is not None:
-        method = _quantization_method(config.quantization_config)
-        raise UnsupportedModel(
-            f"The checkpoint is quantized ({method}), which is not read for models of type {config.model_type!r}; "
-            "use the unquantized one."
-        )
-
-
 def _check_class(found: Any) -> None:
     name = found.__name__
     if found._is_stateful:
@@ -288,9 +274,3 @@ def _check_class(found: Any) -> None:
     missing = [needed for needed in ("position_ids", "logits_to_keep") if needed not in accepted]
     if missing:
         raise UnsupportedModel(f"{name} cannot be told {' and '.join(missing)}, which packed batches need.")
-
-
-def _quantization_method(quantization: Any) -> str:
-    if isinstance(quantization, dict):
-        return str(quantization.get("quant_method", "unknown method"))
-    return str(getattr(quantization, "quant_method", "unknown method"))

@@ -326,8 +326,11 @@ class SpeechModel(BoundModel[WhisperImageSpec]):
         return self.logits(hidden)
 
 
-def bind_speech(image: WeightImage, arena: Arena) -> SpeechModel:
+def bind_speech(image: WeightImage, arena: Arena, *, native: bool = True) -> SpeechModel:
     """Let every tensor of an image look into `arena`, which has the image's layout; touches no weight.
+
+    Args:
+        native: let native kernels compute with quantized weights where they can be used.
 
     Raises:
         ImageFailure: image and module disagree; the message names the tensors.
@@ -337,7 +340,7 @@ def bind_speech(image: WeightImage, arena: Arena) -> SpeechModel:
     config = read_image_config(image)
     with quiet():
         module = build_module(config, dtype=torch_dtype(facts.dtype), attention=_ATTENTION, task=TASK)
-    bind_module(module, image, arena)
+    bind_module(module, image, arena, native=native)
     return SpeechModel(facts, module, slot_names_of(image), str(image.path / CONFIG_DIR))
 
 

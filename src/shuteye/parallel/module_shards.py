@@ -38,6 +38,7 @@ class TensorSplit:
         last: of a tensor of no layer, whether it is needed after the layers rather than before them.
         dimension: that is cut; None: it is whole on every rank of its stage.
         multiple: of this it is cut at, where there are enough.
+        by_group: which is what belongs to one KV group.
         times: as many tensors lie in it one behind the other, along the dimension, and each is cut.
         once: TP rank 0 alone has it.
     """
@@ -47,6 +48,7 @@ class TensorSplit:
     last: bool = False
     dimension: int | None = None
     multiple: int = ROW_MULTIPLE
+    by_group: bool = False
     times: int = 1
     once: bool = False
 
@@ -108,6 +110,23 @@ class ModuleSplit:
         """As the checkpoint has it, whatever the config says."""
         return replace(self, tied=tied)
 
+    @property
+    def multiple(self) -> int:
+        """Where what belongs to no KV group is cut."""
+        return max((each.multiple for each in self.tensors.values() if not each.by_group), default=ROW_MULTIPLE)
+
+    def with_multiple(self, multiple: int) -> ModuleSplit:
+        """With all of it cut elsewhere, so that what fits together still does."""
+        tensors = {
+            name: each if each.by_group else replace(each, multiple=multiple) for name, each in self.tensors.items()
+        }
+        return replace(self, tensors=tensors)
+
+    def with_blocks(self, blocks: Mapping[str, int]) -> ModuleSplit:
+        """Cut where blocks of columns end, by tensor; within them where there are too few, or a KV group ends."""
+        cut = (blocks[name] for name, each in self.tensors.items() if each.dimension == 1 and name in blocks)
+        return self.with_multiple(max((ROW_MULTIPLE, *cut)))
+
 
 def plan_modules(split: ModuleSplit, place: RankPlace) -> ModulePlan:
     """The part of `place`.
@@ -158,6 +177,10 @@ class ModulePlan(RankPlan):
         if not self._has(tensor):
             return None
         return tensor.part(self.spec)
+
+    def shares_rows(self, name: str) -> bool:
+        """See `RankPlan.shares_rows`."""
+        return name == self.split.embedding and self.embeds and self.has_head and self.split.tied
 
     def _has(self, tensor: TensorSplit) -> bool:
         if tensor.once and self.spec.tp_rank:

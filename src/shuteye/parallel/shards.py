@@ -311,6 +311,10 @@ class RankPlan:
         """Those of this rank, if it has a head."""
         return self.vocabularies[self.spec.tp_rank]
 
+    def shares_rows(self, name: str) -> bool:
+        """Whether a tensor is an embedding of which the rank's part of the vocabulary is its head as well."""
+        raise NotImplementedError
+
     def part_of(self, name: str, shape: Sequence[int]) -> Part | None:
         """The rank's part of the checkpoint's tensor `name`; None if it holds nothing of it.
 
@@ -368,6 +372,10 @@ class ShardPlan(RankPlan):
         return 2 * len(self.spec.layers) * len(self.spec.kv_groups) * self.shape.head_dim * itemsize
 
     # --- tensors ------------------------------------------------------------------------------------
+
+    def shares_rows(self, name: str) -> bool:
+        """See `RankPlan.shares_rows`."""
+        return name == EMBEDDING and self.embeds and self.has_head and self.shape.tied
 
     def part_of(self, name: str, shape: Sequence[int]) -> Part | None:
         """See `RankPlan.part_of`."""

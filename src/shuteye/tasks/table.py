@@ -149,10 +149,12 @@ def _pool_scheduler(setup: SchedulerSetup) -> TaskScheduler:
 
 def _pool_runner(setup: RunnerSetup) -> ModelRunner:
     from shuteye.models.tensors import use_torch_threads
+    from shuteye.tasks.kernels import use_kernels
     from shuteye.tasks.pool.runner import PoolingRunner
 
     use_torch_threads(setup.num_threads)
-    return PoolingRunner(setup.image, setup.weights)
+    is_native = use_kernels(setup.config.kernels, setup.num_threads)
+    return PoolingRunner(setup.image, setup.weights, native=is_native)
 
 
 # --- transcribe ---------------------------------------------------------------------------------
@@ -173,10 +175,12 @@ def _transcribe_scheduler(setup: SchedulerSetup) -> TaskScheduler:
 
 def _transcribe_runner(setup: RunnerSetup) -> ModelRunner:
     from shuteye.models.tensors import use_torch_threads
+    from shuteye.tasks.kernels import use_kernels
     from shuteye.tasks.transcribe.runner import SpeechRunner
 
     use_torch_threads(setup.num_threads)
-    return SpeechRunner(setup.image, setup.weights)
+    is_native = use_kernels(setup.config.kernels, setup.num_threads)
+    return SpeechRunner(setup.image, setup.weights, native=is_native)
 
 
 # --- the table ----------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from shuteye.models.formats.files import (
 from shuteye.models.formats.gguf import ARCHITECTURES, open_gguf, unknown_formats
 from shuteye.models.formats.gguf_config import config_of
 from shuteye.models.formats.gguf_header import read_gguf_header
+from shuteye.models.formats.gguf_modules import module_names
 from shuteye.models.formats.quantized import QuantizedTensors, fitted
 from shuteye.models.formats.quantized_safetensors import open_safetensors, quantization_config, quantization_label
 from shuteye.models.modules import build_module, model_class, model_options, quiet, tied_names
@@ -174,20 +175,22 @@ def open_checkpoint(
     """The tensors of a checkpoint for `task`; `streaming=False` always goes through transformers.
 
     Args:
-        is_flat: the model is one that the flat loop computes: quantized matrices are given as they are stored.
-        keeps_bits: that is what they are wanted for; formats that kernels do not know are refused. False: they are
-            to be dequantized, by transformers if need be.
+        is_flat: the model is one that the flat loop computes, whose GGUF files are never left to transformers.
+        keeps_bits: quantized matrices are wanted as they are stored; formats that kernels do not know are refused.
+            False: they are to be dequantized, by transformers if need be.
 
     Raises:
         UnsupportedModel: a tensor that the model needs is missing or has another shape.
     """
     with ExitStack() as stack:
-        stored = _open_quantized(source, stack, keeps_bits=keeps_bits) if is_flat and streaming else None
         tensors = None
-        if stored is not None:
-            tensors = _as_stored(source, build_module(config, dtype=dtype, attention="eager"), stored, dtype)
-        elif streaming and source.kind == "directory":
-            tensors = _stream(source, config, dtype, stack, task=task)
+        if streaming:
+            module = build_module(config, dtype=dtype, attention="eager", task=task)
+            stored = _open_quantized(source, stack, module, is_flat=is_flat, keeps_bits=keeps_bits)
+            if stored is not None:
+                tensors = _as_stored(source, module, stored, dtype)
+            elif source.kind == "directory":
+                tensors = _stream(source, module, dtype, stack)
         yield tensors or _load_whole(source, config, dtype, task=task)
 
 
@@ -200,14 +203,29 @@ def _location(source: ModelSource) -> tuple[str, dict[str, Any]]:
 # --- as they are stored ---------------------------------------------------------------------------
 
 
-def _open_quantized(source: ModelSource, stack: ExitStack, *, keeps_bits: bool) -> QuantizedTensors | None:
+def _open_quantized(
+    source: ModelSource, stack: ExitStack, module: Any, *, is_flat: bool, keeps_bits: bool
+) -> QuantizedTensors | None:
     """The tensors of a checkpoint that is quantized; None: it is not, or transformers is to dequantize it."""
     if source.kind == "gguf":
-        if not keeps_bits and unknown_formats(source.path):
+        if unknown_formats(source.path) and not (is_flat and keeps_bits):
             return None
-        return stack.enter_context(open_gguf(source.path))
+        if is_flat:
+            return stack.enter_context(open_gguf(source.path))
+        names = module_names(module, read_gguf_header(source.path).architecture)
+        if names is None or _persistent_buffers(module):
+            return None
+        return stack.enter_context(open_gguf(source.path, names))
     config = quantization_config(source.path)
-    return None if config is None else stack.enter_context(open_safetensors(source.path, config))
+    if config is None:
+        return None
+    stored = stack.enter_context(open_safetensors(source.path, config))
+    if not is_flat and (_persistent_buffers(module) or _is_converted(module, [*stored.matrices, *stored.floats])):
+        raise UnsupportedModel(
+            f"{source.name} is quantized, and transformers would load its tensors changed or under other names, as "
+            f"{type(module).__name__} has them; use the unquantized one."
+        )
+    return stored
 
 
 def _as_stored(source: ModelSource, module: Any, stored: QuantizedTensors, dtype: torch.dtype) -> CheckpointTensors:
@@ -232,11 +250,8 @@ def _as_stored(source: ModelSource, module: Any, stored: QuantizedTensors, dtype
 # --- tensor by tensor -----------------------------------------------------------------------------
 
 
-def _stream(
-    source: ModelSource, config: Any, dtype: torch.dtype, stack: ExitStack, *, task: str
-) -> CheckpointTensors | None:
+def _stream(source: ModelSource, module: Any, dtype: torch.dtype, stack: ExitStack) -> CheckpointTensors | None:
     """One tensor in memory at a time; None if the checkpoint needs more than casting."""
-    module = build_module(config, dtype=dtype, attention="eager", task=task)
     ties = tied_names(module)
     wanted = {
         name: tuple(parameter.shape)
@@ -268,12 +283,15 @@ def _require_floats(source: ModelSource, stored: dict[str, Any]) -> None:
 
 def _is_plain(module: Any, wanted: dict[str, tuple[int, ...]], stored: dict[str, Any], dtype: torch.dtype) -> bool:
     """True if names and shapes agree one to one, and transformers would neither rename, convert nor keep any apart."""
-    persistent = set(module.state_dict()) - {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    if persistent or set(stored) != set(wanted) or module._get_dtype_plan(dtype):
+    if _persistent_buffers(module) or set(stored) != set(wanted) or module._get_dtype_plan(dtype):
         return False
     if any(tuple(stored[name].get_slice(name).get_shape()) != shape for name, shape in wanted.items()):
         return False
     return not _is_converted(module, wanted)
+
+
+def _persistent_buffers(module: Any) -> set[str]:
+    return set(module.state_dict()) - {name for name, _ in module.named_parameters(remove_duplicate=False)}
 
 
 def _is_converted(module: Any, names: Iterable[str]) -> bool:

@@ -19,6 +19,7 @@ from shuteye.matrices.packing import as_float32
 from shuteye.matrices.stored import Blocks
 from shuteye.models.formats.files import damaged
 from shuteye.models.formats.gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from shuteye.models.formats.gguf_modules import ModuleNames
 from shuteye.models.formats.quantized import QuantizedTensors
 
 ARCHITECTURES = frozenset({"llama", "qwen2", "qwen3"})
@@ -55,16 +56,21 @@ def hf_name(name: str) -> str | None:
 
 
 @contextmanager
-def open_gguf(path: Path) -> Iterator[QuantizedTensors]:
+def open_gguf(path: Path, modules: ModuleNames | None = None) -> Iterator[QuantizedTensors]:
     """The tensors of a file.
+
+    Args:
+        modules: what they are called, of a model that transformers' modules compute.
 
     Raises:
         UnsupportedModel: it is damaged, or has what is not read: tensors or formats of another kind of model.
     """
     header = read_gguf_header(path)
-    _require_plain(header)
-    file = _File(header, np.memmap(path, mode="r", dtype=np.uint8))
-    names = {_known_name(header, name): name for name in header.tensors if name != _ROPE_FACTORS}
+    if modules is None:
+        _require_plain(header)
+    file = _File(header, np.memmap(path, mode="r", dtype=np.uint8), modules)
+    name_of = modules or hf_name
+    names = {_known(header, name, name_of(name)): name for name in header.tensors if name != _ROPE_FACTORS}
     stored = {ours: header.tensors[theirs] for ours, theirs in names.items()}
     matrices = {
         name: (_kind(header, names[name], tensor), _two(header, names[name], tensor))
@@ -90,8 +96,7 @@ def _require_plain(header: GgufHeader) -> None:
         )
 
 
-def _known_name(header: GgufHeader, name: str) -> str:
-    known = hf_name(name)
+def _known(header: GgufHeader, name: str, known: str | None) -> str:
     if known is None:
         raise UnsupportedModel(
             f"{header.path} has a tensor {name!r}, which no {header.architecture} model has that is served."
@@ -121,12 +126,14 @@ class _File:
 
     header: GgufHeader
     data: NDArray[np.uint8]
+    modules: ModuleNames | None = None
 
     def read(self, name: str) -> Blocks | NDArray[np.float32]:
         """A tensor by its name in the file, its rows in the order that transformers has them."""
         tensor = self.header.tensors[name]
         if tensor.stored_as in _FLOATS:
-            return np.ascontiguousarray(self._in_order(name, self.floats(name)))
+            values = self.floats(name) if self.modules is None else self.modules.changed(name, self.floats(name))
+            return np.ascontiguousarray(self._in_order(name, values))
         kind = _BLOCKS[tensor.stored_as]
         blocks = self._bytes(tensor).reshape(tensor.shape[0], -1)
         if not is_finite(kind.name, blocks):

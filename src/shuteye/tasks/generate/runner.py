@@ -9,10 +9,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from shuteye import native
-from shuteye.cache.kv_cache import KVCache, kv_bytes_per_token
+from shuteye.cache.kv_cache import KVCache
+from shuteye.cache.kv_layout import KVLayout, cache_dtype
 from shuteye.config import EngineConfig
-from shuteye.errors import InvalidRequest
 from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
 from shuteye.models.decoder import LoadedModel, bind
@@ -24,6 +23,7 @@ from shuteye.tasks.generate.logprobs import token_logprobs
 from shuteye.tasks.generate.plans import Chunk, StepPlan, StepResult
 from shuteye.tasks.generate.requests import TokenLogprobs
 from shuteye.tasks.generate.sampler import Sampler
+from shuteye.tasks.kernels import use_kernels
 
 Int64s: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 Logits: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
@@ -56,19 +56,18 @@ class GenerationRunner(ModelRunner):
         num_threads: int,
         groups: RankGroups | None = None,
     ) -> None:
-        _choose_set(config.kernels)
-        self.model = model = bind(image, weights, native=config.kernels != "torch", groups=groups)
+        is_native = use_kernels(config.kernels, num_threads)
+        self.model = model = bind(image, weights, native=is_native, groups=groups)
         self._samples = model.shard is None or model.shard.holds_sampler
         cached = model.facts.attention
-        self.kv_bytes_per_token = kv_bytes_per_token(
+        self._kv_layout = KVLayout(
             num_layers=cached.num_layers,
+            block_size=config.block_size,
             num_kv_heads=cached.num_kv_heads,
             head_dim=cached.head_dim,
-            dtype=model.dtype,
+            dtype=cache_dtype(config.kv_cache_dtype, model.dtype),
         )
-        self._block_size = config.block_size
-        if config.kernels != "torch" and native.available():
-            native.set_num_threads(num_threads)
+        self.kv_bytes_per_token, self.kv_cache_dtype = self._kv_layout.bytes_per_token, self._kv_layout.dtype
         if not model.decoder.native_tokens:
             from shuteye.models.tensors import use_torch_threads
 
@@ -77,17 +76,9 @@ class GenerationRunner(ModelRunner):
 
     def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
         """Look into the KV arena; the canary's tokens go to the scratch block."""
-        model, cached = self.model, self.model.facts.attention
-        self._kv_cache = KVCache(
-            arena,
-            num_blocks=num_blocks,
-            num_layers=cached.num_layers,
-            block_size=self._block_size,
-            num_kv_heads=cached.num_kv_heads,
-            head_dim=cached.head_dim,
-            dtype=model.dtype,
-        )
-        token_ids = fixed_tokens(model.facts.vocab_size, limit=min(len(CANARY_POSITIONS), self._block_size))
+        self._kv_cache = KVCache(arena, self._kv_layout, num_blocks=num_blocks)
+        limit = min(len(CANARY_POSITIONS), self._kv_layout.block_size)
+        token_ids = fixed_tokens(self.model.facts.vocab_size, limit=limit)
         chunk = Chunk(request_id="canary", token_ids=token_ids, start=0, block_ids=(SCRATCH_BLOCK,), sample=True)
         self._canary = StepPlan(chunks=(chunk,))
 
@@ -107,7 +98,7 @@ class GenerationRunner(ModelRunner):
 
     def _forward(self, plan: StepPlan, *, canary: bool = False) -> Logits:
         """The plan's logits; `canary`: its last chunk is the canary's."""
-        batch = PackedBatch.from_plan(plan, block_size=self._block_size)
+        batch = PackedBatch.from_plan(plan, block_size=self._kv_layout.block_size)
         if canary:
             own = CANARY_POSITIONS[: self._canary.num_tokens]
             batch.positions[-len(own) :] = np.minimum(own, self.model.facts.context_length - 1)
@@ -126,24 +117,6 @@ class GenerationRunner(ModelRunner):
     def canary_pass(self) -> Logits:
         """Logits [1, vocab_size] of the last of the fixed tokens, or what the rank computed of them."""
         return self._forward(self._canary, canary=True)
-
-
-def _choose_set(kernels: str) -> None:
-    """Have the native kernels use the instruction set of that name.
-
-    Raises:
-        InvalidRequest: it cannot run here.
-    """
-    if kernels in {"auto", "torch"}:
-        return
-    reason = native.unavailable_reason()
-    if reason is None:
-        try:
-            native.set_level(kernels)
-        except ValueError as error:
-            reason = str(error)
-    if reason is not None:
-        raise InvalidRequest(f"kernels={kernels!r} cannot be used: {reason}. Leave it at 'auto'.", param="kernels")
 
 
 # --- a packed batch and its logits -----------------------------------------------------------------

@@ -21,8 +21,8 @@ class PoolingRunner(ModelRunner):
 
     model: LoadedEncoder
 
-    def __init__(self, image: WeightImage, weights: Arena) -> None:
-        self.model = bind_encoder(image, weights)
+    def __init__(self, image: WeightImage, weights: Arena, *, native: bool = True) -> None:
+        self.model = bind_encoder(image, weights, native=native)
         limit = min(NUM_TOKENS, self.model.facts.context_length)
         self._canary = PoolInput(fixed_tokens(self.model.facts.vocab_size, limit=limit))
 

@@ -54,8 +54,8 @@ class SpeechRunner(ModelRunner):
 
     model: SpeechModel
 
-    def __init__(self, image: WeightImage, weights: Arena) -> None:
-        self.model = bind_speech(image, weights)
+    def __init__(self, image: WeightImage, weights: Arena, *, native: bool = True) -> None:
+        self.model = bind_speech(image, weights, native=native)
         self._states: dict[str, _AudioState] = {}
         self._epoch: Epoch = ()
 
