@@ -7,7 +7,6 @@ reading of the same memory; medians and minima.
 from __future__ import annotations
 
 import argparse
-import math
 import mmap
 import statistics
 import tempfile
@@ -25,10 +24,13 @@ from torch.nn.functional import linear
 from machine import this_machine
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
+from shuteye.cache.kv_layout import KVLayout
 from shuteye.matrices.kinds import ROWS, kind_of
 from shuteye.matrices.matrix import Matrix
 from shuteye.models.flat_weights import FlatWeights
 from shuteye.models.fused import FusedDecoder, FusedSpec
+from shuteye.models.kv_tensors import KVTensors
+from shuteye.models.native_loop import cache_memory
 from shuteye.models.tensors import as_bytes
 from shuteye.native import LayerSpec
 from shuteye.tasks.generate.plans import Chunk, StepPlan
@@ -55,6 +57,7 @@ STEPS = (
 )  # fmt: skip
 """Sequences, new tokens of each, and its context with them."""
 KINDS = ("rows", "bf16", "q8_0", "q4_0", "q4_k")
+CACHES = ("bfloat16", "float16", "int8")
 TOKENS = (1, 4, 8, 16, 64, 512)
 FALLBACK = "q5_0"
 """For widths that are no multiple of 256, as llama-quantize has it."""
@@ -127,11 +130,7 @@ class Whole:
         )
         heads, kv_heads = shape["heads"], shape["kv_heads"]
         facts = FusedSpec(shape["layers"], heads, kv_heads, HEAD_DIM, 1e-5, HEAD_DIM**-0.5, 1.0)
-        content = huge_pages(num_blocks * shape["layers"] * 2 * BLOCK_SIZE * kv_heads * HEAD_DIM)
-        self.cache = KVCache(
-            _Anonymous(as_bytes(content).content), num_blocks=num_blocks, num_layers=shape["layers"],
-            block_size=BLOCK_SIZE, num_kv_heads=kv_heads, head_dim=HEAD_DIM, dtype="bfloat16",
-        )  # fmt: skip
+        self.cache = empty_cache(shape, num_blocks, "bfloat16")
         frequencies, windows = np.ones(HEAD_DIM // 2, np.float32), (None,) * shape["layers"]
         self._decoders = [FusedDecoder(facts, weights, frequencies, windows)]
         if kind == "rows":
@@ -147,6 +146,15 @@ class Whole:
         )
         batch = PackedBatch.from_plan(StepPlan(chunks), block_size=BLOCK_SIZE)
         return [partial(decoder.forward, batch, self.cache) for decoder in self._decoders]
+
+
+def empty_cache(shape: dict[str, int], num_blocks: int, dtype: str) -> KVCache:
+    """A KV cache of zeros, in huge pages."""
+    layout = KVLayout(shape["layers"], BLOCK_SIZE, shape["kv_heads"], HEAD_DIM, dtype)
+    content = huge_pages(-(-num_blocks * layout.bytes_per_block // 2))
+    return KVCache(
+        _Anonymous(as_bytes(content).content[: num_blocks * layout.bytes_per_block]), layout, num_blocks=num_blocks
+    )
 
 
 @dataclass(frozen=True)
@@ -220,26 +228,35 @@ def ratio(own: Sequence[float], floor: Sequence[float]) -> float:
     return statistics.median(one / other for one, other in zip(own, floor, strict=True))
 
 
-def attention(shape: dict[str, int], rounds: int) -> Iterator[str]:
+def attention(shape: dict[str, int], caches: Sequence[str], rounds: int) -> Iterator[str]:
     """Milliseconds of the attention of all layers, beside reading their keys and values once; rate of products."""
-    yield f"{'sequences x new (context)':>26} {'read KV ms':>16} {'native ms':>16} {'÷ read':>7} {'GFLOP/s':>8}"
-    heads, kv_heads, layers = shape["heads"], shape["kv_heads"], shape["layers"]
+    columns = f"{'cache':>8} {'sequences x new (context)':>26} {'read KV ms':>16} {'native ms':>16}"
+    yield f"{columns} {'÷ read':>7} {'GFLOP/s':>8}"
+    heads, layers = shape["heads"], shape["layers"]
     for num_sequences, num_new, context in ((16, 1, 1024), (1, 1, 4096), (8, 1, 256), (1, 512, 512), (1, 512, 2048)):
         width = -(-context // BLOCK_SIZE)
-        blocks = (num_sequences * width, layers, 2, BLOCK_SIZE, kv_heads, HEAD_DIM)
-        memory = huge_pages(math.prod(blocks)).normal_()
         query = torch.randn(num_sequences * num_new, heads, HEAD_DIM).bfloat16()
         tables = [range(index * width, (index + 1) * width) for index in range(num_sequences)]
         starts = [index * num_new for index in range(num_sequences + 1)]
-        one_layer = partial(
-            native.paged_attention, query, memory.view(blocks), starts, [context] * num_sequences, tables,
-            scale=HEAD_DIM**-0.5, out=torch.empty_like(query),
-        )  # fmt: skip
-        read, own = alternate([partial(native.read, memory), partial(_each_layer, one_layer, layers)], rounds)
+        calls: list[Callable[[], Any]] = []
+        for dtype in caches:
+            cache = empty_cache(shape, num_sequences * width, dtype)
+            tensors = KVTensors(cache)
+            tensors.numbers.copy_(torch.randn(tensors.numbers.shape) * (40 if tensors.scales is not None else 1))
+            if tensors.scales is not None:
+                tensors.scales.fill_(1 / 40)
+            one_layer = partial(
+                native.paged_attention, query, cache_memory(cache), starts, [context] * num_sequences, tables,
+                scale=HEAD_DIM**-0.5, out=torch.empty_like(query),
+            )  # fmt: skip
+            memory = torch.frombuffer(cache.content, dtype=torch.uint8)
+            calls += [partial(native.read, memory), partial(_each_layer, one_layer, layers)]
+        times = alternate(calls, rounds)
         seen = num_sequences * sum(range(context - num_new + 1, context + 1))
-        rate = 4 * seen * heads * HEAD_DIM * layers / statistics.median(own) / 1e9
         name = f"{num_sequences} x {num_new} ({context})"
-        yield f"{name:>26} {shown(read):>16} {shown(own):>16} {ratio(own, read):>7.2f} {rate:>8.0f}"
+        for dtype, read, own in zip(caches, times[::2], times[1::2], strict=True):
+            rate = 4 * seen * heads * HEAD_DIM * layers / statistics.median(own) / 1e9
+            yield f"{dtype:>8} {name:>26} {shown(read):>16} {shown(own):>16} {ratio(own, read):>7.2f} {rate:>8.0f}"
 
 
 def _each_layer(call: Callable[..., Any], layers: int) -> None:
@@ -271,6 +288,9 @@ def main() -> None:
     parser.add_argument("--mapped", action="store_true", help="weights in a private file mapping, as in the engine")
     parser.add_argument("--only", choices=["products", "attention", "steps"], default=None)
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=KINDS, help=f"default {','.join(KINDS)}")
+    parser.add_argument(
+        "--caches", type=lambda text: text.split(","), default=CACHES, help=f"of attention; default {','.join(CACHES)}"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     native.set_num_threads(arguments.threads)
@@ -279,7 +299,7 @@ def main() -> None:
     shape = SHAPES[arguments.model]
     parts = {
         "products": lambda: products(shape, arguments.kinds, arguments.rounds),
-        "attention": lambda: attention(shape, arguments.rounds),
+        "attention": lambda: attention(shape, arguments.caches, arguments.rounds),
         "steps": lambda: whole_steps(shape, arguments.kinds, arguments.rounds, mapped=arguments.mapped),
     }
     print(f"level {native.level()}, {arguments.threads} threads, torch {torch.__version__}; {this_machine().words}")

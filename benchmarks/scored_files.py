@@ -88,16 +88,20 @@ def prepare_scored(form: str) -> Checkpoint:
 
 def stands_for(form: str) -> Iterator[tuple[str, Any]]:
     """The float32 tensors that a checkpoint of groups stands for, by transformers' names."""
-    import torch
-
     scored = SCORED[form]
     assert isinstance(scored.made, Groups), f"{form} is a GGUF file, which transformers reads"
     plain = _wide() if scored.wide else prepare(MODEL)
-    for name, tensor in _tensors(plain.directory):
+    return _meant(plain.directory, scored.made)
+
+
+def _meant(directory: Path, groups: Groups) -> Iterator[tuple[str, Any]]:
+    import torch
+
+    for name, tensor in _tensors(directory):
         if not _is_quantized(name):
             yield name, tensor.float()
             continue
-        u, scales = _rounded(tensor.float().numpy(), scored.made)
+        u, scales = _rounded(tensor.float().numpy(), groups)
         by_group = u.reshape(len(u), scales.shape[1], -1).astype(np.float32)
         meant = scales.float().numpy()[:, :, None] * by_group
         yield name, torch.from_numpy(meant.reshape(u.shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from shuteye import LLM, SamplingParams
 from shuteye.errors import InvalidRequest
 from shuteye.testing import tiny_model
 
+SPEECH = (Path(__file__).parent / "data" / "speech.ogg").read_bytes()
+WORDS = "We went to the market and bought apples, bread and cheese."
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 PROMPTS = [[5, 80, 33, 140, 12, 9], [7] * 40]
 
@@ -99,6 +102,51 @@ def test_a_quantized_model_sleeps_wakes_and_is_reloaded(files, cache, kernels):
         through_all_levels(llm, before)
         llm.reload_weights(str(second))
         through_all_levels(llm, expected)
+
+
+def test_modules_with_quantized_weights_sleep_wake_and_are_reloaded(tmp_path, cache):
+    """Would catch parameters that look at memory which a wake has mapped anew, or an update that is rounded."""
+    options: dict[str, Any] = {"architecture": "phi", "tie_word_embeddings": False}
+    first, second = (tiny_model(tmp_path / str(seed), seed=seed, **options) for seed in (0, 1))
+    expected = tokens_of(second, cache, quantization="q4_0")
+    with open_llm(first, cache, quantization="q4_0") as llm:
+        before = tokens(llm)
+        assert before != expected
+        through_all_levels(llm, before)
+        with pytest.raises(InvalidRequest, match="held as q4_0"):
+            llm.update_weights([("model.layers.0.mlp.fc1.weight", torch.zeros(128, 64))])
+        llm.reload_weights(str(second))
+        through_all_levels(llm, expected)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("minilm")
+def test_embeddings_of_eight_bits_point_where_floats_do():
+    """Would catch a layer of a real encoder that reads another's blocks, which random weights forgive."""
+    texts = ["The capital of France is Paris.", "A cat sat on the mat.", "How is bread baked?"]
+    with LLM("minilm-l6") as exact, LLM("minilm-l6", quantization="q8_0", enable_sleep_mode=True) as llm:
+        expected = torch.tensor([output.outputs.embedding for output in exact.embed(texts)])
+        for _ in range(2):
+            found = torch.tensor([output.outputs.embedding for output in llm.embed(texts)])
+            assert torch.cosine_similarity(found, expected).min() >= 0.999
+            llm.sleep(1)
+            llm.wake_up()
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("whisper")
+def test_whisper_in_eight_bits_writes_the_same_words():
+    """Would catch an encoder, or attention to it, that is wrong by more than rounding."""
+    said = []
+    for quantization in ("none", "q8_0"):
+        with LLM("whisper-tiny.en", quantization=quantization) as llm:
+            said.append(llm.transcribe(SPEECH)[0].text)
+    assert WORDS in said[0]
+    assert said[0] == said[1]
 
 
 def test_what_is_written_to_a_quantized_matrix_is_refused(files, checkpoints, cache):

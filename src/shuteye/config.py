@@ -24,6 +24,18 @@ ExecutorBackend = Literal["inproc", "mp", "ray"]
 RayPlacement = Literal["auto", "pack", "spread"]
 MemoryBackendName = Literal["auto", "linux", "fake", "cuda"]
 
+KV_CACHE_DTYPES = {
+    "auto": "auto",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "float16": "float16",
+    "half": "float16",
+    "int8": "int8",
+    "int8_per_token_head": "int8",  # vLLM's name of the same
+}
+"""What callers may say → what a KV cache holds."""
+
 DEFAULT_MODEL = "smollm2-135m"
 KV_SHARE_OF_FREE_MEMORY = 0.25
 """Default KV cache size as a share of the memory left after loading; pages cost only once used."""
@@ -41,6 +53,16 @@ def _path_text(name: str, value: object, *, meaning: str) -> str:
     return str(os.fspath(value))
 
 
+def _kv_cache_dtype(name: str) -> str:
+    """One of the values of `KV_CACHE_DTYPES`."""
+    if name in KV_CACHE_DTYPES:
+        return KV_CACHE_DTYPES[name]
+    why = " CPUs do not compute with 8-bit floats; int8 takes as many bytes." if name.startswith("fp8") else ""
+    raise InvalidRequest(
+        f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {name!r}.{why}", param="kv_cache_dtype"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything an engine needs to know; field names are the command line's flags.
@@ -51,6 +73,8 @@ class EngineConfig:
         dtype: what is computed in, and what weights are held in that are not quantized.
         quantization: `auto` holds weights in the bits that the checkpoint has; `none` dequantizes them; the others
             quantize a checkpoint that is not quantized, when its image is made.
+        kv_cache_dtype: what the KV cache holds: `auto` the numbers of `dtype`; `bfloat16`, `float16`, or `int8` with a
+            scale for each token and KV head. Any spelling of `KV_CACHE_DTYPES` is taken.
         kv_cache_memory: bytes of KV cache of all ranks together; None sizes it from free memory, 0 is for models
             without one.
         max_model_len: longest prompt plus output in tokens; None takes the checkpoint's, if the KV cache can hold it.
@@ -89,6 +113,7 @@ class EngineConfig:
     max_grammar_bytes: int = 64 * 1024
     grammar_timeout_s: float = 30.0
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
     kv_cache_memory: int | None = None
     enable_prefix_caching: bool = True
     enable_sleep_mode: bool = False
@@ -119,6 +144,7 @@ class EngineConfig:
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "cache_dir", Path(cache_dir).expanduser())
         settle_types(self)
+        object.__setattr__(self, "kv_cache_dtype", _kv_cache_dtype(self.kv_cache_dtype))
         positive = {
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,
@@ -200,8 +226,14 @@ class EngineConfig:
         """0: the model computes without one.
 
         Raises:
-            InvalidRequest: one of some size was asked for.
+            InvalidRequest: one of some size or dtype was asked for.
         """
+        if self.kv_cache_dtype != "auto":
+            raise InvalidRequest(
+                f"kv_cache_dtype is {self.kv_cache_dtype}, but {spec.architecture} (task '{spec.task}') has no KV "
+                "cache that could be of another dtype than the model; leave it out.",
+                param="kv_cache_dtype",
+            )
         if self.kv_cache_memory:
             raise InvalidRequest(
                 f"kv_cache_memory is {self.kv_cache_memory:,}, but {spec.architecture} (task '{spec.task}') has no "

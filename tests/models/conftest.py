@@ -10,7 +10,8 @@ import torch
 from rank_models import Ranks
 from thread_group import thread_groups
 
-from shuteye.cache.kv_cache import KVCache, kv_bytes_per_token
+from shuteye.cache.kv_cache import KVCache
+from shuteye.cache.kv_layout import KVLayout, cache_dtype
 from shuteye.config import DType, Quantization
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends import open_backend
@@ -47,23 +48,22 @@ class Sequence:
 class Driver:
     """A bound model and a poisoned KV cache; blocks are handed out scattered, never given back."""
 
-    def __init__(self, image: WeightImage, *, num_blocks: int = 256, **binding: Any) -> None:
+    def __init__(
+        self, image: WeightImage, *, num_blocks: int = 256, kv_cache_dtype: str = "auto", **binding: Any
+    ) -> None:
         backend = open_backend("linux")
         self.image = image
         self.weights = Arena.reserve(backend, tag="weights", nbytes=image.layout.nbytes)
         self.weights.map_file(0, image.layout.nbytes, fd=image.fd)
         self.model: LoadedModel = bind(image, self.weights, **binding)
-        shape: dict[str, Any] = {
-            "num_layers": self.model.facts.attention.num_layers,
-            "num_kv_heads": self.model.facts.attention.num_kv_heads,
-            "head_dim": self.model.facts.attention.head_dim,
-            "dtype": self.model.dtype,
-        }
-        nbytes = kv_bytes_per_token(**shape) * BLOCK_SIZE * num_blocks
+        facts = self.model.facts.attention
+        held = cache_dtype(kv_cache_dtype, self.model.dtype)
+        layout = KVLayout(facts.num_layers, BLOCK_SIZE, facts.num_kv_heads, facts.head_dim, held)
+        nbytes = layout.bytes_per_block * num_blocks
         self.kv_arena = Arena.reserve(backend, tag="kv_cache", nbytes=nbytes)
         self.kv_arena.commit()
         poison(arena_view(self.kv_arena, 0, (nbytes,), "uint8"))
-        self.kv_cache = KVCache(self.kv_arena, num_blocks=num_blocks, block_size=BLOCK_SIZE, **shape)
+        self.kv_cache = KVCache(self.kv_arena, layout, num_blocks=num_blocks)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
         self._free = order.tolist()
 

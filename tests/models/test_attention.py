@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from shuteye.cache.kv_cache import KVCache
+from shuteye.cache.kv_layout import KVLayout
 from shuteye.errors import UnsupportedModel
 from shuteye.models.attention import AttentionContext, attending, paged_attention
 from shuteye.tasks.generate.plans import Chunk, StepPlan
 from shuteye.tasks.generate.runner import PackedBatch
 
+WINDOWS = (None, 1, 3, 16, 100)
 MODULE = SimpleNamespace(layer_idx=0)
 
 
@@ -21,7 +23,7 @@ class HeapArena:
 
 @pytest.fixture
 def context():
-    cache = KVCache(HeapArena(), num_blocks=4, num_layers=1, block_size=4, num_kv_heads=2, head_dim=8, dtype="float32")
+    cache = KVCache(HeapArena(), KVLayout(1, 4, 2, 8, "float32"), num_blocks=4)
     batch = PackedBatch.from_plan(StepPlan((Chunk("r", (1, 2, 3), 0, (2,), True),)), block_size=4)
     return AttentionContext(batch, cache, (None,))
 
@@ -66,11 +68,14 @@ def test_contexts_do_not_nest_and_end_with_an_error_too(context):
         paged_attention(MODULE, *tensors(), None)
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 16, 100])
-def test_mixed_steps_equal_dense_attention(window):
-    """Prefills, chunks and decodes of one step, against one dense attention per sequence."""
+@pytest.mark.parametrize(("window", "held"), [(None, "int8"), (3, "float16"), *((w, "float32") for w in WINDOWS)])
+def test_mixed_steps_equal_dense_attention(window, held):
+    """Prefills, chunks and decodes of one step, against one dense attention per sequence.
+
+    Over keys and values as the cache holds them: a prompt's own, too, or its chunks would show.
+    """
     generator = torch.Generator().manual_seed(0)
-    cache = KVCache(HeapArena(), num_blocks=40, num_layers=1, block_size=4, num_kv_heads=2, head_dim=8, dtype="float32")
+    cache = KVCache(HeapArena(), KVLayout(1, 4, 2, 8, held), num_blocks=40)
     whole = [torch.randn(3, length, 4, 8, generator=generator) for length in (20, 9, 13, 1, 17)]
     starts, block_ids = (0, 8, 4, 0, 16), torch.randperm(40, generator=generator).view(5, 8).tolist()
     for computed in (0, 1):  # first what came before, then the step under test
@@ -84,8 +89,17 @@ def test_mixed_steps_equal_dense_attention(window):
         )
         with attending(AttentionContext(batch, cache, (window,))):
             found = paged_attention(MODULE, query, keys[:, :2], values[:, :2], None)[0][0]
+    for each in whole:
+        each[1:] = as_held(each[1:], held)
     expected = torch.cat([dense(each, window)[start:] for start, each in zip(starts, whole, strict=True)])
     torch.testing.assert_close(found, expected)
+
+
+def as_held(heads, dtype):
+    if dtype != "int8":
+        return heads.to(getattr(torch, dtype)).float()
+    scale = heads.abs().amax(-1, keepdim=True) / 127
+    return (heads / scale).round() * scale
 
 
 def dense(sequence, window):

@@ -148,7 +148,7 @@ def test_images_hold_the_parts_of_the_plan_and_nothing_else(checkpoint, layout, 
 def test_kv_cache_and_facts_are_the_ranks_own(checkpoint, load_ranks):
     first, second = load_ranks(checkpoint, RankPlace(0, 2, 1)).drivers
     assert [each.model.facts.attention.num_kv_heads for each in (first, second)] == [2, 1]
-    assert [each.kv_cache.bytes_per_block for each in (first, second)] == [
+    assert [each.kv_cache.layout.bytes_per_block for each in (first, second)] == [
         each.model.shard.kv_bytes_per_token(itemsize=4) * BLOCK_SIZE for each in (first, second)
     ]
     assert first.model.facts.vocab_size == second.model.facts.vocab_size == 321

@@ -9,6 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from shuteye import native
+from shuteye.cache.kv_cache import KVCache
+from shuteye.cache.kv_layout import KVLayout
+from shuteye.models.kv_tensors import KVTensors
+from shuteye.models.native_loop import cache_memory
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -246,3 +250,86 @@ def test_attention_refuses_blocks_outside_the_cache(level):
     query, cache = torch.zeros(1, 1, 16), torch.zeros(2, 1, 2, 8, 1, 16)
     with pytest.raises(ValueError, match="names a block that the cache does not have"):
         native.paged_attention(query, cache, [0, 1], [9], [(0, 2)], layer=0, scale=1.0)
+
+
+# --- caches of other dtypes than the model ---------------------------------------------------------
+
+HELD = [(torch.float32, "bfloat16"), *((dtype, held) for dtype in DTYPES for held in ("float16", "int8"))]
+
+
+class OtherCache:
+    """A cache of any dtype whose numbers, or scales, are NaN until they are written."""
+
+    def __init__(self, num_blocks: int, num_layers: int, block_size: int, heads: tuple[int, int], held: str) -> None:
+        layout = KVLayout(num_layers, block_size, *heads, held)
+        self.memory = torch.full((num_blocks * layout.bytes_per_block,), 0xFF, dtype=torch.uint8)
+        self.cache = KVCache(self, layout, num_blocks=num_blocks)
+        self.tensors = KVTensors(self.cache)
+        self.native = cache_memory(self.cache)
+
+    def bytes_view(self, offset: int, nbytes: int) -> memoryview:
+        return memoryview(self.memory.numpy())[offset : offset + nbytes]
+
+    def exact(self) -> Tensor:
+        """As float64, [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]."""
+        numbers = self.tensors.numbers.double()
+        return numbers if self.tensors.scales is None else numbers * self.tensors.scales.mT[..., None].double()
+
+
+@pytest.mark.parametrize(("dtype", "held"), HELD)
+@pytest.mark.parametrize("head_dim", [4, 20, 64])
+def test_other_caches_are_written_as_torch_writes_them(level, dtype, held, head_dim):
+    """Bit for bit: other roundings, a head of zeros, numbers beyond half precision, some that are not finite."""
+    slots = torch.tensor([37, 3, 16, 21])
+    qkv = random(4, 3 + 2 * 2, head_dim, dtype=dtype) * 3
+    qkv[1, 5], qkv[0, 6], qkv[2, 5, 1], qkv[3, 6, 2] = 0.0, 1e30, torch.nan, -torch.inf
+    angles = random(4, head_dim // 2, dtype=torch.float32, seed=1).repeat(1, 2)
+    native_cache, torch_cache = (OtherCache(6, 3, 8, (2, head_dim), held) for _ in range(2))
+    native.rope_and_write(qkv, angles.cos().to(dtype), angles.sin().to(dtype), slots, native_cache.native, layer=1)
+    tensors = torch_cache.tensors
+    tensors.write(1, qkv[:, 3:5], qkv[:, 5:], tensors.places(slots))  # the keys were rotated in place
+    assert torch.equal(native_cache.tensors.numbers.nan_to_num(7.0), tensors.numbers.nan_to_num(7.0))
+    if tensors.scales is not None:
+        assert torch.equal(native_cache.tensors.scales.nan_to_num(-1.0), tensors.scales.nan_to_num(-1.0))
+
+
+@pytest.mark.parametrize(("dtype", "held"), HELD)
+@pytest.mark.parametrize(
+    ("head_dim", "num_kv_heads", "group", "block_size", "window"),
+    [(64, 3, 3, 16, None), (20, 1, 9, 8, 40), (128, 2, 1, 32, None), (64, 1, 4, 6, 5), (96, 5, 7, 16, None)],
+)
+def test_paged_attention_over_other_caches(level, dtype, held, head_dim, num_kv_heads, group, block_size, window):
+    """As `test_paged_attention`, with what the cache holds: scales of another key or head, sums that overflow."""
+    lengths, counts = [1, 45, 300, 65, 560], [1, 1, 70, 65, 2]
+    starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    num_blocks = [-(-length // block_size) for length in lengths]
+    order = torch.randperm(sum(num_blocks) + 3, generator=torch.Generator().manual_seed(5)).tolist()
+    tables = [tuple(order.pop() for _ in range(count)) for count in num_blocks]
+    cache = OtherCache(sum(num_blocks) + 3, 2, block_size, (num_kv_heads, head_dim), held)
+    for length, table in zip(lengths, tables, strict=True):
+        positions = torch.arange(length)
+        slots = torch.tensor(table)[positions // block_size] * block_size + positions % block_size
+        new = random(2, length, num_kv_heads, head_dim, dtype=dtype, seed=length)
+        new *= random(2, length, num_kv_heads, 1, dtype=dtype, seed=length + 1)  # scales far apart
+        cache.tensors.write(1, new[0], new[1], cache.tensors.places(slots))
+    query = random(starts[-1], num_kv_heads * group, head_dim, dtype=dtype, seed=9)
+    scale = head_dim**-0.5
+    found = native.paged_attention(query, cache.native, starts, lengths, tables, layer=1, scale=scale, window=window)
+    exact = reference_attention(query, cache.exact(), starts, lengths, tables, 1, scale, window)
+    if dtype == torch.float32:  # weights are right to 3e-6; a query's 16 bits, to 2^-16 of its largest
+        assert_near(found, exact, dtype, scale=400 if held == "int8" else 10)
+    else:
+        assert_near(found, exact, dtype, scale=30 if level in {"avx512", "amx"} else 1)
+
+
+def test_an_int8_value_that_is_not_finite_shows(level):
+    """A damaged value of which attention makes a finite number, in a row that sees it."""
+    for num_new in (1, 40):
+        cache = OtherCache(4, 1, 16, (2, 64), "int8")
+        new = random(2, 50, 2, 64, dtype=torch.bfloat16)
+        new[1, 45, 1, 3] = torch.nan
+        cache.tensors.write(0, new[0], new[1], cache.tensors.places(torch.arange(50)))
+        query = random(num_new, 6, 64, dtype=torch.bfloat16, seed=1)
+        found = native.paged_attention(query, cache.native, [0, num_new], [50], [(0, 1, 2, 3)], layer=0, scale=0.125)
+        assert found[-5:, 3:, 3].isnan().all()
+        assert found[:, :3].isfinite().all()  # of the other KV head

@@ -10,7 +10,8 @@ from rank_processes import Ranks
 from tiny_gguf import write_gguf
 
 from shuteye import native
-from shuteye.cache.kv_cache import KVCache, kv_bytes_per_token
+from shuteye.cache.kv_cache import KVCache
+from shuteye.cache.kv_layout import KVLayout
 from shuteye.memory.arena import Arena
 from shuteye.memory.backends import open_backend
 from shuteye.memory.image import WeightImage
@@ -47,13 +48,12 @@ class Model:
         self.bound = bind(image, self.weights, native=kernels, groups=groups)
         assert (self.bound.decoder.native_tokens > 0) == kernels
         cached = self.bound.facts.attention
-        shape = {name: getattr(cached, name) for name in ("num_layers", "num_kv_heads", "head_dim")}
-        nbytes = kv_bytes_per_token(**shape, dtype=self.bound.dtype) * BLOCK_SIZE * NUM_BLOCKS
+        layout = KVLayout(cached.num_layers, BLOCK_SIZE, cached.num_kv_heads, cached.head_dim, self.bound.dtype)
+        nbytes = layout.bytes_per_block * NUM_BLOCKS
         self.kv_arena = Arena.reserve(backend, tag="kv_cache", nbytes=nbytes)
         self.kv_arena.commit()
         poison(arena_view(self.kv_arena, 0, (nbytes,), "uint8"))
-        options = {"num_blocks": NUM_BLOCKS, "block_size": BLOCK_SIZE, "dtype": self.bound.dtype}
-        self.kv_cache = KVCache(self.kv_arena, **shape, **options)
+        self.kv_cache = KVCache(self.kv_arena, layout, num_blocks=NUM_BLOCKS)
 
     def forward(self, *chunks: Chunk) -> torch.Tensor:
         batch = PackedBatch.from_plan(StepPlan(chunks), block_size=BLOCK_SIZE)

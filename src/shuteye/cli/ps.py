@@ -80,6 +80,8 @@ def _ps_one(remote: Remote, *, as_json: bool) -> int:
         return 0
     if server.model is not None:
         show(f"Weights: {server.model.weights_are}")
+        if server.model.kv_cache_is:
+            show(server.model.kv_cache_is)
     if server.state.tags:
         show(table(("TAG", "IS", "RESIDENT ", "SIZE ", "OTHERWISE IN"), map(_row, server.state.tags)))
         if len(server.state.ranks) > 1:

@@ -28,7 +28,7 @@ MODEL_FLAGS = {
         positional=True,
     ),
     "revision": Flag("Branch, tag or commit of a hub id; refused for a local path."),
-    "dtype": Flag("Number format of the KV cache, and of weights that are not quantized. auto takes the checkpoint's."),
+    "dtype": Flag("Number format of what is computed, and of weights not quantized. auto takes the checkpoint's."),
     "quantization": Flag(
         "auto keeps the bits that the checkpoint has, none dequantizes them, others quantize what has not been."
     ),
@@ -55,6 +55,10 @@ SLEEP_FLAGS = {
     "memory_backend": Flag("How memory is taken and given back. auto picks by platform; fake is for tests."),
 }
 ENGINE_FLAGS = {
+    "kv_cache_dtype": Flag(
+        "What the KV cache holds: auto (numbers of --dtype), bf16, fp16, or int8 with a scale for each token and KV "
+        "head, which takes about half of the memory of bf16."
+    ),
     "kv_cache_memory": Flag(
         "KV cache of all ranks together, such as 512MiB, 2GiB or 1e9. By default a share of free memory, and no more "
         "than --max-num-seqs requests could use; it costs memory only as it fills.",

@@ -72,7 +72,9 @@ class _Gather:
     anything there (0 * NaN is NaN, masked or not).
     """
 
-    def __init__(self, block_tables: Sequence[tuple[int, ...]], lengths: Sequence[int], block_size: int) -> None:
+    def __init__(self, cache: KVTensors, block_tables: Sequence[tuple[int, ...]], lengths: Sequence[int]) -> None:
+        self._cache = cache
+        block_size = cache.layout.block_size
         self.span = max(lengths)
         width = -(-self.span // block_size)
         table = np.empty((len(lengths), width), dtype=np.int64)
@@ -85,21 +87,17 @@ class _Gather:
         past_end = np.arange(self._shape[1])[None] >= np.asarray(lengths)[:, None]
         past_end[:, self.span :] = False  # sliced off anyway
         self._past_end = torch.from_numpy(np.flatnonzero(past_end))
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rooms: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def read(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both [batch, num_kv_heads, span, head_dim]; valid until the next call."""
-        if self._buffers is None:
-            shape = (self._blocks.numel(), *keys.shape[1:])
-            self._buffers = (keys.new_empty(shape), values.new_empty(shape))
-        return self._fill(keys, self._buffers[0]), self._fill(values, self._buffers[1])
+    def read(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of `dtype`, both [batch, num_kv_heads, span, head_dim]; valid until the next call."""
+        if self._rooms is None:
+            self._rooms = (self._cache.room(self._blocks.numel()), self._cache.room(self._blocks.numel()))
+        return self._half(layer, 0, self._rooms[0], dtype), self._half(layer, 1, self._rooms[1], dtype)
 
-    def _fill(self, source: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-        torch.index_select(source, 0, self._blocks, out=buffer)
-        tokens = buffer.view(-1, *source.shape[2:])
-        if self._past_end.numel():
-            tokens.index_fill_(0, self._past_end, 0)
-        return tokens.view(*self._shape, *source.shape[2:])[:, : self.span].transpose(1, 2)
+    def _half(self, layer: int, half: int, room: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        tokens = self._cache.read(layer, half, self._blocks, past_end=self._past_end, room=room).to(dtype)
+        return tokens.view(*self._shape, *tokens.shape[1:])[:, : self.span].transpose(1, 2)
 
 
 class _Decodes:
@@ -112,11 +110,9 @@ class _Decodes:
         self._uniform = min(lengths) == max(lengths)
         self._masks: dict[int | None, torch.Tensor | None] = {}
 
-    def attend(
-        self, query: torch.Tensor, cached: tuple[torch.Tensor, torch.Tensor], scale: float | None, window: int | None
-    ) -> torch.Tensor:
+    def attend(self, layer: int, query: torch.Tensor, scale: float | None, window: int | None) -> torch.Tensor:
         """`query` and the result [num_tokens, num_heads, head_dim]."""
-        keys, values = self._gather.read(*cached)
+        keys, values = self._gather.read(layer, query.dtype)
         num_tokens, num_heads, head_dim = query.shape
         # The query heads of one KV head become rows of one query: no KV head is repeated.
         grouped = query.reshape(num_tokens, keys.shape[1], -1, head_dim)
@@ -142,15 +138,15 @@ class _Prefill:
 
     def attend(
         self,
+        layer: int,
         new: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        cached: tuple[torch.Tensor, torch.Tensor],
         scale: float | None,
         window: int | None,
     ) -> torch.Tensor:
         """`new`: query, keys, values [num_tokens, heads, head_dim]; the result is shaped as the query."""
         query, keys, values = (tensor.transpose(0, 1)[None] for tensor in new)
         if self._gather is not None:
-            keys, values = self._gather.read(*cached)
+            keys, values = self._gather.read(layer, query.dtype)
         mask = self._mask_for(window)
         found = scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
@@ -180,7 +176,7 @@ class AttentionContext:
         self.cache = KVTensors(cache)
         self.first_layer = first_layer
         self.windows = windows
-        self.rows = self.cache.rows(torch.from_numpy(batch.slots))
+        self.places = self.cache.places(torch.from_numpy(batch.slots))
         starts, lengths, tables = batch.query_starts, batch.context_lengths, batch.block_tables
         counts = np.diff(starts)
         singles = np.flatnonzero(counts == 1).tolist()
@@ -195,11 +191,11 @@ class AttentionContext:
         self, singles: list[int], starts: Sequence[int], lengths: Sequence[int], tables: Sequence[tuple[int, ...]]
     ) -> _Decodes:
         own_lengths = [lengths[index] for index in singles]
-        gather = _Gather([tables[index] for index in singles], own_lengths, self.cache.block_size)
+        gather = _Gather(self.cache, [tables[index] for index in singles], own_lengths)
         return _Decodes([starts[index] for index in singles], gather, own_lengths)
 
     def _prefill(self, first_token: int, num_tokens: int, length: int, table: tuple[int, ...]) -> _Prefill:
-        gather = None if num_tokens == length else _Gather([table], [length], self.cache.block_size)
+        gather = None if num_tokens == length else _Gather(self.cache, [table], [length])
         return _Prefill(first_token, num_tokens, length, gather)
 
 
@@ -214,23 +210,25 @@ def attend(
 ) -> torch.Tensor:
     """Write everything, then attend: a sequence may read blocks that another one of this step has just written.
 
+    New keys and values count as the cache holds them, so that a prompt's chunks do not show in the result.
+
     Args:
         query: [num_tokens, num_heads, head_dim], as is the result.
         keys, values: [num_tokens, num_kv_heads, head_dim], rotated already.
         scale: of the logits; None is 1 / sqrt(head_dim).
     """
-    context.cache.write_rows(layer, keys, values, context.rows)
-    cached, window = context.cache.layer(layer), context.windows[layer]
+    keys, values = context.cache.write(layer, keys, values, context.places)
+    window = context.windows[layer]
     if context.only_decodes:
         assert context.decodes is not None
-        return context.decodes.attend(query, cached, scale, window)
+        return context.decodes.attend(layer, query, scale, window)
     found = torch.empty_like(query, memory_format=torch.contiguous_format)
     for prefill in context.prefills:
         own = prefill.tokens
-        found[own] = prefill.attend((query[own], keys[own], values[own]), cached, scale, window)
+        found[own] = prefill.attend(layer, (query[own], keys[own], values[own]), scale, window)
     if context.decodes is not None:
         tokens = context.decodes.tokens
-        found[tokens] = context.decodes.attend(query[tokens], cached, scale, window)
+        found[tokens] = context.decodes.attend(layer, query[tokens], scale, window)
     return found
 
 

@@ -36,6 +36,20 @@ def _of_dtype(half: NDArray[np.float32], scale: float, dtype: str) -> Numbers:
     return bfloat16_bits(scaled) if dtype == "bfloat16" else scaled
 
 
+def cache_memory(kv_cache: KVCache) -> CacheMemory:
+    """Where a cache is, and how it lies, as the native kernels take it."""
+    layout = kv_cache.layout
+    return CacheMemory(
+        kv_cache.address,
+        layout.dtype,
+        kv_cache.num_blocks,
+        layout.num_layers,
+        layout.block_size,
+        layout.num_kv_heads,
+        layout.head_dim,
+    )
+
+
 class NativeLoop:
     """A decoder, or a rank's part of one, bound to the cache that it was last called with.
 
@@ -99,5 +113,5 @@ class NativeLoop:
             num_heads=facts.num_heads,
             eps=facts.norm_eps,
             scale=facts.attention_scale,
-            kv_cache=CacheMemory(kv_cache.address, kv_cache.shape),
+            kv_cache=cache_memory(kv_cache),
         )

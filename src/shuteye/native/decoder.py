@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from shuteye.matrices.matrix import Matrix
 from shuteye.native import library as structs
-from shuteye.native.library import DTYPES, load
+from shuteye.native.library import CACHE_DTYPES, DTYPES, load
 
 MAX_TOKENS = 512
 """Of one foreign call; longer steps take several. Scratch grows with it: 3 MB a thread for SmolLM2."""
@@ -62,35 +62,27 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class CacheMemory:
-    """A KV cache of the model's dtype.
+    """A KV cache: [num_blocks, num_layers, 2] halves, whose bytes csrc/kv_cache.h knows.
 
     Attributes:
-        shape: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
+        dtype: one of `CACHE_DTYPES`.
     """
 
     address: int
-    shape: tuple[int, ...]
-
-    @property
-    def block_size(self) -> int:
-        """Tokens of a block."""
-        return self.shape[3]
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Of this rank."""
-        return self.shape[4]
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self.shape[5]
+    dtype: str
+    num_blocks: int
+    num_layers: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
 
     @property
     def struct(self) -> structs.Cache:
         """As C sees it."""
-        num_blocks, num_layers, _, block_size, num_kv_heads, head_dim = self.shape
-        return structs.Cache(self.address, num_blocks, num_layers, block_size, num_kv_heads, head_dim)
+        return structs.Cache(
+            self.address, CACHE_DTYPES[self.dtype], self.num_blocks, self.num_layers, self.block_size,
+            self.num_kv_heads, self.head_dim,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +90,7 @@ class DecoderSpec:
     """A decoder: pre-norm layers, rotary positions, gated SiLU; or one rank's part of it, with its layers and heads.
 
     Attributes:
-        dtype: `float32` or `bfloat16`: of activations, norms, biases, cache, and matrices of kind `rows`.
+        dtype: `float32` or `bfloat16`: of activations, norms, biases, and matrices of kind `rows`.
         embedding: [vocab, hidden]; None: steps begin with hidden states.
         final_norm, head: address of [hidden], and [vocab, hidden]; None: steps end with hidden states. The head may be
             the embedding, or have fewer rows.
@@ -318,6 +310,8 @@ def unsupported(spec: DecoderSpec) -> str | None:
     heads = {"head_dim": cache.head_dim, "num_heads": spec.num_heads, "num_kv_heads": cache.num_kv_heads}
     if wrong := unsupported_shape(spec.dtype, **heads):
         return wrong
+    if cache.dtype == "float32" != spec.dtype:
+        return f"a KV cache of float32 for a model of {spec.dtype}"
     matrices = [matrix for layer in spec.layers for matrix in layer.matrices]
     matrices += [matrix for matrix in (spec.embedding, spec.head) if matrix is not None]
     if others := {matrix.dtype for matrix in matrices} - {spec.dtype}:

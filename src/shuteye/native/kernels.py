@@ -14,7 +14,7 @@ from torch import Tensor
 from shuteye.matrices.kinds import ROWS
 from shuteye.matrices.matrix import Matrix
 from shuteye.native import library as structs
-from shuteye.native.decoder import PackedSequences, matrix_struct
+from shuteye.native.decoder import CacheMemory, PackedSequences, matrix_struct
 from shuteye.native.library import load
 
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}
@@ -31,10 +31,15 @@ def pointer(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-def cache_struct(blocks: Tensor) -> structs.Cache:
-    """A KV cache [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim] as C sees it."""
+def cache_memory(blocks: Tensor) -> CacheMemory:
+    """A KV cache without scales, [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]."""
     num_blocks, num_layers, _, block_size, num_kv_heads, head_dim = blocks.shape
-    return structs.Cache(pointer(blocks), num_blocks, num_layers, block_size, num_kv_heads, head_dim)
+    dtype = str(blocks.dtype).removeprefix("torch.")
+    return CacheMemory(pointer(blocks) or 0, dtype, num_blocks, num_layers, block_size, num_kv_heads, head_dim)
+
+
+def _memory_of(cache: Tensor | CacheMemory) -> CacheMemory:
+    return cache_memory(cache) if isinstance(cache, Tensor) else cache
 
 
 def matrix_of(weight: Tensor, bias: Tensor | None = None) -> Matrix:
@@ -91,7 +96,7 @@ def rope_and_write(
     cos: Tensor,
     sin: Tensor,
     slots: Tensor,
-    cache: Tensor,
+    cache: Tensor | CacheMemory,
     *,
     layer: int,
     query_norm: Tensor | None = None,
@@ -104,10 +109,10 @@ def rope_and_write(
         qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim].
         cos, sin: [num_tokens, head_dim], as transformers' rotary embedding gives them.
         slots: int64 [num_tokens].
-        cache: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
+        cache: a tensor as `cache_memory` takes it, or any other.
         query_norm, key_norm: [head_dim], applied before the rotation.
     """
-    blocks = cache_struct(cache)
+    blocks = _memory_of(cache).struct
     num_heads = qkv.shape[1] - 2 * blocks.num_kv_heads
     call = structs.Rope(
         DTYPES[qkv.dtype], qkv.shape[0], num_heads, layer, eps,
@@ -118,7 +123,7 @@ def rope_and_write(
 
 def paged_attention(
     query: Tensor,
-    cache: Tensor,
+    cache: Tensor | CacheMemory,
     query_starts: Sequence[int],
     context_lengths: Sequence[int],
     block_tables: Sequence[Sequence[int]],
@@ -132,7 +137,7 @@ def paged_attention(
 
     Args:
         query: [num_tokens, num_heads, head_dim]; tokens may be strided, heads not.
-        cache: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], this step's keys and values included.
+        cache: a tensor as `cache_memory` takes it, or any other; this step's keys and values are in it.
         window: positions a query sees, itself included; None: all.
         out: contiguous [num_tokens, num_heads, head_dim]; made if not given.
 
@@ -141,7 +146,7 @@ def paged_attention(
     """
     assert query.stride()[1:] == (query.shape[2], 1), "heads must be adjacent"
     out = torch.empty(query.shape, dtype=query.dtype) if out is None else out
-    blocks = cache_struct(cache)
+    blocks = _memory_of(cache).struct
     sequences = PackedSequences.pack(query_starts, context_lengths, block_tables, block_size=blocks.block_size)
     call = structs.Attention(
         DTYPES[query.dtype], query.shape[1], query.stride(0), layer, window or 0, scale,

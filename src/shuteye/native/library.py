@@ -20,6 +20,9 @@ LEVELS = ("portable", "avx2", "avx512", "amx")
 DTYPES = {"float32": 0, "bfloat16": 1}
 """What the kernels compute with, and the number csrc/types.h gives it."""
 
+CACHE_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
+"""What a KV cache may hold, likewise; float32 for models of float32 alone."""
+
 
 class NativeUnavailable(RuntimeError):
     """The native library is not there or cannot be used here; the message says why. torch does the same work."""
@@ -162,7 +165,7 @@ class Cache(Structure):
 
     _fields_ = (
         ("base", c_void_p),
-        *_int64s("num_blocks", "num_layers", "block_size", "num_kv_heads", "head_dim"),
+        *_int64s("dtype", "num_blocks", "num_layers", "block_size", "num_kv_heads", "head_dim"),
     )
 
 
@@ -284,4 +287,4 @@ PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "shuteye_group_receive": (c_int64, (c_void_p, c_void_p, c_int64, c_int64)),
 }
 """Result and arguments of every function of csrc/api.cpp."""
-ABI_VERSION = 5
+ABI_VERSION = 6

@@ -181,7 +181,8 @@ def _announce(context: ServerContext, seconds: float) -> None:
         logger.info("%s", banner(context, seconds))
     else:
         info = context.engine.info
-        logger.info("The model %r is ready after %.1f s: %s.", context.engine.config.model, seconds, info.weights_are)
+        held = "; ".join(part for part in (info.weights_are, info.kv_cache_is) if part)
+        logger.info("The model %r is ready after %.1f s: %s.", context.engine.config.model, seconds, held)
 
 
 def log_notices(engine: EngineConfig, server: ServerConfig) -> None:

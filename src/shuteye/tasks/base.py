@@ -292,10 +292,12 @@ class ModelRunner(ABC):
     Attributes:
         model: the bound model.
         kv_bytes_per_token: KV cache bytes of one token; 0 if the engine keeps no KV cache for this task.
+        kv_cache_dtype: what it holds; empty if there is none.
     """
 
     model: BoundModel[Any]
     kv_bytes_per_token: int = 0
+    kv_cache_dtype: str = ""
 
     def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
         """Look into the committed KV arena, of no bytes where `kv_bytes_per_token` is 0; called once, before steps."""

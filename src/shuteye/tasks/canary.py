@@ -16,7 +16,7 @@ EPS: Mapping[str, float] = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16"
 """The distance from 1 to the next number of a dtype."""
 
 TOLERANCE_ULPS = 4
-"""Allowed difference in units of the dtype's eps, relative to the largest number.
+"""Allowed difference in units of eps, relative to the largest number.
 
 Reduction order may change with the number of threads that the system grants; corrupt memory is far outside of this.
 """
@@ -38,12 +38,12 @@ class Canary:
 
     Args:
         run: the pass; its result must depend on nothing but weights and buffers.
-        dtype: the weights', one of `EPS`, which says how exact the numbers can be.
+        eps: how exact the numbers can be: of `EPS`, the coarsest of weights and KV cache.
     """
 
-    def __init__(self, run: Callable[[], Numbers], *, dtype: str) -> None:
+    def __init__(self, run: Callable[[], Numbers], *, eps: float) -> None:
         self._run = run
-        self._tolerance = TOLERANCE_ULPS * EPS[dtype]
+        self._tolerance = TOLERANCE_ULPS * eps
         self._recorded: dict[str, Numbers] = {}
 
     def forget(self, version: str) -> None:

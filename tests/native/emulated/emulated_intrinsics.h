@@ -172,6 +172,8 @@
 #define _mm512_cvtepu16_epi32 emulated_mm512_cvtepu16_epi32
 #undef _mm512_cvtepi8_epi32
 #define _mm512_cvtepi8_epi32 emulated_mm512_cvtepi8_epi32
+#undef _mm512_cvtepi8_epi16
+#define _mm512_cvtepi8_epi16 emulated_mm512_cvtepi8_epi16
 #undef _mm512_cvtepu8_epi32
 #define _mm512_cvtepu8_epi32 emulated_mm512_cvtepu8_epi32
 #undef _mm512_cvtepi32_ps
@@ -180,8 +182,12 @@
 #define _mm512_cvtps_epi32 emulated_mm512_cvtps_epi32
 #undef _mm512_cvtsepi32_epi8
 #define _mm512_cvtsepi32_epi8 emulated_mm512_cvtsepi32_epi8
+#undef _mm512_cvtsepi32_epi16
+#define _mm512_cvtsepi32_epi16 emulated_mm512_cvtsepi32_epi16
 #undef _mm512_cvtph_ps
 #define _mm512_cvtph_ps emulated_mm512_cvtph_ps
+#undef _mm512_cvtps_ph
+#define _mm512_cvtps_ph emulated_mm512_cvtps_ph
 #undef _mm512_cvtneps_pbh
 #define _mm512_cvtneps_pbh emulated_mm512_cvtneps_pbh
 #undef _mm512_cvtne2ps_pbh
@@ -487,6 +493,7 @@ inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i index, __m512 b) { // fro
 
 inline __m512i _mm512_cvtepu16_epi32(__m256i v) { SHUTEYE_EACH(__m512i, int32_t, 16, halves(v)[i]); }
 inline __m512i _mm512_cvtepi8_epi32(__m128i v) { SHUTEYE_EACH(__m512i, int32_t, 16, chars(v)[i]); }
+inline __m512i _mm512_cvtepi8_epi16(__m256i v) { SHUTEYE_EACH(__m512i, int16_t, 32, chars(v)[i]); }
 inline __m512i _mm512_cvtepu8_epi32(__m128i v) { SHUTEYE_EACH(__m512i, int32_t, 16, bytes(v)[i]); }
 inline __m512 _mm512_cvtepi32_ps(__m512i v) { SHUTEYE_EACH(__m512, float, 16, static_cast<float>(ints(v)[i])); }
 inline int32_t to_int(float value) { // what does not fit: the smallest
@@ -497,6 +504,12 @@ inline __m128i _mm512_cvtsepi32_epi8(__m512i v) {
   SHUTEYE_EACH(__m128i, int8_t, 16, static_cast<int8_t>(ints(v)[i] > 127 ? 127 : ints(v)[i] < -128 ? -128 : ints(v)[i]));
 }
 inline __m512 _mm512_cvtph_ps(__m256i v) { SHUTEYE_EACH(__m512, float, 16, _cvtsh_ss(halves(v)[i])); }
+inline __m256i _mm512_cvtps_ph(__m512 v, int) { // to the nearest
+  SHUTEYE_EACH(__m256i, uint16_t, 16, _cvtss_sh(floats(v)[i], _MM_FROUND_TO_NEAREST_INT));
+}
+inline __m256i _mm512_cvtsepi32_epi16(__m512i v) {
+  SHUTEYE_EACH(__m256i, int16_t, 16, static_cast<int16_t>(ints(v)[i] > 32767 ? 32767 : ints(v)[i] < -32768 ? -32768 : ints(v)[i]));
+}
 inline __m256bh _mm512_cvtneps_pbh(__m512 v) { SHUTEYE_EACH(__m256bh, uint16_t, 16, to_bf16_bits(floats(v)[i])); }
 inline __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
   SHUTEYE_EACH(__m512bh, uint16_t, 32, to_bf16_bits(floats(i < 16 ? low : high)[i % 16]));

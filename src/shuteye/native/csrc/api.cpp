@@ -49,7 +49,7 @@ void share(int64_t units, int64_t scratch_bytes, const Body& body) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-int64_t shuteye_abi_version() { return 5; }
+int64_t shuteye_abi_version() { return 6; }
 int64_t shuteye_level_supported(int64_t level) { return level_supported(level); }
 int64_t shuteye_level() { return active_level(); }
 int64_t shuteye_set_level(int64_t level) { return select_level(level); }
@@ -163,7 +163,7 @@ void shuteye_embed(int64_t dtype, const ShuteyeMatrix* matrix, const int64_t* to
 void shuteye_rope_and_write(const ShuteyeRope* rope) {
   share(rope->num_heads + 2 * rope->cache.num_kv_heads, 0,
         [&](const KernelTable& table, void*, int64_t first, int64_t end) {
-          table.rope_heads[rope->dtype](*rope, first, end);
+          table.rope_heads[rope->dtype][rope->cache.dtype](*rope, first, end);
         });
 }
 

@@ -45,12 +45,24 @@ inline Range seen_by(const ShuteyeAttention& attention, const AttentionTask& tas
   return {larger(first, task.key_begin), smaller(position + 1, task.key_end)};
 }
 
+// Where the scales of a span's keys and values are.
+template <class C>
+struct SpanScales {};
+
+template <>
+struct SpanScales<i8> {
+  const float* keys[kKeySpan]; // of the task's first KV head; of the next one `block_size` floats further
+  int64_t to_values;           // floats from a key's scale to its value's
+  bool in_one_block;           // they stand side by side
+};
+
 // The rows of the cache that hold the keys and values of consecutive positions, for one KV head.
-template <class T>
+template <class C>
 struct Span {
-  const T* keys[kKeySpan];
-  const T* values[kKeySpan];
+  const C* keys[kKeySpan];
+  const C* values[kKeySpan];
   Range positions{0, 0};
+  SpanScales<C> scales;
 
   int64_t size() const { return positions.end - positions.begin; }
 
@@ -58,20 +70,48 @@ struct Span {
   Span(const ShuteyeAttention& attention, const AttentionTask& task, Range range) : positions(range) {
     const ShuteyeCache& cache = attention.cache;
     const int64_t* table = attention.sequences.tables + attention.sequences.table_starts[task.sequence];
-    const int64_t stride = cache.num_kv_heads * cache.head_dim;
+    const int64_t stride = cache.num_kv_heads * cache.head_dim, half = half_bytes<C>(cache) / static_cast<int64_t>(sizeof(C));
     int64_t block = range.begin / cache.block_size, offset = range.begin % cache.block_size, count = 0;
+    if constexpr (kHasScales<C>) {
+      scales.to_values = half / static_cast<int64_t>(sizeof(float));
+      scales.in_one_block = offset + size() <= cache.block_size;
+    }
     while (count < range.end - range.begin) { // division is slow: once per block, not per key
-      const T* first = cache_row<T>(cache, attention.layer, 0, table[block] * cache.block_size);
-      const T* key = first + offset * stride + task.kv_head * cache.head_dim;
+      C* first = cache_block<C>(cache, attention.layer, 0, table[block]);
+      const C* key = first + offset * stride + task.kv_head * cache.head_dim;
       for (; offset < cache.block_size && count < range.end - range.begin; offset++, count++, key += stride) {
         keys[count] = key;
-        values[count] = key + cache.block_size * stride;
+        values[count] = key + half;
+        if constexpr (kHasScales<C>) scales.keys[count] = cache_scales(cache, first) + task.kv_head * cache.block_size + offset;
       }
       offset = 0;
       block++;
     }
   }
 };
+
+// A span for one KV head as rows of E, which are written to `rows`, [2, kKeySpan, head_dim].
+template <class E, class C>
+inline Span<E> expanded(const Span<C>& span, int64_t head_dim, E* rows) {
+  Span<E> own;
+  own.positions = span.positions;
+  for (int64_t key = 0; key < span.size(); key++) {
+    float scales[2] = {1.0f, 1.0f};
+    if constexpr (kHasScales<C>) {
+      scales[0] = *span.scales.keys[key];
+      scales[1] = span.scales.keys[key][span.scales.to_values];
+    }
+    for (int half = 0; half < 2; half++) {
+      const C* source = half ? span.values[key] : span.keys[key];
+      E* target = rows + (half * kKeySpan + key) * head_dim;
+      (half ? own.values : own.keys)[key] = target;
+      for_lanes(head_dim, [&](int64_t index, int64_t count) {
+        store_some(target + index, load_some(source + index, count) * broadcast(scales[half]), count);
+      });
+    }
+  }
+  return own;
+}
 
 // The keys and values that are used next: fetched line by line, in the order in which they lie, which memory answers as
 // fast as one long run; a few at a time, or the fetches wait for each other. Into the second cache, or the first (3).
@@ -103,6 +143,7 @@ class Ahead {
 
 // What a row has seen so far: the highest exponent (its scores times scale, to base 2), and the sum of its weights.
 struct RowState {
+  float scale = 0.0f;     // of its scores, to exponents
   float highest = -1e30f; // nothing seen: finite, as differences of it are
   float total = 0.0f;
 
@@ -118,9 +159,9 @@ inline float largest_of(const float* values, int64_t count) { // of whole vector
 // Turns `count` scores, whole vectors, into weights relative to the highest exponent, as units; those of -inf are 0.
 // Gives what the row's sums so far must be multiplied by.
 template <class A>
-inline float weigh(const float* scores, int64_t count, float scale, RowState& row, typename A::Unit* weights) {
-  const float highest = larger(row.highest, largest_of(scores, count) * scale);
-  const Lanes factor = broadcast(scale), lowered = broadcast(-highest);
+inline float weigh(const float* scores, int64_t count, RowState& row, typename A::Unit* weights) {
+  const float highest = larger(row.highest, largest_of(scores, count) * row.scale);
+  const Lanes factor = broadcast(row.scale), lowered = broadcast(-highest);
   Lanes added = broadcast(0.0f);
   for (int64_t key = 0; key < count; key += Lanes::width) {
     const Lanes found = exp2_for(fma(load(scores + key), factor, lowered), typename A::Element{});
@@ -135,6 +176,12 @@ inline float weigh(const float* scores, int64_t count, float scale, RowState& ro
   row.highest = highest;
   row.total = row.total * lightened + sum(added);
   return lightened;
+}
+
+// Numbers times factors of their own, whole vectors.
+inline void multiply_each(float* numbers, const float* factors, int64_t count) {
+  for (int64_t index = 0; index < count; index += Lanes::width)
+    store(numbers + index, load(numbers + index) * load(factors + index));
 }
 
 inline void scale_sums(float* sums, int64_t count, float factor) { // whole vectors

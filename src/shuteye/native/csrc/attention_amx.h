@@ -28,6 +28,7 @@ struct TileScratch {
   bf16* keys;        // [kKeySpan][depth]
   bf16* values;      // [depth / 16][kKeySpan / 32] tiles of [16 dimensions][32 keys]
   Strip* strips;
+  bf16* expanded; // [2, kKeySpan, head_dim], a span of a cache of others
   int64_t num_strips;
   int64_t depth;
 
@@ -42,6 +43,7 @@ struct TileScratch {
     keys = query + num_strips * strip_elements;
     values = keys + kKeySpan * depth;
     strips = reinterpret_cast<Strip*>(values + kKeySpan * depth);
+    expanded = reinterpret_cast<bf16*>(strips + num_strips);
   }
   float* sums_of(int64_t strip) const { return sums + strip * depth * kColumns; }
   bf16* query_of(int64_t strip) const { return query + strip * depth * kColumns; }
@@ -251,7 +253,8 @@ class Weighing {
   int64_t key_ = 0;
 };
 
-// One task's way through the spans of its keys.
+// One task's way through the spans of its keys, in a cache of C.
+template <class C>
 class TileAttention {
  public:
   TileAttention(const ShuteyeAttention& attention, const AttentionTask& task, void* memory)
@@ -260,17 +263,22 @@ class TileAttention {
 
   void run() {
     begin();
-    each_span<bf16>(attention_, task_, nullptr, [&](const Span<bf16>& span, const Span<bf16>& next) {
-      copy_keys(span, shape_.head_dim, scratch_);
-      transpose_values(span, shape_.head_dim, scratch_);
-      finish_stores(scratch_.keys);
-      ahead_ = Ahead<bf16>(next, shape_.head_dim);
+    each_span<C>(attention_, task_, nullptr, [&](const Span<C>& span, const Span<C>& next) {
+      if constexpr (__is_same(C, bf16)) take_in(span);
+      else take_in(expanded(span, shape_.head_dim, scratch_.expanded));
+      ahead_ = Ahead<C>(next, shape_.head_dim);
       attend_span(span.positions);
     });
     end();
   }
 
  private:
+  void take_in(const Span<bf16>& span) {
+    copy_keys(span, shape_.head_dim, scratch_);
+    transpose_values(span, shape_.head_dim, scratch_);
+    finish_stores(scratch_.keys);
+  }
+
   void begin() {
     memset(scratch_.sums, 0, scratch_.num_strips * scratch_.depth * kColumns * sizeof(float));
     for (int64_t strip = 0; strip < scratch_.num_strips; strip++) begin_strip(strip);
@@ -372,7 +380,7 @@ class TileAttention {
   const AttentionShape shape_;
   const TileScratch scratch_;
   const float scale_; // of scores to exponents of 2
-  Ahead<bf16> ahead_;
+  Ahead<C> ahead_;
 };
 
 } // namespace SHUTEYE_ISA

@@ -5,7 +5,7 @@
 // of bfloat16 that are multiplied and added at once. A panel is two vectors: of 2 * Lanes::width dimensions or keys.
 #pragma once
 #include "constants.h"
-#include "lanes.h"
+#include "kv_cache.h"
 #include "transpose.h"
 
 namespace SHUTEYE_ISA {
@@ -41,7 +41,10 @@ inline Lanes short_exp2(Lanes x) {
   return zero_below(p * power_of_two(n), x, -126.0f);
 }
 
-inline Lanes exp2_for(Lanes x, bf16) { return short_exp2(x); }
+template <class C>
+inline Lanes exp2_for(Lanes x, C) {
+  return short_exp2(x);
+}
 inline Lanes exp2_for(Lanes x, float) { return exp(x * broadcast(0.69314718f)); }
 
 // A panel of elements where they lie in the cache, and the two vectors of floats that they become: in an order of their
@@ -112,6 +115,8 @@ struct FloatArithmetic {
   using Element = C;
   using Unit = float;
   using Vector = Lanes;
+  using Sum = Lanes;
+  using Weights = FloatArithmetic;
   using Read = Panel<C>;
   static constexpr int unit_size = 1;         // keys, or dimensions, in a unit
   static constexpr int key_parts = 2;         // vectors that a panel of a key's dimensions becomes
@@ -125,8 +130,14 @@ struct FloatArithmetic {
   static Vector load_units(const Unit* units) { return load(units); }
   static void store_units(Unit* units, Vector vector) { store(units, vector); }
 
-  // A query as units, and as it meets keys that are read panel by panel; padded with zeros to whole panels.
-  static void read_query(const T* source, int64_t head_dim, Unit* query, bool by_panels) {
+  static Sum nothing() { return broadcast(0.0f); }
+  // Sums of weighted values that go on, and are kept; `factor`: of their weights as units.
+  static Sum resumed(const float* sums) { return load(sums); }
+  static void keep(float* sums, Sum sum, float) { store(sums, sum); }
+
+  // A query as units, and as it meets keys that are read panel by panel; padded with zeros to whole panels. Gives what
+  // scores must be multiplied by.
+  static float read_query(const T* source, int64_t head_dim, Unit* query, bool by_panels) {
     for (int64_t index = 0; index < head_dim; index += kPanel) {
       PanelEnd<Panel<T>, T> end(head_dim - index);
       const Panel<T> panel = end.read(source + index);
@@ -136,6 +147,7 @@ struct FloatArithmetic {
       store(query + index, two[0]);
       store(query + index + Lanes::width, two[1]);
     }
+    return 1.0f;
   }
 
   // units[dimension * kPanel + key] of up to kPanel keys; those that do not exist are 0.
@@ -157,6 +169,12 @@ struct FloatArithmetic {
     store(units + key, weights);
     return weights;
   }
+
+  // Weights times the scales of their values as units, whole vectors; gives what those must be multiplied by.
+  static float scale_weights(const float* weights, const float* scales, int64_t count, Unit* units) {
+    for (int64_t key = 0; key < count; key += Lanes::width) store(units + key, load(weights + key) * load(scales + key));
+    return 1.0f;
+  }
 };
 
 #if defined(SHUTEYE_LANES_AVX512)
@@ -166,6 +184,7 @@ struct PairArithmetic {
   using Element = bf16;
   using Unit = uint32_t;
   using Vector = __m512bh;
+  using Sum = Lanes;
   static constexpr int unit_size = 2;
   static constexpr int key_parts = 1;
 
@@ -191,9 +210,14 @@ struct PairArithmetic {
   static Vector load_units(const Unit* units) { return (__m512bh)_mm512_loadu_si512(units); }
   static void store_units(Unit* units, Vector vector) { _mm512_storeu_si512(units, (__m512i)vector); }
 
-  static void read_query(const bf16* source, int64_t head_dim, Unit* query, bool) {
+  static Sum nothing() { return broadcast(0.0f); }
+  static Sum resumed(const float* sums) { return load(sums); }
+  static void keep(float* sums, Sum sum, float) { store(sums, sum); }
+
+  static float read_query(const bf16* source, int64_t head_dim, Unit* query, bool) {
     for (int64_t index = 0; index < head_dim; index += kPanel)
       _mm512_storeu_si512(query + index / 2, PanelEnd<Read, bf16>(head_dim - index).read(source + index).raw);
+    return 1.0f;
   }
 
   static void pack_keys(const bf16* const* keys, int64_t num_keys, int64_t head_dim, Unit* units) {

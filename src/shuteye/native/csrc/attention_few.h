@@ -20,6 +20,7 @@ class FewRows {
  public:
   using Element = typename A::Element;
   using Unit = typename A::Unit;
+  using Sum = typename A::Sum;
 
   FewRows(const ShuteyeAttention& attention, const AttentionTask& task, void* memory)
       : attention_(attention), task_(task), shape_(attention, task),
@@ -56,11 +57,12 @@ class FewRows {
     for (int64_t row = 0; row < shape_.rows; row++) {
       states_[row] = RowState();
       const T* source = query_row<T>(attention_, shape_, task_, row);
-      A::read_query(source, shape_.head_dim, query_ + row * query_stride(), true);
+      states_[row].scale = scale_ * A::read_query(source, shape_.head_dim, query_ + row * query_stride(), true);
     }
   }
 
   void attend_head(const Span<Element>& span, Range range, int64_t token, int64_t head) {
+    if constexpr (kHasScales<Element>) read_scales(span, range, head);
     const int64_t first = token * shape_.heads + head * shape_.group, end = first + shape_.group;
     int64_t row = first;
     if (shape_.group % kFewRows == 1 && kFewRows == 3 && shape_.group > 1) { // two and two instead of three and one
@@ -77,6 +79,25 @@ class FewRows {
     }
   }
 
+  // Of the keys and values of a range; padded with zeros to whole vectors.
+  void read_scales(const Span<Element>& span, Range range, int64_t head) {
+    const int64_t offset = head * attention_.cache.block_size, num_keys = range.end - range.begin;
+    const float* first = span.scales.keys[range.begin] + offset;
+    if (span.scales.in_one_block && num_keys % Lanes::width == 0) {
+      key_scales_ = first;
+      value_scales_ = first + span.scales.to_values;
+      return;
+    }
+    memset(scales_, 0, sizeof scales_);
+    for (int64_t key = 0; key < num_keys; key++) {
+      const float* own = span.scales.keys[range.begin + key] + offset;
+      scales_[0][key] = *own;
+      scales_[1][key] = own[span.scales.to_values];
+    }
+    key_scales_ = scales_[0];
+    value_scales_ = scales_[1];
+  }
+
   template <int count>
   void attend_rows(const Span<Element>& span, Range range, int64_t row, int64_t head) {
     const int64_t offset = head * shape_.head_dim, num_keys = range.end - range.begin;
@@ -90,8 +111,16 @@ class FewRows {
     }
     for (int each = 0; each < count; each++) {
       float* scores = scores_ + each * kFewSpan;
+      if constexpr (kHasScales<Element>) multiply_each(scores, key_scales_, width);
       for (int64_t key = num_keys; key < width; key++) scores[key] = -__builtin_inff();
-      const float factor = weigh<A>(scores, width, scale_, states_[row + each], weights_ + each * kFewSpan);
+      Unit* weights = weights_ + each * kFewSpan;
+      float factor;
+      if constexpr (kHasScales<Element>) {
+        factor = weigh<typename A::Weights>(scores, width, states_[row + each], scores);
+        weight_factors_[each] = A::scale_weights(scores, value_scales_, width, weights);
+      } else {
+        factor = weigh<A>(scores, width, states_[row + each], weights);
+      }
       if (factor != 1.0f) scale_sums(sums_ + (row + each) * shape_.padded_dim, shape_.padded_dim, factor);
     }
     float* sums = sums_ + row * shape_.padded_dim;
@@ -112,15 +141,15 @@ class FewRows {
   SHUTEYE_INLINE void score_four(const Element* const (&keys)[4], const Unit* query, float* scores) const {
     const auto read = [](const Element* key) { return A::Read::read(key); };
     const int64_t whole = shape_.head_dim / kPanel * kPanel;
-    Lanes products[count][4];
+    Sum products[count][4];
     for (auto& row : products)
-      for (Lanes& product : row) product = broadcast(0.0f);
+      for (Sum& product : row) product = A::nothing();
     for (int64_t index = 0; index < whole; index += kPanel) add_products<count>(keys, query, index, products, read);
     if (whole == shape_.head_dim) {
       for (int row = 0; row < count; row++) sums_of_four(products[row], scores + row * kFewSpan);
       return;
     }
-    Lanes all[count][4];
+    Sum all[count][4];
     for (int row = 0; row < count; row++)
       for (int key = 0; key < 4; key++) all[row][key] = products[row][key];
     add_end<count>(keys, query, whole, all);
@@ -129,14 +158,14 @@ class FewRows {
 
   template <int count> // not inlined, and given a copy: its calls would drive the sums out of registers
   __attribute__((noinline)) void add_end(const Element* const (&keys)[4], const Unit* query, int64_t index,
-                                         Lanes (&products)[count][4]) const {
+                                         Sum (&products)[count][4]) const {
     PanelEnd<typename A::Read, Element> end(shape_.head_dim - index);
     add_products<count>(keys, query, index, products, [&](const Element* key) { return end.read(key); });
   }
 
   template <int count, class Read>
   SHUTEYE_INLINE void add_products(const Element* const (&keys)[4], const Unit* query, int64_t index,
-                                   Lanes (&products)[count][4], const Read& read) const {
+                                   Sum (&products)[count][4], const Read& read) const {
     for (int part = 0; part < A::key_parts; part++) {
       const Unit* units = query + index / A::unit_size + part * Lanes::width;
       for (int key = 0; key < 4; key++) {
@@ -153,10 +182,10 @@ class FewRows {
   template <int count, int panels, class Read>
   SHUTEYE_INLINE void add_values(const Element* const* values, int64_t num_keys, int64_t offset, float* sums,
                                  const Read& read) {
-    Lanes totals[count][2 * panels];
+    Sum totals[count][2 * panels];
     for (int row = 0; row < count; row++)
       for (int part = 0; part < 2 * panels; part++)
-        totals[row][part] = load(sums + row * shape_.padded_dim + part * Lanes::width);
+        totals[row][part] = A::resumed(sums + row * shape_.padded_dim + part * Lanes::width);
     const Unit* weights = weights_;
     for (int64_t key = 0; key < num_keys; key += A::unit_size, weights++) {
       if (key % 4 == 0) ahead_.fetch(kLinesAtOnce);
@@ -177,7 +206,7 @@ class FewRows {
     }
     for (int row = 0; row < count; row++)
       for (int part = 0; part < 2 * panels; part++)
-        store(sums + row * shape_.padded_dim + part * Lanes::width, totals[row][part]);
+        A::keep(sums + row * shape_.padded_dim + part * Lanes::width, totals[row][part], weight_factors_[row]);
   }
 
   void end() {
@@ -197,6 +226,10 @@ class FewRows {
   RowState* states_;  // [rows]
   Unit* query_;       // [rows, padded_dim / unit_size]
   Ahead<Element, 3> ahead_;
+  const float* key_scales_ = nullptr; // of the keys at hand, whole vectors; of a cache that has scales
+  const float* value_scales_ = nullptr;
+  float scales_[2][kFewSpan];
+  float weight_factors_[kFewRows]; // what weights as units must be multiplied by
 };
 
 } // namespace SHUTEYE_ISA

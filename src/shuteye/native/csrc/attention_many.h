@@ -49,7 +49,8 @@ struct Limits {
   }
 };
 
-template <class A>
+// Of a cache of C, which becomes A's elements span by span if it holds others.
+template <class A, class C = typename A::Element>
 class ManyRows {
  public:
   using Element = typename A::Element;
@@ -66,6 +67,7 @@ class ManyRows {
     weights_ = values_ + kKeySpan * width_;
     query_ = weights_ + kStripRows * kKeySpan;
     states_ = reinterpret_cast<RowState*>(query_ + num_rows_ * width_);
+    expanded_ = reinterpret_cast<Element*>(states_ + num_rows_);
   }
 
   void run() {
@@ -73,10 +75,11 @@ class ManyRows {
     memset(weights_, 0, kStripRows * kKeySpan * sizeof(Unit)); // of rows that do not exist
     memset(query_, 0, num_rows_ * width_ * sizeof(Unit));
     read_queries();
-    each_span<Element>(attention_, task_, nullptr, [&](const Span<Element>& span, const Span<Element>& next) {
-      pack(span);
-      Ahead<Element> ahead(next, shape_.head_dim);
-      const int64_t lines = 2 * next.size() * (shape_.head_dim * static_cast<int64_t>(sizeof(Element)) / 64 + 1);
+    each_span<C>(attention_, task_, nullptr, [&](const Span<C>& span, const Span<C>& next) {
+      if constexpr (__is_same(C, Element)) pack(span);
+      else pack(expanded(span, shape_.head_dim, expanded_));
+      Ahead<C> ahead(next, shape_.head_dim);
+      const int64_t lines = 2 * next.size() * (shape_.head_dim * static_cast<int64_t>(sizeof(C)) / 64 + 1);
       for (int64_t row = 0; row < num_rows_; row += kStripRows) {
         ahead.fetch(lines * kStripRows / num_rows_ + 1);
         attend_strip(span.positions, row);
@@ -94,7 +97,7 @@ class ManyRows {
     for (int64_t row = 0; row < shape_.rows; row++) {
       states_[row] = RowState();
       const T* source = query_row<T>(attention_, shape_, task_, row);
-      A::read_query(source, shape_.head_dim, query_ + row * query_stride(), false);
+      states_[row].scale = scale_ * A::read_query(source, shape_.head_dim, query_ + row * query_stride(), false);
     }
   }
 
@@ -145,7 +148,7 @@ class ManyRows {
     if (own.begin >= own.end) own = {0, 0}; // no key of this span
     if (own.begin > all.begin || own.end < all.end) limits.apply(scores, all.begin, all.end, own);
     Unit* weights = weights_ + each * kKeySpan + all.begin / A::unit_size;
-    const float factor = weigh<A>(scores + all.begin, all.end - all.begin, scale_, states_[row], weights);
+    const float factor = weigh<A>(scores + all.begin, all.end - all.begin, states_[row], weights);
     if (factor != 1.0f) scale_sums(sums_ + row * width_, width_, factor);
   }
 
@@ -163,6 +166,7 @@ class ManyRows {
   Unit* weights_;    // [kStripRows, kKeySpan]
   Unit* query_;      // [num_rows, width / unit_size]
   RowState* states_; // [rows]
+  Element* expanded_; // [2, kKeySpan, head_dim], a span of a cache of others
 };
 
 } // namespace SHUTEYE_ISA

@@ -77,7 +77,7 @@ void AttentionTasks::run(const KernelTable& table, const ShuteyeAttention& atten
                          int64_t end) {
   for (int64_t index = first; index < end; index++) {
     const AttentionTask* following = index + 1 < size() ? &tasks_[index + 1] : nullptr;
-    table.attend[attention.dtype](attention, tasks_[index], following, scratch);
+    table.attend[attention.dtype][attention.cache.dtype](attention, tasks_[index], following, scratch);
     const Part& part = parts_[index];
     if (part.num_parts == 1) continue;
     std::atomic<int64_t>& finished = finished_[part.tile];

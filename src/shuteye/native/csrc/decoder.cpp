@@ -380,7 +380,7 @@ void Decoder::query_key_value(int64_t index, int thread, Phase* phases) {
   const ShuteyeRope rope{model_.dtype,   step_->num_tokens, model_.num_heads, index,     model_.eps,   qkv_.data,
                          own.query_norm, own.key_norm,      step_->cos,       step_->sin, step_->slots, model_.cache};
   compute(products, thread, phases, [&](int64_t part, int64_t first_row, int64_t end_row) {
-    table_->rope_heads[model_.dtype](rope, first_head[part] + first_row / head_dim, first_head[part] + end_row / head_dim);
+    table_->rope_heads[model_.dtype][model_.cache.dtype](rope, first_head[part] + first_row / head_dim, first_head[part] + end_row / head_dim);
   });
 }
 

@@ -81,6 +81,8 @@ struct RankSums {
 
 constexpr int64_t kMaxAttentionRows = 384; // (token, head) rows per task: keys and values are packed once for all
 constexpr int64_t kKeySpan = 64; // keys per round of the online softmax
+constexpr int64_t kNumCacheDtypes = 4;
+constexpr int64_t kCacheBytes[kNumCacheDtypes] = {4, 2, 2, 1}; // of a number in a cache of each dtype
 
 struct KernelTable {
   const char* name;
@@ -90,13 +92,14 @@ struct KernelTable {
   int64_t least_rows; // that a thread takes of a product of many tokens
   void (*dequantize_row[2])(const ShuteyeMatrix& matrix, int64_t row, void* out); // [columns] of the model's dtype
   int64_t packed_tokens; // from so many on, tokens of bfloat16 are prepared as `packed_offset` says; 0: never
-  void (*rope_heads[2])(const ShuteyeRope& rope, int64_t first_head, int64_t end_head);
-  // `following`: the task that is likely to be next, or null; what it needs may be fetched ahead.
-  void (*attend[2])(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionTask* following, void* scratch);
+  void (*rope_heads[2][kNumCacheDtypes])(const ShuteyeRope& rope, int64_t first_head, int64_t end_head);
+  // [dtype][dtype of the cache]; `following`: the task that is likely to be next, or null; what it needs may be fetched ahead.
+  void (*attend[2][kNumCacheDtypes])(const ShuteyeAttention& attention, const AttentionTask& task,
+                                     const AttentionTask* following, void* scratch);
   void (*merge[2])(const ShuteyeAttention& attention, const AttentionTask& task, int64_t num_parts);
   void (*sum_ranks[2][2])(const RankSums& sums, int64_t first, int64_t end); // [dtype][part_dtype]; elements
   int64_t joined_bytes; // attend takes several KV heads of one token, as many as have so many bytes of a key
-  int64_t joined_rows;  // not 0: of bfloat16 only, and as many as have no more rows together
+  int64_t joined_rows;  // not 0: of a cache of bfloat16, as many as have no more rows together
   void (*enter)(); // per thread, around a job
   void (*leave)();
 
@@ -107,8 +110,9 @@ struct KernelTable {
   }
   // KV heads of one token that are best one task: their keys lie side by side.
   int64_t joined_heads(int64_t dtype, const ShuteyeCache& cache, int64_t group) const {
-    const int64_t key_bytes = cache.head_dim * (dtype == SHUTEYE_BFLOAT16 ? 2 : 4);
-    if (!joined_rows || dtype != SHUTEYE_BFLOAT16) return joined_bytes > key_bytes ? joined_bytes / key_bytes : 1;
+    const int64_t key_bytes = cache.head_dim * kCacheBytes[cache.dtype];
+    const bool by_tiles = joined_rows && dtype == SHUTEYE_BFLOAT16 && cache.dtype == SHUTEYE_CACHE_BFLOAT16;
+    if (!by_tiles) return joined_bytes > key_bytes ? joined_bytes / key_bytes : 1;
     const bool fits = cache.block_size % 16 == 0 && cache.head_dim % kDepthStep == 0 && joined_rows > group;
     return fits ? joined_rows / group : 1;
   }

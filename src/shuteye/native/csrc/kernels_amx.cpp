@@ -11,10 +11,22 @@ namespace SHUTEYE_ISA {
 // Fewer tokens are packed by every thread for itself.
 constexpr int64_t kPackedTokens = 64;
 
-inline void attend_any(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionTask* following, void* memory) {
-  if (task.num_kv_heads > 1) return JoinedAttention(attention, task, memory).run(following);
-  if (AttentionShape(attention, task).rows < kMinTileRows) return attend<PairArithmetic>(attention, task, following, memory);
-  TileAttention(attention, task, memory).run();
+template <class C, class Few>
+void attend_any(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionTask* following, void* memory) {
+  if constexpr (__is_same(C, bf16)) {
+    if (task.num_kv_heads > 1) return JoinedAttention(attention, task, memory).run(following);
+  }
+  if (task.num_kv_heads > 1 || AttentionShape(attention, task).rows < kMinTileRows)
+    return attend<Few, PairArithmetic>(attention, task, following, memory);
+  TileAttention<C>(attention, task, memory).run();
+}
+
+// Of models of bfloat16.
+inline void add_tiles(shuteye::KernelTable& table) {
+  auto& attend = table.attend[SHUTEYE_BFLOAT16];
+  attend[SHUTEYE_CACHE_BFLOAT16] = attend_any<bf16, PairArithmetic>;
+  attend[SHUTEYE_CACHE_FLOAT16] = attend_any<f16, FloatArithmetic<bf16, f16>>;
+  attend[SHUTEYE_CACHE_INT8] = attend_any<i8, Int8Arithmetic<bf16>>;
 }
 
 // Tiles for bfloat16, vectors for float.
@@ -40,7 +52,7 @@ KernelTable amx_table() {
   table.linear[kRowsForm] = table.linear[kPanelsForm] = SHUTEYE_ISA::tile_kernels();
   table.least_rows = 4 * SHUTEYE_ISA::kPanelRows; // fewer at a time would read the tokens too often
   table.packed_tokens = SHUTEYE_ISA::kPackedTokens;
-  table.attend[SHUTEYE_BFLOAT16] = SHUTEYE_ISA::attend_any;
+  SHUTEYE_ISA::add_tiles(table);
   table.joined_rows = SHUTEYE_ISA::kColumns;
   table.enter = SHUTEYE_ISA::configure_tiles;
   table.leave = SHUTEYE_ISA::release_tiles;

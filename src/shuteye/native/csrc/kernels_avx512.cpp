@@ -7,7 +7,7 @@ namespace shuteye {
 KernelTable avx512_table() {
   KernelTable table = SHUTEYE_ISA::common_table("avx512");
   table.linear[kRowsForm] = table.linear[kPanelsForm] = SHUTEYE_ISA::panel_kernels<SHUTEYE_ISA::Bf16Pairs>();
-  table.attend[SHUTEYE_BFLOAT16] = SHUTEYE_ISA::attend<SHUTEYE_ISA::PairArithmetic>;
+  SHUTEYE_ISA::add_pairs_of_bfloat16(table);
   return table;
 }
 } // namespace shuteye

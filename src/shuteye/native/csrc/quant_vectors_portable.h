@@ -1,6 +1,7 @@
 // Integer vectors of 4 rows with the compiler's own: bytes of weights times bytes of activations. Knows no kind of matrix.
 #pragma once
 #include "constants.h"
+#include "float16.h"
 #include "lanes.h"
 
 namespace SHUTEYE_ISA {
@@ -75,17 +76,6 @@ inline Ints multiply_pairs(Ints left, Ints right) {
   return {low_words(left).v * low_words(right).v + (left.v >> 16) * (right.v >> 16)};
 }
 inline Lanes to_lanes(Ints ints) { return {__builtin_convertvector(ints.v, Lanes::Floats)}; }
-
-// Half the bits of a float: its exponent is moved, and infinities and NaN keep theirs.
-inline float half_to_float(uint16_t half) {
-  const uint32_t magnitude = (half & 0x7fffu) << 13;
-  uint32_t bits = magnitude + ((127u - 15u) << 23);
-  if (magnitude >= 0x7c00u << 13) bits += (127u - 15u) << 23;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  if (magnitude < 1u << 23) value = static_cast<float>(half & 0x3ffu) * 0x1p-24f; // denormal
-  return half & 0x8000u ? -value : value;
-}
 
 inline Lanes load_half(const uint16_t* source) {
   uint16_t halves[4];

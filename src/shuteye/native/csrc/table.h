@@ -8,6 +8,25 @@ namespace SHUTEYE_ISA {
 
 inline void nothing() {}
 
+#if defined(SHUTEYE_LANES_AVX512) || defined(SHUTEYE_LANES_AVX2)
+template <class T>
+using FewOfInt8 = Int8Arithmetic<T>;
+#else
+template <class T>
+using FewOfInt8 = FloatArithmetic<T, i8>;
+#endif
+
+// Kernels of a model of dtype T over caches of fewer bits than float32, by the dtype of the cache.
+template <class T, class Rope, class Attend>
+void add_caches(Rope* rope, Attend* own) {
+  rope[SHUTEYE_CACHE_BFLOAT16] = rope_heads<T, bf16>;
+  rope[SHUTEYE_CACHE_FLOAT16] = rope_heads<T, f16>;
+  rope[SHUTEYE_CACHE_INT8] = rope_heads<T, i8>;
+  own[SHUTEYE_CACHE_BFLOAT16] = attend<FloatArithmetic<T, bf16>>;
+  own[SHUTEYE_CACHE_FLOAT16] = attend<FloatArithmetic<T, f16>, FloatArithmetic<T, float>>;
+  own[SHUTEYE_CACHE_INT8] = attend<FewOfInt8<T>, FloatArithmetic<T, float>>;
+}
+
 inline shuteye::KernelTable common_table(const char* name) {
   shuteye::KernelTable table{};
   table.name = name;
@@ -17,10 +36,10 @@ inline shuteye::KernelTable common_table(const char* name) {
   table.silu_mul_rows[SHUTEYE_BFLOAT16] = silu_mul_rows<bf16>;
   table.linear[shuteye::kRowsForm] = table.linear[shuteye::kPanelsForm] = panel_kernels<WidenedPairs>();
   table.least_rows = shuteye::kPanelRows;
-  table.rope_heads[SHUTEYE_FLOAT32] = rope_heads<float>;
-  table.rope_heads[SHUTEYE_BFLOAT16] = rope_heads<bf16>;
-  table.attend[SHUTEYE_FLOAT32] = attend<FloatArithmetic<float>>;
-  table.attend[SHUTEYE_BFLOAT16] = attend<FloatArithmetic<bf16>>;
+  table.rope_heads[SHUTEYE_FLOAT32][SHUTEYE_CACHE_FLOAT32] = rope_heads<float, float>;
+  table.attend[SHUTEYE_FLOAT32][SHUTEYE_CACHE_FLOAT32] = attend<FloatArithmetic<float>>;
+  add_caches<float>(table.rope_heads[SHUTEYE_FLOAT32], table.attend[SHUTEYE_FLOAT32]);
+  add_caches<bf16>(table.rope_heads[SHUTEYE_BFLOAT16], table.attend[SHUTEYE_BFLOAT16]);
   table.merge[SHUTEYE_FLOAT32] = merge<float>;
   table.merge[SHUTEYE_BFLOAT16] = merge<bf16>;
   table.sum_ranks[SHUTEYE_FLOAT32][SHUTEYE_FLOAT32] = sum_ranks<float, float>;

@@ -6,6 +6,14 @@ extern "C" {
 
 enum ShuteyeDtype : int64_t { SHUTEYE_FLOAT32 = 0, SHUTEYE_BFLOAT16 = 1 };
 
+// What a KV cache holds: the model's dtype, or one of the last three.
+enum ShuteyeCacheDtype : int64_t {
+  SHUTEYE_CACHE_FLOAT32 = 0,
+  SHUTEYE_CACHE_BFLOAT16 = 1,
+  SHUTEYE_CACHE_FLOAT16 = 2,
+  SHUTEYE_CACHE_INT8 = 3,
+};
+
 // How a weight matrix lies in memory; docs/matrices.md has the bytes, matrices/kinds.py the same numbers.
 enum ShuteyeKind : int64_t {
   SHUTEYE_ROWS = 0, // row-major, of the model's dtype
@@ -56,9 +64,11 @@ struct ShuteyeLayer {
   int64_t window;           // positions a query sees, itself included; 0: all
 };
 
-// [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]
+// [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim] of dtype; after the last three dimensions of int8 their
+// scales, float [num_kv_heads, block_size].
 struct ShuteyeCache {
   void* base;
+  int64_t dtype; // of ShuteyeCacheDtype
   int64_t num_blocks;
   int64_t num_layers;
   int64_t block_size;

@@ -22,7 +22,7 @@ router = APIRouter(route_class=InferenceRoute)
 
 
 class ModelAnswer(Struct, kw_only=True):
-    """One served name; how its weights are held is known once they are loaded."""
+    """One served name; how its weights and its KV cache are held is known once they are loaded."""
 
     id: str
     object: Literal["model"] = "model"
@@ -33,6 +33,7 @@ class ModelAnswer(Struct, kw_only=True):
     max_model_len: int | None
     weights_format: str | None = None
     bits_per_weight: float | None = None
+    kv_cache_dtype: str | None = None
 
 
 class ModelsAnswer(Struct, kw_only=True):
@@ -64,6 +65,7 @@ def _card(name: str, context: ServerContext) -> ModelAnswer:
         info = engine.info
         card.max_model_len = info.max_model_len
         card.weights_format, card.bits_per_weight = info.weights_format, info.bits_per_weight
+        card.kv_cache_dtype = info.kv_cache_dtype or None
     return card
 
 

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from shuteye.cache.kv_cache import KVCache, kv_bytes_per_token
+from shuteye.cache.kv_cache import KVCache
+from shuteye.cache.kv_layout import KVLayout, cache_dtype
 from shuteye.config import EngineConfig
 from shuteye.memory.arena import Arena
 from shuteye.memory.image import WeightImage
@@ -59,13 +60,14 @@ class GenerationRunner(ModelRunner):
         self.model = model = bind(image, weights, native=is_native, groups=groups)
         self._samples = model.shard is None or model.shard.holds_sampler
         cached = model.facts.attention
-        self.kv_bytes_per_token = kv_bytes_per_token(
+        self._kv_layout = KVLayout(
             num_layers=cached.num_layers,
+            block_size=config.block_size,
             num_kv_heads=cached.num_kv_heads,
             head_dim=cached.head_dim,
-            dtype=model.dtype,
+            dtype=cache_dtype(config.kv_cache_dtype, model.dtype),
         )
-        self._block_size = config.block_size
+        self.kv_bytes_per_token, self.kv_cache_dtype = self._kv_layout.bytes_per_token, self._kv_layout.dtype
         if not model.decoder.native_tokens:
             from shuteye.models.tensors import use_torch_threads
 
@@ -74,17 +76,9 @@ class GenerationRunner(ModelRunner):
 
     def attach_kv_cache(self, arena: Arena, *, num_blocks: int) -> None:
         """Look into the KV arena; the canary's tokens go to the scratch block."""
-        model, cached = self.model, self.model.facts.attention
-        self._kv_cache = KVCache(
-            arena,
-            num_blocks=num_blocks,
-            num_layers=cached.num_layers,
-            block_size=self._block_size,
-            num_kv_heads=cached.num_kv_heads,
-            head_dim=cached.head_dim,
-            dtype=model.dtype,
-        )
-        token_ids = fixed_tokens(model.facts.vocab_size, limit=min(len(CANARY_POSITIONS), self._block_size))
+        self._kv_cache = KVCache(arena, self._kv_layout, num_blocks=num_blocks)
+        limit = min(len(CANARY_POSITIONS), self._kv_layout.block_size)
+        token_ids = fixed_tokens(self.model.facts.vocab_size, limit=limit)
         chunk = Chunk(request_id="canary", token_ids=token_ids, start=0, block_ids=(SCRATCH_BLOCK,), sample=True)
         self._canary = StepPlan(chunks=(chunk,))
 
@@ -104,7 +98,7 @@ class GenerationRunner(ModelRunner):
 
     def _forward(self, plan: StepPlan, *, canary: bool = False) -> Logits:
         """The plan's logits; `canary`: its last chunk is the canary's."""
-        batch = PackedBatch.from_plan(plan, block_size=self._block_size)
+        batch = PackedBatch.from_plan(plan, block_size=self._kv_layout.block_size)
         if canary:
             own = CANARY_POSITIONS[: self._canary.num_tokens]
             batch.positions[-len(own) :] = np.minimum(own, self.model.facts.context_length - 1)
