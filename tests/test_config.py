@@ -8,7 +8,7 @@ import pytest
 
 from shuteye import LLM, EngineConfig, SamplingParams
 from shuteye.errors import InvalidRequest
-from shuteye.executors.wire import Decoder, encode
+from shuteye.typed_frames import Decoder, encode
 
 
 @pytest.mark.parametrize("given", [str, Path])

@@ -10,11 +10,11 @@ import pytest
 
 from shuteye import EngineConfig, SamplingParams
 from shuteye.errors import InvalidRequest
-from shuteye.executors.wire import Decoder, encode
 from shuteye.server.config import ServerConfig
 from shuteye.tasks.generate.requests import StructuredOutputsParams
 from shuteye.tasks.pool.requests import PoolingParams
 from shuteye.tasks.transcribe.requests import TranscribeParams
+from shuteye.typed_frames import Decoder, encode
 
 WRONG = [
     (EngineConfig, "dtype", "half", "'auto', 'bfloat16', 'float32'"),

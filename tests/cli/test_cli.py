@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from shuteye.cli import main as cli
-from shuteye.cli.terminal import ProgressBars
+from shuteye.cli.progress_bars import ProgressBars
 from shuteye.config import EngineConfig
 from shuteye.memory.image import ImageIdentity
 from shuteye.memory.image_store import ImageStore

@@ -4,6 +4,10 @@ import pytest
 import torch
 from shuteye_server import Served, stop_all
 
+from shuteye import EngineConfig
+from shuteye.models.converter import Order, obtain_image
+from shuteye.models.progress import no_progress
+from shuteye.parallel.shards import ONE_RANK
 from shuteye.tokenizer import Tokenizer
 
 POLICIES = ("reject", "hold", "wake")
@@ -11,9 +15,12 @@ KEYS = ("sk-inference", "sk-admin")
 
 
 @pytest.fixture(scope="session")
-def image_cache(tmp_path_factory):
-    """One cache for all servers: the first to come builds the image, under the others' eyes."""
-    return tmp_path_factory.mktemp("cache")
+def image_cache(tiny_checkpoint, tmp_path_factory):
+    """One cache for all servers, with their image: otherwise each would import what converts, which takes seconds."""
+    cache = tmp_path_factory.mktemp("cache")
+    config = EngineConfig(str(tiny_checkpoint), cache_dir=cache, kernels="torch")
+    obtain_image(Order.of(config, ONE_RANK, model=config.model), no_progress).close()
+    return cache
 
 
 @pytest.fixture(scope="session")

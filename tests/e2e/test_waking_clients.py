@@ -12,7 +12,7 @@ from shuteye_server import ANSWER_S
 
 from shuteye.client import AsyncWakingTransport, WakingTransport
 
-NUM_REQUESTS = 50
+NUM_REQUESTS = 24
 MAX_TOKENS = 15
 CONNECTIONS = httpx2.Limits(max_connections=None)
 
@@ -71,7 +71,7 @@ def new_wakes(server, before):
 
 @pytest.mark.parametrize("level", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ask_all", [ask_from_threads, ask_from_tasks])
-def test_fifty_requests_wake_it_once(server, right, ask_all, level):
+def test_many_requests_wake_it_once(server, right, ask_all, level):
     """A wake per request, a request that fails because another one woke the model, or answers that change places."""
     asked = prompts(ask_all.__name__)
     server.done(f"/sleep?level={level}")
@@ -143,7 +143,7 @@ def no_memory(server):
 
 
 @pytest.mark.parametrize(("ask_all", "transport"), [(ask_from_threads, Seen), (ask_from_tasks, AsyncSeen)])
-def test_fifty_requests_survive_a_wake_that_fails_once(server, right, no_memory, ask_all, transport):
+def test_many_requests_survive_a_wake_that_fails_once(server, right, no_memory, ask_all, transport):
     """A failed wake that sticks, a stampede of wakes after it, or a client that gives up on what a retry would mend."""
     asked = prompts(f"again {ask_all.__name__}")
     before = wakes(server)

@@ -95,7 +95,7 @@ def test_sigterm_ends_loading_in_order_and_nothing_else(state):
 
 SERVER = """
 import os, subprocess, sys, time
-command = [sys.executable, "-m", "shuteye.engine.process", "ipc:///nowhere", str(os.getpid()), "{fd}", "text", "info"]
+command = [sys.executable, "-m", "shuteye.engine.process", "ipc:///nowhere", str(os.getpid()), "{fd}"]
 print(subprocess.Popen(command, pass_fds=[{fd}]).pid, flush=True)
 time.sleep(600)
 """
@@ -156,7 +156,7 @@ def test_an_engine_whose_server_was_gone_before_it_began_ends():
     """Would catch the race that the kernel's signal alone leaves: a parent that dies first sends nothing any more."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait(PATIENCE_S)
-    command = [sys.executable, "-m", "shuteye.engine.process", "ipc:///nowhere", str(gone.pid), "0", "text", "info"]
+    command = [sys.executable, "-m", "shuteye.engine.process", "ipc:///nowhere", str(gone.pid), "0"]
     engine = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert engine.wait(PATIENCE_S) == 1  # although nothing has been written to its pipe, nor is closed
@@ -166,3 +166,12 @@ def test_an_engine_whose_server_was_gone_before_it_began_ends():
         engine.wait(PATIENCE_S)
         engine.stdin.close()
         engine.stderr.close()
+
+
+def test_an_engine_that_is_not_needed_ends_in_silence():
+    """Would catch a traceback beside the help of `shuteye serve --help`: its engine has begun, and is told nothing."""
+    pulse = Pulse()
+    command = [sys.executable, "-m", "shuteye.engine.process", "ipc:///nowhere", str(os.getpid()), str(pulse.fd)]
+    done = subprocess.run(command, pass_fds=[pulse.fd], input=b"", capture_output=True, timeout=PATIENCE_S, check=False)
+    pulse.close()
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

@@ -239,7 +239,7 @@ def test_random_sequences_follow_the_table(harness):
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=120,
+            max_examples=50,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import os
 import signal
+import subprocess
 import tempfile
 from dataclasses import replace
 
@@ -13,9 +14,13 @@ from descriptor_limits import none_left
 
 from shuteye import AsyncEngine, EngineConfig, SamplingParams
 from shuteye.engine.messages import AddRequests
+from shuteye.engine.start import EngineStart
 from shuteye.errors import DescriptorsExhausted, EngineDead, EngineHung, InvalidRequest, TransitionConflict
+from shuteye.frontend.engine_process import EngineProcess
 from shuteye.frontend.process_link import ProcessLink
+from shuteye.logs import LogSettings
 from shuteye.tasks.generate.requests import GenerateRequest, StructuredOutputsParams
+from shuteye.typed_frames import encode
 
 
 @pytest.fixture
@@ -26,10 +31,10 @@ def config(tiny_checkpoint, core_cache):
 def test_a_process_that_cannot_be_started_is_told_and_closed(config, monkeypatch):
     """Would catch a foreign error, or a close() that trips over what was never there."""
 
-    async def no_process(*_args, **_options):
+    def no_process(*_args, **_options):
         raise OSError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", no_process)
+    monkeypatch.setattr(subprocess, "Popen", no_process)
 
     async def scenario():
         engine = AsyncEngine(config)
@@ -42,28 +47,35 @@ def test_a_process_that_cannot_be_started_is_told_and_closed(config, monkeypatch
     asyncio.run(scenario())
 
 
-def test_closing_while_the_process_starts_leaves_none_behind(config, monkeypatch):
+def test_closing_while_the_engine_loads_leaves_none_behind(config):
     """Would catch a server, stopped at the wrong moment, that orphans an engine or fails to stop."""
-    started = []
-    create = asyncio.create_subprocess_exec
-
-    async def slow(*args, **options):
-        started.append(await create(*args, **options))
-        await asyncio.sleep(0.1)
-        return started[0]
-
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", slow)
 
     async def scenario():
         engine = AsyncEngine(config)
-        starting = asyncio.create_task(engine.start())
-        await asyncio.sleep(0.05)
+        await engine.launch()
+        pid = engine.engine_pid
         await engine.close()
-        with pytest.raises(EngineDead):
-            await starting
-        await asyncio.wait_for(started[0].wait(), 5)
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
     asyncio.run(scenario())
+
+
+def test_a_process_that_runs_already_is_taken_once_and_another_at_a_restart(config):
+    """Would catch a second process beside it, a config told twice, and a restart with what has ended."""
+    process = EngineProcess()
+
+    async def scenario():
+        async with AsyncEngine(config, process=process) as engine:
+            assert engine.engine_pid == process.pid
+            os.kill(process.pid, signal.SIGKILL)
+            await until(lambda: engine.status == "dead", "the death to be noticed")
+            await engine.restart()
+            assert engine.engine_pid != process.pid
+
+    process.tell(encode(EngineStart(config, LogSettings())))
+    asyncio.run(scenario())
+    process.close()
 
 
 async def until(condition, what):
@@ -198,11 +210,11 @@ def test_a_start_that_loses_its_descriptors_half_way_says_so(config, monkeypatch
     async def scenario():
         with contextlib.ExitStack() as stack:
 
-            async def no_process(*_args, **_options):
+            def no_process(*_args, **_options):
                 stack.enter_context(none_left())
                 raise OSError(-1, "Unknown error -1")
 
-            monkeypatch.setattr(asyncio, "create_subprocess_exec", no_process)
+            monkeypatch.setattr(subprocess, "Popen", no_process)
             engine = AsyncEngine(config)
             with pytest.raises(DescriptorsExhausted, match="file descriptors"):
                 await engine.start()

@@ -11,10 +11,10 @@ from shuteye.calls import ControlCall, RpcCall, SleepCall, UpdateCall, UpdateFro
 from shuteye.client import AsyncClient, Client
 from shuteye.client.control import _nothing, route_of
 from shuteye.errors import InvalidRequest
-from shuteye.executors.wire import encode
 from shuteye.frontend.engine import Engine
 from shuteye.server.control.calls import call_of, model_of
 from shuteye.server.control.routes import router
+from shuteye.typed_frames import encode
 
 CALLS = [kind for kind in typing.get_args(ControlCall) if kind is not UpdateCall]
 VERB_OF_FACE = {

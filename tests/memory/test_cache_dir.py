@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from shuteye.memory.cache_dir import find_orphans, lock_file, remove_orphan, sweep_orphans
+from shuteye.file_locks import lock_file
+from shuteye.memory.cache_dir import find_orphans, remove_orphan, sweep_orphans
 
 KEY = "model-1.5-bfloat16-0123456789ab"
 

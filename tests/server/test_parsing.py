@@ -127,7 +127,7 @@ WRITTEN = st.lists(
 MAKERS = [HermesParser, LlamaParser, MistralParser, thinking(inside=True), thinking(HermesParser, inside=False)]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.sampled_from(MAKERS), WRITTEN, st.data())
 def test_random_text_parses_the_same_however_it_is_cut(make, parts, data):
     """A stream that says something else than the whole answer, or a reader that never returns."""
@@ -139,7 +139,7 @@ def test_random_text_parses_the_same_however_it_is_cut(make, parts, data):
 JSON = st.recursive(st.none() | st.integers() | st.text(max_size=4), st.lists, max_leaves=20)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.text(max_size=3), JSON))
 def test_any_arguments_come_through_as_they_are(arguments):
     """Braces or quotes within strings taken for JSON's own."""

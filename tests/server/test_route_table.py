@@ -94,33 +94,33 @@ def test_awake_it_serves(make_engine, client_of, row):
     require_served(send(client_of(engine_for(make_engine, row)), row), row)
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @each_protected
-def test_reject_answers_the_503_to_the_byte(make_engine, client_of, row, level):
+def test_reject_answers_the_503_to_the_byte(make_engine, client_of, row):
     """Another key, another message, a stream that begins before its refusal, or a request that reached the engine."""
     engine = engine_for(make_engine, row, on_sleeping_request="reject")
     client = client_of(engine)
-    client.post(f"/sleep?level={level}")
-    require_refused(send(client, row))
-    assert engine.seen == []
-    client.post("/wake_up")
+    for level in LEVELS:
+        client.post(f"/sleep?level={level}")
+        require_refused(send(client, row))
+        assert engine.seen == []
+        client.post("/wake_up")
     require_served(send(client, row), row)
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @each_protected
-def test_hold_serves_once_someone_wakes_the_model(make_engine, client_of, row, level):
+def test_hold_serves_once_someone_wakes_the_model(make_engine, client_of, row):
     """A request that is refused although it was to wait, that is lost over the wake, or that wakes by itself."""
     engine = engine_for(make_engine, row, on_sleeping_request="hold", hold_timeout_s=20)
     client = client_of(engine)
-    client.post(f"/sleep?level={level}")
-    with ThreadPoolExecutor(1) as pool:
-        held = pool.submit(send, client, row)
-        wait_until(lambda: engine.held == 1 or held.done())
-        assert not held.done()
-        assert client.get("/is_sleeping").json() == {"is_sleeping": True}
-        client.post("/wake_up")
-        require_served(held.result(20), row)
+    for level in LEVELS:
+        client.post(f"/sleep?level={level}")
+        with ThreadPoolExecutor(1) as pool:
+            held = pool.submit(send, client, row)
+            wait_until(lambda held=held: engine.held == 1 or held.done())
+            assert not held.done()
+            assert client.get("/is_sleeping").json() == {"is_sleeping": True}
+            client.post("/wake_up")
+            require_served(held.result(20), row)
 
 
 @each_protected
@@ -131,14 +131,14 @@ def test_hold_ends_with_the_503_at_its_deadline(make_engine, client_of, row):
     require_refused(send(client, row))
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @each_protected
-def test_wake_wakes_and_serves(make_engine, client_of, row, level):
+def test_wake_wakes_and_serves(make_engine, client_of, row):
     """A request that is refused although it was to wake the model."""
     client = client_of(engine_for(make_engine, row, on_sleeping_request="wake"))
-    client.post(f"/sleep?level={level}")
-    require_served(send(client, row), row)
-    assert client.get("/is_sleeping").json() == {"is_sleeping": False}
+    for level in LEVELS:
+        client.post(f"/sleep?level={level}")
+        require_served(send(client, row), row)
+        assert client.get("/is_sleeping").json() == {"is_sleeping": False}
 
 
 @pytest.mark.parametrize("policy", ["reject", "hold", "wake"])

@@ -1,76 +1,137 @@
-"""`shuteye serve`: its command line is read by a child, while this process imports what serves.
+"""`shuteye serve`: its command line is read by a child, while this process and the engine's import what they need.
 
-What reading it takes, of time and of memory, a server then does not have.
+    this process   ── EngineProcess ── fork ── imports the server ────────── reads the pipe ── serves
+    the child                          └─ reads the command line ── tells both ── ends
+    the engine's      └─ imports what computes ──────────────── reads its stdin ── loads the model
+
+What reading a command line takes, of time and of memory, a server then does not have.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import gc
 import os
 import signal
 import sys
+import termios
 import traceback
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
-from shuteye.processes import die_with_parent
+from shuteye.frontend.engine_process import EngineProcess
+from shuteye.processes import die_with_parent, raise_limit
 
 if TYPE_CHECKING:
+    from shuteye.cli.serve import ServeOrder
     from shuteye.config import EngineConfig
     from shuteye.server.config import ServerConfig
 
 
 def serve() -> int:
     """Do what `sys.argv` says; the process's exit code. To be called while there is one thread."""
+    gc.disable()  # until what is imported is; the engine's process and the child have their own
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which engines do not use, and which spin at first
-    fds = os.pipe()
-    reading, writing = os.fdopen(fds[0], "rb"), os.fdopen(fds[1], "wb")
-    parent, child = os.getpid(), os.fork()
-    if child == 0:
-        reading.close()
-        die_with_parent(parent)
-        _end(_read_command_line(writing))
-    handlers = _end_together_with(child)
-    writing.close()
+    raise_limit()  # the engine's process inherits it
+    with contextlib.ExitStack() as opened:
+        process = _started(opened)
+        child = _Child(process, opened)
+        with _handling(child.stop, signal.SIGINT, signal.SIGTERM):
+            with _handling(child.look, signal.SIGCHLD):
+                child.look()  # it may have ended already
+                from shuteye.server import launch
+
+                launch.import_server()
+            told, code = child.ended()
+        return launch.serve(*_configs(told), process) if told else code
+
+
+def _started(opened: contextlib.ExitStack) -> EngineProcess | None:
+    """The engine's process; None if it cannot be started now: the engine then tries again, and tells why it cannot."""
+    try:
+        process = EngineProcess()
+    except OSError:
+        return None
+    opened.callback(process.close)
+    return process
+
+
+def _configs(told: bytes) -> tuple[EngineConfig, ServerConfig]:
     from shuteye.config import EngineConfig
-    from shuteye.executors.wire import Decoder
-    from shuteye.server import launch
     from shuteye.server.config import ServerConfig
+    from shuteye.typed_frames import Decoder
 
-    with reading:
-        told = reading.read()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if not told:
-        return code
-    configs: Decoder[tuple[EngineConfig, ServerConfig]] = Decoder(tuple[EngineConfig, ServerConfig])
-    return launch.serve(*configs.decode(told))
+    return Decoder[tuple[EngineConfig, ServerConfig]](tuple[EngineConfig, ServerConfig]).decode(told)
 
 
-def _end_together_with(child: int) -> dict[int, Any]:
-    """Let a signal end both; the handlers as they were."""
+@contextlib.contextmanager
+def _handling(handler: Callable[..., None], *numbers: signal.Signals) -> Iterator[None]:
+    """Handle signals; afterwards they are handled as before."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
-    def end(_number: int, _frame: FrameType | None) -> None:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os._exit(0)
 
-    return {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+class _Child:
+    """The child that reads the command line, seen from the process that it is forked from.
+
+    Args:
+        process: told by it, too.
+        opened: closed where this process ends before it serves.
+    """
+
+    def __init__(self, process: EngineProcess | None, opened: contextlib.ExitStack) -> None:
+        self._opened = opened
+        fds = os.pipe()
+        self._reading = os.fdopen(fds[0], "rb")
+        opened.callback(self._reading.close)
+        parent, self._pid = os.getpid(), os.fork()
+        if self._pid == 0:
+            die_with_parent(parent)
+            _end(_read_command_line(os.fdopen(fds[1], "wb"), process))
+        os.close(fds[1])
+        if process is not None:
+            process.let_tell()
+
+    def ended(self) -> tuple[bytes, int]:
+        """What it has told, nothing if there is nothing to serve, and its exit code; waits for its end."""
+        told = self._reading.read()
+        return told, os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+    def stop(self, _number: int, _frame: FrameType | None) -> None:
+        """A signal has come that ends all of them."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # its end says nothing from here on
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        self._end_parent(0)
+
+    def look(self, *_signal: Any) -> None:
+        """If it has ended and told nothing there is nothing to serve. Not to be called once `ended` is."""
+        ended = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        if ended and not _has_bytes(self._reading):
+            self._end_parent(self.ended()[1])
+
+    def _end_parent(self, code: int) -> NoReturn:
+        self._opened.close()
+        os._exit(code)
 
 
-def _read_command_line(writing: BinaryIO) -> int:
-    """In the child: write both configurations, unless the command line asks for something else, or is wrong."""
+def _has_bytes(pipe: BinaryIO) -> bool:
+    """Whether something has been written that can be read."""
+    return fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)) != bytes(4)
+
+
+def _read_command_line(writing: BinaryIO, process: EngineProcess | None) -> int:
+    """In the child: tell both processes what to serve, unless the command line asks for something else, or is wrong."""
     try:
         from shuteye.cli import main
-        from shuteye.cli import serve as command
-        from shuteye.executors.wire import encode
 
-        def tell(engine: EngineConfig, server: ServerConfig) -> int:
-            writing.write(encode((engine, server)))
-            return 0
-
-        command.run_server = tell
-        return main.run()
+        return main.run(serving=lambda order: _tell(order, writing, process))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except BaseException:  # noqa: BLE001 (nothing above us here is the child's)
@@ -80,7 +141,18 @@ def _read_command_line(writing: BinaryIO) -> int:
         writing.close()
 
 
-def _end(code: int) -> None:
+def _tell(order: ServeOrder, writing: BinaryIO, process: EngineProcess | None) -> int:
+    from shuteye.engine.start import EngineStart
+    from shuteye.logs import LogSettings
+    from shuteye.typed_frames import encode
+
+    if process is not None:
+        process.tell(encode(EngineStart(order.engine, LogSettings(order.server.log_format, order.server.log_level))))
+    writing.write(encode((order.engine, order.server)))
+    return 0
+
+
+def _end(code: int) -> NoReturn:
     """End without what the parent has registered for its own end."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from shuteye.cli.quantities import format_seconds, format_size
 from shuteye.cli.remote import AsJson, Remote
-from shuteye.cli.terminal import format_seconds, format_size, show, show_json, table
+from shuteye.cli.terminal import show, show_json, table
 from shuteye.cli.values import INTEGER
 from shuteye.client.load import Cycle, LoadGenerator, LoadPlan, LoadResult, percentile
 from shuteye.errors import InvalidRequest

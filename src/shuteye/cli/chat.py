@@ -17,8 +17,9 @@ from cyclopts.validators import Number
 from rich.console import Console
 
 from shuteye.cli.own_server import OwnServer
+from shuteye.cli.quantities import format_seconds, format_size
 from shuteye.cli.remote import Remote
-from shuteye.cli.terminal import format_seconds, format_size, show, show_error
+from shuteye.cli.terminal import show, show_error
 from shuteye.cli.values import INTEGER
 from shuteye.client import DEFAULT_URL
 from shuteye.client.conversation import Conversation, Piece, served_names

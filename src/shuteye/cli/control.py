@@ -10,8 +10,9 @@ from typing import Annotated, BinaryIO
 from cyclopts import Parameter
 
 from shuteye.calls import PauseCall, SleepCall, WakeCall
+from shuteye.cli.quantities import format_seconds, format_size
 from shuteye.cli.remote import AsJson, Remote, takes
-from shuteye.cli.terminal import format_seconds, format_size, show, show_json, table
+from shuteye.cli.terminal import show, show_json, table
 from shuteye.errors import InvalidRequest
 from shuteye.state import EngineState, SleepReport, UpdateReport, WakeReport
 

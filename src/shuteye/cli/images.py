@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from shuteye.cli.terminal import ProgressBars, format_size, show, show_error, show_json, table
+from shuteye.cli.progress_bars import ProgressBars
+from shuteye.cli.quantities import format_size
+from shuteye.cli.terminal import show, show_error, show_json, table
 from shuteye.config import DEFAULT_MODEL, DType, Quantization, default_cache_dir
 from shuteye.errors import ImageFailure, InvalidRequest
 

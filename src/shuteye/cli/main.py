@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cyclopts import App, CycloptsError
 
@@ -73,13 +73,20 @@ app.register_install_completion_command(help="Install completion of commands and
 app.command("shuteye.cli.images:app", name="images", help="List, remove and verify weight images.")
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit status: 0, 1 for a failure, 2 for a wrong call."""
+def run(
+    arguments: Sequence[str] | None = None, *, serving: Callable[[serve.ServeOrder], int] = serve.serve_here
+) -> int:
+    """Run one command line and return its exit status: 0, 1 for a failure, 2 for a wrong call.
+
+    Args:
+        serving: what `shuteye serve` does, once it is known what to serve; returns the exit status.
+    """
     app.config = settings = Settings()
     for line in unread_variables(os.environ, known_variables()):
         show_warning(line)
     try:
         result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        result = serving(result) if isinstance(result, serve.ServeOrder) else result
     except CycloptsError as error:
         show_error(f"{_with_source(error)} See --help.")
         return MISUSED

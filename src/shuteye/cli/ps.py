@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from shuteye.cli.quantities import format_seconds, format_size
 from shuteye.cli.remote import AsJson, Remote
-from shuteye.cli.terminal import format_seconds, format_size, show, show_json, table
+from shuteye.cli.terminal import show, show_json, table
 from shuteye.client import ServerState
 from shuteye.errors import ShuteyeError
 from shuteye.state import RankState, TagState

@@ -6,7 +6,7 @@ Knows the help of every flag; what the values do is the engine's and the server'
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -215,14 +215,22 @@ def variables() -> frozenset[str]:
     return frozenset(name for one in details for name in one.env_var)
 
 
-def run_server(engine: EngineConfig, server: ServerConfig) -> int:
-    """What is done with both; replaced where another process does it (`cli/apart.py`)."""
+@dataclass(frozen=True, slots=True)
+class ServeOrder:
+    """What a command line asks to be served, and how; carried out by whoever had it read."""
+
+    engine: EngineConfig
+    server: ServerConfig
+
+
+def serve_here(order: ServeOrder) -> int:
+    """Serve in this process, until it is told to stop; its exit code."""
     from shuteye.server.launch import serve as run
 
-    return run(engine, server)
+    return run(order.engine, order.server)
 
 
-def serve(*arguments: Any, **flags: Any) -> int:
+def serve(*arguments: Any, **flags: Any) -> ServeOrder:
     """Load a model and serve it over an OpenAI-compatible API.
 
     Flags win over environment variables, and those over the file given with --config.
@@ -230,7 +238,7 @@ def serve(*arguments: Any, **flags: Any) -> int:
     values = _SIGNATURE.bind(*arguments, **flags).arguments  # only what was given
     engine = EngineConfig(**{one.name: values[one.name] for one in fields(EngineConfig) if one.name in values})
     server = ServerConfig(**{one.name: values[one.name] for one in fields(ServerConfig) if one.name in values})
-    return run_server(engine, server)
+    return ServeOrder(engine, server)
 
 
 serve.__signature__ = _SIGNATURE  # type: ignore[attr-defined]  # cyclopts reads it

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from cyclopts import App, Argument, ArgumentCollection, CycloptsError, Group, Parameter, Token
 from cyclopts.config import Dict
 
-from shuteye.cli.terminal import format_size, parse_integer, parse_size
+from shuteye.cli.quantities import format_size, parse_integer, parse_size
 from shuteye.typed_fields import MISFIT, Kind, kind_of
 
 CONFIG_FLAG = "--config"

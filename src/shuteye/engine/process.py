@@ -1,29 +1,33 @@
 """The engine in a process of its own: what that process runs.
 
-`python -m shuteye.engine.process ENDPOINT PARENT PULSE LOG_FORMAT LOG_LEVEL` reads its config, one frame, from
-stdin; PULSE is the descriptor of a `Pulse`.
+`python -m shuteye.engine.process ENDPOINT PARENT PULSE` reads an `EngineStart`, one frame, from stdin; PULSE is the
+descriptor of a `Pulse`. Until it is told, it imports what most engines compute with.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import zmq
 
 from shuteye import logs
-from shuteye.config import EngineConfig
 from shuteye.engine.liveness import Pulse
 from shuteye.engine.loop import run_engine
 from shuteye.engine.messages import Connected, FromEngine, ToEngine
-from shuteye.executors.wire import Decoder, connect_pair, encode
+from shuteye.engine.start import EngineStart
+from shuteye.executors.wire import connect_pair
 from shuteye.processes import die_with_parent
+from shuteye.typed_frames import Decoder, encode
 
 MAX_POLL_MS = 1 << 30
+RECONNECT_MS = 10
+"""How soon the socket looks again for its other end, which may not be there yet."""
 
 
 class ZmqChannel:
@@ -81,6 +85,16 @@ def _stop_loading_on_sigterm(pulse: Pulse) -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
+def _told() -> EngineStart | None:
+    """What to serve; None if it turned out that no engine is needed. What would be imported later is, meanwhile."""
+    stdin = sys.stdin.buffer
+    if not select.select([stdin], [], [], 0)[0]:
+        from shuteye.executors import inproc  # noqa: F401
+        from shuteye.tasks.generate import runner, scheduler  # noqa: F401
+    frame = stdin.read()
+    return Decoder[EngineStart](EngineStart).decode(frame) if frame else None
+
+
 def main() -> None:
     """Serve one engine until told to shut down."""
     die_with_parent(int(sys.argv[2]))
@@ -88,15 +102,17 @@ def main() -> None:
     pulse = Pulse(int(sys.argv[3]))
     pulse.beat_in_background()
     _stop_loading_on_sigterm(pulse)
-    logs.configure(logs.LogSettings(cast(logs.LogFormat, sys.argv[4]), cast(logs.LogLevel, sys.argv[5])))
-    config: EngineConfig = Decoder[EngineConfig](EngineConfig).decode(sys.stdin.buffer.read())
+    start = _told()
+    if start is None:
+        return
+    logs.configure(start.logs)
     context: zmq.Context[Any] = zmq.Context()
-    socket = connect_pair(context, sys.argv[1])
+    socket = connect_pair(context, sys.argv[1], {zmq.RECONNECT_IVL: RECONNECT_MS})
     socket.linger = 5_000  # milliseconds: the last words, such as Failed, must get through
     channel = ZmqChannel(socket, pulse)
     channel.send(Connected())
     try:
-        run_engine(config, channel)
+        run_engine(start.config, channel)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         socket.close()

@@ -12,7 +12,6 @@ import msgspec
 
 from shuteye.config import EngineConfig
 from shuteye.errors import ErrorInfo
-from shuteye.executors.wire import Decoder, encode
 from shuteye.model_info import ModelSpec
 from shuteye.parallel.shards import RankPlace
 from shuteye.state import (
@@ -28,6 +27,7 @@ from shuteye.state import (
     WakePlan,
 )
 from shuteye.tasks.generate.plans import StepPlan, StepResult
+from shuteye.typed_frames import Decoder, encode
 
 
 class HeldRegion(msgspec.Struct, frozen=True, tag=True):

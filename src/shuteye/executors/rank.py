@@ -23,9 +23,10 @@ from shuteye.errors import ErrorInfo, InternalError, MemoryExhausted, ShuteyeErr
 from shuteye.executors import tcp_pairs
 from shuteye.executors.frames import ARGUMENTS, MEETING_VERBS, Abort, Ask, EngineAddress, Reply, Start
 from shuteye.executors.membership import Membership
-from shuteye.executors.wire import Decoder, connect_pair, encode
+from shuteye.executors.wire import connect_pair
 from shuteye.handover import NamelessFile
 from shuteye.processes import die_with_parent
+from shuteye.typed_frames import Decoder, encode
 from shuteye.worker import Worker
 
 logger = logging.getLogger(__name__)

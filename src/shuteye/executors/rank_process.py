@@ -19,8 +19,9 @@ import zmq
 
 from shuteye import logs
 from shuteye.executors.frames import Reply, Start
-from shuteye.executors.rendezvous import Rendezvous
-from shuteye.executors.wire import Decoder, bind_pair, encode
+from shuteye.executors.wire import bind_pair
+from shuteye.rendezvous import Rendezvous
+from shuteye.typed_frames import Decoder, encode
 
 _GRACE_S = 10.0
 """How long a process that still loads may take to delete what it has begun."""

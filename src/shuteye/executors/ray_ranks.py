@@ -30,8 +30,8 @@ from shuteye.executors.ray_host import HostOrder, RankHost
 from shuteye.executors.ray_placement import Machine
 from shuteye.executors.spread_groups import SpreadGroups
 from shuteye.executors.tcp_pairs import ConnectionMonitor, FrontDoor
-from shuteye.executors.wire import Decoder, encode
 from shuteye.parallel.shards import RankPlace
+from shuteye.typed_frames import Decoder, encode
 
 logger = logging.getLogger(__name__)
 

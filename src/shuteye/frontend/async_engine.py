@@ -27,6 +27,7 @@ from shuteye.tasks.base import Job
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from shuteye.frontend.engine_process import EngineProcess
     from shuteye.frontend.thread_link import ThreadLink
 
 R = TypeVar("R")
@@ -39,10 +40,12 @@ class AsyncEngine(Engine):
     Args:
         config: what to serve and how.
         in_process: run the engine in a thread instead of a process; needs torch here.
+        process: one that was started before, and that somebody else tells to serve `config`; the first start takes it.
     """
 
-    def __init__(self, config: EngineConfig, *, in_process: bool = False) -> None:
+    def __init__(self, config: EngineConfig, *, in_process: bool = False, process: EngineProcess | None = None) -> None:
         self._given_config = config
+        self._process = process
         self._in_process = in_process
         self._link: ProcessLink | ThreadLink | None = None
         self._launched = False  # and not yet waited for
@@ -67,7 +70,10 @@ class AsyncEngine(Engine):
         if self._in_process:
             self._start_thread()
         else:
-            self._link = link = ProcessLink(self._given_config, on_message=client.on_message, on_death=self._on_death)
+            self._link = link = ProcessLink(
+                self._given_config, on_message=client.on_message, on_death=self._on_death, process=self._process
+            )
+            self._process = None
             try:
                 await link.start()
             except ShuteyeError as error:

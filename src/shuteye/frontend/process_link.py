@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 
@@ -20,12 +18,14 @@ import zmq.asyncio
 from shuteye import logs
 from shuteye import processes as descriptors
 from shuteye.config import EngineConfig
-from shuteye.engine.liveness import LOOK_S, HangWatch, Pulse
+from shuteye.engine.liveness import LOOK_S, HangWatch
 from shuteye.engine.messages import Connected, FromEngine, Ready, Shutdown, ToEngine
+from shuteye.engine.start import EngineStart
 from shuteye.errors import DescriptorsExhausted, EngineDead, InvalidRequest, ShuteyeError, refusal
-from shuteye.executors.rendezvous import Rendezvous
-from shuteye.executors.wire import Decoder, bind_pair, encode
+from shuteye.executors.wire import bind_pair
+from shuteye.frontend.engine_process import EngineProcess
 from shuteye.frontend.forks import tell_forks
+from shuteye.typed_frames import Decoder, encode
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,11 @@ LAST_WORDS_S = 0.05
 
 
 class ProcessLink:
-    """Starts the engine process and carries messages; callbacks are called on the event loop."""
+    """Starts the engine process and carries messages; callbacks are called on the event loop.
+
+    Args:
+        process: one that has been started, and that somebody else tells what to serve; ended here with the others.
+    """
 
     def __init__(
         self,
@@ -45,13 +49,15 @@ class ProcessLink:
         *,
         on_message: Callable[[FromEngine], None],
         on_death: Callable[[ShuteyeError], None],
+        process: EngineProcess | None = None,
     ) -> None:
         self._config = config
         self._on_message = on_message
         self._on_death = on_death
         self._decoder: Decoder[FromEngine] = Decoder(FromEngine)
         self._checker: Decoder[ToEngine] = Decoder(ToEngine)
-        self._process: asyncio.subprocess.Process | None = None
+        self._process = process
+        self._ended = asyncio.Event()
         self._closing = False
         self._listens = False  # to us: it does not while it loads
         self._hang: str | None = None
@@ -77,51 +83,31 @@ class ProcessLink:
             DescriptorsExhausted: there are too few left to start a process.
             EngineDead: there is no process to load in.
         """
-        self._open()
-        logged = logs.settings()
-        arguments = (self._rendezvous.endpoint, str(os.getpid()), str(self._pulse.fd), logged.format, logged.level)
-        command = (sys.executable, "-P", "-m", "shuteye.engine.process", *arguments)
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.PIPE,
-                pass_fds=(self._pulse.fd,),
-                start_new_session=True,  # a terminal's Ctrl-C is for the server alone
-            )
-            if self._closing:
-                process.kill()
-                raise EngineDead("The engine was closed while its process was being started.")
-            self._process = process
-            work = (self._listen(), self._watch(process), self._watch_pulse(process))
-            self._tasks = [asyncio.create_task(one) for one in work]
-            await self._give_config(process)
-        except OSError as error:
-            raise _not_started(error) from error
+        told = self._process is not None
+        process = self._open()
+        if not told:
+            process.tell(encode(EngineStart(self._config, logs.settings())))
+        asyncio.get_running_loop().add_reader(process.ended_fd, self._ended.set)
+        work = (self._listen(process), self._watch(process), self._watch_pulse(process))
+        self._tasks = [asyncio.create_task(one) for one in work]
 
-    def _open(self) -> None:
-        """Make everything that the two processes share."""
+    def _open(self) -> EngineProcess:
+        """Make everything that the two processes share, and the process, unless it is there already."""
         if not descriptors.are_left(NUM_DESCRIPTORS):
             raise _not_started(None)
         with contextlib.ExitStack() as stack:
             try:
-                self._rendezvous = Rendezvous()
-                stack.callback(self._rendezvous.close)
-                self._pulse = Pulse()
-                stack.callback(self._pulse.close)
+                self._process = process = self._process or EngineProcess()
+                stack.callback(process.close)
                 self._context = zmq.asyncio.Context()
                 stack.callback(self._context.term)
-                self._socket = bind_pair(self._context, self._rendezvous.endpoint)
+                self._socket = bind_pair(self._context, process.endpoint)
                 stack.callback(self._socket.close)
             except (OSError, zmq.ZMQError) as error:
+                self._process = None
                 raise _not_started(error) from error
             self._opened = stack.pop_all()
-
-    async def _give_config(self, process: asyncio.subprocess.Process) -> None:
-        stdin = process.stdin
-        assert stdin is not None
-        stdin.write(encode(self._config))
-        await stdin.drain()
-        stdin.close()
+        return process
 
     def post(self, message: ToEngine) -> None:
         """Deliver a message to the engine.
@@ -146,35 +132,44 @@ class ProcessLink:
         if self.inherited:
             return
         process = self._process
-        if process is not None:
+        if process is not None and process.exit_code is None:
             if self._listens:
                 self.post(Shutdown())
-            elif process.returncode is None:
-                process.terminate()  # it stops loading, and leaves nothing half-written
+            else:
+                process.send_signal(signal.SIGTERM)  # it stops loading, and leaves nothing half-written
         self._closing = True
-        if process is not None:
-            await _end(process, SHUTDOWN_GRACE_S if self._hang is None else 0.0)
+        if process is not None and self._tasks:
+            await self._end(process, SHUTDOWN_GRACE_S if self._hang is None else 0.0)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._opened.close()
 
+    async def _end(self, process: EngineProcess, grace_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), grace_s)
+        process.send_signal(signal.SIGKILL)  # ends a stopped process, too
+        await self._ended.wait()
+        asyncio.get_running_loop().remove_reader(process.ended_fd)
+
     def leave_to_parent(self, reason: EngineDead) -> None:
         """See `forks.Inherited`: process, socket and the event loop that watches them are the parent's."""
         self.inherited = True
+        if self._process is not None:
+            self._process.leave_to_parent()
 
-    async def _listen(self) -> None:
+    async def _listen(self, process: EngineProcess) -> None:
         while True:
             message = self._decoder.decode(await self._socket.recv())
             if isinstance(message, Connected):
-                self._rendezvous.close()
+                process.met()
                 continue
             self._listens = self._listens or isinstance(message, Ready)
             self._on_message(message)
 
-    async def _watch_pulse(self, process: asyncio.subprocess.Process) -> None:
-        watch = HangWatch(self._pulse, self._config.hang_timeout_s, self._config.step_timeout_s)
-        while process.returncode is None:  # a dead engine does not hang
+    async def _watch_pulse(self, process: EngineProcess) -> None:
+        watch = HangWatch(process.pulse, self._config.hang_timeout_s, self._config.step_timeout_s)
+        while not self._ended.is_set():  # a dead engine does not hang
             found = watch.look(time.monotonic())
             if found is not None and self._hang is None:
                 logger.error("The engine hangs: %s. It may go on by itself; a restart kills it.", found)
@@ -184,14 +179,21 @@ class ProcessLink:
             await asyncio.sleep(LOOK_S)
         self._hang = None
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        code = await process.wait()
+    async def _watch(self, process: EngineProcess) -> None:
+        await self._ended.wait()
+        asyncio.get_running_loop().remove_reader(process.ended_fd)  # it would be found ready for ever
         await asyncio.sleep(LAST_WORDS_S)
         if not self._closing:
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
             self._on_death(
-                EngineDead(f"The engine process ended by {how}; its requests are lost. It must be restarted.")
+                EngineDead(f"The engine process {_how(process)}; its requests are lost. It must be restarted.")
             )
+
+
+def _how(process: EngineProcess) -> str:
+    """How a process ended."""
+    code = process.exit_code
+    assert code is not None, "it is asked how a process ended that runs"
+    return f"ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended by exit status {code}"
 
 
 def _not_started(error: Exception | None) -> EngineDead:
@@ -199,11 +201,3 @@ def _not_started(error: Exception | None) -> EngineDead:
     if error is None or not descriptors.are_left(NUM_DESCRIPTORS):
         return DescriptorsExhausted(f"The engine process could not be started: {descriptors.shortage()}.")
     return EngineDead(f"The engine process could not be started: {error}.")
-
-
-async def _end(process: asyncio.subprocess.Process, grace_s: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(process.wait(), grace_s)
-    if process.returncode is None:
-        process.kill()  # ends a stopped process, too
-        await process.wait()

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from shuteye.errors import MemoryExhausted
+from shuteye.file_locks import closing_on_error
 from shuteye.memory.arena import Arena
-from shuteye.memory.backends import MemoryBackend, closing_on_error, failure_of
+from shuteye.memory.backends import MemoryBackend, failure_of
 from shuteye.memory.image_files import checksum_hex
 from shuteye.memory.layout import Extent
 

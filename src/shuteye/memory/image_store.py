@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shuteye.errors import ImageFailure
-from shuteye.memory.cache_dir import holders, lock_file, remove_tree, tree_bytes, try_lock
+from shuteye.file_locks import holders, lock_file, try_lock
+from shuteye.memory.cache_dir import remove_tree, tree_bytes
 from shuteye.memory.image import INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage, read_index
 from shuteye.memory.image_writer import ImageWriter, reporting_write_errors
 from shuteye.memory.precision import Precision

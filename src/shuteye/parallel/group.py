@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 import numpy as np
 
 from shuteye.errors import GroupAborted
+from shuteye.file_locks import closing_on_error
 from shuteye.matrices.bfloat16 import Numbers
-from shuteye.memory.backends import closing_on_error, failure_of
+from shuteye.memory.backends import failure_of
 from shuteye.native import library as structs
 from shuteye.native.library import load
 

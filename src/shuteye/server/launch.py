@@ -12,8 +12,10 @@ import gc
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -26,14 +28,61 @@ from shuteye.frontend.engine import Engine
 from shuteye.server.config import ServerConfig
 from shuteye.server.listener import open_listener
 
+if TYPE_CHECKING:
+    from shuteye.frontend.engine_process import EngineProcess
+
 logger = logging.getLogger(__name__)
 
 STOPPED, FAILED, FORCED = 0, 1, 130
 
 
-def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
-    """Serve a model in an engine process of its own until SIGINT or SIGTERM; returns the process's exit code."""
-    return serve_engine(AsyncEngine(engine_config), server_config)
+def serve(engine_config: EngineConfig, server_config: ServerConfig, process: EngineProcess | None = None) -> int:
+    """Serve a model in an engine process of its own until SIGINT or SIGTERM; returns the process's exit code.
+
+    Args:
+        process: see `AsyncEngine`.
+    """
+    return serve_engine(AsyncEngine(engine_config, process=process), server_config)
+
+
+def import_server() -> None:
+    """Import what serves, which is most of what this process imports."""
+    gc.disable()  # what is imported stays
+    with _without_old_pydantic():
+        _import_fastapi()
+        import shuteye.server.run  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
+
+
+def _import_fastapi() -> None:
+    """Have pydantic build what checks and writes FastAPI's own models when that is first done.
+
+    They are those of an OpenAPI document, which few ask for, and to build them takes a tenth of a start.
+    """
+    import pydantic
+
+    config = pydantic.BaseModel.model_config
+    config["defer_build"] = True
+    try:
+        import fastapi  # noqa: F401
+    finally:
+        del config["defer_build"]
+
+
+@contextlib.contextmanager
+def _without_old_pydantic() -> Iterator[None]:
+    """FastAPI asks of every type whether it is one of pydantic 1, whose copy it imports for that: it then need not."""
+    name = "pydantic.v1"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # which raises ImportError (import system, 5.3.1)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def serve_engine(engine: Engine, config: ServerConfig) -> int:
@@ -49,11 +98,9 @@ def serve_engine(engine: Engine, config: ServerConfig) -> int:
         return FAILED
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, _noting_signals() as noted:
         runner.run(engine.launch())
-        gc.disable()  # what is imported stays
-        from shuteye.server.run import serve_on  # most of what this process imports
+        import_server()
+        from shuteye.server.run import serve_on
 
-        gc.freeze()
-        gc.enable()
         logger.info("Listening on %s; GET /ready tells when the model is loaded.", address_of(listener, config))
         return serve_on(listener, engine, config, runner, noted)
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 from shuteye.config import MemoryBackendName
@@ -111,13 +109,3 @@ def failure_of(what: str, code: int | None, *, advice: str = "") -> BackendFailu
     """The error to raise when `what` failed with errno `code`: exhaustion if there was no room, else a failure."""
     kind = MemoryExhausted if code in _NO_ROOM else BackendFailure
     return kind(f"{what} failed: {os.strerror(code or 0)} (errno {code}). {advice}".rstrip())
-
-
-@contextmanager
-def closing_on_error(fd: int) -> Iterator[None]:
-    """Close the descriptor if the body does not get to its end; afterwards it is whoever's the body gave it to."""
-    try:
-        yield
-    except BaseException:
-        os.close(fd)
-        raise

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from shuteye.errors import ModelNotFound
-from shuteye.memory.cache_dir import lock_file
+from shuteye.file_locks import lock_file
 from shuteye.models.progress import Advanced, Finished, Progress, Started, no_progress
 
 _SCRATCH = ".fetch-"  # `memory/cache_dir.py` knows it, and sweeps what a killed process left

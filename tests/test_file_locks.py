@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from shuteye.memory import cache_dir
+from shuteye import file_locks
 
 LINES = """\
 1: POSIX  ADVISORY  WRITE 11 {file} 0 EOF
@@ -25,13 +25,13 @@ def test_holders_are_those_of_this_file_and_no_waiters(tmp_path: Path, monkeypat
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
     content = LINES.format(file=f"{device}:{status.st_ino}", other=f"{device}:{status.st_ino + 1}")
     (tmp_path / "locks").write_text(content)
-    monkeypatch.setattr(cache_dir, "_LOCKS", tmp_path / "locks")
-    assert cache_dir.holders(path) == (30, 31)
+    monkeypatch.setattr(file_locks, "_LOCKS", tmp_path / "locks")
+    assert file_locks.holders(path) == (30, 31)
 
 
 def test_without_the_kernel_s_word_nobody_is_named(tmp_path: Path, monkeypatch) -> None:
     """Would catch `images ls` failing where /proc has no locks."""
-    monkeypatch.setattr(cache_dir, "_LOCKS", tmp_path / "absent")
-    assert cache_dir.holders(tmp_path) == ()
+    monkeypatch.setattr(file_locks, "_LOCKS", tmp_path / "absent")
+    assert file_locks.holders(tmp_path) == ()
     monkeypatch.undo()
-    assert cache_dir.holders(tmp_path / "absent") == ()
+    assert file_locks.holders(tmp_path / "absent") == ()

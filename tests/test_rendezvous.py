@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from shuteye.executors.rendezvous import PREFIX, Rendezvous
+from shuteye.rendezvous import PREFIX, Rendezvous
 
 HOLD = """
 import time
-from shuteye.executors.rendezvous import Rendezvous
+from shuteye.rendezvous import Rendezvous
 held = Rendezvous()
 print(held.endpoint, flush=True)
 time.sleep(60)

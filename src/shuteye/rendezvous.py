@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from shuteye.memory.cache_dir import try_lock
+from shuteye.file_locks import try_lock
 
 PREFIX = "shuteye-engine-"
 LONGEST_PARENT = 70
