@@ -3,6 +3,7 @@
 Skipped where there is no native library.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,10 +22,11 @@ EMULATED = tuple(f"emulated {level}" for level in emulated_levels())
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
+    is_compiled = "SHUTEYE_TEST_EMULATED" in os.environ  # by `make test-asan`; it takes a minute, else in these tests
     for item in items:
         if here in item.path.parents and item.path.name != "test_native_build.py":
             item.add_marker(needs_native)
-            if "emulated" in item.name:  # their library alone takes a minute to compile
+            if "emulated" in item.name and not is_compiled:
                 item.add_marker(pytest.mark.slow)
 
 

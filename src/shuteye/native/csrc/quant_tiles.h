@@ -116,10 +116,9 @@ class TileRun {
     }
     for (int each = 0; each < Shape::minima; each++) minima[each] = unit.minimum(each, 0);
     const Lanes scale = unit.scale(0);
-    for_constants<kMatrixTokens>([&](auto constant) SHUTEYE_INLINED {
-      constexpr int token = decltype(constant)::value;
+    for (int token = 0; token < kMatrixTokens; token++) {
       totals[token] = add_scaled<Shape>(whole(products, factors, token), scale, minima, x, token, totals[token]);
-    });
+    }
   }
 
   const OpenUnit<Shape>* const units_;
