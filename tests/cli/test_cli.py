@@ -116,6 +116,7 @@ def other_value(config, name):  # noqa: PLR0911
     special = {
         "dtype": "float32",
         "quantization": "q8_0",
+        "kv_cache_dtype": "int8",
         "on_sleeping_request": "hold",
         "default_sleep_mode": "keep",
         "verify_wake": "full",

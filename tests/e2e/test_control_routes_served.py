@@ -102,7 +102,7 @@ class TestTheTable:
             server.done("/sleep")
         before = server.get("/state").json()["state"]
         answer = server.post(path)
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, f"query.{param}"), answer.text
         assert server.get("/state").json()["state"] == before
 
     def test_resume_asleep_is_a_conflict(self, server):

@@ -152,5 +152,5 @@ def test_refuses_other_dtypes():
     spec = Pair(KINDS["llama"], torch.float32).spec
     with pytest.raises(ValueError, match="float16"):
         native.NativeDecoder.create(replace(spec, dtype="float16"))
-    with pytest.raises(ValueError, match="several dtypes"):
+    with pytest.raises(ValueError, match="a KV cache of float32 for a model of bfloat16"):
         native.NativeDecoder.create(replace(spec, dtype="bfloat16"))

@@ -10,7 +10,7 @@ import torch
 from shuteye import native
 from shuteye.errors import InvalidRequest
 from shuteye.native import library
-from shuteye.tasks.generate.runner import _choose_set
+from shuteye.tasks.kernels import use_kernels
 
 
 def product() -> torch.Tensor:
@@ -49,13 +49,13 @@ def test_levels_can_be_chosen_by_name_only_where_they_run():
 def test_an_engine_is_told_which_set_it_cannot_have():
     """A set that does not run here must be refused with the flag's name, not ignored, nor end the process."""
     before = native.level()
-    _choose_set("portable")
+    use_kernels("portable", native.num_threads())
     assert native.level() == "portable"
     native.set_level(before)
     missing = set(library.LEVELS) - set(native.levels())
     if not missing:
         pytest.skip("every set runs here")
     with pytest.raises(InvalidRequest, match="cannot run here") as error:
-        _choose_set(missing.pop())
+        use_kernels(missing.pop(), native.num_threads())
     assert error.value.param == "kernels"
     assert native.level() == before

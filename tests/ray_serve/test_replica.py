@@ -126,7 +126,7 @@ def test_what_all_refuse_is_answered_as_by_a_single_server():
             conflict = await other.post("/sleep?level=1")
             assert (conflict.status_code, conflict.json()["error"]["type"]) == (409, "ConflictError")
             wrong = await other.post("/sleep?level=9")
-            assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "level")
+            assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "query.level")
 
     asyncio.run(scenario())
 

@@ -27,6 +27,8 @@ def test_a_route_answers_with_the_documented_struct(client_of, make_engine, row)
     client = client_of(engine)
     if row.path == "/restart_engine":
         engine.hang = "it gives no sign of life"
+    if row.path == "/release_kv_cache_memory":
+        client.post("/pause")
     response = client.request(row.method, row.url or row.path, **row.request)
     kind = ErrorAnswer if row.path == "/update_weights" else ANSWERS[row.name.replace(":path", "")]
     assert says_the_same(response.content, kind), response.text

@@ -38,7 +38,7 @@ def test_the_page_shows_every_route_and_what_it_takes(client):
 def test_the_page_says_which_routes_need_a_key(client_of, engine):
     """A reader who finds out by a 401."""
     page = client_of(engine, api_key="k", dev_mode=False, admin_api_key="a").get("/docs").text
-    assert page.count("needs a key") == page.count("<details>") - len(["health", "ping", "ready", "version"])
+    assert page.count("needs a key") == page.count("<details>") - len(["health", "load", "ping", "ready", "version"])
 
 
 def test_text_of_the_openapi_document_is_escaped():

@@ -75,7 +75,6 @@ def test_every_form_of_input(client, given, counts):
         ("/v1/embeddings", {"input": "a", "truncate_prompt_tokens": 10**6}, "truncate_prompt_tokens"),
         ("/v1/embeddings", {"input": "a", "embed_dtype": "float16"}, "embed_dtype"),
         ("/v1/embeddings", {"messages": [{"role": "user", "content": "a"}]}, "messages"),
-        ("/v1/embeddings", {"input": "a", "temperature": 1}, "temperature"),
         ("/pooling", {"input": "a", "task": "token_embed"}, "task"),
         ("/score", {"text_1": "a"}, "text_1"),
         ("/score", {"text_1": "a", "text_2": "b", "queries": "a", "documents": "b"}, "text_1"),
