@@ -117,6 +117,7 @@ def other_value(config, name):  # noqa: PLR0911
         "dtype": "float32",
         "quantization": "q8_0",
         "kv_cache_dtype": "int8",
+        "metrics_prefix": "both",
         "on_sleeping_request": "hold",
         "default_sleep_mode": "keep",
         "verify_wake": "full",
