@@ -90,6 +90,7 @@ def images(in_process):
     return lambda *arguments, cache_dir: in_process("images", *arguments, "--cache-dir", cache_dir)
 
 
+@pytest.mark.slow
 def test_images(tiny_checkpoint, tmp_path, images):
     """A pull that makes no image, a verify that reads nothing, an rm that leaves something."""
     pulled = shuteye("pull", tiny_checkpoint, SHUTEYE_CACHE_DIR=str(tmp_path))

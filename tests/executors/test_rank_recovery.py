@@ -29,6 +29,7 @@ def lose(ranks, rank):
     ranks.wait_for_fault()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_after_a_reload_from_elsewhere_a_new_rank_serves_that(ranks, checkpoints, gone):
     """Would catch a recovery that can never succeed, and one of the first checkpoint's weights on one rank."""

@@ -38,6 +38,7 @@ ENGINE = """
 """
 
 
+@pytest.mark.slow
 def test_a_conversion_leaves_no_transformers_in_the_engines_process(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Would catch an engine that sleeps with hundreds of megabytes of transformers and its leftovers."""
     command = [sys.executable, "-c", textwrap.dedent(ENGINE), str(tiny_checkpoint), str(tmp_path)]

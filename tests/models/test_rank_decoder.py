@@ -180,6 +180,7 @@ def test_all_images_come_from_one_reading(checkpoint, tmp_path, monkeypatch):
     assert {summary.key for summary in store.list()} == {image.identity.key for image in images}
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_images_of_all_ranks(tiny_checkpoint, tmp_path, monkeypatch):
     """Would catch an order that forgets on its way whose part is wanted."""
     order = Order(str(tiny_checkpoint), str(tmp_path), place=RankPlace(1, 2, 1))
@@ -192,6 +193,7 @@ def test_another_process_makes_the_images_of_all_ranks(tiny_checkpoint, tmp_path
         image.close()
 
 
+@pytest.mark.slow
 def test_the_other_process_says_which_setting_is_wrong(tiny_checkpoint, tmp_path):
     with pytest.raises(UnsupportedModel, match="at most 2") as refusal:
         really_apart(Order(str(tiny_checkpoint), str(tmp_path), place=RankPlace(0, 3, 1)), no_progress)

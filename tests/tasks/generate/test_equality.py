@@ -7,7 +7,7 @@ import torch
 
 from shuteye import LLM, SamplingParams
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.timeout(400)]
 
 LENGTHS = [1, 2, 3, 5, 8, 13, 15, 16, 17, 31, 32, 33, 64, 100, 257, 400, 1500]
 NUM_NEW = 8
@@ -80,7 +80,6 @@ def test_batched_and_then_from_the_prefix_cache(llm, prompts, reference):
     assert sum(output.num_cached_tokens for output in again) > 0.8 * sum(LENGTHS)
 
 
-@pytest.mark.slow
 def test_without_a_prefix_cache_in_small_chunks(smollm2_options, prompts, reference):
     """Would catch chunked prefill that forgets or repeats a token."""
     options = {"enable_prefix_caching": False, "max_num_batched_tokens": 100, "kv_cache_memory": 128 << 20}
@@ -89,7 +88,6 @@ def test_without_a_prefix_cache_in_small_chunks(smollm2_options, prompts, refere
         assert all(output.num_cached_tokens == 0 for output in llm.generate(prompts[:3], GREEDY))
 
 
-@pytest.mark.slow
 def test_bfloat16_logprobs_agree_within_rounding(smollm2_options, smollm2_reference, transformers_answers, prompts):
     """The next-token distribution of every prompt, against transformers at the same precision.
 

@@ -331,6 +331,7 @@ def test_a_request_nobody_waits_for_is_aborted(encoder_checkpoint, options):
     run(main())
 
 
+@pytest.mark.slow
 def test_it_works_in_a_process_of_its_own(encoder_checkpoint, options):
     """Would catch a request or a row that does not survive the wire."""
 

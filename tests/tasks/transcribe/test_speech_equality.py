@@ -20,6 +20,7 @@ def test_short_recordings(make_harness, reference, seed):
         assert harness.transcribe(samples).token_ids == right.short(samples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_long_recordings(make_harness, reference, seed):
     """A wrong seek, a segment cut elsewhere, timestamp rules that differ, or a wrong last window."""
@@ -115,6 +116,7 @@ def test_every_draw_is_another(harness):
     assert max(drawn) < 256, "special tokens are suppressed"
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_the_real_model_on_speech(whisper, spoken, tmp_path):
     """A conversion, a feature or a rule that is wrong where it matters: on words, and beyond thirty seconds."""
