@@ -173,7 +173,9 @@ def all_requests(target):
     return list(requests_of(json.loads(target.ask("GET", "/openapi.json")[1])))
 
 
-@pytest.mark.parametrize("task", MODELS)
+@pytest.mark.parametrize(
+    "task", ["generate", *(pytest.param(task, marks=pytest.mark.slow) for task in MODELS if task != "generate")]
+)
 def test_some_values_in_every_field(target, task):
     """A field that ends the engine, stalls everybody, is answered with 500, or leaves something behind."""
     target = target(task)

@@ -74,7 +74,7 @@ def test_the_canary_notices_a_changed_weight(harness):
     assert harness.worker.canary_agrees()
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 12, 30, 60])
+@pytest.mark.parametrize("steps", [1, 5, 30, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (2, 12, 60))])
 @pytest.mark.parametrize("level", [1, 2])
 def test_keep_goes_on_where_it_was(make_harness, level, steps):
     """A window begun anew from nothing, text that is sent twice, or a recording that the worker no longer has."""
