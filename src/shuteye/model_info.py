@@ -74,10 +74,14 @@ class ModelInfo:
         return f"{self.source_format}{cast}, from {self.source}" if self.source else told
 
     @property
+    def kv_cache_tokens(self) -> int:
+        """How many tokens the KV cache has room for."""
+        return self.num_blocks * self.block_size
+
+    @property
     def kv_cache_is(self) -> str:
         """What the KV cache holds and how much of it, in words; empty without one."""
-        tokens = self.num_blocks * self.block_size
-        return f"KV cache of {self.kv_cache_dtype}, {tokens:,} tokens" if self.kv_cache_dtype else ""
+        return f"KV cache of {self.kv_cache_dtype}, {self.kv_cache_tokens:,} tokens" if self.kv_cache_dtype else ""
 
 
 # --- the model ----------------------------------------------------------------------------------

@@ -196,17 +196,17 @@ class _Talk:
         raise ModelSleeping(f"The model was put to sleep {MAX_WAKES} times before it could answer.")
 
     def _show_answer(self, pieces: Iterator[Piece]) -> None:
-        kind = "content"
+        kind, styled = "content", sys.stdout.isatty()
         try:
             for piece in pieces:
-                if sys.stdout.isatty() and piece.kind != kind:
+                if styled and piece.kind != kind:
                     sys.stdout.write("\033[2m" if piece.kind == "reasoning" else "\033[0m\n")
                 kind = piece.kind
-                if piece.kind == "content" or sys.stdout.isatty():
+                if piece.kind == "content" or styled:
                     sys.stdout.write(piece.text.translate(_UNSHOWN))
                     sys.stdout.flush()
         finally:
-            if kind == "reasoning" and sys.stdout.isatty():
+            if kind == "reasoning" and styled:
                 sys.stdout.write("\033[0m")
         sys.stdout.write("\n")
         ending = _ENDINGS.get(self._conversation.finish_reason)

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import IO, Self
 
@@ -52,7 +51,7 @@ class OwnServer:
         self.url = ""
         self._told = told
         self._model = model
-        self._last: deque[str] = deque(maxlen=20)
+        self._last_line = "it logged nothing"
 
     def __enter__(self) -> Self:
         flags = ["--host", "127.0.0.1", "--port", "0", "--enable-sleep-mode", "--log-format", "json"]
@@ -82,7 +81,7 @@ class OwnServer:
     def _read(self, stderr: IO[str]) -> None:
         for line in stderr:
             message = _message_of(line)
-            self._last.append(message)
+            self._last_line = message
             address = _ADDRESS.search(message)
             if address is not None:
                 self.url = address[1]
@@ -110,8 +109,7 @@ class OwnServer:
         except subprocess.TimeoutExpired:
             return
         self._reader.join()
-        last = self._last[-1] if self._last else "it logged nothing"
-        raise ServerError(f"The server for {self._model!r} ended with status {code}: {last}")
+        raise ServerError(f"The server for {self._model!r} ended with status {code}: {self._last_line}")
 
     def _stop(self) -> None:
         """End it as Ctrl-C would; a second signal does not wait for what still runs."""

@@ -40,8 +40,7 @@ def banner(context: ServerContext, seconds: float) -> str:
 def _kv_cache(info: ModelInfo) -> str:
     if not info.kv_bytes_per_token:
         return ""
-    num_tokens = info.num_blocks * info.block_size
-    size = f"up to {info.kv_cache_bytes / _MIB:,.0f} MiB, {num_tokens:,} tokens; it takes memory as it fills"
+    size = f"up to {info.kv_cache_bytes / _MIB:,.0f} MiB, {info.kv_cache_tokens:,} tokens; it takes memory as it fills"
     return size if info.kv_cache_dtype in ("", info.dtype) else f"{info.kv_cache_dtype}, {size}"
 
 
