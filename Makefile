@@ -2,7 +2,7 @@
 #
 #   MODEL=    what to serve            ARGS=     more flags for serve, test, bench
 #   PYTHON=   which python3 to use     VENV=     where the set-up goes
-#   PEERS=    what bench-peers installs
+#   PEERS=    what bench-peers installs  WORKERS=  processes that run tests side by side
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -13,6 +13,7 @@ ARGS ?=
 PYTHON ?=
 VENV ?= .venv
 PEERS ?=
+WORKERS ?= 2
 
 # The set-up is repeated when what it depends on has changed, and otherwise costs nothing.
 SETUP_INPUTS := pyproject.toml requirements/lock.txt requirements/torch.txt tools/setup.sh hatch_build.py \
@@ -35,16 +36,19 @@ lock: ## Renew requirements/lock.txt: the newest versions that pyproject.toml al
 serve: setup ## Serve MODEL on 127.0.0.1:8000 with sleep mode, in development mode.
 	SHUTEYE_SERVER_DEV_MODE=1 $(VENV)/bin/shuteye serve '$(MODEL)' --enable-sleep-mode $(ARGS)
 
+# Two at a time, file by file: half of their time is waiting for processes that they start. A test itself computes on one thread.
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
+
 # Tests start hundreds of processes; where bytecode is not written by itself, each would compile the package again.
 bytecode: setup
 	@$(VENV)/bin/python -m compileall -q src
 
 test: bytecode ## Run the tests that need neither minutes nor a GPU.
-	$(VENV)/bin/python -m pytest -m 'not slow and not gpu and not clients and not ray' $(ARGS)
+	$(VENV)/bin/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not gpu and not clients and not ray' $(ARGS)
 
 test-latest: ## Run the tests on today's newest versions instead of the locked ones, in VENV-latest.
 	@PYTHON='$(PYTHON)' tools/setup.sh --latest '$(VENV)-latest'
-	$(VENV)-latest/bin/python -m pytest -m 'not slow and not gpu and not clients and not ray' $(ARGS)
+	$(VENV)-latest/bin/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not gpu and not clients and not ray' $(ARGS)
 
 test-slow: bytecode ## Run the tests that take minutes.
 	$(VENV)/bin/python -m pytest -m 'slow and not gpu and not clients and not ray' $(ARGS)

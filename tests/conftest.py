@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,12 @@ NUM_THREADS = 1
 def few_threads() -> None:
     """More threads than idle cores make every operation wait at a barrier: fifty times slower on a busy machine."""
     torch.set_num_threads(NUM_THREADS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """A worker of pytest-xdist ignores SIGINT, and so would every process that its tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

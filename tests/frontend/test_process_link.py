@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from descriptor_limits import none_left
@@ -78,6 +79,14 @@ def test_a_process_that_runs_already_is_taken_once_and_another_at_a_restart(conf
     process.close()
 
 
+@pytest.fixture
+def temporary(monkeypatch):
+    """Where temporary files go, by a name that is short enough for a socket wherever the tests keep theirs."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        yield Path(directory)
+
+
 async def until(condition, what):
     """Return once `condition()` holds; the limit is for a machine far slower than any."""
     async with asyncio.timeout(60):
@@ -86,16 +95,14 @@ async def until(condition, what):
     assert condition(), what
 
 
-def test_the_sockets_directory_is_gone_once_both_have_met(config, tmp_path, monkeypatch):
+def test_the_sockets_directory_is_gone_once_both_have_met(config, temporary):
     """Would catch a directory that stays behind when the server is killed."""
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
 
     async def scenario():
         engine = AsyncEngine(config)
         starting = asyncio.create_task(engine.start())
-        await until(lambda: list((tmp_path / "tmp").iterdir()), "a directory")
-        await until(lambda: not list((tmp_path / "tmp").iterdir()), "its end")
+        await until(lambda: list(temporary.iterdir()), "a directory")
+        await until(lambda: not list(temporary.iterdir()), "its end")
         await starting
         assert [output async for output in engine.generate([5, 6], SamplingParams(max_tokens=2))][-1].finished
         await engine.close()
@@ -103,9 +110,9 @@ def test_the_sockets_directory_is_gone_once_both_have_met(config, tmp_path, monk
     asyncio.run(scenario())
 
 
-def test_nowhere_to_put_the_socket_is_told_and_closed(config, tmp_path, monkeypatch):
+def test_nowhere_to_put_the_socket_is_told_and_closed(config, temporary, monkeypatch):
     """Would catch a bare OSError, for a full disk."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary / "nowhere"))
 
     async def scenario():
         engine = AsyncEngine(config)
