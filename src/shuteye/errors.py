@@ -10,6 +10,7 @@ Knows nothing of HTTP libraries: `server/http/errors.py` turns these into OpenAI
     │   ├── AuthenticationFailed        401
     │   ├── PermissionRefused           403
     │   ├── ModelNotFound               404
+    │   ├── ResponseNotFound            404  no response is kept
     │   ├── SleepModeDisabled           404  a sleep call without `enable_sleep_mode`
     │   └── TransitionConflict          409  the transition table forbids the move
     └── ServerError                     the server or the machine is at fault (5xx)
@@ -92,6 +93,13 @@ class PermissionRefused(ClientError):
 
 class ModelNotFound(ClientError):
     """No such model, file, alias or served name."""
+
+    status_code = 404
+    error_type = "NotFoundError"
+
+
+class ResponseNotFound(ClientError):
+    """A response was asked for by its id, and none is kept."""
 
     status_code = 404
     error_type = "NotFoundError"

@@ -20,6 +20,7 @@ class Row:
     Attributes:
         kind: `protected` needs the weights, so the policy decides while asleep; `unchanged` answers as when awake;
             `tells` answers 200 too, but says that the model sleeps; `control` is behind the admin key.
+        status: what an `unchanged` route answers.
         path: as it is registered; `url` is where to send a request, if the path has parameters.
         stream_end: what the last event of a stream has.
         task: what the model must be for, if the route is for one task only.
@@ -35,6 +36,7 @@ class Row:
     stream_end: bytes = b"data: [DONE]"
     task: str | None = None
     url: str | None = None
+    status: int = 200
 
     @property
     def name(self) -> str:
@@ -93,6 +95,9 @@ OTHERS = (
     Row("unchanged", "GET", "/load"),
     Row("unchanged", "GET", "/v1/models"),
     Row("unchanged", "GET", "/v1/models/{name:path}", url="/v1/models/tiny"),
+    Row("unchanged", "GET", "/v1/responses/{name}", url="/v1/responses/resp_1", status=404),
+    Row("unchanged", "DELETE", "/v1/responses/{name}", url="/v1/responses/resp_1", status=404),
+    Row("unchanged", "POST", "/v1/responses/{name}/cancel", url="/v1/responses/resp_1/cancel", status=404),
     Row("unchanged", "GET", "/health"),
     Row("unchanged", "GET", "/ping"),
     Row("unchanged", "POST", "/ping"),

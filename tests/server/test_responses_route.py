@@ -153,13 +153,16 @@ def test_format_and_tool_choice_become_grammars(ask):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"store": True}, "store"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "c"}, "conversation"),
         ({"background": True}, "background"),
-        ({"include": ["reasoning.encrypted_content"]}, "include"),
-        ({"truncation": "auto"}, "truncation"),
-        ({"max_tool_calls": 3}, "max_tool_calls"),
+        ({"previous_response": {}}, "previous_response"),
+        ({"include": ["file_search_call.results"]}, "include"),
+        ({"truncation": "sometimes"}, "truncation"),
+        ({"max_tool_calls": 0}, "max_tool_calls"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"n": 2}, "n"),
+        ({"input": "a" * 5000}, "input"),
         ({"input": []}, "input"),
         ({"input": 5}, "input"),
         ({"input": [{"role": "user"}]}, "input"),
@@ -182,6 +185,126 @@ def test_what_is_wrong_or_unsupported_is_refused_by_name(ask, fields, param):
     assert answer.status_code in (400, 404), answer.text
     assert answer.json()["error"]["param"] == param
     assert engine.seen == []
+
+
+INCLUDE = {"include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}
+
+
+@pytest.mark.parametrize("script", ["Röme", "hm</think>Röme"])
+def test_logprobs_are_those_of_the_words(ask, script):
+    """Log-probabilities of reasoning among those of the message, or some lost with a character of several tokens."""
+    server = {"reasoning_parser": "deepseek_r1"} if "think" in script else {}
+    part = whole(ask(script, **INCLUDE, top_logprobs=2, server=server)[1]).output[-1].content[0]
+    assert bytes(byte for one in part.logprobs for byte in one.bytes).decode() == part.text == "Röme"
+    assert {len(one.top_logprobs) for one in part.logprobs} == {2}
+    found = events(ask(script, **INCLUDE, top_logprobs=2, server=server, stream=True)[1])
+    deltas = [event for event in found if event.type == "response.output_text.delta"]
+    assert [len(event.logprobs) for event in deltas] == [1, 2, 1, 1]
+    done = next(event for event in found if event.type == "response.output_text.done")
+    assert [one.logprob for one in done.logprobs] == [one.logprob for one in part.logprobs]
+
+
+def test_without_include_there_are_no_logprobs(ask):
+    """Work for nothing, and events several times their size."""
+    engine, answer = ask("Rome", include=["reasoning.encrypted_content"])
+    assert whole(answer).output[0].content[0].logprobs == []
+    assert engine.seen[-1][1].logprobs is None
+
+
+def test_calls_have_no_logprobs_of_words(ask):
+    """Tokens of a call told as if they were those of the text before it."""
+    words, _call = whole(ask(f"Look.\n{CALL}", tools=TOOLS, **INCLUDE)[1]).output
+    assert bytes(byte for one in words.content[0].logprobs for byte in one.bytes).decode().strip() == "Look."
+
+
+def test_what_asks_for_nothing_here_is_accepted_and_named(ask, make_engine, client_of):
+    """Clients refused over fields that change no answer, or a caller who is not told that nothing is kept."""
+    fields = {"store": True, "reasoning": {"summary": "auto", "effort": "low"}, "max_tool_calls": 3, "cache_salt": "s"}
+    engine, answer = ask("Rome", **fields)
+    response = whole(answer)
+    assert answer.headers["x-ignored-fields"] == "reasoning.effort, reasoning.summary, store"
+    assert (response.store, response.max_tool_calls) == (False, 3)
+    assert engine.seen[-1][1].cache_salt == "s"
+    strict = client_of(make_engine(), strict_fields=True)
+    for name, value in (("store", True), ("reasoning", {"summary": "auto"}), ("reasoning", {"effort": "low"})):
+        refused = strict.post("/v1/responses", json={"input": "hi", name: value})
+        assert (refused.status_code, refused.json()["error"]["param"].split(".")[0]) == (400, name)
+
+
+def test_raw_messages_are_told_when_asked_for(ask):
+    """RL clients that train on these very tokens."""
+    engine, answer = ask("hm</think>Rome", enable_response_messages=True, server={"reasoning_parser": "deepseek_r1"})
+    (given,), (said,) = answer.json()["input_messages"], answer.json()["output_messages"]
+    assert tuple(given["tokens"]) == engine.seen[-1][0]
+    assert given["message"] == prompt_of(engine)
+    assert (said["message"], said["type"]) == ("hm</think>Rome", "raw_message_tokens")
+    assert engine.tokenizer.decode(said["tokens"]) == "hm</think>Rome"
+
+
+THINKS = "{% for m in messages %}[{{ m.role }}:{{ m.reasoning_content }}:{{ m.content }}]{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [
+        {"content": [{"type": "reasoning_text", "text": "hm"}]},
+        {"summary": [{"type": "summary_text", "text": "hm"}], "encrypted_content": "x"},
+    ],
+)
+def test_reasoning_goes_to_its_place_in_the_template(make_engine, client_of, thought):
+    """Thoughts lost for templates that read the other of their two names, or told as words."""
+    from fake_model import byte_tokenizer
+
+    engine = make_engine(tokenizer_=byte_tokenizer(chat_template=THINKS))
+    said = {"role": "assistant", "content": "Rome"}
+    items = [{"role": "user", "content": "?"}, {"type": "reasoning", "id": "rs_1", "summary": []} | thought, said]
+    alone = [*items, {"type": "reasoning", "id": "rs_2"} | thought]
+    for given, wanted in ((items, ""), (alone, "[assistant:hm:]")):
+        answer = client_of(engine).post("/v1/responses", json={"input": given, "max_output_tokens": 1})
+        assert answer.status_code == 200, answer.text
+        assert prompt_of(engine) == f"[user::?][assistant:hm:Rome]{wanted}"
+    assert ("input.encrypted_content" in answer.headers.get("x-ignored-fields", "")) == ("summary" in thought)
+
+
+def turns(count, length=100):
+    return [{"role": ("user", "assistant")[at % 2], "content": f"{at}" + "." * length} for at in range(count)]
+
+
+def test_the_oldest_items_are_dropped_when_they_may_be(ask):
+    """A conversation refused though it may be cut, cut more than needed, or one that loses its instructions."""
+    items = [{"role": "developer", "content": "Be kind."}, *turns(101)]
+    assert ask("ok", input=items)[1].json()["error"]["code"] == "context_length_exceeded"
+    engine, answer = ask("ok", input=items, truncation="auto", instructions="Be brief.", max_output_tokens=96)
+    assert whole(answer).truncation == "auto"
+    prompt = prompt_of(engine)
+    assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>system\nBe kind.<|im_end|>\n")
+    assert prompt.endswith("<|im_start|>user\n100" + "." * 100 + "<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt.split("<|im_start|>")[3].startswith("user")
+    room = 4096 - 96 - len(engine.seen[-1][0])
+    assert 0 <= room < 2 * 120
+
+
+def test_a_result_is_not_left_without_its_call(ask):
+    """A conversation that begins with the result of a call that the model never sees."""
+    call = {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "c1", "output": "sunny"}
+    first = {"role": "user", "content": "." * 4000}
+    engine, answer = ask("ok", input=[first, call, result], truncation="auto")
+    assert answer.status_code == 200, answer.text
+    assert prompt_of(engine).startswith("<|im_start|>assistant\n<tool_call>")
+    long_result = result | {"output": "." * 5000}
+    _engine, answer = ask("ok", input=[first, call, long_result], truncation="auto")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_no_response_is_kept(client):
+    """A client that is left to guess why its id leads nowhere."""
+    client.post("/sleep")
+    for ask_for in (client.get, client.delete):
+        answer = ask_for("/v1/responses/resp_1")
+        assert answer.status_code == 404
+        assert "Response with id 'resp_1' not found" in answer.json()["error"]["message"]
+    assert client.post("/v1/responses/resp_1/cancel").status_code == 404
 
 
 def test_asleep_it_answers_by_policy_before_any_byte(make_engine, client_of):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,14 @@ def ignore(names: Iterable[str]) -> bool:
         return False
     noted.update(names)
     return True
+
+
+def renamed(names: Mapping[str, str]) -> None:
+    """Tell fields that were left out by what the caller calls them, where a route stands on another one."""
+    noted = _IGNORED.get() or set()
+    for name in noted & names.keys():
+        noted.remove(name)
+        noted.add(names[name])
 
 
 class IgnoredFields:

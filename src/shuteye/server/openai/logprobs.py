@@ -9,7 +9,8 @@ from functools import cache
 
 from msgspec import Struct
 
-from shuteye.tasks.generate.requests import Logprob
+from shuteye.server.parsing.pieces import Content, Piece
+from shuteye.tasks.generate.requests import CompletionOutput, Logprob
 from shuteye.tokenizer import Tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
@@ -100,6 +101,40 @@ def chat_logprobs(
 def _entry(names: TokenNames, token_id: int, found: Logprob) -> tuple[str, float, list[int]]:
     name, raw = names.name_and_bytes(token_id)
     return name, max(found.logprob, SMALLEST), list(raw)
+
+
+class TextLogprobs:
+    """Log-probabilities of the tokens that words are made of; those of reasoning and of calls are not told.
+
+    Args:
+        num_top: alternatives per token; None if there are to be no log-probabilities at all.
+    """
+
+    def __init__(self, names: TokenNames, *, num_top: int | None) -> None:
+        self._names = names
+        self._num_top = num_top
+        self._waiting: list[tuple[int, ChatLogprob]] = []  # how many bytes of text a token is, and what is told of it
+
+    def of_words(self, delta: CompletionOutput, pieces: Sequence[Piece]) -> Sequence[ChatLogprob]:
+        """Of the words among `pieces`, which are what is new to tell after this delta.
+
+        Tokens wait until there is something to tell. Then the last of them are the words', as far as these have text
+        for; before them are those of markers, of reasoning and of calls.
+        """
+        if self._num_top is None:
+            return ()
+        told = chat_logprobs(self._names, delta.token_ids, delta.logprobs or (), num_top=self._num_top).content
+        for token_id, one in zip(delta.token_ids, told, strict=True):
+            self._waiting.append((0 if self._names.tokenizer.is_special(token_id) else len(one.bytes), one))
+        if not pieces:
+            return ()
+        waiting, self._waiting = self._waiting, []
+        left = sum(len(piece.text.encode()) for piece in pieces if isinstance(piece, Content))
+        begin = len(waiting)
+        while begin and left > 0:
+            begin -= 1
+            left -= waiting[begin][0]
+        return [one for _nbytes, one in waiting[begin:]]
 
 
 class PromptLogprob(Struct):

@@ -141,6 +141,9 @@ class Message(BaseModel):
         """
         role = "system" if self.role == "developer" else self.role
         message = {**self.model_dump(exclude_none=True), "role": role}
+        thought = self.reasoning or self.reasoning_content
+        if thought is not None:  # templates read one of these names or the other
+            message |= {"reasoning": thought, "reasoning_content": thought}
         for call in message.get("tool_calls", ()):
             call.pop("index", None)
             call["function"]["arguments"] = _arguments(call["function"]["arguments"])

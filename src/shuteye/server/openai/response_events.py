@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar, Literal
 from uuid import uuid4
@@ -17,6 +17,7 @@ from shuteye.server.generation.answer import Usage
 from shuteye.server.generation.run import Job, PromptOutput, first_of, run
 from shuteye.server.http.answers import JsonAnswer, encode_json
 from shuteye.server.http.events import BUG, EventStream, until_disconnect
+from shuteye.server.openai.logprobs import ChatLogprob, TextLogprobs, TokenNames
 from shuteye.server.parsing.parser import ReadingPlan
 from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, Piece, Reasoning
 from shuteye.tasks.generate.requests import CompletionOutput, FinishReason
@@ -31,7 +32,7 @@ class OutputText(Struct, tag_field="type", tag="output_text"):
 
     text: str = ""
     annotations: list[Any] = []
-    logprobs: list[Any] = []
+    logprobs: list[ChatLogprob] = []
 
 
 class ReasoningText(Struct, tag_field="type", tag="reasoning_text"):
@@ -83,6 +84,14 @@ class CallItem(Struct, tag_field="type", tag="function_call", kw_only=True):
 Item = MessageItem | ReasoningItem | CallItem
 
 
+class RawMessage(Struct, kw_only=True):
+    """A prompt, or what was generated, as the model has it (vLLM's `enable_response_messages`)."""
+
+    message: str
+    tokens: list[int]
+    type: Literal["raw_message_tokens"] = "raw_message_tokens"
+
+
 class InputTokensDetails(Struct):
     """How many tokens of the prompt were computed before."""
 
@@ -127,7 +136,14 @@ class ResponseAnswer(Struct, kw_only=True):
     parallel_tool_calls: bool
     text: dict[str, Any]
     reasoning: dict[str, str | None]
-    truncation: Literal["disabled"] = "disabled"
+    truncation: Literal["auto", "disabled"] = "disabled"
+    max_tool_calls: int | None = None
+    top_logprobs: int | None = None
+    prompt: None = None
+    service_tier: None = None
+    user: None = None
+    input_messages: list[RawMessage] | None = None
+    output_messages: list[RawMessage] | None = None
     previous_response_id: None = None
     background: bool = False
     store: bool = False
@@ -167,7 +183,7 @@ class PartEvent(Event, kw_only=True):
     arguments: str | UnsetType = UNSET
     delta: str | UnsetType = UNSET
     text: str | UnsetType = UNSET
-    logprobs: list[Any] | UnsetType = UNSET
+    logprobs: list[ChatLogprob] | UnsetType = UNSET
     part: OutputText | ReasoningText | UnsetType = UNSET
 
 
@@ -185,12 +201,13 @@ class ResponseItems:
         self._one_call = one_call
         self._open: Item | None = None
 
-    def add(self, pieces: Iterable[Piece]) -> Iterator[Event]:
-        """Take pieces; the events that tell of them."""
+    def add(self, pieces: Iterable[Piece], logprobs: Sequence[ChatLogprob] = ()) -> Iterator[Event]:
+        """Take pieces, the words among which are made of tokens of these `logprobs`; the events that tell of them."""
         for piece in pieces:
             match piece:
                 case Content(text):
-                    yield from self._more_text(text, MessageItem)
+                    yield from self._more_text(text, MessageItem, logprobs)
+                    logprobs = ()
                 case Reasoning(text):
                     yield from self._more_text(text, ReasoningItem)
                 case CallBegin(index, name) if index == 0 or not self._one_call:
@@ -211,7 +228,7 @@ class ResponseItems:
         else:
             part = item.content[0]
             if isinstance(part, OutputText):
-                yield self._part("response.output_text.done", content_index=0, text=part.text, logprobs=[])
+                yield self._part("response.output_text.done", content_index=0, text=part.text, logprobs=part.logprobs)
             else:
                 yield self._part("response.reasoning_text.done", content_index=0, text=part.text)
             yield self._part("response.content_part.done", content_index=0, part=part)
@@ -219,15 +236,19 @@ class ResponseItems:
         self._open = None
         yield ItemEvent(type="response.output_item.done", output_index=len(self.items) - 1, item=item)
 
-    def _more_text(self, text: str, kind: type[MessageItem] | type[ReasoningItem]) -> Iterator[Event]:
+    def _more_text(
+        self, text: str, kind: type[MessageItem] | type[ReasoningItem], logprobs: Sequence[ChatLogprob] = ()
+    ) -> Iterator[Event]:
         item = self._open
         if not isinstance(item, kind):
             item = kind(id=_new_id(kind.prefix))
             yield from self._begin(item)
             yield self._part("response.content_part.added", content_index=0, part=item.begin_text())
-        item.content[0].text += text
-        if kind is MessageItem:
-            yield self._part("response.output_text.delta", content_index=0, delta=text, logprobs=[])
+        part = item.content[0]
+        part.text += text
+        if isinstance(part, OutputText):
+            part.logprobs.extend(logprobs)
+            yield self._part("response.output_text.delta", content_index=0, delta=text, logprobs=list(logprobs))
         else:
             yield self._part("response.reasoning_text.delta", content_index=0, delta=text)
 
@@ -258,16 +279,35 @@ class ResponseInProgress:
 
     Args:
         answer: as it is before anything was generated.
+        one_call: calls after the first are left out.
+        names: how tokens are shown.
+        shows_messages: the prompt and what was generated are part of the answer as the model has them.
     """
 
-    def __init__(self, job: Job, reading: ReadingPlan, answer: ResponseAnswer, *, one_call: bool) -> None:
+    def __init__(
+        self,
+        job: Job,
+        reading: ReadingPlan,
+        answer: ResponseAnswer,
+        *,
+        one_call: bool,
+        names: TokenNames,
+        shows_messages: bool,
+    ) -> None:
         self.job = job
         self.answer = answer
+        self._logprobs = TextLogprobs(names, num_top=answer.top_logprobs)
+        self._raw = RawMessage(message="", tokens=[])
         self._reader = reading.reader()
         self._items = ResponseItems(one_call=one_call)
         self._usage = Usage.of(job)
         self._num_reasoning_tokens = 0
         answer.output = self._items.items
+        if shows_messages:
+            prompt = list(job.prompts[0].token_ids)
+            text = names.tokenizer.decode(prompt, skip_special_tokens=False)
+            answer.input_messages = [RawMessage(message=text, tokens=prompt)]
+            answer.output_messages = [self._raw]
 
     def take(self, step: PromptOutput) -> Iterator[Event]:
         """What a step adds."""
@@ -277,13 +317,17 @@ class ResponseInProgress:
             yield from self._take_completion(completion)
 
     def _take_completion(self, completion: CompletionOutput) -> Iterator[Event]:
+        if self.answer.output_messages is not None:
+            self._raw.message += completion.text
+            self._raw.tokens.extend(completion.token_ids)
         pieces = self._reader.feed(completion.text)
         if any(isinstance(piece, Reasoning) for piece in pieces):
             self._num_reasoning_tokens += len(completion.token_ids)
+        if completion.finish_reason is not None:
+            pieces += self._reader.finish()
+        yield from self._items.add(pieces, self._logprobs.of_words(completion, pieces))
         if completion.finish_reason is None:
-            yield from self._items.add(pieces)
             return
-        yield from self._items.add([*pieces, *self._reader.finish()])
         yield from self._items.finish("completed" if completion.finish_reason == "stop" else "incomplete")
         self._finish(completion.finish_reason)
 

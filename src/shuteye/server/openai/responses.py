@@ -1,10 +1,11 @@
 """POST /v1/responses: OpenAI's request, as the conversation that it stands for.
 
-Nothing is stored: what refers to earlier responses is refused.
+Nothing is stored: what refers to earlier responses is refused, and `store` is left out.
 """
 
 from __future__ import annotations
 
+import reprlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -12,81 +13,46 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from shuteye.errors import InvalidRequest
+from shuteye.errors import InvalidRequest, PromptTooLong, ResponseNotFound
 from shuteye.server.context import Context, ServerContext
 from shuteye.server.generation.answer import new_request_id
 from shuteye.server.generation.run import Job
 from shuteye.server.http.admission import ModelRoute, require_task
+from shuteye.server.http.auth import InferenceRoute
 from shuteye.server.http.errors import invalid_request
+from shuteye.server.http.ignored_fields import ignore, renamed
 from shuteye.server.openai.chat import ChatBody, chat_job
 from shuteye.server.openai.fields import Many, one_message, settle_unsupported
+from shuteye.server.openai.logprobs import TokenNames
 from shuteye.server.openai.response_events import ResponseAnswer, ResponseInProgress, answer_response, stream_response
+from shuteye.server.openai.response_items import Item, begun_at, messages_of, possible_starts
 from shuteye.server.parsing.parser import ReadingPlan
 
 HARMLESS = frozenset({"user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
 """Fields that change nothing in what is generated."""
 
 REFUSED: Mapping[str, tuple[object, ...]] = {
-    "background": (False,), "conversation": (), "context_management": ([],), "include": ([],), "max_tool_calls": (),
-    "previous_response_id": (), "prompt": (), "store": (False,), "top_logprobs": (0,), "truncation": ("disabled",),
-    "moderation": (),
+    "background": (False,), "conversation": (), "previous_response_id": (), "previous_response": (),
+    "previous_input_messages": ([],),
 }  # fmt: skip
-"""Fields that this server does nothing for, each with the values that ask for nothing; null is always one."""
+"""Fields that refer to what other servers keep, each with the values that ask for nothing; null is always one."""
+
+UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    "context_management": ([],), "mm_processor_kwargs": ({},), "moderation": (), "n": (1,), "prompt": (),
+    "thinking_token_budget": (-1,), "use_beam_search": (False,),
+}  # fmt: skip
+"""Other fields that this server does nothing for."""
+
+LOGPROBS = "message.output_text.logprobs"
+INCLUDES = (LOGPROBS, "reasoning.encrypted_content")
+"""What `include` may ask for; nothing is encrypted here, as nothing has to be hidden from callers."""
 
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens",
     "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "priority", "parallel_tool_calls",
-    "chat_template_kwargs", "structured_outputs",
+    "chat_template_kwargs", "structured_outputs", "cache_salt", "skip_special_tokens", "include_stop_str_in_output",
+    "allowed_token_ids", "bad_words",
 )  # fmt: skip
-
-
-class _Part(BaseModel):
-    """A part of a message's content; only text can be read. What an output carries beside its text is not needed."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    type: Literal["input_text", "output_text", "text", "reasoning_text"]
-    text: str
-
-
-def _as_parts(content: Any) -> Any:
-    """A string is one part of text; with one form only, complaints name the very part that is wrong."""
-    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
-
-
-_Parts = Annotated[Many[_Part], BeforeValidator(_as_parts)]
-
-
-class _Item(BaseModel):
-    """One item of a conversation: a message, a call, its result, or earlier reasoning."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
-    id: str | None = None
-    status: str | None = None
-    role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: _Parts | None = None
-    phase: str | None = None
-    call_id: str | None = None
-    name: str | None = None
-    arguments: str | None = None
-    output: _Parts | None = None
-    summary: list[Any] | None = None
-    encrypted_content: None = None
-
-    @model_validator(mode="after")
-    def _has_what_its_type_needs(self) -> _Item:
-        needed = {
-            "message": ("role", "content"),
-            "function_call": ("call_id", "name", "arguments"),
-            "function_call_output": ("call_id", "output"),
-            "reasoning": (),
-        }[self.type]
-        missing = [name for name in needed if getattr(self, name) is None]
-        if missing:
-            raise InvalidRequest(f"An item of type '{self.type}' in input needs '{missing[0]}'.", param="input")
-        return self
 
 
 class _Function(BaseModel):
@@ -131,8 +97,17 @@ class _Reasoning(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     effort: str | None = None
-    summary: None = None
-    generate_summary: None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+    @model_validator(mode="after")
+    def _makes_no_summaries(self) -> _Reasoning:
+        asked = [f"reasoning.{name}" for name in ("summary", "generate_summary") if getattr(self, name) is not None]
+        if asked and not ignore(asked):
+            raise InvalidRequest(
+                f"'{asked[0]}' is not supported by this server: reasoning is shown as it is.", param=asked[0]
+            )
+        return self
 
 
 class _StreamOptions(BaseModel):
@@ -158,11 +133,17 @@ class ResponsesBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    input: Annotated[Many[_Item], BeforeValidator(_as_items)] = Field(min_length=1, json_schema_extra=_or_text)
+    input: Annotated[Many[Item], BeforeValidator(_as_items)] = Field(min_length=1, json_schema_extra=_or_text)
     model: str | None = None
     instructions: str | None = None
     metadata: dict[str, str] | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
+    max_tool_calls: int | None = Field(default=None, ge=1)  # of built-in tools, of which there are none here
+    include: Many[str] | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    truncation: Literal["auto", "disabled"] | None = None
+    store: bool | None = None
+    enable_response_messages: bool | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     text: _Text | None = None
@@ -186,6 +167,11 @@ class ResponsesBody(BaseModel):
     priority: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    cache_salt: str | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    allowed_token_ids: Many[int] | None = None
+    bad_words: Many[str] | None = None
 
     _choice_message = field_validator("tool_choice", mode="wrap")(
         one_message("'none', 'auto', 'required' or a function's name in an object")
@@ -206,10 +192,33 @@ class ResponsesBody(BaseModel):
                 )
             if name not in REFUSED and name not in HARMLESS:
                 kept[name] = value
-        return settle_unsupported(kept, cls.model_fields, unsupported={})
+        return settle_unsupported(kept, cls.model_fields, unsupported=UNSUPPORTED)
 
-    def as_chat(self) -> ChatBody:
+    @model_validator(mode="after")
+    def _check_what_is_asked_for_beside_the_text(self) -> ResponsesBody:
+        unknown = [name for name in self.include or () if name not in INCLUDES]
+        if unknown:
+            raise InvalidRequest(
+                f"include of {unknown[0]!r} is not supported by this server; it may ask for "
+                f"{' and '.join(map(repr, INCLUDES))}.",
+                param="include",
+            )
+        if self.top_logprobs and self.num_logprobs is None:
+            raise InvalidRequest(f"top_logprobs needs include: [{LOGPROBS!r}].", param="top_logprobs")
+        if self.store and not ignore(["store"]):
+            raise InvalidRequest("'store' is not supported by this server, which keeps no responses.", param="store")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives per token to report; None reports nothing."""
+        return (self.top_logprobs or 0) if LOGPROBS in (self.include or ()) else None
+
+    def as_chat(self, items: Sequence[Item]) -> ChatBody:
         """The same request to the chat route.
+
+        Args:
+            items: those of `input` that are sent there.
 
         Raises:
             InvalidRequest: what only the chat's own validation finds.
@@ -217,8 +226,10 @@ class ResponsesBody(BaseModel):
         fields: dict[str, Any] = {name: getattr(self, name) for name in _SAMPLING}
         fields |= {
             "model": self.model,
-            "messages": self._messages(),
+            "messages": messages_of(self.instructions, items),
             "max_tokens": self.max_output_tokens,
+            "logprobs": self.num_logprobs is not None,
+            "top_logprobs": self.top_logprobs,
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
             "tools": [_chat_tool(tool) for tool in self.tools] if self.tools else None,
             "tool_choice": self._chat_tool_choice(),
@@ -230,38 +241,6 @@ class ResponsesBody(BaseModel):
         if isinstance(self.tool_choice, _NamedFunction):
             return {"type": "function", "function": {"name": self.tool_choice.name}}
         return self.tool_choice
-
-    def _messages(self) -> list[dict[str, Any]]:
-        messages: list[dict[str, Any]] = []
-        if self.instructions is not None:
-            messages.append({"role": "system", "content": self.instructions})
-        for item in self.input:
-            _append(messages, item)
-        return messages
-
-
-def _append(messages: list[dict[str, Any]], item: _Item) -> None:
-    """Add an item; what one answer consisted of, reasoning, words and calls, becomes one message again."""
-    last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
-    if item.type == "function_call_output":
-        messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _joined(item.output)})
-    elif item.type == "message" and item.role != "assistant":
-        messages.append({"role": item.role, "content": _joined(item.content)})
-    elif item.type == "message":
-        if last is None or "content" in last:
-            messages.append(last := {"role": "assistant"})
-        last["content"] = _joined(item.content)
-    elif item.type == "function_call":
-        if last is None:
-            messages.append(last := {"role": "assistant"})
-        function = {"name": item.name, "arguments": item.arguments}
-        last.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
-    elif item.content:
-        messages.append({"role": "assistant", "reasoning": _joined(item.content)})
-
-
-def _joined(parts: Sequence[_Part] | None) -> str:
-    return "\n".join(part.text for part in parts or ())
 
 
 def _chat_tool(tool: _Function) -> dict[str, Any]:
@@ -286,23 +265,81 @@ async def responses(request: Request, body: ResponsesBody, context: Context) -> 
     model = context.served_name(body.model)
     job, reading = await _chat_job(context, body)
     answer = _unanswered(body, model, job)
-    response = ResponseInProgress(job, reading, answer, one_call=body.parallel_tool_calls is False)
+    response = ResponseInProgress(
+        job,
+        reading,
+        answer,
+        one_call=body.parallel_tool_calls is False,
+        names=TokenNames(context.engine.tokenizer, as_ids=context.config.return_tokens_as_token_ids),
+        shows_messages=body.enable_response_messages is True,
+    )
     if body.stream:
         return await stream_response(request, context, response)
     return await answer_response(request, context, response)
 
 
+_NOT_KEPT = APIRouter(route_class=InferenceRoute)
+
+
+@_NOT_KEPT.get("/v1/responses/{name}", response_model=None)
+@_NOT_KEPT.delete("/v1/responses/{name}", response_model=None)
+@_NOT_KEPT.post("/v1/responses/{name}/cancel", response_model=None)
+async def kept_response(name: str) -> Response:
+    """Nothing: no response is kept, as ADR 29 says."""
+    raise ResponseNotFound(
+        f"Response with id {reprlib.repr(name)} not found. This server keeps no responses: send the whole conversation "
+        "as input.",
+        param="response_id",
+    )
+
+
+router.include_router(_NOT_KEPT)
+
+
 async def _chat_job(context: ServerContext, body: ResponsesBody) -> tuple[Job, ReadingPlan]:
+    """What the response asks of the engine; without its oldest items, if it is too long and may be cut."""
     try:
-        return await chat_job(context, new_request_id("resp"), body.as_chat())
+        return await _job_of(context, body, body.input)
+    except PromptTooLong as error:
+        if body.truncation != "auto":
+            raise
+        too_long = error
+    for starts in possible_starts(body.input):
+        if (found := await _longest_of(context, body, starts)) is not None:
+            return found
+    raise too_long
+
+
+async def _longest_of(
+    context: ServerContext, body: ResponsesBody, starts: Sequence[int]
+) -> tuple[Job, ReadingPlan] | None:
+    """The longest conversation that fits, begun at one of `starts`, of which few are tried: later ones are shorter."""
+    found = None
+    begin, end = 0, len(starts)
+    while begin < end:
+        middle = (begin + end) // 2
+        try:
+            found = await _job_of(context, body, begun_at(body.input, starts[middle]))
+            end = middle
+        except PromptTooLong:
+            begin = middle + 1
+    return found
+
+
+async def _job_of(context: ServerContext, body: ResponsesBody, items: Sequence[Item]) -> tuple[Job, ReadingPlan]:
+    try:
+        made = await chat_job(context, new_request_id("resp"), body.as_chat(items))
     except ValidationError as error:
         raise invalid_request([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from error
     except InvalidRequest as error:
-        raise InvalidRequest(error.message, param=_PARAMS.get(error.param or "", error.param)) from error
+        raise type(error)(error.message, param=_PARAMS.get(error.param or "", error.param)) from error
+    renamed({"reasoning_effort": "reasoning.effort"})
+    return made
 
 
 _PARAMS = {
     "messages": "input",
+    "prompt": "input",
     "max_tokens": "max_output_tokens",
     "response_format": "text",
     "reasoning_effort": "reasoning",
@@ -326,5 +363,8 @@ def _unanswered(body: ResponsesBody, model: str, job: Job) -> ResponseAnswer:
         parallel_tool_calls=body.parallel_tool_calls is not False,
         text=given.get("text") or {"format": {"type": "text"}},
         reasoning={"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+        truncation=body.truncation or "disabled",
+        max_tool_calls=body.max_tool_calls,
+        top_logprobs=body.num_logprobs,
         metadata=body.metadata or {},
     )
