@@ -12,6 +12,6 @@ class RoundedProduct(Product):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         units = x.view(len(x), x.shape[1] // UNIT, UNIT)
-        scales = units.abs().amax(-1, keepdim=True) / 127
-        rounded = (units / scales.clamp_min(torch.finfo(torch.float32).tiny)).round() * scales
+        ranges = units.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+        rounded = (units * (127 / ranges)).round() * (ranges / 127)
         return super().__call__(rounded.view(x.shape))

@@ -82,14 +82,6 @@ class Recorded(RoundedProduct):
         return product
 
 
-class Shaken(RoundedProduct):
-    """Activations are off by as much as float32 rounds them, by chance."""
-
-    def __call__(self, x):
-        return super().__call__(x * (1 + LAST_BIT * torch.randn_like(x)))
-
-
-LAST_BIT = 1e-7
 WORDS = [list(range(100, 137)), [504, 3575, 282, 4649, 314], [1], [28]]
 
 real_model = [
@@ -133,15 +125,19 @@ class TestSmolLM2:
         assert sum(row > 1e-5 for row in rows) <= len(rows) / 500
         assert max(rows) <= 0.01
 
-    def test_all_layers_differ_by_no_more_than_the_same_arithmetic_from_itself(self, smollm2, load, load_with):
+    def test_all_layers_are_those_of_the_same_arithmetic_where_no_rounding_is_a_matter_of_luck(
+        self, smollm2, load, load_with
+    ):
         """Would catch an error between the products, such as a norm or an attention that is nearly right.
 
-        Greedy tokens are no measure of it: one activation that is rounded to the other neighbour changes logits by some
-        hundredths, thirty layers later, and the last bit of float32 decides which way it goes.
+        Neither long prompts nor greedy tokens can: one activation that is rounded the other way moves logits by
+        some hundredths thirty layers later, and the last bit of float32 decides which way it goes. Among many pairs of
+        tokens there are some without any.
         """
-        expected = logits_of(load_with(RoundedProduct), WORDS)
-        shaken = load_with(Shaken)
-        by_chance = [max(errors(logits_of(shaken, WORDS), expected)) for _ in range(5)]
-        found = logits_of(load(smollm2, dtype="float32"), WORDS)
-        assert found.argmax(dim=1).tolist() == expected.argmax(dim=1).tolist()
-        assert max(errors(found, expected)) <= max(by_chance)
+        natively, reference = load(smollm2, dtype="float32"), load_with(RoundedProduct)
+        found = []
+        for second in (1000, 2000, 3000):
+            pairs = [[first, second + first] for first in range(100, 290)]
+            found += errors(logits_of(natively, pairs), logits_of(reference, pairs))
+        assert min(found) <= 1e-5
+        assert median(found) <= 0.02
