@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from shuteye.errors import InvalidRequest, MemoryExhausted, PromptTooLong
-from shuteye.model_info import ModelSpec
+from shuteye.model_info import MAX_LOGPROBS, ModelSpec
 from shuteye.state import RESERVED_BLOCKS, DrainMode, VerifyMode
 from shuteye.typed_fields import settle_types
 
@@ -80,6 +80,7 @@ class EngineConfig:
         max_model_len: longest prompt plus output in tokens; None takes the checkpoint's, if the KV cache can hold it.
         max_num_batched_tokens: the token budget of one step.
         max_waiting_requests: how many sequences may wait for a place in the batch; `LLM` lets as many wait as it likes.
+        max_logprobs: most alternatives per token that a request may ask for; -1: the whole vocabulary.
         max_grammar_bytes: length of a request's schema, expression, grammar or choices.
         grammar_timeout_s: how long a request waits for its grammar to be compiled.
         on_sleeping_request: what becomes of requests that arrive while asleep.
@@ -110,6 +111,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_waiting_requests: int = 4096
+    max_logprobs: int = MAX_LOGPROBS
     max_grammar_bytes: int = 64 * 1024
     grammar_timeout_s: float = 30.0
     block_size: int = 16
@@ -166,6 +168,10 @@ class EngineConfig:
         for name, value in positive.items():
             if value is not None and not 0 < value < math.inf:
                 raise InvalidRequest(f"{name} must be a positive number, got {value}.", param=name)
+        if self.max_logprobs < -1:
+            raise InvalidRequest(
+                f"max_logprobs must be -1, or 0 or more, got {self.max_logprobs}.", param="max_logprobs"
+            )
         if self.kv_cache_memory is not None and self.kv_cache_memory < 0:
             raise InvalidRequest(
                 f"kv_cache_memory must be 0 or more, got {self.kv_cache_memory}.", param="kv_cache_memory"

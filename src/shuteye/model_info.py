@@ -27,6 +27,10 @@ class PoolingInfo:
     dimensions: tuple[int, ...] | None = ()
 
 
+MAX_LOGPROBS = 20
+"""Alternatives per token that a request may ask for, unless an engine is told otherwise: OpenAI's most."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What a frontend must know of the loaded model. Paths are strings so that it can travel.
@@ -41,6 +45,7 @@ class ModelInfo:
         source_format: how they were stored there, such as `GGUF Q4_1`.
         weights_format: how they are held, such as `bfloat16` or `q4_1 and q8_0`; `dtype` is what is computed in.
         bits_per_weight: of how they are held, scales included.
+        max_logprobs: alternatives per token that a request may ask for; -1: as many as there are tokens.
     """
 
     model: str
@@ -64,6 +69,7 @@ class ModelInfo:
     weights_format: str = ""
     bits_per_weight: float = 0.0
     kv_cache_dtype: str = ""
+    max_logprobs: int = MAX_LOGPROBS
 
     @property
     def weights_are(self) -> str:
@@ -223,4 +229,5 @@ def model_info(config: EngineConfig, facts: ModelSpec, num_blocks: int) -> Model
         weights_format=facts.weights_format,
         bits_per_weight=facts.bits_per_weight,
         kv_cache_dtype=facts.kv_cache_dtype,
+        max_logprobs=config.max_logprobs,
     )

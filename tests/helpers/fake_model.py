@@ -15,6 +15,7 @@ from shuteye.errors import PromptTooLong
 from shuteye.frontend.engine import ServedModel
 from shuteye.model_info import ModelInfo
 from shuteye.tasks.base import Job, RequestDelta
+from shuteye.tasks.generate.logprob_limits import LogprobLimits
 from shuteye.tasks.generate.outputs import GenerationJob, OutputProcessor
 from shuteye.tasks.generate.requests import GenerateRequest, RequestOutput, TokenLogprobs
 from shuteye.tasks.pool.outputs import PoolingJob
@@ -42,10 +43,11 @@ def byte_tokenizer(*, chat_template: str | None = CHATML) -> Tokenizer:
 def model_of(config: EngineConfig, task: str, tokenizer: Tokenizer, default_sampling: dict[str, float]) -> ServedModel:
     sizes = {"weights_bytes": NBYTES["weights"], "kv_cache_bytes": NBYTES["kv_cache"], "kv_bytes_per_token": 1}
     blocks = {"block_size": 16, "num_blocks": 10, "max_model_len": config.max_model_len or 512}
+    of_config = {"max_logprobs": config.max_logprobs}
     named = {"model": config.model, "architecture": "FakeForCausalLM", "task": task, "dtype": "float32"}
     nowhere = {"tokenizer_dir": "", "image_dir": "", "eos_token_ids": ()}
     of_tokens = {"vocab_size": tokenizer.vocab_size, "default_sampling": default_sampling}
-    return ServedModel(ModelInfo(**named, **blocks, **sizes, **nowhere, **of_tokens), tokenizer)
+    return ServedModel(ModelInfo(**named, **blocks, **sizes, **nowhere, **of_tokens, **of_config), tokenizer)
 
 
 def _require_room(wanted: int, model: ServedModel, param: str) -> None:
@@ -67,7 +69,8 @@ class Choices:
 
     def __init__(self, job: GenerationJob, model: ServedModel, request_id: str, script: Sequence[str]) -> None:
         assert job.output_kind == "delta", "the server only asks for deltas"
-        self._outputs = OutputProcessor(model.tokenizer, vocab_size=model.info.vocab_size)
+        limits = LogprobLimits.of(model.info)
+        self._outputs = OutputProcessor(model.tokenizer, vocab_size=model.info.vocab_size, limits=limits)
         prepared = self._outputs.prepare(job)
         self.prompt = tuple(prepared.prompt)
         _require_room(len(self.prompt) + (job.params.max_tokens or 1), model, "prompt")
@@ -109,6 +112,9 @@ def deltas_of(
         said_all = count == len(script) and not stops
         reason = "stop" if stops else "length" if count == limit and not said_all else None
         logprobs = () if params.logprobs is None else (logprobs_of(index, token, params.logprobs),)
+        if params.logprob_token_ids is not None:
+            ids = (token, *params.logprob_token_ids)
+            logprobs = (TokenLogprobs(ids, tuple(-float(other) for other in ids), ids),)
         delta = RequestDelta(name, (token,), logprobs, (), reason, token if stops else None, num_cached_tokens=1)
         yield [*before, delta, *([RequestDelta(name, finish_reason="stop")] if said_all else [])]
         before = []

@@ -11,6 +11,8 @@ packages=(regex cachetools psutil blake3 py-cpuinfo aiohttp tiktoken partial-jso
     python-json-logger watchfiles mcp pillow soundfile model-hosting-container-standards gguf orjson oss-harmony)
 # These would bring a torch, or a numpy, of their own.
 without_dependencies=(mistral_common pydantic_extra_types pycountry xgrammar apache-tvm-ffi compressed-tensors depyf loguru)
+# What vLLM's own build asks for, but for a torch of two gigabytes: pip has metadata made even of what it only downloads.
+build=('setuptools>=77.0.3,<81' setuptools-scm setuptools-rust wheel packaging jinja2 cmake ninja)
 
 here=$(cd "$(dirname "$0")" && pwd)
 project=$(cd "$1" && pwd)
@@ -19,21 +21,22 @@ directory=$(cd "$2" && pwd)
 
 purelib() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
 
-made_from="$version ${packages[*]} ${without_dependencies[*]}"
+made_from="$version ${packages[*]} ${without_dependencies[*]} ${build[*]}"
 if [[ "$(cat "$directory/venv/.made-from" 2>/dev/null)" != "$made_from" ]]; then
     rm -rf "$directory/venv"
     "$project/bin/python" -m venv "$directory/venv"
     purelib "$project" > "$(purelib "$directory/venv")/project.pth"
     "$directory/venv/bin/python" -m pip install --quiet "${packages[@]}"
     "$directory/venv/bin/python" -m pip install --quiet --no-deps "${without_dependencies[@]}"
+    "$directory/venv/bin/python" -m pip install --quiet "${build[@]}"
     echo "$made_from" > "$directory/venv/.made-from"
 fi
 
-# pip prepares metadata even of what it only downloads, which for vLLM takes minutes unless told that it builds nothing.
 archive="$directory/vllm-$version.tar.gz"
 if [[ ! -e "$archive" ]]; then
-    VLLM_TARGET_DEVICE=empty "$directory/venv/bin/python" -m pip download --quiet --no-deps --no-binary vllm \
-        --dest "$directory" "vllm==$version"
+    VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$version \
+        "$directory/venv/bin/python" -m pip download --quiet --no-deps --no-build-isolation \
+        --no-binary vllm --dest "$directory" "vllm==$version"
 fi
 rm -rf "$directory/tree"
 mkdir "$directory/tree"

@@ -69,6 +69,10 @@ ENGINE_FLAGS = {
     "max_waiting_requests": Flag(
         "Most sequences that wait for a place in the batch; a request beyond that is answered with 503."
     ),
+    "max_logprobs": Flag(
+        "Most log-probabilities per token that a request may ask for; -1 allows the whole vocabulary, which takes the "
+        "server some tenths of a second for each token. One request gets about a million at most beyond 20 a token."
+    ),
     "max_grammar_bytes": Flag(
         "Longest schema, expression, grammar or list of choices of a request; a longer one is answered with 400.",
         size=True,

@@ -10,7 +10,9 @@ import contextlib
 import logging
 import signal
 import time
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import zmq.asyncio
@@ -61,7 +63,7 @@ class ProcessLink:
         self._closing = False
         self._listens = False  # to us: it does not while it loads
         self._hang: str | None = None
-        self._opened = contextlib.ExitStack()
+        self._opened: weakref.finalize[..., Any] | None = None  # closes what is open, if only with this link
         self._tasks: list[asyncio.Task[None]] = []
         self.inherited = False
         tell_forks(self)
@@ -106,7 +108,8 @@ class ProcessLink:
             except (OSError, zmq.ZMQError) as error:
                 self._process = None
                 raise _not_started(error) from error
-            self._opened = stack.pop_all()
+            # a ZeroMQ context that is collected before its sockets are closed waits for them for ever
+            self._opened = weakref.finalize(self, stack.pop_all().close)
         return process
 
     def post(self, message: ToEngine) -> None:
@@ -143,7 +146,8 @@ class ProcessLink:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._opened.close()
+        if self._opened is not None:
+            self._opened()
 
     async def _end(self, process: EngineProcess, grace_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -155,6 +159,8 @@ class ProcessLink:
     def leave_to_parent(self, reason: EngineDead) -> None:
         """See `forks.Inherited`: process, socket and the event loop that watches them are the parent's."""
         self.inherited = True
+        if self._opened is not None:
+            self._opened.detach()
         if self._process is not None:
             self._process.leave_to_parent()
 

@@ -14,6 +14,7 @@ from shuteye.config import EngineConfig
 from shuteye.errors import ErrorInfo, InternalError, InvalidRequest
 from shuteye.model_info import ModelInfo, ModelSpec
 from shuteye.tasks.base import Job, ModelRunner, RequestDelta, TaskOutputs, TaskScheduler
+from shuteye.tasks.generate.logprob_limits import LogprobLimits
 from shuteye.tasks.generate.outputs import GenerationJob, OutputProcessor
 from shuteye.tasks.generate.plans import StepPlan, StepResult
 from shuteye.tasks.generate.requests import GenerateRequest
@@ -85,7 +86,7 @@ class Task:
 
 
 def _generate_outputs(info: ModelInfo, tokenizer: Tokenizer, _why_aborted: WhyAborted) -> OutputProcessor:
-    return OutputProcessor(tokenizer, vocab_size=info.vocab_size)
+    return OutputProcessor(tokenizer, vocab_size=info.vocab_size, limits=LogprobLimits.of(info))
 
 
 def _generate_scheduler(setup: SchedulerSetup) -> TaskScheduler:

@@ -5,6 +5,7 @@ Knows nothing of the shape of a choice; a `ResponseWriter` writes them.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -21,6 +22,7 @@ from shuteye.server.generation.run import Job, Prompt, PromptOutput, first_of, r
 from shuteye.server.http.answers import JsonAnswer, encode_json
 from shuteye.server.http.events import EventStream, event, until_disconnect
 from shuteye.server.http.middleware import current_request_id
+from shuteye.tasks.generate.logprob_limits import is_wide
 from shuteye.tasks.generate.requests import CompletionOutput, FinishReason, Logprob, RequestOutput
 
 UsageIn = Literal["no chunk", "last chunk", "every chunk"]
@@ -151,15 +153,19 @@ async def answer_whole(
     """
     usage = Usage.of(job)
     transcripts = _best_of(job, await until_disconnect(request.receive, _collect(context, job, usage, writer)))
-    answer = writer.answer(
-        id=job.request_id,
-        created=int(time.time()),
-        model=model,
-        choices=[writer.whole(index, transcript) for index, transcript in enumerate(transcripts)],
-        usage=usage.answer(),
-        **writer.extra(),
-    )
-    return JsonAnswer(answer)
+
+    def written() -> Response:
+        answer = writer.answer(
+            id=job.request_id,
+            created=int(time.time()),
+            model=model,
+            choices=[writer.whole(index, transcript) for index, transcript in enumerate(transcripts)],
+            usage=usage.answer(),
+            **writer.extra(),
+        )
+        return JsonAnswer(answer)
+
+    return await asyncio.to_thread(written) if is_wide(job.params) else written()
 
 
 def _best_of(job: Job, transcripts: Mapping[int, ChoiceAccumulator]) -> list[ChoiceAccumulator]:

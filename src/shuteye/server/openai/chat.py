@@ -43,7 +43,8 @@ from shuteye.server.openai.tools import (
 from shuteye.server.parsing.parser import END, ReadingPlan, begins_inside
 from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, OutputParser, Piece, Reasoning
 from shuteye.server.parsing.tool_formats import ToolFormat, format_of
-from shuteye.tasks.generate.requests import CompletionOutput, FinishReason, SamplingParams
+from shuteye.tasks.generate.logprob_limits import LogprobLimits
+from shuteye.tasks.generate.requests import WHOLE_VOCABULARY, CompletionOutput, FinishReason, SamplingParams
 from shuteye.tokenizer import Tokenizer
 
 CHOICES = "'none', 'auto', 'required' or a function's name in an object"
@@ -54,7 +55,7 @@ class ChatBody(GenerationBody):
 
     messages: Many[Message] = Field(min_length=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: int | None = Field(default=None, ge=-1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     tools: Many[Tool] | None = None
     tool_choice: ToolChoice | None = None
@@ -73,6 +74,8 @@ class ChatBody(GenerationBody):
     def _check_chat_fields_that_go_together(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs is only allowed when logprobs is true.", param="top_logprobs")
+        if self.logprob_token_ids is not None and not self.logprobs:
+            raise InvalidRequest("logprob_token_ids is only allowed when logprobs is true.", param="logprob_token_ids")
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequest(
                 "continue_final_message and add_generation_prompt cannot both be true.", param="continue_final_message"
@@ -97,8 +100,13 @@ class ChatBody(GenerationBody):
 
     @property
     def num_logprobs(self) -> int | None:
-        """Alternatives per token to report; None reports nothing."""
+        """Alternatives per token to report, -1 for all; None reports nothing."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def num_shown(self) -> int | None:
+        """Of what is known of a token, how many entries are told, -1 for all; None tells nothing."""
+        return WHOLE_VOCABULARY if self.logprob_token_ids is not None else self.num_logprobs
 
 
 # --- from a body to the engine's work -----------------------------------------------------------
@@ -137,6 +145,7 @@ async def chat_job(context: ServerContext, request_id: str, body: ChatBody) -> t
     reading = ReadingPlan(tool_format, reasons, reasons and begins_inside(config.reasoning_parser, text))
     # how tokens are chosen
     params = body.sampling_params(info.default_sampling, max_tokens=limit, logprobs=body.num_logprobs)
+    params = LogprobLimits.of(info).resolved(params, num_prompt_tokens=len(kept), param="top_logprobs")
     if tool_format is not None:
         params = _with_calls(params, body, tools, tool_format, tokenizer)
     if reading.needs_special_tokens(tokenizer):
@@ -289,7 +298,7 @@ class ChatWriter(ResponseWriter):
 
     Attributes:
         names: how tokens are shown.
-        num_top: None if no log-probabilities were asked for.
+        num_top: None if no log-probabilities were asked for; -1 for all that are known.
         reading: how the answers are read.
         echo: what every answer begins with.
         named_call: the caller chose the function, so that its call is just how the answer stops (as OpenAI's).
@@ -415,7 +424,7 @@ async def chat_completions(request: Request, body: ChatBody, context: Context) -
         prompts=job.prompts,
         shows_token_ids=body.return_token_ids is True,
         names=TokenNames(context.engine.tokenizer, body.names_by_id(context.config)),
-        num_top=body.num_logprobs,
+        num_top=body.num_shown,
         reading=reading,
         echo=_echo(body),
         named_call=isinstance(body.tool_choice, NamedToolChoice),

@@ -25,7 +25,8 @@ from shuteye.server.http.admission import ModelRoute, require_prompt_tokens, req
 from shuteye.server.openai.fields import GenerationBody, Many, one_message
 from shuteye.server.openai.logprobs import CompletionLogprobs, PromptLogprobs, TextOffset, TokenNames, prompt_logprobs
 from shuteye.server.openai.prompts import encode, require_known, require_room, require_tokens
-from shuteye.tasks.generate.requests import MAX_LOGPROBS, CompletionOutput, FinishReason, Logprob, SamplingParams
+from shuteye.tasks.generate.logprob_limits import LogprobLimits
+from shuteye.tasks.generate.requests import WHOLE_VOCABULARY, CompletionOutput, FinishReason, Logprob, SamplingParams
 from shuteye.tokenizer import LONG_TEXT
 
 DEFAULT_MAX_TOKENS = 16
@@ -37,7 +38,7 @@ class CompletionBody(GenerationBody):
 
     prompt: str | Many[str] | Many[int] | Many[Many[int]]
     echo: bool | None = None
-    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    logprobs: int | None = Field(default=None, ge=-1)
     best_of: int | None = Field(default=None, ge=1, le=128)
 
     _prompt_message = field_validator("prompt", mode="wrap")(one_message(PROMPT_FORMS))
@@ -51,6 +52,12 @@ class CompletionBody(GenerationBody):
             raise InvalidRequest(
                 f"best_of ({self.best_of}) other than n ({n}) cannot be streamed: the best are known only at the end.",
                 param="best_of",
+            )
+        if self.logprob_token_ids is not None and self.logprobs is None:
+            raise InvalidRequest("logprob_token_ids requires logprobs.", param="logprob_token_ids")
+        if self.logprob_token_ids is not None and self.echoes_only:
+            raise InvalidRequest(
+                "logprob_token_ids is about tokens that are generated, and max_tokens is 0.", param="logprob_token_ids"
             )
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest("max_tokens must be at least 1 unless echo is true, got 0.", param="max_tokens")
@@ -244,7 +251,9 @@ async def _job(body: CompletionBody, context: ServerContext) -> Job:
     require_room(longest, max_tokens, info.max_model_len)
     params, best = _ranked(body, params)
     if body.echo and body.logprobs is not None:
-        params = replace(params, prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
+        params = replace(params, prompt_logprobs=_larger(body.logprobs, body.prompt_logprobs or 0))
+    num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    params = LogprobLimits.of(info).resolved(params, num_prompt_tokens=num_tokens, num_prompts=len(prompts))
     return Job(new_request_id("cmpl"), prompts, params, best=best, echoes_only=body.echoes_only)
 
 
@@ -252,7 +261,14 @@ def _ranked(body: CompletionBody, params: SamplingParams) -> tuple[SamplingParam
     """With `best_of`, as many completions as that, with log-probabilities to rank them by; and how many to keep."""
     if body.best_of in {None, params.n}:
         return params, None
-    return replace(params, n=body.best_of, logprobs=params.logprobs or 0), params.n
+    if params.logprob_token_ids is None:
+        params = replace(params, logprobs=params.logprobs or 0)
+    return replace(params, n=body.best_of), params.n
+
+
+def _larger(one: int, other: int) -> int:
+    """Of two numbers of log-probabilities, -1 being all."""
+    return WHOLE_VOCABULARY if WHOLE_VOCABULARY in {one, other} else max(one, other)
 
 
 async def _prompt(body: CompletionBody, context: ServerContext, given: str | list[int], *, one_of_many: bool) -> Prompt:

@@ -169,7 +169,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     # vLLM's
     "chat_template": (), "documents": ([],), "ec_transfer_params": (),
     "guided_decoding_backend": (), "kv_transfer_params": (), "length_penalty": (1.0,), "logits_processors": ([],),
-    "logprob_token_ids": (), "media_io_kwargs": ({},), "mm_processor_kwargs": ({},), "prompt_embeds": (),
+    "media_io_kwargs": ({},), "mm_processor_kwargs": ({},), "prompt_embeds": (),
     "repetition_detection": (), "return_mm_kwargs": (True,), "return_prompt_text": (False,),
     "return_token_offsets": (False,), "routed_experts_prompt_start": (0,), "stream_interval": (1,),
     "thinking_token_budget": (-1,), "use_beam_search": (False,), "watermarking": (False,),
@@ -263,6 +263,7 @@ class GenerationBody(StructureFields):
     allowed_token_ids: Many[int] | None = None
     bad_words: Many[str] | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: Many[int] | None = None
     priority: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     cache_salt: str | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
@@ -329,7 +330,8 @@ class GenerationBody(StructureFields):
         return SamplingParams(
             **(advised | said),
             max_tokens=max_tokens,
-            logprobs=logprobs,
+            logprobs=None if self.logprob_token_ids is not None else logprobs,
+            logprob_token_ids=self.logprob_token_ids,
             logit_bias=_by_token_id(self.logit_bias),
             structured_outputs=self.structure,
         )

@@ -10,7 +10,7 @@ from functools import cache
 from msgspec import Struct
 
 from shuteye.server.parsing.pieces import Content, Piece
-from shuteye.tasks.generate.requests import CompletionOutput, Logprob
+from shuteye.tasks.generate.requests import WHOLE_VOCABULARY, CompletionOutput, Logprob
 from shuteye.tokenizer import Tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
@@ -89,11 +89,12 @@ class ChatLogprobs(Struct):
 def chat_logprobs(
     names: TokenNames, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]], *, num_top: int
 ) -> ChatLogprobs:
-    """`choices[].logprobs` of a chat answer; `logprobs[i]` belongs to `token_ids[i]`."""
+    """`choices[].logprobs` of a chat answer; `logprobs[i]` belongs to `token_ids[i]`, and -1 shows all of it."""
+    shown = None if num_top == WHOLE_VOCABULARY else num_top
     content = []
     for token_id, position in zip(token_ids, logprobs, strict=True):
         ranked = sorted(position.items(), key=lambda item: item[1].rank)
-        top_k = [TopLogprob(*_entry(names, other, found)) for other, found in ranked[:num_top]]
+        top_k = [TopLogprob(*_entry(names, other, found)) for other, found in ranked[:shown]]
         content.append(ChatLogprob(*_entry(names, token_id, position[token_id]), top_k))
     return ChatLogprobs(content)
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens, and of the most likely ones beside them."""
+"""Log-probabilities of chosen tokens, and beside them of the most likely ones, or of those that were asked for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shuteye.tasks.generate.candidates import Floats, Int64s, logsumexp, top_k
+from shuteye.tasks.generate.logprob_limits import NARROW
 from shuteye.tasks.generate.requests import TokenLogprobs
 
 MAX_ROWS = 64
@@ -19,13 +20,29 @@ def token_logprobs(logits: Floats, chosen: Int64s, num_top: Sequence[int]) -> li
     Args:
         logits: [num_rows, vocab_size] float32, as the model gave them.
         chosen: [num_rows] int64.
-        num_top: how many of the most likely each row wants.
+        num_top: how many of the most likely each row wants; what one wants costs the others nothing.
     """
-    found: list[TokenLogprobs] = []
-    for begin in range(0, len(logits), MAX_ROWS):
-        rows = slice(begin, begin + MAX_ROWS)
-        found += _of_few(logits[rows], chosen[rows], num_top[rows])
-    return found
+    found: dict[int, TokenLogprobs] = {}
+    narrow = [row for row, count in enumerate(num_top) if count <= NARROW]
+    for begin in range(0, len(narrow), MAX_ROWS):
+        rows = narrow[begin : begin + MAX_ROWS]
+        few = logits[rows[0] : rows[-1] + 1] if len(rows) == rows[-1] + 1 - rows[0] else logits[rows]
+        found |= zip(rows, _of_few(few, chosen[rows], [num_top[row] for row in rows]), strict=True)
+    for row in sorted(set(range(len(logits))) - set(narrow)):
+        [found[row]] = _of_few(logits[row : row + 1], chosen[row : row + 1], [num_top[row]])
+    return [found[row] for row in range(len(logits))]
+
+
+def logprobs_of(row: Floats, chosen: int, token_ids: Sequence[int]) -> TokenLogprobs:
+    """The log-probabilities of the chosen token and of certain ones, each with its rank.
+
+    Args:
+        row: [vocab_size] float32, as the model gave it.
+    """
+    ids = (chosen, *(token_id for token_id in token_ids if token_id != chosen))
+    values = row[list(ids)]
+    ranks = [int(np.count_nonzero(row > value)) + 1 for value in values]
+    return TokenLogprobs(ids, tuple((values - logsumexp(row[None])[0]).tolist()), tuple(ranks))
 
 
 def _of_few(logits: Floats, chosen: Int64s, num_top: Sequence[int]) -> list[TokenLogprobs]:

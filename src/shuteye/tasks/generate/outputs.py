@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from shuteye.errors import ErrorInfo, InvalidRequest, info_of, refusal
 from shuteye.tasks.base import Deltas, Job, OutputKind, Processed, RequestDelta, TaskOutputs
 from shuteye.tasks.generate.detokenizer import Detokenizer
+from shuteye.tasks.generate.logprob_limits import LogprobLimits
 from shuteye.tasks.generate.requests import (
     CompletionOutput,
     FinishReason,
@@ -98,8 +99,9 @@ class _Request:
 class OutputProcessor(TaskOutputs[GenerationJob]):
     """Fans jobs out into engine-side sequences, and their deltas in again. One per engine client."""
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, limits: LogprobLimits | None = None) -> None:
         self._tokenizer = tokenizer
+        self._limits = limits or LogprobLimits(vocab_size)
         self._vocab_size = vocab_size
         self._requests: dict[str, _Request] = {}
         self._completions: dict[str, tuple[_Request, _Completion]] = {}  # unfinished ones, by engine-side id
@@ -118,9 +120,10 @@ class OutputProcessor(TaskOutputs[GenerationJob]):
         require_instance(job.params, SamplingParams, param="sampling_params")
         params = resolve_token_params(job.params, self._tokenizer, vocab_size=self._vocab_size)
         if isinstance(job.prompt, str):
-            return replace(job, prompt=self._tokenizer.encode(job.prompt), params=params, text=job.prompt)
-        _require_token_ids(job.prompt, self._vocab_size)
-        return replace(job, params=params)
+            job = replace(job, prompt=self._tokenizer.encode(job.prompt), text=job.prompt)
+        else:
+            _require_token_ids(job.prompt, self._vocab_size)
+        return replace(job, params=self._limits.resolved(params, num_prompt_tokens=len(job.prompt)))
 
     def add(self, request_id: str, job: GenerationJob, *, engine_id: str) -> list[GenerateRequest]:
         """Follow a prepared job; the sequences to submit to the engine: itself, or "<id>/<index>" for n > 1.
@@ -220,7 +223,7 @@ class OutputProcessor(TaskOutputs[GenerationJob]):
         hidden = self._hidden_token(request.params, delta)
         for position, token_id in enumerate(delta.token_ids):
             completion.token_ids.append(token_id)
-            if delta.logprobs and request.params.logprobs is not None:
+            if delta.logprobs and request.params.reports_logprobs:
                 completion.logprobs.append(self._logprobs(delta.logprobs[position]))
             if position != hidden:
                 completion.texts.append(completion.detokenizer.feed(token_id))
@@ -311,7 +314,7 @@ def _completion_output(request: _Request, completion: _Completion) -> Completion
         token_ids=tuple(completion.token_ids),
         finish_reason=completion.finish_reason,
         stop_reason=completion.stop_reason,
-        logprobs=None if request.params.logprobs is None else tuple(completion.logprobs),
+        logprobs=tuple(completion.logprobs) if request.params.reports_logprobs else None,
     )
 
 
@@ -360,6 +363,7 @@ def resolve_token_params(params: SamplingParams, tokenizer: Tokenizer, *, vocab_
     Raises:
         InvalidRequest: a token id that the model does not know; `param` names the field.
     """
+    _require_known(params.logprob_token_ids or (), vocab_size, param="logprob_token_ids")
     if params.logit_bias is None and params.allowed_token_ids is None and not params.bad_words:
         return params
     _require_known(params.logit_bias or (), vocab_size, param="logit_bias")

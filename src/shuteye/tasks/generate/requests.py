@@ -65,7 +65,9 @@ class RequestOutput:
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
 
 
-MAX_LOGPROBS = 20
+WHOLE_VOCABULARY = -1
+"""As a number of log-probabilities: one for every token."""
+MAX_LOGPROB_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 100.0
 MAX_TEXTS = 256
 """Stop strings of a request, and bad words: all of them are looked for after every token."""
@@ -144,8 +146,10 @@ class SamplingParams:
         min_p: keep tokens at least this fraction as likely as the likeliest.
         repetition_penalty: > 1 discourages tokens in prompt or output (CTRL, arXiv:1909.05858).
         max_tokens: `None` means up to the context limit.
-        logprobs: how many alternatives per token to report; `None` reports nothing.
-        prompt_logprobs: the same for the tokens of the prompt, which is then computed in full.
+        logprobs: how many alternatives per token to report, -1 for the whole vocabulary; `None` reports nothing. How
+            many there may be is for the engine's `max_logprobs` to say.
+        logprob_token_ids: report these tokens instead, however likely they are; `logprobs` is left out then.
+        prompt_logprobs: as `logprobs`, of the tokens of the prompt, which is then computed in full.
         logit_bias: added to the logits of single tokens, between -100 and 100.
         allowed_token_ids: all others are never chosen.
         bad_words: texts that are never completed.
@@ -175,6 +179,7 @@ class SamplingParams:
     min_tokens: int = 0
     max_tokens: int | None = 16
     logprobs: int | None = None
+    logprob_token_ids: Sequence[int] | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     logit_bias: dict[int, float] | None = None
@@ -214,10 +219,23 @@ class SamplingParams:
             self.min_tokens,
         )
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
-            require(count is None or 0 <= count <= MAX_LOGPROBS, name, f"between 0 and {MAX_LOGPROBS}", count)
+            require(count is None or count >= WHOLE_VOCABULARY, name, "-1 (the whole vocabulary), or 0 or more", count)
         self._check_token_rules()
 
     def _check_token_rules(self) -> None:
+        wanted = self.logprob_token_ids
+        require(
+            wanted is None or 0 < len(wanted) <= MAX_LOGPROB_TOKEN_IDS,
+            "logprob_token_ids",
+            f"a list of 1 to {MAX_LOGPROB_TOKEN_IDS} ids",
+            None if wanted is None else f"{len(wanted)} ids",
+        )
+        require(
+            wanted is None or self.logprobs in {None, len(wanted)},
+            "logprobs",
+            "left out where logprob_token_ids are given",
+            self.logprobs,
+        )
         biases = (self.logit_bias or {}).values()
         require(
             all(-MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS for bias in biases),
@@ -249,6 +267,11 @@ class SamplingParams:
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple, however it was given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def reports_logprobs(self) -> bool:
+        """Whether log-probabilities of what is generated are wanted."""
+        return self.logprobs is not None or self.logprob_token_ids is not None
 
     @property
     def greedy(self) -> bool:

@@ -25,7 +25,7 @@ from shuteye.tasks.generate.candidates import (
     top_k,
     truncate,
 )
-from shuteye.tasks.generate.logprobs import token_logprobs
+from shuteye.tasks.generate.logprobs import logprobs_of, token_logprobs
 from shuteye.tasks.generate.plans import Admission, SampledToken, TokenMask
 from shuteye.tasks.generate.requests import SamplingParams, TokenLogprobs
 
@@ -83,6 +83,7 @@ class _Batch:
     rules: tuple[tuple[int, TokenRules], ...]
     min_tokens_rows: tuple[int, ...]
     logprob_rows: tuple[int, ...]
+    named_rows: tuple[int, ...]
 
 
 class Sampler:
@@ -160,7 +161,12 @@ class Sampler:
             seen=tuple((row, one.seen) for row, one in enumerate(sampled) if one.seen is not None),
             rules=tuple((row, one.rules) for row, one in enumerate(sampled) if one.rules is not None),
             min_tokens_rows=tuple(row for row, one in enumerate(sampled) if one.must_go_on),
-            logprob_rows=tuple(row for row, one in enumerate(sampled) if one.params.logprobs is not None),
+            logprob_rows=tuple(
+                row
+                for row, one in enumerate(sampled)
+                if one.params.logprobs is not None and one.params.logprob_token_ids is None
+            ),
+            named_rows=tuple(row for row, one in enumerate(sampled) if one.params.logprob_token_ids is not None),
         )
 
     def _group(self, route: _Route, routes: Sequence[_Route], sampled: Sequence[_Sampled]) -> _Group:
@@ -286,9 +292,13 @@ def _mix(seed: int, position: int) -> int:
 
 
 def _logprobs(logits: Floats, token_ids: Int64s, batch: _Batch) -> dict[int, TokenLogprobs]:
-    """Log-probabilities of the raw logits, by row: the chosen token's first, then the most likely ones."""
-    if not batch.logprob_rows:
-        return {}
-    rows = list(batch.logprob_rows)
-    wanted = [batch.sampled[row].params.logprobs or 0 for row in rows]
-    return dict(zip(rows, token_logprobs(logits[rows], token_ids[rows], wanted), strict=True))
+    """Log-probabilities of the raw logits, by row: the chosen token's first, then the most likely, or certain ones."""
+    found = {
+        row: logprobs_of(logits[row], int(token_ids[row]), batch.sampled[row].params.logprob_token_ids or ())
+        for row in batch.named_rows
+    }
+    if batch.logprob_rows:
+        rows = list(batch.logprob_rows)
+        wanted = [batch.sampled[row].params.logprobs or 0 for row in rows]
+        found |= zip(rows, token_logprobs(logits[rows], token_ids[rows], wanted), strict=True)
+    return found

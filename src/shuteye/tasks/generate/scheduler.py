@@ -24,6 +24,7 @@ from shuteye.cache.blocks import BlockPool, HashChain, PrefixCache
 from shuteye.errors import ErrorInfo, InvalidRequest, PromptTooLong
 from shuteye.state import RESERVED_BLOCKS, Epoch, SchedulerStats
 from shuteye.tasks.base import RequestDelta, TaskScheduler
+from shuteye.tasks.generate.logprob_limits import scored_per_step
 from shuteye.tasks.generate.plans import Admission, Chunk, SampledToken, StepPlan, StepResult
 from shuteye.tasks.generate.requests import FinishReason, GenerateRequest, TokenLogprobs
 from shuteye.tasks.generate.sequences import ActiveSequence, Batch, Part
@@ -117,7 +118,9 @@ class Scheduler(TaskScheduler):
             stop_token_ids=frozenset(params.stop_token_ids),
             max_length=min(limit, self._max_length),
             scored=params.prompt_logprobs is not None,
-            max_chunk=sys.maxsize if params.prompt_logprobs is None else MAX_SCORED_CHUNK,
+            max_chunk=sys.maxsize
+            if params.prompt_logprobs is None
+            else scored_per_step(params.prompt_logprobs, MAX_SCORED_CHUNK),
         )
         self._requests[request.request_id] = sequence
         self._waiting.insert(self._place_in_queue(params.priority), sequence)
