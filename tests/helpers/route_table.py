@@ -80,6 +80,8 @@ PROTECTED = (
     _streams("/v1/responses", stream_end=b"response.incomplete", input="hi", max_output_tokens=2),
     _posts("/v1/embeddings", "embed", input="abc"),
     _posts("/pooling", "embed", input="abc"),
+    _posts("/v2/embed", "embed", texts=["abc"]),
+    _posts("/classify", "classify", input="abc"),
     _posts("/score", "score", **PAIR),
     _posts("/v1/score", "score", **PAIR),
     _posts("/rerank", "score", **RANKED),

@@ -46,7 +46,7 @@ def config_of(model_type, **settings):
             lambda: config_of("gemma3n_text", num_kv_shared_layers=1, hidden_size_per_layer_input=8), "cache", id="kv"
         ),
         pytest.param(
-            lambda: config_of("llama", architectures=["LlamaForSequenceClassification"]), "'score'", id="other-task"
+            lambda: config_of("llama", architectures=["LlamaForSequenceClassification"]), "'classify'", id="other-task"
         ),
     ],
 )

@@ -169,7 +169,12 @@ def add_dense(path):
         ({}, lambda path: edit(path / "1_Pooling/config.json", pooling_mode_max_tokens=True), "'max' and 'mean'"),
         ({}, lambda path: edit(path / "1_Pooling/config.json", pooling_mode="weightedmean"), "'weightedmean'"),
         ({}, lambda path: edit(path / "sentence_bert_config.json", do_lower_case=True), "lowercased"),
-        ({"task": "score", "num_labels": 3}, None, "3 labels"),
+        (
+            {"task": "classify", "architecture": "llama", "num_key_value_heads": 2, "pad_token_id": None},
+            None,
+            "pad_token_id",
+        ),
+        ({"task": "score", "sbert_ce_default_activation_function": "torch.nn.Softmax"}, None, "Softmax"),
         ({"task": "score", "sbert_ce_default_activation_function": "torch.nn.Tanh"}, None, "Tanh"),
         (
             {"task": "score"},
@@ -177,7 +182,16 @@ def add_dense(path):
             "chat template",
         ),
     ],
-    ids=["dense", "two-poolings", "unknown-pooling", "lowercase", "classification", "activation", "template"],
+    ids=[
+        "dense",
+        "two-poolings",
+        "unknown-pooling",
+        "lowercase",
+        "no-padding",
+        "softmax-of-one",
+        "activation",
+        "template",
+    ],
 )
 def test_what_would_be_computed_wrongly_is_refused(tmp_path, bound, options, spoil, cause):
     path = tiny_encoder(tmp_path / "model", **options)

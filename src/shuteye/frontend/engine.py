@@ -13,16 +13,23 @@ from typing import Literal, TypeVar
 
 from shuteye.calls import AsyncControls
 from shuteye.config import EngineConfig
-from shuteye.errors import ShuteyeError
+from shuteye.errors import InvalidRequest, ShuteyeError
 from shuteye.frontend.mailbox import Backlog
 from shuteye.model_info import ModelInfo
 from shuteye.state import EngineState, SchedulerStats, WakeReport
 from shuteye.tasks.base import Job, OutputKind
 from shuteye.tasks.generate.outputs import GenerationJob
 from shuteye.tasks.generate.requests import RequestOutput, SamplingParams
-from shuteye.tasks.pool.inputs import PoolInputs, Prompt, Texts, as_list, embeddings_of, encoded, score_job
+from shuteye.tasks.pool.inputs import PoolInputs, Prompt, Texts, as_list, classes_of, embeddings_of, encoded, score_job
 from shuteye.tasks.pool.outputs import PoolingJob
-from shuteye.tasks.pool.requests import EmbeddingRequestOutput, PooledOutput, PoolingParams, ScoringRequestOutput
+from shuteye.tasks.pool.requests import (
+    ClassificationRequestOutput,
+    EmbeddingRequestOutput,
+    PooledOutput,
+    PoolingParams,
+    PoolInput,
+    ScoringRequestOutput,
+)
 from shuteye.tasks.transcribe.outputs import TranscriptionJob
 from shuteye.tasks.transcribe.requests import TranscribeParams, Transcription
 from shuteye.tokenizer import Tokenizer
@@ -227,10 +234,34 @@ class Engine(KnownEngine, AsyncControls):
     ) -> list[EmbeddingRequestOutput]:
         """The embedding of every prompt, in their order, computed in batches. Cancelling it aborts it."""
         params = PoolingParams() if params is None else params
+        inputs = await self._inputs(prompts, params, add_special_tokens=add_special_tokens)
+        return embeddings_of(inputs, await self._pooled(PoolingJob(inputs, params), request_id), params.embed_dtype)
+
+    async def classify(
+        self,
+        prompts: str | Sequence[Prompt],
+        params: PoolingParams | None = None,
+        *,
+        request_id: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> list[ClassificationRequestOutput]:
+        """The classes of every prompt, in their order. A cross-encoder has one, what it would score."""
+        if self.info.task not in {"classify", "score"}:
+            raise InvalidRequest(f"{self.info.model!r} is a model for the task {self.info.task!r}; it has no classes.")
+        params = PoolingParams() if params is None else params
+        inputs = await self._inputs(prompts, params, add_special_tokens=add_special_tokens)
+        if params.dimensions is not None or params.embed_dtype != "float32":
+            raise InvalidRequest("dimensions and embed_dtype are for embeddings.", param="dimensions")
+        output = await self._pooled(PoolingJob(inputs, params), request_id)
+        labels = self.info.pooling.labels if self.info.pooling is not None else ()
+        return classes_of(inputs, output, labels)
+
+    async def _inputs(
+        self, prompts: str | Sequence[Prompt], params: PoolingParams, *, add_special_tokens: bool
+    ) -> tuple[PoolInput, ...]:
         prompt_list: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
         maker = PoolInputs(self.tokenizer, self.info, params, add_special_tokens=add_special_tokens)
-        inputs = await encoded(prompt_list, lambda: maker.inputs(prompt_list))
-        return embeddings_of(inputs, await self._pooled(PoolingJob(inputs, params), request_id))
+        return await encoded(prompt_list, lambda: maker.inputs(prompt_list))
 
     async def score(
         self, queries: Texts, documents: Texts, params: PoolingParams | None = None, *, request_id: str | None = None

@@ -19,7 +19,12 @@ from shuteye.frontend.loop_thread import LoopThread
 from shuteye.state import UpdateReport
 from shuteye.tasks.generate.requests import RequestOutput
 from shuteye.tasks.pool.inputs import Prompt, Texts
-from shuteye.tasks.pool.requests import EmbeddingRequestOutput, PoolingParams, ScoringRequestOutput
+from shuteye.tasks.pool.requests import (
+    ClassificationRequestOutput,
+    EmbeddingRequestOutput,
+    PoolingParams,
+    ScoringRequestOutput,
+)
 from shuteye.tasks.transcribe.requests import TranscribeParams, Transcription
 from shuteye.tokenizer import Tokenizer
 
@@ -103,6 +108,12 @@ class LLM(KnownEngine, Controls):
     ) -> list[EmbeddingRequestOutput]:
         """The embedding of every prompt, in their order; `.outputs.embedding` has the numbers."""
         return self._thread.run(self._engine.embed(prompts, pooling_params))
+
+    def classify(
+        self, prompts: str | Sequence[Prompt], pooling_params: PoolingParams | None = None
+    ) -> list[ClassificationRequestOutput]:
+        """The classes of every prompt, in their order; `.outputs.probs` and `.outputs.label`."""
+        return self._thread.run(self._engine.classify(prompts, pooling_params))
 
     def score(
         self, queries: Texts, documents: Texts, pooling_params: PoolingParams | None = None

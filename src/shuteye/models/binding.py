@@ -108,7 +108,7 @@ class BoundModel(Generic[SpecT]):
         slot_names: names of the checkpoint's tensors, tied ones included → the arena slot that each is written to.
         eos_token_ids: the tokens that end an answer; none if the model does not write.
         default_sampling: what the checkpoint recommends; empty if nothing is sampled as requests say.
-        pooling: what the model makes of an input, if it embeds or scores.
+        pooling: what the model makes of an input, if it embeds, scores or classifies.
         speech: how the model is led through audio, if it transcribes.
         shard: this rank's part of each tensor; None if it has the whole model.
     """

@@ -1,18 +1,16 @@
-"""Models that read a whole text at once, to embed it or to score a pair: examined, bound to an arena, run in batches.
+"""Models that read a whole text, or a pair, at once, to embed, score or classify it: examined, bound, run in batches.
 
 The computation is transformers' own; inputs are padded to the longest, and the padding is masked. How token states
-become one embedding is read from sentence-transformers' `modules.json` and the config.json of each module it names.
+become one embedding is said by sentence-transformers' files.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -27,6 +25,14 @@ from shuteye.models.binding import BoundModel, CommonSpec, read_image_config, sl
 from shuteye.models.formats.checkpoint import read_tokenizer_facts
 from shuteye.models.module_binding import bind_module
 from shuteye.models.modules import build_module, model_class, quiet
+from shuteye.models.sentence_files import (
+    Activation,
+    Pooling,
+    SentenceFiles,
+    read_activation,
+    read_prompts,
+    read_sentence_files,
+)
 from shuteye.models.sources import ModelSource
 from shuteye.models.tensors import dtype_name, torch_dtype
 
@@ -40,15 +46,17 @@ _UNKNOWN_CONTEXT = 512
 
 @dataclass(frozen=True, slots=True)
 class EncoderSpec(CommonSpec):
-    """What an image's metadata says of a model that embeds or scores.
+    """What an image's metadata says of a model that embeds, scores or classifies.
 
     Attributes:
         size: numbers per input.
-        pooling: how token states become an embedding; None for scores.
+        pooling: how token states become an embedding; None for logits.
         normalize: whether embeddings have length 1 unless the caller asks otherwise.
-        activation: what a score goes through; None for embeddings.
+        activation: what logits go through; None for embeddings.
         dimensions: lengths that embeddings were trained to be cut to; empty if none, None if any.
         uses_type_ids: whether the model is told which text of a pair a token belongs to.
+        labels: names of the classes, one per logit; empty for embeddings.
+        prompts: what goes before a text, by what its embedding is for.
     """
 
     size: int
@@ -58,6 +66,8 @@ class EncoderSpec(CommonSpec):
     normalize: bool = False
     activation: Activation | None = None
     dimensions: tuple[int, ...] | None = ()
+    labels: tuple[str, ...] = ()
+    prompts: dict[str, str] = field(default_factory=dict)
 
 
 # --- examination ----------------------------------------------------------------------------------
@@ -79,9 +89,9 @@ def examine_encoder(config: Any, source: ModelSource, *, task: str, dtype: torch
         raise UnsupportedModel(
             f"{source.name} has texts lowercased before its tokenizer (do_lower_case), which is not supported."
         )
-    scores = task == "score"
+    has_logits = task in {"score", "classify"}
     tokenizer = read_tokenizer_facts(source)
-    if scores and tokenizer.has_chat_template:
+    if task == "score" and tokenizer.has_chat_template:
         raise UnsupportedModel(
             f"{source.name} has a chat template that pairs of texts must be put through, which is not supported."
         )
@@ -90,15 +100,17 @@ def examine_encoder(config: Any, source: ModelSource, *, task: str, dtype: torch
         task=task,
         vocab_size=config.vocab_size,
         context_length=min(files.max_length or tokenizer.max_length, _num_positions(config, task)),
-        size=1 if scores else config.hidden_size,
+        size=config.num_labels if has_logits else config.hidden_size,
         pad_token_id=_pad_token_id(config),
         uses_type_ids="token_type_ids" in accepted & frozenset(tokenizer.outputs),
         dtype=dtype_name(dtype),
         transformers=__version__,
-        pooling=None if scores else _pooling(files, config, source),
-        normalize=not scores and files.normalize is not False,
-        activation=read_activation(source.path, config) if scores else None,
+        pooling=None if has_logits else _pooling(files, config, source),
+        normalize=not has_logits and files.normalize is not False,
+        activation=read_activation(source.path, config) if has_logits else None,
         dimensions=_dimensions(config),
+        labels=_labels(config) if has_logits else (),
+        prompts={} if has_logits else read_prompts(source.path, config),
     )
 
 
@@ -112,10 +124,9 @@ def _check_class(config: Any, task: str) -> frozenset[str]:
     accepted = frozenset(inspect.signature(found.forward).parameters)
     if found._is_stateful or not {"input_ids", "attention_mask"} <= accepted:
         raise UnsupportedModel(f"{found.__name__} does not take a mask for padding, which batches of texts need.")
-    if task == "score" and config.num_labels != 1:
+    if task != "embed" and _is_causal(config) and config.pad_token_id is None:
         raise UnsupportedModel(
-            f"{found.__name__} has {config.num_labels} labels; a model that scores pairs has one, and "
-            "classification is not served."
+            f"{found.__name__} finds the end of a text by the padding after it, and config.json names no pad_token_id."
         )
     return accepted
 
@@ -153,6 +164,12 @@ def _is_causal(config: Any) -> bool:
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
 
 
+def _labels(config: Any) -> tuple[str, ...]:
+    """The names of the classes; transformers makes up LABEL_0 and so on for those that config.json does not name."""
+    names = config.id2label or {}
+    return tuple(str(names.get(index, f"LABEL_{index}")) for index in range(config.num_labels))
+
+
 def _dimensions(config: Any) -> tuple[int, ...] | None:
     """VLLM's rule: `matryoshka_dimensions` lists them, `is_matryoshka` allows any."""
     listed = getattr(config, "matryoshka_dimensions", None)
@@ -165,19 +182,19 @@ def _dimensions(config: Any) -> tuple[int, ...] | None:
 
 
 class LoadedEncoder(BoundModel[EncoderSpec]):
-    """A model that embeds or scores."""
+    """A model that embeds, scores or classifies."""
 
     def __init__(self, facts: EncoderSpec, module: Any, slot_names: dict[str, str]) -> None:
         super().__init__(facts, slot_names)
         self.module = module
-        self.pooling = PoolingInfo(facts.size, facts.normalize, facts.dimensions)
+        self.pooling = PoolingInfo(facts.size, facts.normalize, facts.dimensions, facts.labels, facts.prompts)
 
     @torch.inference_mode()
     def forward(self, inputs: Sequence[PoolInput]) -> torch.Tensor:
         """Compute whole inputs in one batch.
 
         Returns:
-            float32 [len(inputs), size]: embeddings as pooled, before they are normalised, or logits of scores.
+            float32 [len(inputs), size]: embeddings as pooled, before they are normalised, or logits.
         """
         batch = self._padded(inputs)
         output = self.module(**batch)
@@ -209,10 +226,20 @@ class LoadedEncoder(BoundModel[EncoderSpec]):
         """
         facts = self.facts
         if facts.activation is not None:
-            return torch.sigmoid(rows) if facts.activation == "sigmoid" and use_activation is not False else rows
+            return rows if use_activation is False else _activated(rows, facts.activation)
         cut = rows if dimensions is None else rows[:, :dimensions]
         wanted = facts.normalize if use_activation is None else use_activation
         return normalize(cut, dim=-1) if wanted else cut
+
+
+def _activated(rows: torch.Tensor, activation: Activation) -> torch.Tensor:
+    match activation:
+        case "sigmoid":
+            return torch.sigmoid(rows)
+        case "softmax":
+            return torch.softmax(rows, dim=-1)
+        case "identity":
+            return rows
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, how: Pooling) -> torch.Tensor:
@@ -258,117 +285,3 @@ def bind_encoder(image: WeightImage, arena: Arena, *, native: bool = True) -> Lo
         )
     bind_module(module, image, arena, native=native)
     return LoadedEncoder(facts, module, slot_names_of(image))
-
-
-Pooling = Literal["mean", "cls", "lasttoken", "max"]
-Activation = Literal["sigmoid", "identity"]
-
-MODULES_FILE = "modules.json"
-_SERVED_MODULES = ("Transformer", "Pooling", "Normalize")
-_LEGACY_POOLING = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-"""The keys of 1_Pooling/config.json before sentence-transformers 6, each true or false."""
-
-
-@dataclass(frozen=True, slots=True)
-class SentenceFiles:
-    """The modules after the model itself, and limits of its input; None is what the files do not say.
-
-    Attributes:
-        max_length: longest input in tokens.
-        lowercase: texts are lowercased before they reach the tokenizer.
-    """
-
-    pooling: Pooling | None = None
-    normalize: bool | None = None
-    max_length: int | None = None
-    lowercase: bool = False
-
-
-def has_pooling(directory: Path) -> bool:
-    """True if the checkpoint says how its states are pooled."""
-    return any(_kind(module) == "Pooling" for module in _modules(directory))
-
-
-def read_sentence_files(directory: Path) -> SentenceFiles:
-    """What the files in a checkpoint's directory say; all None if there are none.
-
-    Raises:
-        UnsupportedModel: a module or a kind of pooling that is not served; the message names it.
-    """
-    modules = _modules(directory)
-    for module in modules:
-        if _kind(module) not in _SERVED_MODULES:
-            raise UnsupportedModel(
-                f"{directory} has a module {_kind(module)!r} after its model; served are {', '.join(_SERVED_MODULES)}."
-            )
-    poolings = [
-        _pooling_of_files(directory / module["path"] / "config.json")
-        for module in modules
-        if _kind(module) == "Pooling"
-    ]
-    transformer = _transformer_settings(directory)
-    return SentenceFiles(
-        pooling=poolings[0] if poolings else None,
-        normalize=any(_kind(module) == "Normalize" for module in modules) if modules else None,
-        max_length=transformer.get("max_seq_length"),
-        lowercase=bool(transformer.get("do_lower_case")),
-    )
-
-
-def read_activation(directory: Path, config: Any) -> Activation:
-    """What a cross-encoder's logit goes through: what its files name, else a sigmoid (CrossEncoder's default).
-
-    Raises:
-        UnsupportedModel: neither a sigmoid nor the identity.
-    """
-    said = getattr(config, "sentence_transformers", None) or {}
-    name = (
-        _read(directory / "config_sentence_transformers.json").get("activation_fn")
-        or said.get("activation_fn")
-        or getattr(config, "sbert_ce_default_activation_function", None)
-        or "torch.nn.modules.activation.Sigmoid"
-    )
-    activations: Mapping[str, Activation] = {"Sigmoid": "sigmoid", "Identity": "identity"}
-    found = activations.get(str(name).rpartition(".")[2])
-    if found is None:
-        raise UnsupportedModel(f"{directory} puts its scores through {name!r}; served are Sigmoid and Identity.")
-    return found
-
-
-def _modules(directory: Path) -> list[dict[str, Any]]:
-    path = directory / MODULES_FILE
-    found: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
-    return found
-
-
-def _kind(module: Mapping[str, Any]) -> str:
-    return str(module["type"]).rpartition(".")[2]
-
-
-def _pooling_of_files(path: Path) -> Pooling:
-    settings = _read(path)
-    modes = settings.get("pooling_mode") or [mode for key, mode in _LEGACY_POOLING.items() if settings.get(key)]
-    modes = [modes] if isinstance(modes, str) else list(modes) or ["mean"]
-    if len(modes) != 1 or modes[0] not in get_args(Pooling):
-        raise UnsupportedModel(
-            f"{path} pools by {' and '.join(map(repr, modes))}; served is one of {', '.join(get_args(Pooling))}."
-        )
-    found: Pooling = modes[0]
-    return found
-
-
-def _transformer_settings(directory: Path) -> dict[str, Any]:
-    """sentence_bert_config.json, or what it is called for another model type."""
-    return _read(min(directory.glob("sentence_*_config.json"), default=directory / "sentence_bert_config.json"))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return found

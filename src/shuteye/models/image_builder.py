@@ -26,7 +26,7 @@ from shuteye.memory.image_writer import ImageWriter
 from shuteye.memory.layout import TensorSpec
 from shuteye.models.binding import CONFIG_DIR, TOKENIZER_DIR, Origin, Shard
 from shuteye.models.decoder import LoadedModel, bind
-from shuteye.models.encoder import EncoderSpec, examine_encoder, has_pooling
+from shuteye.models.encoder import EncoderSpec, examine_encoder
 from shuteye.models.formats.checkpoint import (
     CheckpointTensors,
     open_checkpoint,
@@ -46,6 +46,7 @@ from shuteye.models.module_split import divide
 from shuteye.models.modules import build_module, quiet, task_of, tied_names
 from shuteye.models.progress import Advanced, Finished, Progress, Started, no_progress
 from shuteye.models.quantizable import Quantizable, quantizable
+from shuteye.models.sentence_files import has_pooling
 from shuteye.models.sources import ModelSource
 from shuteye.models.support import check
 from shuteye.models.tensors import as_bytes, dtype_name, torch_dtype
@@ -264,8 +265,8 @@ class _Conversion:
 
             self._refuse_ranks("Whisper models are")
             return _Model(examine_speech(config, self.source, dtype=self.dtype), {}, self._quantizable(config, task))
-        if task in {"embed", "score"}:
-            self._refuse_ranks("Models that embed or score are")
+        if task in {"embed", "score", "classify"}:
+            self._refuse_ranks("Models that embed, score or classify are")
             spec = examine_encoder(config, self.source, task=task, dtype=self.dtype)
             return _Model(spec, {}, self._quantizable(config, task))
         attention = check(config)

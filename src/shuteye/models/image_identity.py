@@ -9,7 +9,7 @@ from shuteye.models.image_form import AS_STORED, ImageForm
 from shuteye.models.sources import ModelSource
 from shuteye.parallel.shards import ONE_RANK, RankPlace
 
-RECIPE = 5
+RECIPE = 6
 """Part of every image's identity: to be raised when the same checkpoint is to give another image, or other shards."""
 
 

@@ -14,13 +14,13 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from shuteye.errors import UnsupportedModel
 
-SERVED_TASKS = ("generate", "embed", "score", "transcribe")
+SERVED_TASKS = ("generate", "embed", "score", "classify", "transcribe")
 
 _TASKS_BY_HEAD = {
     "ForCausalLM": "generate",
     "LMHeadModel": "generate",
     "ForSequenceClassification": "score",
-    "ForTokenClassification": "classify",
+    "ForTokenClassification": "token_classify",
     "ForConditionalGeneration": "transcribe",
     "ForSpeechSeq2Seq": "transcribe",
     "ForMaskedLM": "embed",
@@ -31,12 +31,14 @@ _MAPPINGS = {
     "generate": "MODEL_FOR_CAUSAL_LM_MAPPING",
     "embed": "MODEL_MAPPING",
     "score": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "classify": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
     "transcribe": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
 }
 _WHAT = {
     "generate": "causal language model",
     "embed": "plain model",
     "score": "model for sequence classification",
+    "classify": "model for sequence classification",
     "transcribe": "speech model",
 }
 
@@ -56,6 +58,8 @@ def task_of(config: Any, *, sentence_transformers: bool = False) -> str:
         task = "another task"  # T5 and its like have a head of the same name
     if sentence_transformers and task == "generate":
         task = "embed"
+    if task == "score" and config.num_labels != 1:
+        task = "classify"
     if task not in SERVED_TASKS:
         raise UnsupportedModel(f"{architecture} is a model for {task!r}; served are {', '.join(SERVED_TASKS)}.")
     return task

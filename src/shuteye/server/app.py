@@ -29,7 +29,18 @@ from shuteye.server.http import docs_page
 from shuteye.server.http.errors import install_error_handlers
 from shuteye.server.http.ignored_fields import IgnoredFields
 from shuteye.server.http.middleware import BodyDeadline, BodyFraming, BodyLimit, HeaderLimit, HeadRequests, RequestIds
-from shuteye.server.openai import chat, completions, invocations, models, pooling, responses, transcriptions
+from shuteye.server.openai import (
+    chat,
+    classify,
+    cohere,
+    completions,
+    embeddings,
+    invocations,
+    models,
+    responses,
+    scores,
+    transcriptions,
+)
 from shuteye.server.openapi import install_openapi
 from shuteye.server.telemetry.metrics import Metrics
 
@@ -88,7 +99,7 @@ def create_app(
     _add_middleware(app, app.state.context)
     install_error_handlers(app)
     install_openapi(app)
-    for module in (chat, completions, responses, pooling, transcriptions, invocations):
+    for module in (chat, completions, responses, embeddings, scores, classify, cohere, transcriptions, invocations):
         app.include_router(module.router)
     for module in (models, health, docs_page):
         app.include_router(module.router)

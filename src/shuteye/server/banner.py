@@ -15,6 +15,7 @@ _MIB = 1024**2
 _QUESTIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "generate": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}),
     "embed": ("/v1/embeddings", {"input": ["Hello"]}),
+    "classify": ("/classify", {"input": ["Hello"]}),
     "score": ("/score", {"text_1": "What sleeps?", "text_2": ["A cat.", "A stone."]}),
 }
 """By the model's task: a route, and what to ask there."""

@@ -19,20 +19,32 @@ from shuteye.server.control import health, routes
 from shuteye.server.http.admission import ModelRoute
 from shuteye.server.http.answers import ErrorAnswer
 from shuteye.server.http.auth import ControlRoute, InferenceRoute
-from shuteye.server.openai import chat, completions, models, pooling, response_events, transcriptions
+from shuteye.server.openai import (
+    chat,
+    classify,
+    cohere,
+    completions,
+    embeddings,
+    models,
+    response_events,
+    scores,
+    transcriptions,
+)
 from shuteye.state import TAGS, DrainMode, UpdateReport
 
 ANSWERS: Mapping[str, type] = {
     "POST /v1/chat/completions": chat.ChatAnswer,
     "POST /v1/completions": completions.CompletionAnswer,
     "POST /v1/responses": response_events.ResponseAnswer,
-    "POST /v1/embeddings": pooling.EmbeddingAnswer,
-    "POST /pooling": pooling.PoolingAnswer,
-    "POST /score": pooling.ScoreAnswer,
-    "POST /v1/score": pooling.ScoreAnswer,
-    "POST /rerank": pooling.RerankAnswer,
-    "POST /v1/rerank": pooling.RerankAnswer,
-    "POST /v2/rerank": pooling.RerankAnswer,
+    "POST /v1/embeddings": embeddings.EmbeddingAnswer,
+    "POST /pooling": embeddings.PoolingAnswer,
+    "POST /v2/embed": cohere.CohereAnswer,
+    "POST /classify": classify.ClassificationAnswer,
+    "POST /score": scores.ScoreAnswer,
+    "POST /v1/score": scores.ScoreAnswer,
+    "POST /rerank": scores.RerankAnswer,
+    "POST /v1/rerank": scores.RerankAnswer,
+    "POST /v2/rerank": scores.RerankAnswer,
     "POST /v1/audio/transcriptions": transcriptions.TranscriptionAnswer,
     "GET /v1/models": models.ModelsAnswer,
     "GET /v1/models/{name}": models.ModelAnswer,
@@ -78,6 +90,9 @@ TEXT: Mapping[str, tuple[str, ...]] = {
     "POST /invocations": ("text/plain", "text/vtt"),
 }
 """Media types of routes that answer with text, or can be asked to."""
+
+BINARY = frozenset({"POST /v1/embeddings", "POST /pooling"})
+"""Routes that answer with bytes instead when asked to."""
 
 _MEANINGS: Mapping[int, str] = {
     400: "A bad value, a missing or unknown field, or a request that does not fit.",
@@ -227,6 +242,8 @@ def _success(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         content["text/event-stream"] = {"itemSchema": _EVENT}
     if name in TEXT and name not in STREAMED:
         content = {}  # never JSON
+    if name in BINARY:
+        content["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
     content |= {kind: {"schema": {"type": "string"}} for kind in TEXT.get(name, ())}
     return {"content": content}
 

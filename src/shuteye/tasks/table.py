@@ -128,7 +128,7 @@ def _generate_runner(setup: RunnerSetup) -> ModelRunner:
     )
 
 
-# --- embed, score -------------------------------------------------------------------------------
+# --- embed, score, classify -------------------------------------------------------------------------------
 
 
 def _pool_outputs(_info: ModelInfo, _tokenizer: Tokenizer, why_aborted: WhyAborted) -> PoolOutputs:
@@ -190,7 +190,13 @@ _GENERATE = Task(GenerationJob, GenerateRequest, _generate_outputs, _generate_sc
 _POOL = Task(PoolingJob, PoolRequest, _pool_outputs, _pool_scheduler, _pool_runner)
 _TRANSCRIBE = Task(TranscriptionJob, TranscribeRequest, _transcribe_outputs, _transcribe_scheduler, _transcribe_runner)
 
-TASKS: Mapping[str, Task] = {"generate": _GENERATE, "embed": _POOL, "score": _POOL, "transcribe": _TRANSCRIBE}
+TASKS: Mapping[str, Task] = {
+    "generate": _GENERATE,
+    "embed": _POOL,
+    "score": _POOL,
+    "classify": _POOL,
+    "transcribe": _TRANSCRIBE,
+}
 
 
 def task_of_image(image: WeightImage) -> Task:

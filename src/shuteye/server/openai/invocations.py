@@ -29,10 +29,18 @@ _SCORED = (
     (frozenset({"data_1"}), "/score"),
 )
 
+_CLASSIFIED = ((frozenset({"input"}), "/classify"), (frozenset({"messages"}), "/classify"))
+
 TARGETS: Mapping[str, Targets] = {
     "generate": ((frozenset({"messages"}), "/v1/chat/completions"), (frozenset({"prompt"}), "/v1/completions")),
-    "embed": ((frozenset({"input"}), "/v1/embeddings"), _RANKED, *_SCORED),
-    "score": (_RANKED, *_SCORED),
+    "embed": (
+        (frozenset({"input"}), "/v1/embeddings"),
+        (frozenset({"messages"}), "/v1/embeddings"),
+        _RANKED,
+        *_SCORED,
+    ),
+    "score": (_RANKED, *_SCORED, *_CLASSIFIED),
+    "classify": _CLASSIFIED,
     "transcribe": ((frozenset(), "/v1/audio/transcriptions"),),
 }
 """Task → (fields that a body must have, the route that it is then for); the first match wins."""

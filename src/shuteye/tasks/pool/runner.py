@@ -1,9 +1,11 @@
-"""Steps of a model that embeds or scores: whole inputs through the encoder, one row of numbers each.
+"""Steps of a model that embeds, scores or classifies: whole inputs through the encoder, one row of numbers each.
 
 Nothing outlives a step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
@@ -13,7 +15,15 @@ from shuteye.models.encoder import LoadedEncoder, bind_encoder
 from shuteye.tasks.base import ModelRunner
 from shuteye.tasks.canary import NUM_TOKENS, Numbers, Prove, fixed_tokens
 from shuteye.tasks.pool.plans import PoolPlan, PoolResult
-from shuteye.tasks.pool.requests import PoolingParams, PoolInput
+from shuteye.tasks.pool.requests import EmbedDtype, PoolingParams, PoolInput
+
+_DTYPES: Mapping[EmbedDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 class PoolingRunner(ModelRunner):
@@ -40,7 +50,8 @@ class PoolingRunner(ModelRunner):
             finished = self.model.finish(
                 rows[indices], dimensions=params.dimensions, use_activation=params.use_activation
             )
-            for index, row in zip(indices, finished.numpy(), strict=True):
+            encoded = finished.to(_DTYPES[params.embed_dtype]).contiguous().view(torch.uint8).numpy()
+            for index, row in zip(indices, encoded, strict=True):
                 found[index] = row.tobytes()
         return PoolResult(tuple(found[index] for index in range(len(plan.items))))
 
