@@ -28,7 +28,9 @@ async def generate(engine: Engine, prompts: str | Sequence[Prompt], params: Para
     _require_prompts(prompts)
     prompt_list: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
     each = _one_each(SamplingParams() if params is None else params, len(prompt_list))
-    return await _all(engine, [GenerationJob(*pair, "final_only") for pair in zip(prompt_list, each, strict=True)])
+    return await last_of_all(
+        engine, [GenerationJob(*pair, "final_only") for pair in zip(prompt_list, each, strict=True)]
+    )
 
 
 async def chat(
@@ -55,10 +57,12 @@ async def transcribe(
     """Write down what is said in every piece of audio; see `LLM.transcribe`."""
     pieces: Any = audio if isinstance(audio, list | tuple) else [audio]
     params = TranscribeParams() if params is None else params
-    return await _all(engine, [TranscriptionJob(samples_from(each), params, prompt, "final_only") for each in pieces])
+    return await last_of_all(
+        engine, [TranscriptionJob(samples_from(each), params, prompt, "final_only") for each in pieces]
+    )
 
 
-async def _all(engine: Engine, jobs: Sequence[Job[OutputT]]) -> list[OutputT]:
+async def last_of_all(engine: Engine, jobs: Sequence[Job[OutputT]]) -> list[OutputT]:
     """The last output of every job, in their order; the first that is refused or fails aborts the others."""
     tasks = [asyncio.create_task(_last(engine, job)) for job in jobs]
     try:

@@ -12,8 +12,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from shuteye.frontend.beam_search import beam_search
 from shuteye.frontend.mailbox import Backlog
 from shuteye.server.context import ServerContext
+from shuteye.tasks.generate.beams import BeamSearchParams
 from shuteye.tasks.generate.requests import RequestOutput, SamplingParams
 
 _RUNS = itertools.count(1)
@@ -43,6 +45,7 @@ class Job:
 
     Attributes:
         best: how many of each prompt's `params.n` completions are wanted, by mean log-probability; None means all.
+        beams: the completions are those that a beam search finds.
         echoes_only: what is generated, a single token, is not wanted.
     """
 
@@ -50,6 +53,7 @@ class Job:
     prompts: tuple[Prompt, ...]
     params: SamplingParams
     best: int | None = None
+    beams: BeamSearchParams | None = None
     echoes_only: bool = False
     run: str = field(default_factory=lambda: f"{next(_RUNS):x}")
 
@@ -69,13 +73,14 @@ def run(context: ServerContext, job: Job) -> AsyncGenerator[PromptOutput, None]:
 async def _run_one(
     context: ServerContext, job: Job, index: int, backlog: Backlog
 ) -> AsyncGenerator[PromptOutput, None]:
-    outputs = context.engine.generate(
-        job.prompts[index].token_ids,
-        job.params,
-        request_id=f"{job.request_id}-{index}-{job.run}",
-        output_kind="delta",
-        backlog=backlog,
-    )
+    request_id = f"{job.request_id}-{index}-{job.run}"
+    prompt = job.prompts[index].token_ids
+    if job.beams is None:
+        outputs = context.engine.generate(
+            prompt, job.params, request_id=request_id, output_kind="delta", backlog=backlog
+        )
+    else:
+        outputs = _searched(context, prompt, job.beams, request_id)
     params = job.params
     context.metrics.observe_params(n=params.n, max_tokens=params.max_tokens)
     with context.metrics.request() as timer:
@@ -83,6 +88,12 @@ async def _run_one(
             async for output in outputs:
                 timer.observe(output)
                 yield index, output
+
+
+async def _searched(
+    context: ServerContext, prompt: Sequence[int], beams: BeamSearchParams, request_id: str
+) -> AsyncGenerator[RequestOutput, None]:
+    yield await beam_search(context.engine, prompt, beams, request_id=request_id)
 
 
 async def _merge(sources: Sequence[AsyncGenerator[PromptOutput, None]]) -> AsyncGenerator[PromptOutput, None]:

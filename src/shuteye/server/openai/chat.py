@@ -24,6 +24,7 @@ from shuteye.server.generation.answer import (
 from shuteye.server.generation.run import Job, Prompt
 from shuteye.server.http.admission import ModelRoute, require_prompt_tokens, require_sequences, require_task
 from shuteye.server.http.ignored_fields import ignore
+from shuteye.server.openai.beams import beams_of
 from shuteye.server.openai.fields import GenerationBody, Many, one_message
 from shuteye.server.openai.logprobs import ChatLogprobs, PromptLogprobs, TokenNames, chat_logprobs, prompt_logprobs
 from shuteye.server.openai.prompts import Message, encode, render_chat, require_room, require_tokens
@@ -152,7 +153,8 @@ async def chat_job(context: ServerContext, request_id: str, body: ChatBody) -> t
         params = replace(params, skip_special_tokens=False)
     if reasons and not text.rstrip().endswith(END):
         params = _after_reasoning(params, tokenizer)
-    return Job(request_id, (Prompt(kept),), params), reading
+    beams = beams_of(body, params, max_tokens=limit or info.max_model_len)
+    return Job(request_id, (Prompt(kept),), params, beams=beams), reading
 
 
 def _with_calls(

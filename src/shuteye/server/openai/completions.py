@@ -22,6 +22,7 @@ from shuteye.server.generation.answer import (
 )
 from shuteye.server.generation.run import Job, Prompt
 from shuteye.server.http.admission import ModelRoute, require_prompt_tokens, require_sequences, require_task
+from shuteye.server.openai.beams import beams_of
 from shuteye.server.openai.fields import GenerationBody, Many, one_message
 from shuteye.server.openai.logprobs import CompletionLogprobs, PromptLogprobs, TextOffset, TokenNames, prompt_logprobs
 from shuteye.server.openai.prompts import encode, require_known, require_room, require_tokens
@@ -59,6 +60,8 @@ class CompletionBody(GenerationBody):
             raise InvalidRequest(
                 "logprob_token_ids is about tokens that are generated, and max_tokens is 0.", param="logprob_token_ids"
             )
+        if self.use_beam_search and self.echo and (self.logprobs is not None or self.echoes_only):
+            raise InvalidRequest("echo with use_beam_search has no log-probabilities to tell.", param="echo")
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest("max_tokens must be at least 1 unless echo is true, got 0.", param="max_tokens")
         return self
@@ -254,7 +257,8 @@ async def _job(body: CompletionBody, context: ServerContext) -> Job:
         params = replace(params, prompt_logprobs=_larger(body.logprobs, body.prompt_logprobs or 0))
     num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     params = LogprobLimits.of(info).resolved(params, num_prompt_tokens=num_tokens, num_prompts=len(prompts))
-    return Job(new_request_id("cmpl"), prompts, params, best=best, echoes_only=body.echoes_only)
+    beams = beams_of(body, params, max_tokens=max_tokens)
+    return Job(new_request_id("cmpl"), prompts, params, best=best, beams=beams, echoes_only=body.echoes_only)
 
 
 def _ranked(body: CompletionBody, params: SamplingParams) -> tuple[SamplingParams, int | None]:

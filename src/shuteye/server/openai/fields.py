@@ -168,11 +168,11 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "parallel_tool_calls": (True,), "verbosity": ("medium",), "web_search_options": (), "include_reasoning": (True,),
     # vLLM's
     "chat_template": (), "documents": ([],), "ec_transfer_params": (),
-    "guided_decoding_backend": (), "kv_transfer_params": (), "length_penalty": (1.0,), "logits_processors": ([],),
+    "guided_decoding_backend": (), "kv_transfer_params": (), "logits_processors": ([],),
     "media_io_kwargs": ({},), "mm_processor_kwargs": ({},), "prompt_embeds": (),
     "repetition_detection": (), "return_mm_kwargs": (True,), "return_prompt_text": (False,),
     "return_token_offsets": (False,), "routed_experts_prompt_start": (0,), "stream_interval": (1,),
-    "thinking_token_budget": (-1,), "use_beam_search": (False,), "watermarking": (False,),
+    "thinking_token_budget": (-1,), "watermarking": (False,),
 }  # fmt: skip
 """Fields that would change what is generated, each with the values that ask for nothing; null is always one."""
 
@@ -266,6 +266,8 @@ class GenerationBody(StructureFields):
     logprob_token_ids: Many[int] | None = None
     priority: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     cache_salt: str | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
     truncation_side: Literal["left", "right"] | None = None
     return_token_ids: bool | None = None
