@@ -248,7 +248,6 @@ def test_stop_string_ends_the_answer(client):
         ({"logprob_token_ids": [1]}, "logprob_token_ids"),
         ({"repetition_detection": {}}, "repetition_detection"),
         ({"thinking_token_budget": 5}, "thinking_token_budget"),
-        ({"use_beam_search": True}, "use_beam_search"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"spaces_between_special_tokens": False, "skip_special_tokens": False}, "spaces_between_special_tokens"),
         ({"best_of": 2}, "best_of"),

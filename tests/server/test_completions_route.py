@@ -141,7 +141,6 @@ def test_stop_token_and_minimum_reach_the_engine(client, engine):
         ({"logit_bias": {"one": 1}}, "logit_bias"),
         ({"messages": []}, "messages"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
-        ({"use_beam_search": True}, "use_beam_search"),
     ],
 )
 def test_what_is_wrong_or_unsupported_is_refused_by_name(client, engine, fields, param):
