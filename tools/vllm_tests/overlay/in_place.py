@@ -14,13 +14,14 @@ _KEPT = {  # flags of vLLM that shuteye has, with how many values they take
     "--enable-prefix-caching": 0, "--no-enable-prefix-caching": 0, "--enable-sleep-mode": 0, "--served-model-name": 1,
     "--api-key": 1, "--tool-call-parser": 1, "--reasoning-parser": 1, "--uds": 1, "--root-path": 1,
     "--enable-force-include-usage": 0, "--return-tokens-as-token-ids": 0, "--shutdown-timeout": 1,
+    "--max-logprobs": 1,
 }  # fmt: skip
 _DROPPED = {  # flags that change how vLLM computes, or turn on what shuteye always has
     "--enforce-eager": 0, "--gpu-memory-utilization": 1, "--runner": 1, "--trust-remote-code": 0,
     "--enable-chunked-prefill": 0, "--enable-auto-tool-choice": 0, "--enable-prompt-tokens-details": 0,
     "--attention-backend": 1, "--load-format": 1, "--disable-uvicorn-access-log": 0, "--tokenizer": 1,
     "--structured-outputs-config": 1, "--no-async-scheduling": 0, "--enable-tokenizer-info-endpoint": 0,
-    "--show-hidden-metrics-for-version": 1, "--enable-server-load-tracking": 0, "--max-logprobs": 1, "--dtype": 1,
+    "--show-hidden-metrics-for-version": 1, "--enable-server-load-tracking": 0, "--dtype": 1,
     "--tokenizer-mode": 1, "--config-format": 1, "--hf-overrides": 1, "--enable-scale-out": 0,
     "--enable-lora": 0, "--lora-modules": 1, "--max-lora-rank": 1, "--max-cpu-loras": 1,
 }  # fmt: skip
@@ -44,6 +45,7 @@ def command(model: str, arguments: list[str]) -> list[str]:
     line = [os.environ["SHUTEYE_PYTHON"], "-m", "shuteye", "serve", served]
     if not any(one.startswith("--served-model-name") for one in arguments):
         line += ["--served-model-name", model]
+    line += ["--metrics-prefix", "vllm"]
     left = [part for one in arguments for part in (one.split("=", 1) if one.startswith("--") else [one])]
     while left:
         flag = left.pop(0)
