@@ -24,7 +24,8 @@ CHECKS = [
     checks.negative_data_rejection,
 ]
 PAIR = {"text_1": "a", "text_2": ["b", "c"]}
-SENSIBLE = {"/v1/responses": {"input": "hi"}, "/score": PAIR, "/v1/score": PAIR}
+MESSAGE = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+SENSIBLE = {"/v1/responses": {"input": "hi"}, "/v1/messages": MESSAGE, "/score": PAIR, "/v1/score": PAIR}
 """Fields that a schema cannot describe well enough to be met by chance; every second request has them."""
 
 MUST_BE_SERVED = {
@@ -32,6 +33,7 @@ MUST_BE_SERVED = {
         "POST /v1/chat/completions",
         "POST /v1/completions",
         "POST /v1/responses",
+        "POST /v1/messages",
         "POST /tokenize",
         "POST /detokenize",
     },

@@ -91,6 +91,8 @@ SENSIBLE: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": "hi", "max_output_tokens": 2},
     "/v1/completions": {"prompt": "a", "max_tokens": 2},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hi"}]},
     "/score": {"text_1": "a", "text_2": ["b", "c"]},
     "/v1/score": {"text_1": "a", "text_2": ["b", "c"]},
     "/tokenize": {"prompt": "a"},

@@ -21,6 +21,7 @@ class Row:
         kind: `protected` needs the weights, so the policy decides while asleep; `unchanged` answers as when awake;
             `tells` answers 200 too, but says that the model sleeps; `control` is behind the admin key.
         status: what an `unchanged` route answers.
+        shape: whose errors the route answers with.
         path: as it is registered; `url` is where to send a request, if the path has parameters.
         stream_end: what the last event of a stream has.
         task: what the model must be for, if the route is for one task only.
@@ -37,6 +38,7 @@ class Row:
     task: str | None = None
     url: str | None = None
     status: int = 200
+    shape: Literal["openai", "anthropic"] = "openai"
 
     @property
     def name(self) -> str:
@@ -73,7 +75,19 @@ HI = [{"role": "user", "content": "hi"}]
 PAIR = {"text_1": "a", "text_2": "b"}
 RANKED = {"query": "a", "documents": ["b", "c"]}
 
+_MESSAGE = {"messages": HI, "max_tokens": 2}
+
 PROTECTED = (
+    Row(
+        "protected",
+        "POST",
+        "/v1/messages",
+        {"json": _MESSAGE},
+        {"json": _MESSAGE | {"stream": True}},
+        stream_end=b"event: message_stop",
+        task="generate",
+        shape="anthropic",
+    ),
     _streams("/v1/chat/completions", messages=HI, max_tokens=2),
     _streams("/v1/completions", prompt="abc", max_tokens=2),
     _streams("/invocations", messages=HI, max_tokens=2),
@@ -100,6 +114,7 @@ OTHERS = (
     Row("unchanged", "GET", "/v1/responses/{name}", url="/v1/responses/resp_1", status=404),
     Row("unchanged", "DELETE", "/v1/responses/{name}", url="/v1/responses/resp_1", status=404),
     Row("unchanged", "POST", "/v1/responses/{name}/cancel", url="/v1/responses/resp_1/cancel", status=404),
+    Row("unchanged", "POST", "/v1/messages/count_tokens", {"json": {"messages": HI}}),
     Row("unchanged", "GET", "/health"),
     Row("unchanged", "GET", "/ping"),
     Row("unchanged", "POST", "/ping"),

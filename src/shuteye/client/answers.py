@@ -87,4 +87,7 @@ def model_names(url: str, status: int, body: bytes) -> tuple[str, ...]:
 
 def is_sleeping(status: int, body: bytes) -> bool:
     """True if the answer is the 503 of a sleeping model."""
-    return status == ModelSleeping.status_code and error_object(body).get("type") == ModelSleeping.error_type
+    if status != ModelSleeping.status_code:
+        return False
+    error = error_object(body)  # Anthropic's shape has a type of its own, and the same message
+    return error.get("type") == ModelSleeping.error_type or error.get("message") == ModelSleeping.MESSAGE

@@ -21,6 +21,8 @@ from shuteye.config import EngineConfig
 from shuteye.errors import InvalidRequest, ShuteyeError
 from shuteye.frontend.engine import Engine
 from shuteye.logs import is_for_a_terminal
+from shuteye.server.anthropic import messages
+from shuteye.server.anthropic.errors import PREFIX, anthropic_error
 from shuteye.server.banner import banner
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
@@ -97,10 +99,12 @@ def create_app(
     engine.on_auto_wake = measured.on_auto_wake
     app.state.context = ServerContext(engine, config, measured, tracer)
     _add_middleware(app, app.state.context)
-    install_error_handlers(app)
+    install_error_handlers(app, {PREFIX: anthropic_error})
     install_openapi(app)
     for module in (chat, completions, responses, embeddings, scores, classify, cohere, transcriptions, invocations):
         app.include_router(module.router)
+    app.include_router(messages.router)
+    app.include_router(messages.counting)
     for module in (models, health, docs_page):
         app.include_router(module.router)
     app.include_router(health.measured)

@@ -13,6 +13,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import iter_route_contexts
 
+from shuteye.server.anthropic import message_events, messages
+from shuteye.server.anthropic.errors import MessageError
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
 from shuteye.server.control import health, routes
@@ -20,7 +22,7 @@ from shuteye.server.http.admission import ModelRoute
 from shuteye.server.http.answers import ErrorAnswer
 from shuteye.server.http.auth import ControlRoute, InferenceRoute
 from shuteye.server.openai import (
-    chat,
+    chat_answers,
     classify,
     cohere,
     completions,
@@ -33,9 +35,11 @@ from shuteye.server.openai import (
 from shuteye.state import TAGS, DrainMode, UpdateReport
 
 ANSWERS: Mapping[str, type] = {
-    "POST /v1/chat/completions": chat.ChatAnswer,
+    "POST /v1/chat/completions": chat_answers.ChatAnswer,
     "POST /v1/completions": completions.CompletionAnswer,
     "POST /v1/responses": response_events.ResponseAnswer,
+    "POST /v1/messages": message_events.MessageAnswer,
+    "POST /v1/messages/count_tokens": messages.CountAnswer,
     "POST /v1/embeddings": embeddings.EmbeddingAnswer,
     "POST /pooling": embeddings.PoolingAnswer,
     "POST /v2/embed": cohere.CohereAnswer,
@@ -78,6 +82,7 @@ STREAMED = frozenset(
         "POST /v1/chat/completions",
         "POST /v1/completions",
         "POST /v1/responses",
+        "POST /v1/messages",
         "POST /v1/audio/transcriptions",
         "POST /invocations",
     }
@@ -116,6 +121,12 @@ _STATUSES: Mapping[type, tuple[int, ...]] = {
 _OWN_503: Mapping[str, type] = {"GET /ready": health.ReadyAnswer, "GET /health": health.UnhealthyAnswer}
 """Routes whose 503 is no error, or more than one."""
 
+_OWN_ERRORS: Mapping[str, type] = {
+    "POST /v1/messages": MessageError,
+    "POST /v1/messages/count_tokens": MessageError,
+}
+"""Routes whose errors are not of OpenAI's shape."""
+
 _LIMITS: Mapping[str, Mapping[str, Any]] = {
     "n": {"minimum": 1, "maximum": 128},
     "best_of": {"minimum": 1, "maximum": 128},
@@ -146,7 +157,6 @@ _EVENT: Mapping[str, Any] = {
         "data": {"type": "string", "description": "A chunk in JSON, an error in JSON, or [DONE] at the end."},
     },
 }
-_ERROR = {"$ref": "#/components/schemas/ErrorAnswer"}
 _REFS = "#/components/schemas/{name}"
 
 
@@ -168,7 +178,7 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
-    _add_schemas((ErrorAnswer, *ANSWERS.values(), *_OWN_503.values()), schemas)
+    _add_schemas((ErrorAnswer, *ANSWERS.values(), *_OWN_503.values(), *_OWN_ERRORS.values()), schemas)
     document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     for schema in schemas.values():
         _narrow_fields(schema.get("properties", {}))
@@ -261,16 +271,17 @@ def _add_schemas(answers: Iterable[type], schemas: dict[str, Any]) -> None:
 
 def _errors(name: str, route_class: type) -> dict[str, Any]:
     statuses = next((found for kind, found in _STATUSES.items() if issubclass(route_class, kind)), (431, 503))
-    errors = {str(status): _error(status) for status in statuses}
+    shape = _OWN_ERRORS.get(name, ErrorAnswer)
+    errors = {str(status): _error(status, shape) for status in statuses}
     if name in _OWN_503:
         errors["503"]["content"]["application/json"]["schema"] = {"$ref": _REFS.format(name=_OWN_503[name].__name__)}
     return errors
 
 
-def _error(status: int) -> dict[str, Any]:
+def _error(status: int, shape: type) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "description": _MEANINGS[status],
-        "content": {"application/json": {"schema": dict(_ERROR)}},
+        "content": {"application/json": {"schema": {"$ref": _REFS.format(name=shape.__name__)}}},
     }
     if status == 503:
         answer["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "string"}}}

@@ -6,7 +6,7 @@ bodies in `bodies.py`, of grammars and of the queue in the engine; docs/guides/p
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
@@ -34,7 +34,13 @@ MAX_PROMPT_TOKENS = 4 * 1024 * 1024
 
 
 class ModelRoute(APIRoute):
-    """A route that needs the weights; refused before its body is read when they cannot be had."""
+    """A route that needs the weights; refused before its body is read when they cannot be had.
+
+    Attributes:
+        key_header: as `InferenceRoute` has it.
+    """
+
+    key_header: ClassVar[str | None] = None
 
     def get_route_handler(self) -> Handler:
         """The route's handler, behind key and gate."""
@@ -46,7 +52,7 @@ class ModelRoute(APIRoute):
             refuse_unless_serving(context.engine)
             return await handle(request)
 
-        return behind_inference_key(admitted)
+        return behind_inference_key(admitted, key_header=self.key_header)
 
 
 def refuse_if_stopping(context: ServerContext) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from fastapi import Request, Response
@@ -22,11 +22,17 @@ _HOST = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[^\s:/@\[\]]+))(?::\
 
 
 class InferenceRoute(APIRoute):
-    """Opened by the API key or the admin key; open to all if no API key is configured."""
+    """Opened by the API key or the admin key; open to all if no API key is configured.
+
+    Attributes:
+        key_header: a header that may carry the key as well as `Authorization: Bearer`; None if none may.
+    """
+
+    key_header: ClassVar[str | None] = None
 
     def get_route_handler(self) -> Handler:
         """The route's handler, behind the check."""
-        return behind_inference_key(super().get_route_handler())
+        return behind_inference_key(super().get_route_handler(), key_header=self.key_header)
 
 
 class ControlRoute(APIRoute):
@@ -44,12 +50,12 @@ class ControlRoute(APIRoute):
         return checked
 
 
-def behind_inference_key(handle: Handler) -> Handler:
+def behind_inference_key(handle: Handler, *, key_header: str | None = None) -> Handler:
     """`handle`, called only for requests that carry a key that opens inference routes."""
 
     async def checked(request: Request) -> Response:
         config = context_of(request).config
-        _require_inference_key(request, config)
+        _require_inference_key(request, config, key_header)
         return await handle(_with_json(request, config))
 
     return checked
@@ -59,12 +65,14 @@ def _with_json(request: Request, config: ServerConfig) -> JsonRequest:
     return JsonRequest(request.scope, request.receive, max_bytes=config.max_json_bytes)
 
 
-def _require_inference_key(request: Request, config: ServerConfig) -> None:
+def _require_inference_key(request: Request, config: ServerConfig, key_header: str | None) -> None:
     if config.api_key is None:
         return
     given = _bearer_token(request)
+    if given is None and key_header is not None:
+        given = request.headers.get(key_header)
     if not (_same(given, config.api_key) | _same(given, config.admin_api_key)):
-        raise _unauthenticated(given, "API key")
+        raise _unauthenticated(given, "API key", key_header)
 
 
 def _require_admin_key(request: Request, config: ServerConfig) -> None:
@@ -119,6 +127,7 @@ def _same(given: str | None, key: str | None) -> bool:
     return hmac.compare_digest(given.encode("latin-1"), key.encode())  # headers arrive decoded as latin-1
 
 
-def _unauthenticated(given: str | None, what: str) -> AuthenticationFailed:
+def _unauthenticated(given: str | None, what: str, key_header: str | None = None) -> AuthenticationFailed:
     seen = "none was given" if given is None else "the one given is wrong"
-    return AuthenticationFailed(f"This route needs the {what}, and {seen}; send Authorization: Bearer <key>.")
+    other = "" if key_header is None else f" or {key_header}: <key>"
+    return AuthenticationFailed(f"This route needs the {what}, and {seen}; send Authorization: Bearer <key>{other}.")

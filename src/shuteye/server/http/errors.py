@@ -1,10 +1,10 @@
-"""Turns every error into OpenAI's shape: ours, the framework's, a validator's, and unexpected ones."""
+"""Turns every error, ours or the framework's, expected or not, into OpenAI's shape or that of its route."""
 
 from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -58,6 +58,12 @@ _HTTP_ERROR_TYPES = {
 
 CONTEXT_LENGTH = "context_length_exceeded"
 """OpenAI's code of a prompt that does not fit, by which clients choose another model; other codes are the status."""
+
+
+ErrorShape = Callable[[int, Mapping[str, Any]], Mapping[str, Any]]
+"""Makes of a status, and of an error in OpenAI's shape, what callers of some routes expect instead."""
+
+Handler = Callable[[Request, Exception], Awaitable[Response]]
 
 
 class ClientDisconnected(Exception):
@@ -204,11 +210,34 @@ async def _on_unexpected(_request: Request, _error: Exception) -> Response:
     return answer
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Make `app` answer every error in OpenAI's shape."""
-    app.add_exception_handler(ShuteyeError, _on_shuteye_error)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(ClientDisconnected, _on_disconnect)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)  # starlette's, where a route reads its body
-    app.add_exception_handler(Exception, _on_unexpected)
+_HANDLERS: Mapping[type[Exception], Handler] = {
+    ShuteyeError: _on_shuteye_error,
+    RequestValidationError: _on_validation_error,
+    HTTPException: _on_http_error,
+    ClientDisconnected: _on_disconnect,
+    ClientDisconnect: _on_disconnect,  # starlette's, where a route reads its body
+    Exception: _on_unexpected,
+}
+
+
+def install_error_handlers(app: FastAPI, shapes: Mapping[str, ErrorShape]) -> None:
+    """Make `app` answer every error in OpenAI's shape.
+
+    Args:
+        shapes: paths whose errors, and those of what is below them, have another one.
+    """
+    for kind, handler in _HANDLERS.items():
+        app.add_exception_handler(kind, _in_shape(handler, shapes))
+
+
+def _in_shape(handler: Handler, shapes: Mapping[str, ErrorShape]) -> Handler:
+    async def handle(request: Request, error: Exception) -> Response:
+        answer = await handler(request, error)
+        path = f"{request.url.path}/"
+        shape = next((shape for prefix, shape in shapes.items() if f"{prefix}/" in path), None)
+        if shape is not None and answer.body:
+            answer.body = json.dumps(shape(answer.status_code, json.loads(bytes(answer.body)))).encode()
+            answer.headers["Content-Length"] = str(len(answer.body))
+        return answer
+
+    return handle

@@ -1,40 +1,28 @@
-"""POST /v1/chat/completions: OpenAI's request, what it asks of the engine, answer and chunks, with vLLM's additions."""
+"""POST /v1/chat/completions: OpenAI's request with vLLM's additions, and what it asks of the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
-from uuid import uuid4
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from msgspec import UNSET, Struct, UnsetType
 from pydantic import Field, field_validator, model_validator
 
 from shuteye.errors import InvalidRequest
 from shuteye.server.context import Context, ServerContext
-from shuteye.server.generation.answer import (
-    ChoiceAccumulator,
-    ResponseWriter,
-    UsageAnswer,
-    answer_stream,
-    answer_whole,
-    new_request_id,
-)
+from shuteye.server.generation.answer import answer_stream, answer_whole, new_request_id
 from shuteye.server.generation.run import Job, Prompt
 from shuteye.server.http.admission import ModelRoute, require_prompt_tokens, require_sequences, require_task
 from shuteye.server.http.ignored_fields import ignore
 from shuteye.server.openai.beams import beams_of
+from shuteye.server.openai.chat_answers import ChatWriter
 from shuteye.server.openai.fields import GenerationBody, Many, one_message
-from shuteye.server.openai.logprobs import ChatLogprobs, PromptLogprobs, TokenNames, chat_logprobs, prompt_logprobs
+from shuteye.server.openai.logprobs import TokenNames
 from shuteye.server.openai.prompts import Message, encode, render_chat, require_room, require_tokens
 from shuteye.server.openai.tools import (
-    CalledFunctionAnswer,
-    FunctionDelta,
     NamedToolChoice,
     Tool,
-    ToolCallAnswer,
-    ToolCallDelta,
     ToolChoice,
     available_tools,
     call_or_content,
@@ -42,10 +30,9 @@ from shuteye.server.openai.tools import (
     required_tools,
 )
 from shuteye.server.parsing.parser import END, ReadingPlan, begins_inside
-from shuteye.server.parsing.pieces import CallArguments, CallBegin, Content, OutputParser, Piece, Reasoning
 from shuteye.server.parsing.tool_formats import ToolFormat, format_of
 from shuteye.tasks.generate.logprob_limits import LogprobLimits
-from shuteye.tasks.generate.requests import WHOLE_VOCABULARY, CompletionOutput, FinishReason, SamplingParams
+from shuteye.tasks.generate.requests import WHOLE_VOCABULARY, SamplingParams
 from shuteye.tokenizer import Tokenizer
 
 CHOICES = "'none', 'auto', 'required' or a function's name in an object"
@@ -113,14 +100,22 @@ class ChatBody(GenerationBody):
 # --- from a body to the engine's work -----------------------------------------------------------
 
 
-async def chat_job(context: ServerContext, request_id: str, body: ChatBody) -> tuple[Job, ReadingPlan]:
-    """What one conversation asks of the engine, and how the answers are read.
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation as the model is to read it, and the tools that it is told of."""
+
+    text: str
+    token_ids: list[int]
+    tools: list[Tool]
+
+
+async def chat_prompt(context: ServerContext, body: ChatBody) -> ChatPrompt:
+    """The prompt of a conversation, however long it is; nothing of this needs the weights.
 
     Raises:
-        InvalidRequest: a field is wrong, or asks for what this model cannot do; `param` names it.
+        InvalidRequest: the template refuses the messages, or a tool, or there is not a single token.
     """
-    info, tokenizer, config = context.engine.info, context.engine.tokenizer, context.config
-    # the prompt
+    tokenizer = context.engine.tokenizer
     tools = available_tools(body.tools, body.tool_choice)
     text = await render_chat(
         tokenizer,
@@ -132,6 +127,18 @@ async def chat_job(context: ServerContext, request_id: str, body: ChatBody) -> t
     )
     token_ids = await encode(tokenizer, text, add_special_tokens=body.add_special_tokens is True)
     require_tokens(token_ids, param="messages")
+    return ChatPrompt(text, token_ids, tools)
+
+
+async def chat_job(context: ServerContext, request_id: str, body: ChatBody) -> tuple[Job, ReadingPlan]:
+    """What one conversation asks of the engine, and how the answers are read.
+
+    Raises:
+        InvalidRequest: a field is wrong, or asks for what this model cannot do; `param` names it.
+    """
+    info, tokenizer, config = context.engine.info, context.engine.tokenizer, context.config
+    prompt = await chat_prompt(context, body)
+    text, token_ids, tools = prompt.text, prompt.token_ids, prompt.tools
     limit, n = body.token_limit, body.n or 1
     kept = body.truncated(token_ids, room=info.max_model_len - (limit or 1))
     require_room(len(kept), limit, info.max_model_len)
@@ -203,212 +210,6 @@ def _after_reasoning(params: SamplingParams, tokenizer: Tokenizer) -> SamplingPa
             param=structure.param,
         )
     return replace(params, structured_outputs=replace(structure, starts_after=end))
-
-
-# --- answers ------------------------------------------------------------------------------------
-
-ChatFinishReason = FinishReason | Literal["tool_calls"]
-
-
-class ChatMessageAnswer(Struct, kw_only=True):
-    """What the model said."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str | None
-    refusal: None = None
-    annotations: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: list[ToolCallAnswer] | UnsetType = UNSET
-    reasoning: str | None = None
-
-
-class ChatChoiceAnswer(Struct):
-    """One of `n` answers."""
-
-    index: int
-    message: ChatMessageAnswer
-    logprobs: ChatLogprobs | None
-    finish_reason: ChatFinishReason | None
-    stop_reason: str | int | None
-    token_ids: Sequence[int] | None = None
-
-
-class ChatAnswer(Struct, kw_only=True):
-    """Answer of POST /v1/chat/completions."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoiceAnswer]
-    usage: UsageAnswer
-    prompt_token_ids: Sequence[int] | None = None
-    prompt_logprobs: PromptLogprobs | None = None
-    service_tier: None = None
-    system_fingerprint: None = None
-    kv_transfer_params: None = None
-
-
-class ChatDelta(Struct, omit_defaults=True):
-    """What is new of a message; fields without news are left out."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[ToolCallDelta] | None = None
-
-
-class ChatChunkChoice(Struct):
-    """What is new of one of `n` answers."""
-
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None
-    finish_reason: ChatFinishReason | None
-    token_ids: Sequence[int] | None = None
-    stop_reason: str | int | None = None
-
-
-class ChatChunk(Struct, kw_only=True):
-    """One event of a stream; the first has what a whole answer carries beside its choices."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: UsageAnswer | UnsetType | None
-    prompt_token_ids: Sequence[int] | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
-
-
-_NOTHING = ChatDelta()
-
-
-@dataclass(slots=True)
-class _Choice:
-    """One streamed choice that is read for more than its text."""
-
-    reader: OutputParser
-    has_calls: bool = False
-
-
-@dataclass(slots=True, kw_only=True)
-class ChatWriter(ResponseWriter):
-    """Writes choices of a chat.
-
-    Attributes:
-        names: how tokens are shown.
-        num_top: None if no log-probabilities were asked for; -1 for all that are known.
-        reading: how the answers are read.
-        echo: what every answer begins with.
-        named_call: the caller chose the function, so that its call is just how the answer stops (as OpenAI's).
-        one_call: calls after the first are left out.
-        show_reasoning: whether reasoning is part of the answer.
-    """
-
-    answer = ChatAnswer
-    chunk = ChatChunk
-
-    names: TokenNames
-    num_top: int | None
-    reading: ReadingPlan = field(default_factory=ReadingPlan)
-    echo: str = ""
-    named_call: bool = False
-    one_call: bool = False
-    show_reasoning: bool = True
-    _choices: dict[int, _Choice] = field(default_factory=dict)
-
-    def extra(self) -> dict[str, Any]:
-        """The prompt's token ids and log-probabilities, as far as they were asked for."""
-        extra: dict[str, Any] = {}
-        if self.shows_token_ids:
-            extra["prompt_token_ids"] = self.prompts[0].token_ids
-        if self.prompt_logprobs:
-            extra["prompt_logprobs"] = prompt_logprobs(self.prompt_logprobs[0])
-        return extra
-
-    def whole(self, index: int, transcript: ChoiceAccumulator) -> ChatChoiceAnswer:
-        """A finished choice."""
-        reader = self.reading.reader()
-        said = self._said([*reader.feed(transcript.text), *reader.finish()])
-        text = self.echo + (said.content or "")
-        message = ChatMessageAnswer(content=text, reasoning=said.reasoning)
-        if said.tool_calls:
-            message.content = text or None
-            message.tool_calls = [
-                ToolCallAnswer(
-                    call.id or "",
-                    "function",
-                    CalledFunctionAnswer(call.function.name or "", call.function.arguments),
-                )
-                for call in said.tool_calls
-            ]
-        logprobs = None
-        if self.num_top is not None:
-            logprobs = chat_logprobs(self.names, transcript.token_ids, transcript.logprobs, num_top=self.num_top)
-        return ChatChoiceAnswer(
-            index,
-            message,
-            logprobs,
-            self._finish_reason(transcript.finish_reason, has_calls=bool(said.tool_calls)),
-            transcript.stop_reason,
-            transcript.token_ids if self.shows_token_ids else None,
-        )
-
-    def opening(self, index: int) -> ChatChunkChoice:
-        """The chunk that says whose words follow."""
-        return ChatChunkChoice(index, ChatDelta("assistant", self.echo), None, None)
-
-    def delta(self, index: int, delta: CompletionOutput) -> ChatChunkChoice | None:
-        """What is new of a choice; the chunk that ends it may have no text, and there may be nothing to tell yet."""
-        said, finish_reason = self._new(index, delta)
-        logprobs = None
-        if self.num_top is not None:
-            logprobs = chat_logprobs(self.names, delta.token_ids, delta.logprobs or (), num_top=self.num_top)
-        choice = ChatChunkChoice(index, said, logprobs, finish_reason)
-        if self.shows_token_ids:
-            choice.token_ids = delta.token_ids
-        if finish_reason is not None:
-            choice.stop_reason = delta.stop_reason
-        elif logprobs is None and said == _NOTHING and not self.shows_token_ids:
-            return None
-        return choice
-
-    def _new(self, index: int, delta: CompletionOutput) -> tuple[ChatDelta, ChatFinishReason | None]:
-        if self.reading.is_plain:
-            return ChatDelta(None, delta.text if delta.text or delta.token_ids else None), delta.finish_reason
-        choice = self._choices.setdefault(index, _Choice(self.reading.reader()))
-        pieces = choice.reader.feed(delta.text)
-        if delta.finish_reason is not None:
-            pieces += choice.reader.finish()
-        said = self._said(pieces)
-        choice.has_calls |= said.tool_calls is not None
-        return said, self._finish_reason(delta.finish_reason, has_calls=choice.has_calls)
-
-    def _said(self, pieces: Iterable[Piece]) -> ChatDelta:
-        """Pieces as one delta; each call is one entry, however many pieces it came in."""
-        said = ChatDelta()
-        calls: dict[int, ToolCallDelta] = {}
-        for piece in pieces:
-            match piece:
-                case Content(text):
-                    said.content = (said.content or "") + text
-                case Reasoning(text) if self.show_reasoning:
-                    said.reasoning = (said.reasoning or "") + text
-                case CallBegin(index, name) if index == 0 or not self.one_call:
-                    function, call_id = FunctionDelta(name=name, arguments=""), f"call_{uuid4().hex[:24]}"
-                    calls[index] = ToolCallDelta(index=index, id=call_id, type="function", function=function)
-                case CallArguments(index, text) if index == 0 or not self.one_call:
-                    more = ToolCallDelta(index=index, function=FunctionDelta(arguments=""))
-                    calls.setdefault(index, more).function.arguments += text
-        if calls:
-            said.tool_calls = list(calls.values())
-        return said
-
-    def _finish_reason(self, reason: FinishReason | None, *, has_calls: bool) -> ChatFinishReason | None:
-        return "tool_calls" if reason == "stop" and has_calls and not self.named_call else reason
 
 
 # --- the route ----------------------------------------------------------------------------------
