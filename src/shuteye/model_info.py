@@ -123,6 +123,7 @@ class WhisperSpec:
     language_names: dict[str, str]
     max_tokens: int
     state_bytes: int
+    translate_token_id: int | None = None
 
     @property
     def first_timestamp_id(self) -> int:

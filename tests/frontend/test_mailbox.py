@@ -103,10 +103,10 @@ def test_transcripts_are_joined():
         outputs = follow(frontend, job=TranscriptionJob(b"", TranscribeParams(), output_kind="delta"))
         first = Transcription("one", "It ", None, 1.0, (), 1, finished=False)
         await begun(outputs, frontend, first)
-        frontend.deliver["one"](Transcription("one", "is ", "english", 1.0, (), 2, finished=False))
+        frontend.deliver["one"](Transcription("one", "is ", "en", 1.0, (), 2, finished=False))
         frontend.deliver["one"](Transcription("one", "late.", None, 1.0, (), 3, finished=True))
         joined = await anext(outputs)
-        assert (joined.text, joined.language, joined.num_tokens, joined.finished) == ("is late.", "english", 3, True)
+        assert (joined.text, joined.language, joined.num_tokens, joined.finished) == ("is late.", "en", 3, True)
 
     asyncio.run(scenario())
 

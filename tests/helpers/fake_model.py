@@ -61,7 +61,7 @@ def output_of(job: Job, model: ServedModel) -> PooledOutput | Transcription:
         _require_room(max(len(each.token_ids) for each in job.inputs), model, "input")
         rows = [array("f", [len(each.token_ids), sum(each.token_ids)]).tobytes() for each in job.inputs]
         return PooledOutput("pool", tuple(rows))
-    return Transcription("speech", f"{len(job.pcm)} bytes", "english", 1.0, (), num_tokens=1, finished=True)
+    return Transcription("speech", f"{len(job.pcm)} bytes", "en", 1.0, (), num_tokens=1, finished=True)
 
 
 class Choices:

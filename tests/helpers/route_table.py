@@ -102,6 +102,7 @@ PROTECTED = (
     _posts("/v1/rerank", "score", **RANKED),
     _posts("/v2/rerank", "score", **RANKED),
     _hears("/v1/audio/transcriptions"),
+    _hears("/v1/audio/translations"),
 )
 
 OTHERS = (

@@ -39,12 +39,16 @@ class Hears:
         self.asked.append((pcm, params, prompt))
         segments = tuple(segment(index, text) for index, text in enumerate(TEXTS))
         if output_kind == "delta":
-            yield Transcription("r", "One", "english", 1.5, (), num_tokens=1, finished=False)
+            yield Transcription("r", "One", "en", 1.5, (), num_tokens=1, finished=False, num_prompt_tokens=4)
             if self.breakage is not None:
                 raise self.breakage
-            yield Transcription("r", " --> two. Three.", "english", 1.5, segments, num_tokens=9, finished=True)
+            yield Transcription(
+                "r", " --> two. Three.", "en", 1.5, segments, num_tokens=9, finished=True, num_prompt_tokens=4
+            )
         else:
-            yield Transcription("r", "".join(TEXTS).strip(), "english", 1.5, segments, num_tokens=9, finished=True)
+            yield Transcription(
+                "r", "".join(TEXTS).strip(), "en", 1.5, segments, num_tokens=9, finished=True, num_prompt_tokens=4
+            )
 
 
 @pytest.fixture
@@ -70,7 +74,7 @@ def test_json_and_verbose_json(client):
     found = post(client, response_format="verbose_json").json()
     assert {name: found[name] for name in ("task", "language", "duration", "text", "usage")} == {
         "task": "transcribe",
-        "language": "english",
+        "language": "en",
         "duration": 1.5,
         "text": text,
         "usage": usage,
@@ -123,12 +127,16 @@ def test_fields_reach_the_engine(client, hears):
         temperature="0.5",
         seed="7",
         response_format="verbose_json",
+        chunking_strategy="auto",
+        repetition_penalty="1.5",
+        max_completion_tokens="7",
         **{"timestamp_granularities[]": "segment"},
     )
     post(client, language="", prompt="")
     (pcm, params, prompt), (_, plain, no_prompt) = hears.asked
     assert len(pcm) == 4 * 8000
     assert (params.language, params.temperature, params.seed, params.timestamps) == ("en", 0.5, 7, True)
+    assert (params.repetition_penalty, params.max_tokens, params.top_p) == (1.5, 7, None)
     assert prompt == "Alice"
     assert (plain.language, plain.temperature, plain.timestamps, no_prompt) == (None, 0.0, False, None)
 
@@ -148,10 +156,16 @@ def test_fields_reach_the_engine(client, hears):
         ({"temperature": "2"}, "temperature", "less than or equal to 1"),
         ({"temperature": "hot"}, "temperature", "number"),
         ({"stream": "perhaps"}, "stream", "boolean"),
-        ({"chunking_strategy": "auto"}, "chunking_strategy", "not supported"),
+        ({"chunking_strategy": "never"}, "chunking_strategy", "'auto'"),
+        ({"chunking_strategy[type]": "server_vad"}, "chunking_strategy", "object"),
+        ({"hotwords": "Alice"}, "hotwords", "not supported"),
+        ({"use_beam_search": "true"}, "use_beam_search", "not supported"),
+        ({"stream_include_usage": "true"}, "stream_include_usage", "stream=True"),
+        ({"max_completion_tokens": "0"}, "max_completion_tokens", "1"),
+        ({"repetition_penalty": "0"}, "repetition_penalty", "(0, 10]"),
+        ({"to_language": "en"}, "to_language", "English"),
         ({"include[]": "logprobs"}, "include", "not supported"),
         ({"known_speaker_names[]": ["a", "b"]}, "known_speaker_names", "not supported"),
-        ({"colour": "red"}, "colour", "Unknown field"),
         ({"prompt": ["a", "b"]}, "prompt", "2 times"),
     ],
 )
@@ -162,6 +176,49 @@ def test_what_is_not_served_is_refused_by_name(client, hears, form, param, messa
     assert (response.status_code, found["param"]) == (400, param)
     assert message in found["message"]
     assert hears.asked == []
+
+
+def test_unknown_fields_are_named_or_refused(client, make_engine, client_of, hears):
+    """Forms that differ from bodies in what becomes of a field that no one knows."""
+    assert post(client, colour="red", user="u", vllm_xargs="{}", n="1").headers["x-ignored-fields"] == "colour"
+    strict = make_engine(task="transcribe")
+    strict.transcribe = hears
+    refused = post(client_of(strict, strict_fields=True), colour="red")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "colour")
+
+
+def events_of(response):
+    return [json.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n")[:-2]]
+
+
+def test_a_stream_is_of_vllm_s_chunks_as_well(client, make_engine, client_of, hears):
+    """A client of vLLM's that finds no choices, or no counts where it asked for them."""
+    plain = events_of(post(client, stream="true"))
+    assert "".join(each["choices"][0]["delta"]["content"] for each in plain) == "One --> two. Three."
+    assert [each["choices"][0]["finish_reason"] for each in plain] == [None, None, "stop"]
+    assert not any("usage" in each for each in plain[:-1])
+    counted = events_of(post(client, stream="true", stream_include_usage="true", stream_continuous_usage_stats="true"))
+    *deltas, last = counted
+    assert [each["usage"]["completion_tokens"] for each in deltas] == [1, 9]
+    tokens = {"prompt_tokens": 4, "completion_tokens": 9, "total_tokens": 13}
+    assert (last["choices"], last["usage"]) == ([], {"type": "duration", "seconds": 2} | tokens)
+    forced = make_engine(task="transcribe")
+    forced.transcribe = hears
+    *deltas, last = events_of(post(client_of(forced, enable_force_include_usage=True), stream="true"))
+    assert not any("usage" in each for each in deltas)
+    assert last["usage"]["total_tokens"] == 13
+
+
+def test_translations_are_asked_for_as_such(client, hears):
+    """A transcript in the place of a translation, or one that names the language it was spoken in."""
+    files = {"file": ("a.wav", wav())}
+    asked = {"response_format": "verbose_json", "language": "de", "to_language": "en"}
+    found = client.post("/v1/audio/translations", files=files, data=asked).json()
+    assert (found["task"], found["language"], found["text"]) == ("translate", "en", "One --> two. Three.")
+    (_, params, _), *_ = hears.asked
+    assert (params.task, params.language) == ("translate", "de")
+    refused = client.post("/v1/audio/translations", files=files, data={"to_language": "fr"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "to_language")
 
 
 def test_requests_without_a_readable_file_are_refused(client, hears):

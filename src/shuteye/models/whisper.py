@@ -99,6 +99,7 @@ def _whisper_spec(config: Any, generation: Mapping[str, Any], source: ModelSourc
         no_timestamps_token_id=generation["no_timestamps_token_id"],
         previous_token_id=generation.get("prev_sot_token_id"),
         transcribe_token_id=(generation.get("task_to_id") or {}).get("transcribe"),
+        translate_token_id=(generation.get("task_to_id") or {}).get("translate"),
         languages=languages,
         language_names={name: code for name, code in TO_LANGUAGE_CODE.items() if code in (languages or ("en",))},
         max_tokens=config.max_target_positions,

@@ -30,7 +30,7 @@ from shuteye.server.openai import (
     models,
     response_events,
     scores,
-    transcriptions,
+    transcripts,
 )
 from shuteye.state import TAGS, DrainMode, UpdateReport
 
@@ -49,7 +49,8 @@ ANSWERS: Mapping[str, type] = {
     "POST /rerank": scores.RerankAnswer,
     "POST /v1/rerank": scores.RerankAnswer,
     "POST /v2/rerank": scores.RerankAnswer,
-    "POST /v1/audio/transcriptions": transcriptions.TranscriptionAnswer,
+    "POST /v1/audio/transcriptions": transcripts.TranscriptionAnswer,
+    "POST /v1/audio/translations": transcripts.TranscriptionAnswer,
     "GET /v1/models": models.ModelsAnswer,
     "GET /v1/models/{name}": models.ModelAnswer,
     "POST /tokenize": models.TokensAnswer,
@@ -84,6 +85,7 @@ STREAMED = frozenset(
         "POST /v1/responses",
         "POST /v1/messages",
         "POST /v1/audio/transcriptions",
+        "POST /v1/audio/translations",
         "POST /invocations",
     }
 )
@@ -92,6 +94,7 @@ STREAMED = frozenset(
 TEXT: Mapping[str, tuple[str, ...]] = {
     "GET /metrics": ("text/plain",),
     "POST /v1/audio/transcriptions": ("text/plain", "text/vtt"),
+    "POST /v1/audio/translations": ("text/plain", "text/vtt"),
     "POST /invocations": ("text/plain", "text/vtt"),
 }
 """Media types of routes that answer with text, or can be asked to."""

@@ -6,6 +6,7 @@ from speech_harness import Reference, noise
 
 from shuteye.errors import InvalidRequest
 from shuteye.tasks.transcribe.plans import SpeechAdmission
+from shuteye.tasks.transcribe.requests import TranscribeParams
 from shuteye.tasks.transcribe.runner import _AudioState
 
 SEEDS = range(4)
@@ -76,9 +77,33 @@ def test_the_language_is_found_out_or_given(make_harness, reference):
     for code, name in names.items():
         given = harness.transcribe(samples, language=code)
         assert given.stretches == right.long(samples, language=code, task="transcribe")
-        assert given.language == name
+        assert given.language == code
         assert harness.transcribe(samples, language=name.upper()).stretches == given.stretches
-    assert found.language in names.values()
+    assert found.language in names
+
+
+def test_translations_are_transformers_own(make_harness, reference):
+    """The other task's token, or none, before the text."""
+    harness, right = make_harness(2, multilingual=True), reference(2, multilingual=True)
+    samples = noise(2.2)
+    translated = harness.transcribe(samples, language="de", task="translate")
+    assert translated.stretches == right.long(samples, language="de", task="translate")
+    assert translated.stretches != harness.transcribe(samples, language="de").stretches
+    assert harness.transcribe(samples, task="translate").stretches == right.long(samples, task="translate")
+
+
+def test_no_more_tokens_than_asked_for(harness):
+    """A limit for each window in place of one for all, a token too many, or text without its last tokens."""
+    for samples, timestamps in ((noise(0.9), False), (noise(3.2), True)):
+        whole = harness.transcribe(samples, timestamps=timestamps)
+        assert len(whole.token_ids) > 6
+        for limit in (1, 5):
+            cut = harness.transcribe(samples, timestamps=timestamps, max_tokens=limit)
+            assert len(cut.token_ids) <= limit
+            assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+            assert timestamps or len(cut.token_ids) == limit
+        beyond = harness.transcribe(samples, timestamps=timestamps, max_tokens=10**6)
+        assert beyond.stretches == whole.stretches
 
 
 def test_what_cannot_be_transcribed_is_refused(harness, make_harness):
@@ -88,6 +113,8 @@ def test_what_cannot_be_transcribed_is_refused(harness, make_harness):
     with pytest.raises(InvalidRequest, match="English-only") as refused:
         harness.transcribe(noise(1), language="de")
     assert refused.value.param == "language"
+    with pytest.raises(InvalidRequest, match="English-only"):
+        harness.transcribe(noise(1), task="translate")
     with pytest.raises(InvalidRequest, match="special tokens"):
         harness.transcribe(noise(1), prompt=[300])
     with pytest.raises(InvalidRequest, match="knows de, en, fr"):
@@ -109,7 +136,7 @@ def test_a_seed_draws_the_same_again_and_another_seed_something_else(harness):
 def test_every_draw_is_another(harness):
     """One number for all tokens of a request: text that repeats itself."""
     runner = harness.worker._runner
-    state = _AudioState(SpeechAdmission("r", b"", temperature=1.0, seed=3, pad=True), torch.empty(0))
+    state = _AudioState(SpeechAdmission("r", b"", TranscribeParams(temperature=1.0, seed=3), pad=True), torch.empty(0))
     flat = torch.zeros(harness.core.info.vocab_size)
     drawn = [runner._choose(state, flat, num_sampled=index).token_id for index in range(50)]
     assert len(set(drawn)) > 30

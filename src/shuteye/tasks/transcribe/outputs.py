@@ -56,6 +56,7 @@ class _Transcript:
     segments: list[TranscriptSegment] = field(default_factory=list)
     language: str | None = None
     num_tokens: int = 0
+    num_prompt_tokens: int = 0
     num_texts_sent: int = 0
     num_segments_sent: int = 0
 
@@ -143,6 +144,7 @@ class TranscriptOutputs(TaskOutputs[TranscriptionJob]):
         transcript.texts.append(text)
         transcript.language = delta.language or transcript.language
         transcript.num_tokens = delta.num_tokens
+        transcript.num_prompt_tokens = delta.num_prompt_tokens
         for spoken in delta.segments:
             segment = self._segment(transcript, spoken)
             if segment.text.strip():
@@ -179,6 +181,7 @@ def _output(transcript: _Transcript, *, finished: bool) -> Transcription:
         segments=tuple(transcript.segments[since_segment:]),
         num_tokens=transcript.num_tokens,
         finished=finished,
+        num_prompt_tokens=transcript.num_prompt_tokens,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shuteye.state import Epoch
+from shuteye.tasks.transcribe.requests import TranscribeParams
 
 WindowRules = Literal["text", "timestamps", "language"]
 """What may be sampled in a window: text alone, text between timestamps, or one of the language tokens."""
@@ -17,8 +18,7 @@ class SpeechAdmission:
 
     request_id: str
     pcm: bytes
-    temperature: float
-    seed: int
+    params: TranscribeParams
     pad: bool
 
 

@@ -28,6 +28,7 @@ from shuteye.tasks.transcribe.plans import (
     TranscribedToken,
     WindowRules,
 )
+from shuteye.tasks.transcribe.sampling import drawn, penalized
 
 
 @dataclass(slots=True)
@@ -121,16 +122,15 @@ class SpeechRunner(ModelRunner):
     def _choose(
         self, state: _AudioState, logits: torch.Tensor, *, num_sampled: int, no_speech_prob: float = 0.0
     ) -> TranscribedToken:
-        """Greedy at temperature 0, else drawn: by seed and `num_sampled` alone, so that a sleep does not change it."""
+        """Greedy at temperature 0, else drawn; a sleep does not change it."""
         scores = self.model.token_rules.apply(logits, state.rules, state.token_ids)
         logprobs = torch.log_softmax(scores, dim=-1)
         admission = state.admission
-        if admission.temperature == 0.0 or state.rules == "language":
+        if state.rules == "language":
             token_id = int(scores.argmax())
         else:
-            generator = torch.Generator().manual_seed((admission.seed * 1_000_003 + num_sampled) % 2**63)
-            chances = torch.softmax(scores / admission.temperature, dim=-1)
-            token_id = int(torch.multinomial(chances, 1, generator=generator))
-        if state.rules != "language":
+            said = [token for token in state.token_ids if token < self.model.speech.eos_token_id]
+            likely = penalized(scores, admission.params, said)
+            token_id = drawn(likely, admission.params, num_sampled=num_sampled)
             state.token_ids.append(token_id)
         return TranscribedToken(admission.request_id, token_id, float(logprobs[token_id]), no_speech_prob)

@@ -49,7 +49,8 @@ class _AudioRequest(ActiveRequest):
         prompt: what stands before the tokens of every window; None until the language is known.
         token_ids: sampled in this window.
         num_shown: how many of them were given out.
-        num_sampled: tokens sampled in all windows.
+        num_sampled: tokens sampled in all windows; `num_taken` of them are in the transcript, timestamps included.
+        num_prompt_tokens: tokens that its windows began with.
         admitted: the worker has the audio. `known`: it may have some of it. `open`: it has this window.
     """
 
@@ -65,6 +66,8 @@ class _AudioRequest(ActiveRequest):
     logprobs: list[float] = field(default_factory=list)
     no_speech_prob: float = 0.0
     num_sampled: int = 0
+    num_taken: int = 0
+    num_prompt_tokens: int = 0
     admitted: bool = False
     known: bool = False
     open: bool = False
@@ -85,8 +88,6 @@ class SpeechScheduler(TaskScheduler):
         super().__init__()
         assert spec is not None, "a model that transcribes says how"
         self._spec = spec
-        names = reversed(spec.language_names.items())  # the first name of a language is the usual one
-        self._names: dict[str | None, str] = {code: name for name, code in names}
         self._limit = max(1, min(max_num_seqs, int(available_bytes * MEMORY_SHARE) // spec.state_bytes))
         self._waiting: deque[_AudioRequest] = deque()
         self._running: list[_AudioRequest] = []
@@ -131,6 +132,8 @@ class SpeechScheduler(TaskScheduler):
         if any(token >= self._spec.eos_token_id for token in request.prompt_token_ids):
             raise InvalidRequest("The prompt must be plain text; it has special tokens.", param="prompt")
         self._language(request.params.language)
+        if request.params.task == "translate" and not (self._spec.languages and self._spec.translate_token_id):
+            raise InvalidRequest("The model is English-only; it does not translate.", param="model")
 
     def _language(self, wanted: str | None) -> str | None:
         """The code of a language; None if the model is to find out.
@@ -157,8 +160,10 @@ class SpeechScheduler(TaskScheduler):
             tokens += [spec.previous_token_id, *before[-(spec.max_tokens // 2 - 1) :]]
         tokens.append(spec.start_token_id)
         if spec.languages:
-            assert spec.transcribe_token_id is not None
-            tokens += [spec.languages[language], spec.transcribe_token_id]
+            translates = audio.request.params.task == "translate"
+            task = spec.translate_token_id if translates else spec.transcribe_token_id
+            assert task is not None
+            tokens += [spec.languages[language], task]
         if audio.rules == "text":
             tokens.append(spec.no_timestamps_token_id)
         return tuple(tokens)
@@ -221,6 +226,8 @@ class SpeechScheduler(TaskScheduler):
         finds_language = audio.prompt is None
         prompt = audio.prompt or (spec.start_token_id,)
         self._num_prompt_tokens += len(prompt)
+        if not audio.token_ids:  # else it was opened before
+            audio.num_prompt_tokens += len(prompt)
         return SpeechWindow(
             request_id=audio.request_id,
             start_frame=audio.seek,
@@ -258,7 +265,8 @@ class SpeechScheduler(TaskScheduler):
         ends = token.token_id == self._spec.eos_token_id
         if not ends:
             audio.token_ids.append(token.token_id)
-            ends = len(audio.prompt) + len(audio.token_ids) >= self._spec.max_tokens
+            audio.num_taken += 1
+            ends = len(audio.prompt) + len(audio.token_ids) >= self._spec.max_tokens or _has_said_all(audio)
         if ends:
             return self._end_window(audio)
         return self._show(audio, self._num_final(audio))
@@ -267,7 +275,7 @@ class SpeechScheduler(TaskScheduler):
         by_token = {token_id: code for code, token_id in self._spec.languages.items()}
         audio.language = by_token[token.token_id]
         audio.prompt = self._prompt(audio, audio.language)
-        return TranscriptDelta(audio.request_id, language=self._names.get(audio.language), num_tokens=audio.num_sampled)
+        return self._delta(audio)
 
     def _num_final(self, audio: _AudioRequest) -> int:
         """How many tokens of the window are sure to be kept."""
@@ -281,11 +289,24 @@ class SpeechScheduler(TaskScheduler):
         audio.num_shown += len(fresh)
         if not fresh and audio.num_sampled > 1:  # the first delta tells that the request runs
             return None
+        return self._delta(audio, self._text(fresh))
+
+    def _delta(
+        self,
+        audio: _AudioRequest,
+        token_ids: tuple[int, ...] = (),
+        segments: tuple[TranscribedTokens, ...] = (),
+        *,
+        finished: bool = False,
+    ) -> TranscriptDelta:
         return TranscriptDelta(
             audio.request_id,
-            self._text(fresh),
-            language=self._names.get(audio.language),
+            token_ids,
+            segments,
+            language=audio.language,
             num_tokens=audio.num_sampled,
+            finished=finished,
+            num_prompt_tokens=audio.num_prompt_tokens,
         )
 
     def _end_window(self, audio: _AudioRequest) -> TranscriptDelta:
@@ -311,17 +332,10 @@ class SpeechScheduler(TaskScheduler):
         shown = self._text(audio.token_ids[audio.num_shown : kept])
         audio.seek += num_frames
         audio.token_ids, audio.num_shown, audio.logprobs, audio.open = [], 0, [], False
-        finished = audio.seek >= audio.num_frames
+        finished = audio.seek >= audio.num_frames or _has_said_all(audio)
         if finished:
             self._remove(audio)
-        return TranscriptDelta(
-            audio.request_id,
-            shown,
-            segments,
-            language=self._names.get(audio.language),
-            num_tokens=audio.num_sampled,
-            finished=finished,
-        )
+        return self._delta(audio, shown, segments, finished=finished)
 
     def _text(self, token_ids: Iterable[int]) -> tuple[int, ...]:
         """Those that are text; all special tokens and timestamps come after it in the vocabulary."""
@@ -342,5 +356,9 @@ class SpeechScheduler(TaskScheduler):
 
 def _admission(audio: _AudioRequest) -> SpeechAdmission:
     request = audio.request
-    params = request.params
-    return SpeechAdmission(request.request_id, request.pcm, params.temperature, params.seed, audio.pad)
+    return SpeechAdmission(request.request_id, request.pcm, request.params, audio.pad)
+
+
+def _has_said_all(audio: _AudioRequest) -> bool:
+    limit = audio.request.params.max_tokens
+    return limit is not None and audio.num_taken >= limit
