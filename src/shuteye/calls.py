@@ -178,10 +178,13 @@ class ResetPrefixCacheCall(Call[None], frozen=True, tag="reset_prefix_cache"):
 
 
 class RpcCall(Call[list[Any]], frozen=True, tag="collective_rpc"):
-    """Call a worker verb that changes nothing (see `engine.transitions.RPC_VERBS`) on every rank; one result a rank.
+    """Call a worker verb on every rank; one result a rank.
+
+    It may be one that changes nothing (see `engine.transitions.RPC_VERBS`), or `reload_weights`, with a path or without.
 
     Raises:
         InvalidRequest: another verb, or other arguments than it takes.
+        ShuteyeError: as `ReloadCall`, of `reload_weights`.
     """
 
     verb: ClassVar[str] = "collective_rpc"

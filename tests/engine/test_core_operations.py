@@ -6,7 +6,7 @@ import pytest
 from core_harness import wake_to_wrong_bytes
 
 from shuteye.calls import PauseCall, ResumeCall, RpcCall, SleepCall, WakeCall
-from shuteye.errors import EngineFaulted, InvalidRequest, ModelSleeping, ShuteyeError
+from shuteye.errors import EngineFaulted, InvalidRequest, ModelSleeping, ShuteyeError, TransitionConflict
 from shuteye.state import WakeReport
 
 PROMPT = (5, 6, 7, 8)
@@ -147,7 +147,15 @@ def test_when_sequences_got_their_place_is_told_once(harness):
 
 @pytest.mark.parametrize(
     ("verb", "args", "param"),
-    [("release", (), "method"), ("verify", (), "args"), ("verify", ("all",), "args"), ("facts", (1,), "args")],
+    [
+        ("release", (), "method"),
+        ("verify", (), "args"),
+        ("verify", ("all",), "args"),
+        ("facts", (1,), "args"),
+        ("reload_weights", (1,), "args"),
+        ("reload_weights", ("",), "args"),
+        ("reload_weights", ("a", "b"), "args"),
+    ],
 )
 def test_collective_rpc_calls_nothing_else(harness, verb, args, param):
     """Would catch a way around the sleep controller, and an InternalError for a caller's mistake."""
@@ -155,3 +163,17 @@ def test_collective_rpc_calls_nothing_else(harness, verb, args, param):
         harness.call(RpcCall(verb, args))
     assert refused.value.param == param
     assert harness.call(RpcCall("verify", ("full",)))[0].verified_bytes > 0
+
+
+def test_vllms_recipe_brings_weights_back_after_level_2(harness):
+    """A program written for vLLM that ends at its third call, or goes on with weights that nobody wrote."""
+    before = harness.generate(range(3, 20))
+    harness.call(SleepCall(2))
+    with pytest.raises(TransitionConflict):
+        harness.call(RpcCall("reload_weights"))
+    harness.call(WakeCall(tags=("weights",)))
+    [report] = harness.call(RpcCall("reload_weights"))
+    assert report.updated > 0
+    assert not report.missing
+    harness.call(WakeCall(tags=("kv_cache",)))
+    assert harness.generate(range(3, 20)) == before

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from fake_memory import NBYTES, gated, moved, slept, told, woken, written
 from fake_model import Choices, byte_tokenizer, model_of, output_of
 
 from shuteye import calls, errors
 from shuteye.config import EngineConfig
-from shuteye.engine.transitions import parse_level, parse_mode, parse_tags
+from shuteye.engine.transitions import check_rpc, parse_level, parse_mode, parse_tags
 from shuteye.frontend.engine import Engine, EngineView
 from shuteye.state import EngineState, SchedulerStats, SleepReport, UpdateReport
 from shuteye.tasks.generate.outputs import GenerationJob
@@ -171,6 +171,9 @@ class FakeEngine(Engine):
                 report = UpdateReport(updated=3, updated_bytes=NBYTES["weights"])
             case calls.ResetPrefixCacheCall():
                 self.prefix_resets += 1
+            case calls.RpcCall(method="reload_weights"):
+                check_rpc(call.method, call.args)
+                report = [asdict(await self.control(calls.ReloadCall(*call.args)))]
             case calls.RpcCall():
                 report = [told(call)]
             case _:

@@ -18,9 +18,20 @@ def test_collective_rpc_answers_one_result_a_rank(client):
     assert client.post("/collective_rpc", json={"method": "verify", "args": ["full"]}).status_code == 200
 
 
+@pytest.mark.parametrize("args", [[], ["/models/other"]])
+def test_weights_are_reloaded_by_vllms_call(client, engine, args):
+    """vLLM's recipe of level 2, refused at its third step, or a path that is left out."""
+    response = client.post("/collective_rpc", json={"method": "reload_weights", "args": args})
+    assert response.status_code == 200
+    assert [result["updated"] for result in response.json()["results"]] == [3]
+    assert engine.reloaded == [args[0] if args else None]
+    assert 'transition="reload_weights"' in client.get("/metrics").text
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
+        ({"method": "reload_weights", "args": [1]}, "args"),
         ({"method": "release"}, "method"),
         ({"method": "__class__"}, "method"),
         ({"method": "verify"}, "args"),

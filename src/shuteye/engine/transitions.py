@@ -263,6 +263,10 @@ class Transitions:
     def _update_steps(self, call: UpdateFromFileCall | UpdateCall | ReloadCall) -> Steps:
         """Between two steps of the model. What was written is another epoch, so requests in flight are recomputed."""
         yield from ()
+        return sum_updates(self._write(call))
+
+    def _write(self, call: UpdateFromFileCall | UpdateCall | ReloadCall) -> list[UpdateReport]:
+        """What each rank has written."""
         state = self._sleep.state
         self._sleep.refuse_if_faulted()
         if state.residency("weights") not in ("resident", "blank"):
@@ -284,7 +288,7 @@ class Transitions:
             self._sleep.refresh()
             if not self._sleep.state.faulted:
                 self._sleep.check_after_update(reloaded=isinstance(call, ReloadCall))
-        return sum_updates(reports)
+        return reports
 
     def _reset_prefix_cache_steps(self) -> Steps:
         yield from ()
@@ -294,6 +298,8 @@ class Transitions:
     def _rpc_steps(self, call: RpcCall) -> Steps:
         yield from ()
         check_rpc(call.method, call.args)
+        if call.method == ReloadCall.verb:
+            return self._write(ReloadCall(*call.args))
         return self._executor.call(call.method, *call.args)
 
     # --- draining -------------------------------------------------------------------------------
@@ -385,6 +391,8 @@ RPC_VERBS: Mapping[str, tuple[tuple[Any, ...], ...]] = {
     "weights_source": _NO_ARGUMENTS,
 }
 
+"""Questions to a rank, each with the arguments that it may have. One more verb is none: `ReloadCall`'s."""
+
 
 def check_rpc(method: str, args: Sequence[Any]) -> None:
     """Refuse what may not be called.
@@ -392,10 +400,13 @@ def check_rpc(method: str, args: Sequence[Any]) -> None:
     Raises:
         InvalidRequest: names the verbs, or the arguments, that may be used.
     """
-    allowed = RPC_VERBS.get(method)
+    if method == ReloadCall.verb and (not args or (len(args) == 1 and isinstance(args[0], str) and args[0])):
+        return
+    allowed = ((), ("PATH",)) if method == ReloadCall.verb else RPC_VERBS.get(method)
     if allowed is None:
         raise InvalidRequest(
-            f"collective_rpc cannot call {method!r}; it can call {', '.join(RPC_VERBS)}.", param="method"
+            f"collective_rpc cannot call {method!r}; it can call {', '.join((*RPC_VERBS, ReloadCall.verb))}.",
+            param="method",
         )
     if tuple(args) not in allowed:
         listed = " or ".join(str(list(one)) for one in allowed)

@@ -279,12 +279,15 @@ async def get_world_size(context: Context, include_dp: bool = True) -> Response:
 async def collective_rpc(
     asked: Annotated[RpcRequest, requested(RpcRequest, in_query=False)], context: Context
 ) -> Response:
-    """Calls a verb that changes nothing on every rank; one result a rank."""
+    """Calls a verb that changes nothing, or `reload_weights`, on every rank; one result a rank."""
     if asked.kwargs:
         raise InvalidRequest("kwargs must be empty: no verb takes any; use args.", param="kwargs")
     if asked.timeout is not None:
         raise InvalidRequest("timeout is not supported: control calls are carried out in order.", param="timeout")
-    return JsonAnswer(RpcAnswer(await context.engine.control(RpcCall(asked.method, asked.args))))
+    call = RpcCall(asked.method, asked.args)
+    if asked.method == ReloadCall.verb:
+        return JsonAnswer(RpcAnswer(await context.metrics.transition(ReloadCall.verb, context.engine.control(call))))
+    return JsonAnswer(RpcAnswer(await context.engine.control(call)))
 
 
 @restarting.post("/restart_engine", response_model=None)
