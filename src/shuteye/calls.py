@@ -180,7 +180,7 @@ class ResetPrefixCacheCall(Call[None], frozen=True, tag="reset_prefix_cache"):
 class RpcCall(Call[list[Any]], frozen=True, tag="collective_rpc"):
     """Call a worker verb on every rank; one result a rank.
 
-    It may be one that changes nothing (see `engine.transitions.RPC_VERBS`), or `reload_weights`, with a path or without.
+    It may be one that changes nothing (see `engine.transitions.RPC_VERBS`), or `reload_weights`, which may take a path.
 
     Raises:
         InvalidRequest: another verb, or other arguments than it takes.

@@ -194,7 +194,7 @@ def test_errors_are_one_line_and_a_status(arguments, status, says, capsys):
 @pytest.mark.parametrize(
     "command",
     [
-        *("serve", "pull", "sleep", "wake", "pause", "resume", "restart", "ps", "bench"),
+        *("serve", "pull", "sleep", "wake", "pause", "resume", "restart", "stop", "ps", "bench"),
         *("images", "images ls", "images rm", "images verify"),
     ],
 )

@@ -154,7 +154,7 @@ def test_every_variable_of_every_command_is_known():
     """Catches a warning about a variable that a command does read."""
     read = set()
     homes = {name: name for name in ("serve", "ps", "bench", "images")} | {"pull": "images"}
-    homes |= dict.fromkeys(("sleep", "wake", "pause", "resume", "restart"), "control")
+    homes |= dict.fromkeys(("sleep", "wake", "pause", "resume", "restart", "stop"), "control")
     for name, module in homes.items():
         loaded = importlib.import_module(f"shuteye.cli.{module}")
         commands = (

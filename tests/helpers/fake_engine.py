@@ -92,6 +92,15 @@ class FakeEngine(Engine):
         async with self._changed:
             self._changed.notify_all()
 
+    @property
+    def request_ids(self):
+        return tuple(self.running)
+
+    async def abort(self, request_id):
+        if request_id in self.running:
+            self.running[request_id] = True
+            await self._notify()
+
     def stream(self, job, *, request_id=None, backlog=None):
         return self._generate(job, request_id) if isinstance(job, GenerationJob) else self._at_once(job)
 

@@ -139,6 +139,9 @@ CONTROL = (
     Row("control", "POST", "/update_weights", {"json": {"path": "/no/such.safetensors"}}),
     Row("control", "POST", "/collective_rpc", {"json": {"method": "residual_bytes"}}),
     Row("control", "POST", "/restart_engine"),
+    Row("control", "POST", "/abort_requests"),
+    Row("control", "GET", "/server_info"),
+    Row("control", "POST", "/shutdown"),
     Row("control", "GET", "/get_world_size"),
     Row("control", "POST", "/release_kv_cache_memory"),
 )

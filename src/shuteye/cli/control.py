@@ -1,7 +1,8 @@
-"""The commands that ask a running server: sleep, wake, pause, resume, reload, update, restart."""
+"""The commands that ask a running server: sleep, wake, pause, resume, reload, update, restart, stop."""
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,8 @@ from shuteye.calls import PauseCall, SleepCall, WakeCall
 from shuteye.cli.quantities import format_seconds, format_size
 from shuteye.cli.remote import AsJson, Remote, takes
 from shuteye.cli.terminal import show, show_json, table
-from shuteye.errors import InvalidRequest
+from shuteye.client import Client
+from shuteye.errors import InvalidRequest, ServerUnreachable
 from shuteye.state import EngineState, SleepReport, UpdateReport, WakeReport
 
 
@@ -185,3 +187,31 @@ def restart(*, remote: Remote | None = None) -> None:
     with (remote or Remote()).connect() as client:
         seconds = client.restart_engine()
     show(f"The engine is loaded again after {format_seconds(seconds)}.")
+
+
+POLL_S = 0.1
+"""How often a server that stops is asked whether it still does."""
+
+
+def stop(*, remote: Remote | None = None) -> None:
+    """Stop a server as SIGTERM does, and wait until it is gone; what runs has --shutdown-grace-s to finish."""
+    remote = remote or Remote()
+    began = time.monotonic()
+    with remote.connect() as client:
+        client.shutdown()
+        while _is_stopping(client):
+            if time.monotonic() - began > remote.timeout_s:
+                raise ServerUnreachable(
+                    f"{remote.url} is still stopping after {format_seconds(remote.timeout_s)}: requests are running. "
+                    "It ends by itself after its --shutdown-grace-s."
+                )
+            time.sleep(POLL_S)
+    show(f"Stopped in {format_seconds(time.monotonic() - began)}.")
+
+
+def _is_stopping(client: Client) -> bool:
+    """False once nothing answers there, or another server does."""
+    try:
+        return client.is_stopping()
+    except ServerUnreachable:
+        return False

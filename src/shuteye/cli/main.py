@@ -45,6 +45,7 @@ _COMMANDS = {
     "reload": ("Load a served model's weights again.", "shuteye reload"),
     "update": ("Write new weights into a served model.", "shuteye update step-100.safetensors"),
     "restart": ("Restart a server's dead or hung engine.", "shuteye restart"),
+    "stop": ("Stop a server once what runs has finished.", "shuteye stop"),
     "ps": (
         "Show whether served models sleep, and where their memory is.",
         "shuteye ps http://127.0.0.1:8000 http://127.0.0.1:8001",
@@ -53,7 +54,7 @@ _COMMANDS = {
 }
 """What each command is for, and an example of it."""
 
-_MODULES = dict.fromkeys(("sleep", "wake", "pause", "resume", "reload", "update", "restart"), "control") | {
+_MODULES = dict.fromkeys(("sleep", "wake", "pause", "resume", "reload", "update", "restart", "stop"), "control") | {
     "pull": "images"
 }
 """Where the function of a command is, if not in a module of its own name."""

@@ -125,7 +125,7 @@ class Route(Generic[T]):
                 raise InternalError(f"{base_url}{self.path} is not a shuteye server's answer ({error}).") from error
         failure = error_from_response(status, body)
         if isinstance(failure, ModelNotFound):  # no control route names a model: the route itself is missing
-            mode = "" if self.path == _RESTART_ENGINE.path else "--enable-sleep-mode, and with "
+            mode = "" if self.path in {_RESTART_ENGINE.path, _SHUTDOWN.path} else "--enable-sleep-mode, and with "
             raise SleepModeDisabled(
                 f"{base_url} has no route {self.path}. Start the server with {mode}--admin-api-key or in development "
                 f"mode (SHUTEYE_SERVER_DEV_MODE=1)."
@@ -159,6 +159,10 @@ def _nothing(_status: int, _body: bytes) -> None:
     return None
 
 
+def _says_stopping(_status: int, body: bytes) -> bool:
+    return bool(msgspec.json.decode(body).get("reason") == "stopping")
+
+
 def _is_ok(status: int, _body: bytes) -> bool:
     return status == 200
 
@@ -182,6 +186,19 @@ _RESTART_ENGINE = Route(
     "/restart_engine",
     _field("seconds", float),
     "Start an engine again that is dead or hangs, and wait until it is loaded; how many seconds that took.",
+)
+_SHUTDOWN = Route(
+    "POST",
+    "/shutdown",
+    _field("grace_s", float),
+    "Stop the server as SIGTERM does; how many seconds what runs has to finish.",
+)
+_IS_STOPPING = Route(
+    "GET",
+    "/ready",
+    _says_stopping,
+    "True while the server finishes what runs before it ends.",
+    accept=frozenset({503}),
 )
 
 
@@ -300,6 +317,8 @@ class Client(Controls):
     ready = _blocking(_READY)
     version = _blocking(_VERSION)
     restart_engine = _blocking(_RESTART_ENGINE)
+    shutdown = _blocking(_SHUTDOWN)
+    is_stopping = _blocking(_IS_STOPPING)
 
     def upload_weights(self, content: bytes | Iterable[bytes]) -> UpdateReport:
         """Write the tensors of a safetensors file that is sent: its bytes, an open file, or what yields them."""
@@ -353,6 +372,8 @@ class AsyncClient(AsyncControls):
     ready = _awaitable(_READY)
     version = _awaitable(_VERSION)
     restart_engine = _awaitable(_RESTART_ENGINE)
+    shutdown = _awaitable(_SHUTDOWN)
+    is_stopping = _awaitable(_IS_STOPPING)
 
     async def upload_weights(self, content: bytes | AsyncIterable[bytes]) -> UpdateReport:
         """As `Client.upload_weights`."""

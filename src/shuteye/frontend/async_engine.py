@@ -182,8 +182,13 @@ class AsyncEngine(Engine):
         """See `Engine.stream`."""
         return outputs_of(self._client, job, request_id=request_id, backlog=backlog)
 
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """See `Engine.request_ids`."""
+        return self._client.request_ids
+
     async def abort(self, request_id: str) -> None:
-        """End a request; its iterator ends with finish reason "abort". Unknown ids are ignored: they have finished."""
+        """See `Engine.abort`."""
         self._client.end(request_id)
 
     async def control(self, call: Call[R]) -> R:

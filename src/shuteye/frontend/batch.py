@@ -62,9 +62,10 @@ async def transcribe(
     )
 
 
-async def last_of_all(engine: Engine, jobs: Sequence[Job[OutputT]]) -> list[OutputT]:
+async def last_of_all(engine: Engine, jobs: Sequence[Job[OutputT]], *, request_id: str | None = None) -> list[OutputT]:
     """The last output of every job, in their order; the first that is refused or fails aborts the others."""
-    tasks = [asyncio.create_task(_last(engine, job)) for job in jobs]
+    names = [None if request_id is None else f"{request_id}.{index}" for index in range(len(jobs))]
+    tasks = [asyncio.create_task(_last(engine, job, name)) for job, name in zip(jobs, names, strict=True)]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -73,8 +74,8 @@ async def last_of_all(engine: Engine, jobs: Sequence[Job[OutputT]]) -> list[Outp
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _last(engine: Engine, job: Job[OutputT]) -> OutputT:
-    async with aclosing(engine.stream(job)) as outputs:
+async def _last(engine: Engine, job: Job[OutputT], request_id: str | None) -> OutputT:
+    async with aclosing(engine.stream(job, request_id=request_id)) as outputs:
         return [output async for output in outputs][-1]
 
 

@@ -41,20 +41,20 @@ async def beam_search(
         priority=params.priority,
         cache_salt=params.cache_salt,
     )
-    outputs = await _stepped(engine, prompt, search, step)
+    outputs = await _stepped(engine, prompt, search, step, request_id)
     begun = outputs[0]
     while not search.is_over:
-        outputs = await _stepped(engine, prompt, search, step)
+        outputs = await _stepped(engine, prompt, search, step, request_id)
     completions = [_completion(index, beam, search, engine.tokenizer) for index, beam in enumerate(search.winners())]
     return replace(begun, request_id=request_id, outputs=tuple(completions), finished=True)
 
 
 async def _stepped(
-    engine: Engine, prompt: Sequence[int], search: BeamSearch, step: SamplingParams
+    engine: Engine, prompt: Sequence[int], search: BeamSearch, step: SamplingParams, request_id: str
 ) -> Sequence[RequestOutput]:
     """One token more of every beam; what came of the requests that asked for it."""
     jobs = [GenerationJob([*prompt, *beam.token_ids], step, "final_only") for beam in search.live]
-    outputs = await last_of_all(engine, jobs)
+    outputs = await last_of_all(engine, jobs, request_id=request_id)
     candidates = [output.outputs[0].logprobs for output in outputs if output.outputs[0].finish_reason != "abort"]
     if len(candidates) < len(jobs):
         search.abort()

@@ -174,6 +174,15 @@ class Engine(KnownEngine, AsyncControls):
     async def close(self, reason: ShuteyeError | None = None) -> None:
         """End the engine; requests in flight fail with `reason`, else with EngineDead. Idempotent."""
 
+    @property
+    @abstractmethod
+    def request_ids(self) -> tuple[str, ...]:
+        """The requests that run or wait."""
+
+    @abstractmethod
+    async def abort(self, request_id: str) -> None:
+        """End a request; its iterator ends with finish reason "abort". Unknown ids are ignored: they have finished."""
+
     @abstractmethod
     def stream(
         self, job: Job[OutputT], *, request_id: str | None = None, backlog: Backlog | None = None

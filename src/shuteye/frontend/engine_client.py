@@ -120,6 +120,12 @@ class EngineClient:
             raise EngineNotReady("The engine was not started: await start(), or use it as an async context manager.")
         raise EngineNotReady("The model is still loading; try again soon (GET /ready tells when).")
 
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """The requests that somebody waits for."""
+        with self._lock:
+            return tuple(self._deliver)
+
     # --- sending --------------------------------------------------------------------------------
 
     def submit(self, job: Job[Any], *, request_id: str | None, deliver: Deliver) -> str:

@@ -34,6 +34,9 @@ REFUSED = {
     "/reload_weights": "other weights on one replica would make it differ from the others, and from those that start "
     "later. Deploy the application with the new checkpoint",
     "/collective_rpc": "it would ask one replica, which Ray Serve chooses. GET /state tells of all",
+    "/abort_requests": "it would end those of one replica, which Ray Serve chooses. POST /pause with mode=abort "
+    "ends all",
+    "/shutdown": "Ray Serve runs replicas, and stops them: serve delete, or serve shutdown",
     "/restart_engine": "Ray Serve replaces a replica whose engine is dead or hangs by itself",
 }
 CONTROL_PATHS = frozenset(

@@ -26,7 +26,7 @@ from shuteye.server.anthropic.errors import PREFIX, anthropic_error
 from shuteye.server.banner import banner
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
-from shuteye.server.control import health, routes
+from shuteye.server.control import health, operations, routes
 from shuteye.server.http import docs_page
 from shuteye.server.http.errors import install_error_handlers
 from shuteye.server.http.ignored_fields import IgnoredFields
@@ -60,14 +60,16 @@ class EngineRoutes:
         state: behind the inference key.
         control: there is an admin key or development mode, and sleep mode is on.
         restart: there is an admin key or development mode.
+        operations: so with these.
     """
 
     state: APIRouter
     control: APIRouter
     restart: APIRouter
+    operations: APIRouter | None = None
 
 
-ONE_ENGINE = EngineRoutes(health.keyed, routes.router, routes.restarting)
+ONE_ENGINE = EngineRoutes(health.keyed, routes.router, routes.restarting, operations.router)
 
 
 def create_app(
@@ -111,6 +113,8 @@ def create_app(
     app.include_router(engine_routes.state)
     if config.has_control_routes:
         app.include_router(engine_routes.restart)
+        if engine_routes.operations is not None:
+            app.include_router(engine_routes.operations)
         if engine.config.enable_sleep_mode:
             app.include_router(engine_routes.control)
     log_notices(engine.config, config)

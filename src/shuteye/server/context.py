@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, cast
@@ -31,9 +31,14 @@ class Loading:
 
 @dataclass(slots=True)
 class Stopping:
-    """Whether a stop has been requested; from then on the server begins nothing new."""
+    """Whether a stop has been requested; from then on the server begins nothing new.
+
+    Attributes:
+        begin: requests one, saying who does; None where somebody else runs the server.
+    """
 
     begun: bool = False
+    begin: Callable[[str], None] | None = None
 
 
 @dataclass(slots=True)

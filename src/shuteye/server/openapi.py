@@ -17,7 +17,7 @@ from shuteye.server.anthropic import message_events, messages
 from shuteye.server.anthropic.errors import MessageError
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
-from shuteye.server.control import health, routes
+from shuteye.server.control import health, operations, routes
 from shuteye.server.http.admission import ModelRoute
 from shuteye.server.http.answers import ErrorAnswer
 from shuteye.server.http.auth import ControlRoute, InferenceRoute
@@ -72,6 +72,9 @@ ANSWERS: Mapping[str, type] = {
     "POST /reload_weights": UpdateReport,
     "POST /collective_rpc": routes.RpcAnswer,
     "POST /restart_engine": routes.RestartAnswer,
+    "POST /abort_requests": operations.AbortAnswer,
+    "GET /server_info": operations.ServerInfoAnswer,
+    "POST /shutdown": operations.ShutdownAnswer,
     "GET /get_world_size": routes.WorldSizeAnswer,
     "POST /release_kv_cache_memory": routes.DoneAnswer,
     "POST /reset_prefix_cache": routes.DoneAnswer,
@@ -203,8 +206,8 @@ def _operations(app: FastAPI, document: Mapping[str, Any]) -> Iterator[tuple[str
         for route in iter_route_contexts(app.routes)
         for method in route.methods or ()
     }
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
             yield f"{method.upper()} {path}", classes[method, path], operation
 
 

@@ -93,6 +93,7 @@ class _Server(uvicorn.Server):
         self._config = config
         self._acceptor: Acceptor | None = None
         self.context: ServerContext = app.state.context
+        self.context.stopping.begin = self._begin_to_stop
         self._supervisor = Supervisor(self.context)
         self._noted = noted
         self._failed = False
@@ -181,9 +182,13 @@ class _Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             self._waited_enough.set()
             return
+        self._begin_to_stop(signal.Signals(sig).name)
+
+    def _begin_to_stop(self, who: str) -> None:
+        """Take no new requests, and end once those that run have, or when the grace is over."""
         logger.info(
             "%s: no new requests are taken; running ones have %g seconds. Another signal stops at once.",
-            signal.Signals(sig).name,
+            who,
             self._config.shutdown_grace_s,
         )
         self.context.stopping.begun = True
