@@ -27,6 +27,7 @@ ONLY_ASYNC = {
     "restart": "an engine in a thread dies only by a bug; make another LLM",
     "abort": "a caller who blocks until the end has nothing to end",
     "stream": "a caller who blocks cannot follow",
+    "request_ids": "the same",
     "on_auto_wake": "nobody listens",
     "engine_pid": "the process is this one",
 }

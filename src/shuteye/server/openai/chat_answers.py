@@ -171,7 +171,8 @@ class ChatWriter(ResponseWriter):
 
     def opening(self, index: int) -> ChatChunkChoice:
         """The chunk that says whose words follow."""
-        return ChatChunkChoice(index, ChatDelta("assistant", self.echo), None, None)
+        token_ids = () if self.shows_token_ids else None
+        return ChatChunkChoice(index, ChatDelta("assistant", self.echo), None, None, token_ids)
 
     def delta(self, index: int, delta: CompletionOutput) -> ChatChunkChoice | None:
         """What is new of a choice; the chunk that ends it may have no text, and there may be nothing to tell yet."""

@@ -44,9 +44,7 @@ def require_known(token_ids: Sequence[int], vocab_size: int, *, param: str) -> N
     if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         return
     unknown = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
-    raise InvalidRequest(
-        f"Token id {unknown} is not in the vocabulary; ids go from 0 to {vocab_size - 1}.", param=param
-    )
+    raise InvalidRequest(f"Token id {unknown} is out of vocabulary; ids go from 0 to {vocab_size - 1}.", param=param)
 
 
 def require_room(num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> None:
