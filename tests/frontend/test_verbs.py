@@ -111,4 +111,6 @@ def test_one_string_is_no_list_of_tags():
 
 def test_the_seam_is_small():
     """A verb that every engine and every fake of one must have; a new one belongs into a call or a job."""
-    assert set(Engine.__abstractmethods__) == {"view", "model", "start", "restart", "close", "stream", "control"}
+    ends_others_requests = {"request_ids", "abort"}  # also while a call drains them, behind which a call would wait
+    seam = {"view", "model", "start", "restart", "close", "stream", "control"}
+    assert set(Engine.__abstractmethods__) == seam | ends_others_requests
