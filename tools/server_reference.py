@@ -1,4 +1,4 @@
-"""Writes docs/reference/routes.md, metrics.md and errors.md: what the server says of itself.
+"""Writes docs/reference/routes.md, compatibility.md, metrics.md and errors.md: what the server says of itself.
 
 Knows nothing of any of them by name; `tests/server/test_server_reference.py` checks that the pages are up to date.
 """
@@ -6,8 +6,11 @@ Knows nothing of any of them by name; `tests/server/test_server_reference.py` ch
 from __future__ import annotations
 
 import inspect
+import re
+import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
@@ -24,6 +27,7 @@ from shuteye.server.http.auth import ControlRoute, InferenceRoute
 from shuteye.server.http.errors import RETRY_AFTER_S
 
 PAGES = Path(__file__).resolve().parent.parent / "docs" / "reference"
+PEERS = Path(__file__).resolve().parent / "route_peers.toml"
 
 GROUPS = (
     (ModelRoute, "Routes that need the weights", "the API key, if there is one", "by `--on-sleeping-request`"),
@@ -41,6 +45,9 @@ def render() -> dict[Path, str]:
     )
     return {
         PAGES / "routes.md": _page("Routes", "the docstrings of the routes", _routes(app)),
+        PAGES / "compatibility.md": _page(
+            "Who else has these routes", "the server's routes and `tools/route_peers.toml`", _compatibility(app)
+        ),
         PAGES / "metrics.md": _page("Metrics", "the metrics themselves", _metrics(app.state.context.metrics.registry)),
         PAGES / "errors.md": _page("Errors", "the exceptions in `errors.py`", _errors()),
     }
@@ -70,17 +77,60 @@ def _routes(app: FastAPI) -> Iterator[str]:
     yield "What requests and answers look like is in the server's own OpenAPI document: GET `/openapi.json`, `/docs`."
     yield ""
     found: dict[str, dict[str, str]] = {heading: {} for _kind, heading, _who, _asleep in GROUPS}
-    for route in iter_route_contexts(app.routes):
-        endpoint = getattr(route.original_route, "endpoint", None)
-        methods = sorted((route.methods or set()) - {"HEAD"})
-        heading = next(one[1] for one in GROUPS if isinstance(route.original_route, one[0]))
-        if endpoint is not None and endpoint.__module__.startswith("shuteye."):
-            for method in methods:  # of two routes with one path, the first one answers
-                found[heading].setdefault(f"{method} `{route.path}`", _first_line(endpoint))
+    for method, path, route in _own_routes(app):
+        heading = next(one[1] for one in GROUPS if isinstance(route, one[0]))
+        found[heading].setdefault(f"{method} `{path}`", _first_line(route.endpoint))
     for _kind, heading, who, asleep in GROUPS:
         yield from (f"## {heading}", "", f"Open to {who}. While the model sleeps: {asleep}.", "")
         rows = sorted(found[heading].items(), key=lambda row: row[0].split()[::-1])
         yield from _table(("route", "what it does"), rows)
+
+
+def _own_routes(app: FastAPI) -> Iterator[tuple[str, str, Any]]:
+    """Method, path and route of all that this package answers; of two with one path, the first one does."""
+    for route in iter_route_contexts(app.routes):
+        endpoint = getattr(route.original_route, "endpoint", None)
+        if endpoint is not None and endpoint.__module__.startswith("shuteye."):
+            for method in sorted((route.methods or set()) - {"HEAD"}):
+                yield method, route.path, route.original_route
+
+
+# --- who else has them --------------------------------------------------------------------------
+
+
+def _compatibility(app: FastAPI) -> Iterator[str]:
+    told = tomllib.loads(PEERS.read_text())
+    peers, own = told["peer"], told["ours"]["routes"]
+    paths = {f"{method} {path}": re.sub(r"{[^}]*}", "{}", f"{method} {path}") for method, path, _ in _own_routes(app)}
+    known = {route for peer in peers for route in peer["routes"]} | {*own}
+    require_told({*paths.values()}, known=known, own={*own})
+    yield "That a route is there says nothing of its fields: those of vLLM are compared in [its page](../vllm.md)."
+    yield "Read in November 2026 from the sources below."
+    yield ""
+    rows = []
+    for route, plain in sorted(paths.items(), key=lambda one: one[0].split()[::-1]):
+        method, path = route.split()
+        rows.append((f"{method} `{path}`", *("yes" if plain in peer["routes"] else "–" for peer in peers)))
+    yield from _table(("route", *(peer["name"] for peer in peers)), rows)
+    for peer in peers:
+        missing = sorted(route for route in peer["routes"] if route not in paths.values())
+        if peer.get("complete"):
+            listed = ", ".join(f"{route.split()[0]} `{route.split()[1]}`" for route in missing)
+            yield from (f"Routes of {peer['name']} that are not here: {listed}.", "")
+    yield from _table(("column", "read from"), [(peer["name"], peer["source"]) for peer in peers])
+
+
+def require_told(routes: set[str], *, known: set[str], own: set[str]) -> None:
+    """Refuse a table that says nothing of a route, or speaks of one of ours that is gone.
+
+    Raises:
+        SystemExit: names them.
+    """
+    silent, gone = sorted(routes - known), sorted(own - routes)
+    if silent:
+        raise SystemExit(f"{PEERS.name} does not say who else has {', '.join(silent)}; if nobody, list it in [ours].")
+    if gone:
+        raise SystemExit(f"{PEERS.name} lists as ours {', '.join(gone)}, which this server does not have.")
 
 
 # --- metrics ------------------------------------------------------------------------------------

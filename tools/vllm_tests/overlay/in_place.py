@@ -6,9 +6,11 @@ Runs in the environment of vLLM's tests. SHUTEYE_PYTHON is the interpreter that 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-_SPEECH, _TEXTS, _PAIRS, _DECODER = "whisper-tiny.en", "minilm-l6", "cross-encoder", "smollm2-135m"
-_CONTEXT = {_DECODER: 8192, _TEXTS: 256, _SPEECH: 448}
+_SPEECH, _TEXTS, _DECODER = "whisper-tiny.en", "minilm-l6", "smollm2-135m"
+_PAIRS, _CLASSES = "cross-encoder", "classifier"  # random ones, made by run.py
+_CONTEXT = {_DECODER: 8192, _TEXTS: 256, _SPEECH: 448, _PAIRS: 128, _CLASSES: 128}
 _KEPT = {  # flags of vLLM that shuteye has, with how many values they take
     "--max-model-len": 1, "--max-num-seqs": 1, "--max-num-batched-tokens": 1, "--seed": 1, "--port": 1, "--host": 1,
     "--enable-prefix-caching": 0, "--no-enable-prefix-caching": 0, "--enable-sleep-mode": 0, "--served-model-name": 1,
@@ -23,7 +25,7 @@ _DROPPED = {  # flags that change how vLLM computes, or turn on what shuteye alw
     "--structured-outputs-config": 1, "--structured-outputs-config.backend": 1,
     "--no-async-scheduling": 0, "--enable-tokenizer-info-endpoint": 0,
     "--show-hidden-metrics-for-version": 1, "--enable-server-load-tracking": 0, "--dtype": 1,
-    "--tokenizer-mode": 1, "--config-format": 1, "--hf-overrides": 1, "--enable-scale-out": 0,
+    "--tokenizer-mode": 1, "--config-format": 1, "--hf-overrides": 1, "--chat-template": 1, "--enable-scale-out": 0,
     "--enable-lora": 0, "--lora-modules": 1, "--max-lora-rank": 1, "--max-cpu-loras": 1,
 }  # fmt: skip
 
@@ -34,7 +36,9 @@ def stand_in(model: str) -> str:
     if "whisper" in name:
         return _SPEECH
     if any(part in name for part in ("cross-encoder", "reranker")):
-        return os.environ.get("SHUTEYE_TEST_CROSS_ENCODER", _PAIRS)
+        return _PAIRS
+    if "apeach" in name:
+        return _CLASSES
     if any(part in name for part in ("e5", "bge", "minilm", "arctic-embed", "gte-")):
         return _TEXTS
     return _DECODER
@@ -43,13 +47,16 @@ def stand_in(model: str) -> str:
 def command(model: str, arguments: list[str]) -> list[str]:
     """The command that serves `model`, by its own name, as `vllm serve MODEL ARGUMENTS` would."""
     served = stand_in(model)
-    line = [os.environ["SHUTEYE_PYTHON"], "-m", "shuteye", "serve", served]
+    made = Path(os.environ["SHUTEYE_TEST_MODELS"]) / served
+    where = str(made) if served in {_PAIRS, _CLASSES} else served
+    line = [os.environ["SHUTEYE_PYTHON"], "-m", "shuteye", "serve", where]
     if not any(one.startswith("--served-model-name") for one in arguments):
         line += ["--served-model-name", model]
     line += ["--metrics-prefix", "vllm"]
     left = [part for one in arguments for part in (one.split("=", 1) if one.startswith("--") else [one])]
     while left:
         flag = left.pop(0)
+        flag = flag.replace("_", "-") if flag.startswith("--") else flag
         count = _KEPT.get(flag, _DROPPED.get(flag))
         if count is None:
             line.append(flag)  # shuteye says that it does not know it
