@@ -55,6 +55,11 @@ def _streams(path: str, *, stream_end: bytes = b"data: [DONE]", **body: Any) -> 
     return Row("protected", "POST", path, {"json": body}, streamed, task="generate", stream_end=stream_end)
 
 
+def _named(body: dict[str, Any]) -> dict[str, Any]:
+    """A request with an id, which is then the same in every answer."""
+    return {"json": body, "headers": {"X-Request-Id": "one"}}
+
+
 def _hears(path: str) -> Row:
     sent = {"files": {"file": ("silence.wav", _silence(), "audio/wav")}}
     return Row("protected", "POST", path, sent, sent | {"data": {"stream": "true"}}, task="transcribe")
@@ -116,6 +121,10 @@ OTHERS = (
     Row("unchanged", "DELETE", "/v1/responses/{name}", url="/v1/responses/resp_1", status=404),
     Row("unchanged", "POST", "/v1/responses/{name}/cancel", url="/v1/responses/resp_1/cancel", status=404),
     Row("unchanged", "POST", "/v1/messages/count_tokens", {"json": {"messages": HI}}),
+    Row("unchanged", "POST", "/v1/messages/render", _named(_MESSAGE)),
+    Row("unchanged", "POST", "/v1/chat/completions/render", _named({"messages": HI})),
+    Row("unchanged", "POST", "/v1/completions/render", _named({"prompt": "abc"})),
+    Row("unchanged", "POST", "/v1/responses/render", _named({"input": "hi"})),
     Row("unchanged", "GET", "/health"),
     Row("unchanged", "GET", "/ping"),
     Row("unchanged", "POST", "/ping"),

@@ -39,6 +39,7 @@ from shuteye.server.openai import (
     embeddings,
     invocations,
     models,
+    render,
     responses,
     scores,
     transcriptions,
@@ -106,8 +107,8 @@ def create_app(
     for module in (chat, completions, responses, embeddings, scores, classify, cohere, transcriptions, invocations):
         app.include_router(module.router)
     app.include_router(messages.router)
-    app.include_router(messages.counting)
-    for module in (models, health, docs_page):
+    app.include_router(messages.without_weights)
+    for module in (models, render, health, docs_page):
         app.include_router(module.router)
     app.include_router(health.measured)
     app.include_router(engine_routes.state)

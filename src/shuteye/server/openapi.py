@@ -28,6 +28,7 @@ from shuteye.server.openai import (
     completions,
     embeddings,
     models,
+    render,
     response_events,
     scores,
     transcripts,
@@ -40,6 +41,9 @@ ANSWERS: Mapping[str, type] = {
     "POST /v1/responses": response_events.ResponseAnswer,
     "POST /v1/messages": message_events.MessageAnswer,
     "POST /v1/messages/count_tokens": messages.CountAnswer,
+    "POST /v1/messages/render": render.RenderAnswer,
+    "POST /v1/chat/completions/render": render.RenderAnswer,
+    "POST /v1/responses/render": render.RenderAnswer,
     "POST /v1/embeddings": embeddings.EmbeddingAnswer,
     "POST /pooling": embeddings.PoolingAnswer,
     "POST /v2/embed": cohere.CohereAnswer,
@@ -130,6 +134,7 @@ _OWN_503: Mapping[str, type] = {"GET /ready": health.ReadyAnswer, "GET /health":
 _OWN_ERRORS: Mapping[str, type] = {
     "POST /v1/messages": MessageError,
     "POST /v1/messages/count_tokens": MessageError,
+    "POST /v1/messages/render": MessageError,
 }
 """Routes whose errors are not of OpenAI's shape."""
 

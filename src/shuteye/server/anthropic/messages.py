@@ -1,4 +1,4 @@
-"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's request, as the chat that it stands for."""
+"""POST /v1/messages, and its /count_tokens and /render: Anthropic's request, as the chat that it stands for."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from shuteye.server.http.errors import invalid_request
 from shuteye.server.http.ignored_fields import ignore, renamed
 from shuteye.server.openai.chat import ChatBody, chat_job, chat_prompt
 from shuteye.server.openai.fields import Many, settle_unsupported
+from shuteye.server.openai.render import rendered
 from shuteye.server.parsing.parser import ReadingPlan
 from shuteye.tokenizer import Tokenizer
 
@@ -190,12 +191,12 @@ class _MessagesRoute(ModelRoute):
     key_header = "x-api-key"
 
 
-class _CountRoute(InferenceRoute):
+class _OpenRoute(InferenceRoute):
     key_header = "x-api-key"
 
 
 router = APIRouter(route_class=_MessagesRoute)
-counting = APIRouter(route_class=_CountRoute)
+without_weights = APIRouter(route_class=_OpenRoute)
 
 
 @router.post("/v1/messages", response_model=None)
@@ -203,7 +204,7 @@ async def messages(request: Request, body: MessagesBody, context: Context) -> Re
     """Answers a conversation, whole or streamed, in the shape of Anthropic's Messages API."""
     require_task(context, "generate", request.url.path)
     model = context.served_name(body.model)
-    job, reading = await _chat_job(context, body)
+    job, reading = await _message_job(context, body)
     engine = context.engine
     caching = engine.config.enable_prefix_caching
     message = MessageInProgress(
@@ -219,7 +220,7 @@ async def messages(request: Request, body: MessagesBody, context: Context) -> Re
     return await answer_message(request, context, message)
 
 
-@counting.post("/v1/messages/count_tokens", response_model=None)
+@without_weights.post("/v1/messages/count_tokens", response_model=None)
 async def count_tokens(request: Request, body: ConversationBody, context: Context) -> Response:
     """How many tokens the prompt of a conversation has, however long it is."""
     require_task(context, "generate", request.url.path)
@@ -231,7 +232,17 @@ async def count_tokens(request: Request, body: ConversationBody, context: Contex
     return JsonAnswer(CountAnswer(len(prompt.token_ids)))
 
 
-async def _chat_job(context: ServerContext, body: MessagesBody) -> tuple[Job, ReadingPlan]:
+@without_weights.post("/v1/messages/render", response_model=None)
+async def render_message(request: Request, body: MessagesBody, context: Context) -> Response:
+    """The prompt that a conversation becomes."""
+    require_task(context, "generate", request.url.path)
+    model = context.served_name(body.model)
+    job, _reading = await _message_job(context, body)
+    (answer,) = await rendered(context, job, model=model, stream=body.stream)
+    return JsonAnswer(answer)
+
+
+async def _message_job(context: ServerContext, body: MessagesBody) -> tuple[Job, ReadingPlan]:
     """What the message asks of the engine; `max_tokens` is a bound that may lie beyond the end of the context."""
     _require_thinking(context, body)
     fields = body.chat_fields(context.engine.tokenizer)

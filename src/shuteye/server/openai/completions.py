@@ -220,7 +220,7 @@ async def completions(request: Request, body: CompletionBody, context: Context) 
     """Continues one or more prompts, whole or streamed."""
     require_task(context, "generate", request.url.path)
     model = context.served_name(body.model)
-    job = await _job(body, context)
+    job = await completion_job(body, context)
     writer = CompletionWriter(
         names=TokenNames(context.engine.tokenizer, as_ids=body.names_by_id(context.config)),
         prompts=job.prompts,
@@ -238,7 +238,12 @@ async def completions(request: Request, body: CompletionBody, context: Context) 
     return await answer_whole(request, context, job, writer=writer, model=model)
 
 
-async def _job(body: CompletionBody, context: ServerContext) -> Job:
+async def completion_job(body: CompletionBody, context: ServerContext) -> Job:
+    """What a completion asks of the engine.
+
+    Raises:
+        InvalidRequest: a field is wrong, or asks for what this model cannot do; `param` names it.
+    """
     info = context.engine.info
     n = max(body.n or 1, body.best_of or 1)
     given = body.prompts

@@ -263,7 +263,7 @@ async def responses(request: Request, body: ResponsesBody, context: Context) -> 
     """Answers a conversation, whole or streamed, in the shape of OpenAI's Responses API."""
     require_task(context, "generate", request.url.path)
     model = context.served_name(body.model)
-    job, reading = await _chat_job(context, body)
+    job, reading = await response_job(context, body)
     answer = _unanswered(body, model, job)
     response = ResponseInProgress(
         job,
@@ -296,8 +296,12 @@ async def kept_response(name: str) -> Response:
 router.include_router(_NOT_KEPT)
 
 
-async def _chat_job(context: ServerContext, body: ResponsesBody) -> tuple[Job, ReadingPlan]:
-    """What the response asks of the engine; without its oldest items, if it is too long and may be cut."""
+async def response_job(context: ServerContext, body: ResponsesBody) -> tuple[Job, ReadingPlan]:
+    """What the response asks of the engine; without its oldest items, if it is too long and may be cut.
+
+    Raises:
+        InvalidRequest: a field is wrong, or asks for what this model cannot do; `param` names it.
+    """
     try:
         return await _job_of(context, body, body.input)
     except PromptTooLong as error:
