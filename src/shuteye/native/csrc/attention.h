@@ -13,6 +13,7 @@ namespace SHUTEYE_ISA {
 
 using shuteye::AttentionTask;
 using shuteye::kKeySpan;
+using shuteye::kManySpan;
 using shuteye::round_up;
 
 constexpr float kLog2e = 1.44269504f;
@@ -46,23 +47,25 @@ inline Range seen_by(const ShuteyeAttention& attention, const AttentionTask& tas
 }
 
 // Where the scales of a span's keys and values are.
-template <class C>
+template <class C, int64_t capacity>
 struct SpanScales {};
 
-template <>
-struct SpanScales<i8> {
-  const float* keys[kKeySpan]; // of the task's first KV head; of the next one `block_size` floats further
+template <int64_t capacity>
+struct SpanScales<i8, capacity> {
+  const float* keys[capacity]; // of the task's first KV head; of the next one `block_size` floats further
   int64_t to_values;           // floats from a key's scale to its value's
   bool in_one_block;           // they stand side by side
 };
 
 // The rows of the cache that hold the keys and values of consecutive positions, for one KV head.
-template <class C>
+template <class C, int64_t capacity = kKeySpan>
 struct Span {
-  const C* keys[kKeySpan];
-  const C* values[kKeySpan];
+  using Element = C;
+
+  const C* keys[capacity];
+  const C* values[capacity];
   Range positions{0, 0};
-  SpanScales<C> scales;
+  SpanScales<C, capacity> scales;
 
   int64_t size() const { return positions.end - positions.begin; }
 
@@ -90,10 +93,10 @@ struct Span {
   }
 };
 
-// A span for one KV head as rows of E, which are written to `rows`, [2, kKeySpan, head_dim].
-template <class E, class C>
-inline Span<E> expanded(const Span<C>& span, int64_t head_dim, E* rows) {
-  Span<E> own;
+// A span for one KV head as rows of E, which are written to `rows`, [2, keys of the span, head_dim].
+template <class E, class C, int64_t capacity>
+inline Span<E, capacity> expanded(const Span<C, capacity>& span, int64_t head_dim, E* rows) {
+  Span<E, capacity> own;
   own.positions = span.positions;
   for (int64_t key = 0; key < span.size(); key++) {
     float scales[2] = {1.0f, 1.0f};
@@ -103,7 +106,7 @@ inline Span<E> expanded(const Span<C>& span, int64_t head_dim, E* rows) {
     }
     for (int half = 0; half < 2; half++) {
       const C* source = half ? span.values[key] : span.keys[key];
-      E* target = rows + (half * kKeySpan + key) * head_dim;
+      E* target = rows + (half * span.size() + key) * head_dim;
       (half ? own.values : own.keys)[key] = target;
       for_lanes(head_dim, [&](int64_t index, int64_t count) {
         store_some(target + index, load_some(source + index, count) * broadcast(scales[half]), count);
@@ -115,16 +118,16 @@ inline Span<E> expanded(const Span<C>& span, int64_t head_dim, E* rows) {
 
 // The keys and values that are used next: fetched line by line, in the order in which they lie, which memory answers as
 // fast as one long run; a few at a time, or the fetches wait for each other. Into the second cache, or the first (3).
-template <class T, int locality = 2>
+template <class Span, int locality = 2>
 class Ahead {
  public:
   Ahead() = default;
-  Ahead(const Span<T>& span, int64_t row_elements) // of `span`, which must stay where it is
-      : span_(&span), row_bytes_(row_elements * sizeof(T)), num_keys_(span.size()) {}
+  Ahead(const Span& span, int64_t row_elements) // of `span`, which must stay where it is
+      : span_(&span), row_bytes_(row_elements * sizeof(typename Span::Element)), num_keys_(span.size()) {}
 
   SHUTEYE_INLINE void fetch(int64_t num_lines) {
     for (; num_lines > 0 && row_ < 2 * num_keys_; num_lines--) { // keys, then values
-      const T* row = row_ < num_keys_ ? span_->keys[row_] : span_->values[row_ - num_keys_];
+      const auto* row = row_ < num_keys_ ? span_->keys[row_] : span_->values[row_ - num_keys_];
       __builtin_prefetch(reinterpret_cast<const char*>(row) + byte_, 0, locality);
       byte_ += 64;
       if (byte_ < row_bytes_) continue;
@@ -134,47 +137,52 @@ class Ahead {
   }
 
  private:
-  const Span<T>* span_ = nullptr;
+  const Span* span_ = nullptr;
   int64_t row_bytes_ = 0;
   int64_t num_keys_ = 0;
   int64_t row_ = 0;
   int64_t byte_ = 0;
 };
 
-// What a row has seen so far: the highest exponent (its scores times scale, to base 2), and the sum of its weights.
-struct RowState {
-  float scale = 0.0f;     // of its scores, to exponents
-  float highest = -1e30f; // nothing seen: finite, as differences of it are
-  float total = 0.0f;
+constexpr float kMostAbove = 8.0f; // weights are at most 2^8
 
-  float maximum() const { return highest * (1.0f / kLog2e); } // of scores times scale
+// What a row has seen so far. An exponent is a score times scale, to base 2; a weight is 2^(exponent - reference), where the
+// reference is the highest exponent as it was when one stood out by more than kMostAbove: that is seldom, so that most
+// rounds neither look for their own highest nor scale what was summed before.
+struct RowState {
+  float scale = 0.0f;       // of its scores, to exponents
+  float reference = -1e30f; // nothing seen: finite, as differences of it are
+  float totals[Lanes::width] = {}; // of weights, lane by lane
+
+  float maximum() const { return reference * (1.0f / kLog2e); } // of scores times scale, as `merge` takes it
+  float total() const { return sum(load(totals)); }
+
+  // Gives what sums so far must be multiplied by.
+  float raise(float highest) {
+    float factors[Lanes::width];
+    store(factors, exp2_for(broadcast(reference - highest), float{}));
+    store(totals, load(totals) * broadcast(factors[0]));
+    reference = highest;
+    return factors[0];
+  }
 };
 
-inline float largest_of(const float* values, int64_t count) { // of whole vectors
-  Lanes highest = load(values);
-  for (int64_t index = Lanes::width; index < count; index += Lanes::width) highest = max(highest, load(values + index));
-  return largest(highest);
-}
-
-// Turns `count` scores, whole vectors, into weights relative to the highest exponent, as units; those of -inf are 0.
-// Gives what the row's sums so far must be multiplied by.
+// Turns `count` scores, whole vectors, into weights, as units; those of -inf are 0. Gives what the row's sums so far must
+// be multiplied by.
 template <class A>
 inline float weigh(const float* scores, int64_t count, RowState& row, typename A::Unit* weights) {
-  const float highest = larger(row.highest, largest_of(scores, count) * row.scale);
-  const Lanes factor = broadcast(row.scale), lowered = broadcast(-highest);
-  Lanes added = broadcast(0.0f);
+  Lanes highest = load(scores);
+  for (int64_t key = Lanes::width; key < count; key += Lanes::width) highest = max(highest, load(scores + key));
+  const Lanes factor = broadcast(row.scale);
+  float lightened = 1.0f;
+  if (any_above(highest * factor, row.reference + kMostAbove)) lightened = row.raise(largest(highest) * row.scale);
+  const Lanes lowered = broadcast(-row.reference);
+  Lanes added = load(row.totals);
   for (int64_t key = 0; key < count; key += Lanes::width) {
     const Lanes found = exp2_for(fma(load(scores + key), factor, lowered), typename A::Element{});
     added = added + A::to_units(found, key, weights);
   }
-  float lightened = 1.0f;
-  if (highest > row.highest) {
-    float factors[Lanes::width];
-    store(factors, exp2_for(broadcast(row.highest - highest), float{}));
-    lightened = factors[0];
-  }
-  row.highest = highest;
-  row.total = row.total * lightened + sum(added);
+  store(row.totals, added);
   return lightened;
 }
 
@@ -233,24 +241,24 @@ void finish_sums(const ShuteyeAttention& attention, const AttentionShape& shape,
     store(sums + index, two[0]);
     store(sums + index + Lanes::width, two[1]);
   }
-  finish_row<typename A::Query>(attention, shape, task, row, sums, state.maximum(), state.total);
+  finish_row<typename A::Query>(attention, shape, task, row, sums, state.maximum(), state.total());
 }
 
-// body(span, next) for all keys that the task sees, `span_keys` (up to kKeySpan) at a time. After the last span the first of the `following`
+// body(span, next) for all keys that the task sees, `span_keys` at a time. After the last span the first of the `following`
 // task is the next, or an empty one.
 template <class T, int64_t span_keys = kKeySpan, class Body>
 void each_span(const ShuteyeAttention& attention, const AttentionTask& task, const AttentionTask* following,
                const Body& body) {
   const auto span_from = [&](const AttentionTask& own, int64_t first) {
     const int64_t end = seen_by(attention, own, own.num_tokens - 1).end;
-    return Span<T>(attention, own, {first, smaller(first + span_keys, end)});
+    return Span<T, span_keys>(attention, own, {first, smaller(first + span_keys, end)});
   };
   const int64_t begin = seen_by(attention, task, 0).begin, end = seen_by(attention, task, task.num_tokens - 1).end;
-  Span<T> spans[2] = {span_from(task, begin), {}};
+  Span<T, span_keys> spans[2] = {span_from(task, begin), {}};
   for (int64_t first = begin, index = 0; first < end; first += span_keys, index++) {
-    Span<T>& next = spans[(index + 1) % 2];
+    Span<T, span_keys>& next = spans[(index + 1) % 2];
     if (first + span_keys < end) next = span_from(task, first + span_keys);
-    else next = following ? span_from(*following, seen_by(attention, *following, 0).begin) : Span<T>();
+    else next = following ? span_from(*following, seen_by(attention, *following, 0).begin) : Span<T, span_keys>();
     body(spans[index % 2], next);
   }
 }

@@ -266,7 +266,7 @@ class TileAttention {
     each_span<C>(attention_, task_, nullptr, [&](const Span<C>& span, const Span<C>& next) {
       if constexpr (__is_same(C, bf16)) take_in(span);
       else take_in(expanded(span, shape_.head_dim, scratch_.expanded));
-      ahead_ = Ahead<C>(next, shape_.head_dim);
+      ahead_ = Ahead<Span<C>>(next, shape_.head_dim);
       attend_span(span.positions);
     });
     end();
@@ -380,7 +380,7 @@ class TileAttention {
   const AttentionShape shape_;
   const TileScratch scratch_;
   const float scale_; // of scores to exponents of 2
-  Ahead<C> ahead_;
+  Ahead<Span<C>> ahead_;
 };
 
 } // namespace SHUTEYE_ISA

@@ -126,6 +126,7 @@ struct FloatArithmetic {
   static Vector value_part(const Read* keys, int part) { return keys[0].part(part); }
   static void order(Lanes (&two)[2]) { Read::order(two); }
   static Lanes multiply_add(Vector left, Vector right, Lanes sum) { return fma(left, right, sum); }
+  static void add_product(Vector left, Vector right, Lanes& sum) { SHUTEYE_ISA::add_product(left, right, sum); }
   static Vector spread(const Unit* unit) { return broadcast(*unit); }
   static Vector load_units(const Unit* units) { return load(units); }
   static void store_units(Unit* units, Vector vector) { store(units, vector); }
@@ -206,6 +207,7 @@ struct PairArithmetic {
     two[1].v = _mm512_permutex2var_ps(low, second, high);
   }
   static Lanes multiply_add(Vector left, Vector right, Lanes sum) { return {_mm512_dpbf16_ps(sum.v, left, right)}; }
+  static void add_product(Vector left, Vector right, Lanes& sum) { sum = multiply_add(left, right, sum); }
   static Vector spread(const Unit* unit) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(*unit)); }
   static Vector load_units(const Unit* units) { return (__m512bh)_mm512_loadu_si512(units); }
   static void store_units(Unit* units, Vector vector) { _mm512_storeu_si512(units, (__m512i)vector); }

@@ -21,6 +21,7 @@ class FewRows {
   using Element = typename A::Element;
   using Unit = typename A::Unit;
   using Sum = typename A::Sum;
+  using Keys = Span<Element, kFewSpan>;
 
   FewRows(const ShuteyeAttention& attention, const AttentionTask& task, void* memory)
       : attention_(attention), task_(task), shape_(attention, task),
@@ -36,8 +37,8 @@ class FewRows {
     memset(sums_, 0, shape_.rows * shape_.padded_dim * sizeof(float));
     read_queries();
     const int64_t row_elements = task_.num_kv_heads * shape_.head_dim;
-    each_span<Element, kFewSpan>(attention_, task_, following, [&](const Span<Element>& span, const Span<Element>& next) {
-      ahead_ = Ahead<Element, 3>(next, row_elements);
+    each_span<Element, kFewSpan>(attention_, task_, following, [&](const Keys& span, const Keys& next) {
+      ahead_ = Ahead<Keys, 3>(next, row_elements);
       for (int64_t token = 0; token < task_.num_tokens; token++) {
         const Range seen = seen_by(attention_, task_, token);
         const Range range{larger(seen.begin, span.positions.begin) - span.positions.begin,
@@ -61,7 +62,7 @@ class FewRows {
     }
   }
 
-  void attend_head(const Span<Element>& span, Range range, int64_t token, int64_t head) {
+  void attend_head(const Keys& span, Range range, int64_t token, int64_t head) {
     if constexpr (kHasScales<Element>) read_scales(span, range, head);
     const int64_t first = token * shape_.heads + head * shape_.group, end = first + shape_.group;
     int64_t row = first;
@@ -80,7 +81,7 @@ class FewRows {
   }
 
   // Of the keys and values of a range; padded with zeros to whole vectors.
-  void read_scales(const Span<Element>& span, Range range, int64_t head) {
+  void read_scales(const Keys& span, Range range, int64_t head) {
     const int64_t offset = head * attention_.cache.block_size, num_keys = range.end - range.begin;
     const float* first = span.scales.keys[range.begin] + offset;
     if (span.scales.in_one_block && num_keys % Lanes::width == 0) {
@@ -99,7 +100,7 @@ class FewRows {
   }
 
   template <int count>
-  void attend_rows(const Span<Element>& span, Range range, int64_t row, int64_t head) {
+  void attend_rows(const Keys& span, Range range, int64_t row, int64_t head) {
     const int64_t offset = head * shape_.head_dim, num_keys = range.end - range.begin;
     const int64_t width = round_up(num_keys, Lanes::width); // padded with keys that weigh nothing
     for (int64_t key = 0; key < num_keys; key += 4) {
@@ -168,12 +169,11 @@ class FewRows {
                                    Sum (&products)[count][4], const Read& read) const {
     for (int part = 0; part < A::key_parts; part++) {
       const Unit* units = query + index / A::unit_size + part * Lanes::width;
+      typename A::Vector own[count]; // of three rows by four keys: with them and a key every register is taken
+      for (int row = 0; row < count; row++) own[row] = A::load_units(units + row * query_stride());
       for (int key = 0; key < 4; key++) {
         const auto vector = A::key_part(read(keys[key] + index), part);
-        for (int row = 0; row < count; row++) {
-          const auto own = A::load_units(units + row * query_stride()); // there is no register for them all
-          products[row][key] = A::multiply_add(vector, own, products[row][key]);
-        }
+        for (int row = 0; row < count; row++) A::add_product(vector, own[row], products[row][key]);
       }
     }
   }
@@ -225,7 +225,7 @@ class FewRows {
   Unit* weights_;     // likewise; units of several keys fill a part
   RowState* states_;  // [rows]
   Unit* query_;       // [rows, padded_dim / unit_size]
-  Ahead<Element, 3> ahead_;
+  Ahead<Keys, 3> ahead_;
   const float* key_scales_ = nullptr; // of the keys at hand, whole vectors; of a cache that has scales
   const float* value_scales_ = nullptr;
   float scales_[2][kFewSpan];

@@ -95,6 +95,7 @@ struct Int8Arithmetic {
   }
   static void order(Lanes (&two)[2]) { order_pairs(two); }
   static Sum multiply_add(Vector left, Vector right, Sum sum) { return add_pairs(left, right, sum); }
+  static void add_product(Vector left, Vector right, Sum& sum) { sum = add_pairs(left, right, sum); }
   static Vector spread(const Unit* unit) { return spread_pair(unit); }
   static Vector load_units(const Unit* units) { return load_pairs(units); }
   static Sum nothing() { return no_words(); }

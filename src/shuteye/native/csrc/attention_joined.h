@@ -30,7 +30,7 @@ class JoinedAttention {
     for (int64_t begin = seen.begin; begin < seen.end; begin = next_start(begin)) {
       const Span<bf16> span = next;
       next = next_start(begin) < seen.end ? span_from(task_, next_start(begin)) : first_of(following);
-      ahead_ = Ahead<bf16>(next, task_.num_kv_heads * shape_.head_dim);
+      ahead_ = Ahead<Span<bf16>>(next, task_.num_kv_heads * shape_.head_dim);
       const Range own = span.positions;
       const int64_t first = begin / kKeySpan * kKeySpan;
       score(first, own);
@@ -201,7 +201,7 @@ class JoinedAttention {
   uint32_t* weights_; // [kKeySpan / 2, 16 columns] of pairs
   bf16* query_;
   Columns columns_;
-  Ahead<bf16> ahead_;
+  Ahead<Span<bf16>> ahead_;
 };
 
 } // namespace SHUTEYE_ISA

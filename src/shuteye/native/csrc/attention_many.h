@@ -34,16 +34,16 @@ inline void multiply_panel(const typename A::Unit* units, int64_t stride, const 
 
 // -inf before and after a range of keys, 0 in it.
 struct Limits {
-  float values[3 * kKeySpan];
+  float values[3 * kManySpan];
 
   Limits() {
-    for (int64_t index = 0; index < 3 * kKeySpan; index++)
-      values[index] = index / kKeySpan == 1 ? 0.0f : -__builtin_inff();
+    for (int64_t index = 0; index < 3 * kManySpan; index++)
+      values[index] = index / kManySpan == 1 ? 0.0f : -__builtin_inff();
   }
   // Scores [first, end), whole vectors; the row sees those of `range` only.
   void apply(float* scores, int64_t first, int64_t end, Range range) const {
     for (int64_t key = first; key < end; key += Lanes::width) {
-      const Lanes from = load(values + kKeySpan + key - range.begin), to = load(values + 2 * kKeySpan + key - range.end);
+      const Lanes from = load(values + kManySpan + key - range.begin), to = load(values + 2 * kManySpan + key - range.end);
       store(scores + key, load(scores + key) + from + to);
     }
   }
@@ -62,23 +62,23 @@ class ManyRows {
         width_(round_up(shape_.head_dim, kPanel)), num_units_((shape_.head_dim + A::unit_size - 1) / A::unit_size) {
     sums_ = static_cast<float*>(memory);
     scores_ = sums_ + num_rows_ * width_;
-    keys_ = reinterpret_cast<Unit*>(scores_ + kStripRows * kKeySpan);
-    values_ = keys_ + kKeySpan * width_;
-    weights_ = values_ + kKeySpan * width_;
-    query_ = weights_ + kStripRows * kKeySpan;
+    keys_ = reinterpret_cast<Unit*>(scores_ + kStripRows * kManySpan);
+    values_ = keys_ + kManySpan * width_;
+    weights_ = values_ + kManySpan * width_;
+    query_ = weights_ + kStripRows * kManySpan;
     states_ = reinterpret_cast<RowState*>(query_ + num_rows_ * width_);
     expanded_ = reinterpret_cast<Element*>(states_ + num_rows_);
   }
 
   void run() {
     memset(sums_, 0, num_rows_ * width_ * sizeof(float));
-    memset(weights_, 0, kStripRows * kKeySpan * sizeof(Unit)); // of rows that do not exist
+    memset(weights_, 0, kStripRows * kManySpan * sizeof(Unit)); // of rows that do not exist
     memset(query_, 0, num_rows_ * width_ * sizeof(Unit));
     read_queries();
-    each_span<C>(attention_, task_, nullptr, [&](const Span<C>& span, const Span<C>& next) {
+    each_span<C, kManySpan>(attention_, task_, nullptr, [&](const Span<C, kManySpan>& span, const Span<C, kManySpan>& next) {
       if constexpr (__is_same(C, Element)) pack(span);
       else pack(expanded(span, shape_.head_dim, expanded_));
-      Ahead<C> ahead(next, shape_.head_dim);
+      Ahead<Span<C, kManySpan>> ahead(next, shape_.head_dim);
       const int64_t lines = 2 * next.size() * (shape_.head_dim * static_cast<int64_t>(sizeof(C)) / 64 + 1);
       for (int64_t row = 0; row < num_rows_; row += kStripRows) {
         ahead.fetch(lines * kStripRows / num_rows_ + 1);
@@ -102,14 +102,14 @@ class ManyRows {
   }
 
   // Keys: [keys / kPanel][units][kPanel]; values: [dimensions / kPanel][units of keys][kPanel].
-  void pack(const Span<Element>& span) {
+  void pack(const Span<Element, kManySpan>& span) {
     const int64_t num_keys = span.size();
     for (int64_t key = 0; key < num_keys; key += kPanel)
       A::pack_keys(span.keys + key, num_keys - key, shape_.head_dim, keys_ + key * num_units_);
     for (int64_t index = 0; index < shape_.head_dim; index += kPanel) {
       PanelEnd<typename A::Read, Element> end(shape_.head_dim - index);
       for (int64_t key = 0; key < round_up(num_keys, kPanel); key += A::unit_size) {
-        Unit* target = values_ + (index * kKeySpan + key * kPanel) / A::unit_size;
+        Unit* target = values_ + (index * kManySpan + key * kPanel) / A::unit_size;
         if (key >= num_keys) {
           memset(target, 0, kPanel * sizeof(Unit));
           continue;
@@ -133,21 +133,21 @@ class ManyRows {
     if (begin >= end) return;
     for (int64_t key = begin; key < end; key += kPanel)
       multiply_panel<A, kStripRows, false>(query_ + row * query_stride(), query_stride(), keys_ + key * num_units_,
-                                           num_units_, scores_ + key, kKeySpan);
+                                           num_units_, scores_ + key, kManySpan);
     for (int64_t each = 0; each < smaller<int64_t>(kStripRows, shape_.rows - row); each++)
       weigh_row({begin, end}, range_of(positions, row + each), row + each, each);
     const Unit* weights = weights_ + begin / A::unit_size;
     for (int64_t index = 0; index < width_; index += kPanel)
-      multiply_panel<A, kStripRows, true>(weights, kKeySpan, values_ + (index * kKeySpan + begin * kPanel) / A::unit_size,
+      multiply_panel<A, kStripRows, true>(weights, kManySpan, values_ + (index * kManySpan + begin * kPanel) / A::unit_size,
                                           (end - begin) / A::unit_size, sums_ + row * width_ + index, width_);
   }
 
   void weigh_row(Range all, Range own, int64_t row, int64_t each) {
     static const Limits limits;
-    float* scores = scores_ + each * kKeySpan;
+    float* scores = scores_ + each * kManySpan;
     if (own.begin >= own.end) own = {0, 0}; // no key of this span
     if (own.begin > all.begin || own.end < all.end) limits.apply(scores, all.begin, all.end, own);
-    Unit* weights = weights_ + each * kKeySpan + all.begin / A::unit_size;
+    Unit* weights = weights_ + each * kManySpan + all.begin / A::unit_size;
     const float factor = weigh<A>(scores + all.begin, all.end - all.begin, states_[row], weights);
     if (factor != 1.0f) scale_sums(sums_ + row * width_, width_, factor);
   }
@@ -160,13 +160,13 @@ class ManyRows {
   const int64_t width_;     // whole panels of dimensions
   const int64_t num_units_; // of a key
   float* sums_;      // [num_rows, width], in the order of A's values
-  float* scores_;    // [kStripRows, kKeySpan]
+  float* scores_;    // [kStripRows, kManySpan]
   Unit* keys_;       // of a span
   Unit* values_;
-  Unit* weights_;    // [kStripRows, kKeySpan]
+  Unit* weights_;    // [kStripRows, kManySpan]
   Unit* query_;      // [num_rows, width / unit_size]
   RowState* states_; // [rows]
-  Element* expanded_; // [2, kKeySpan, head_dim], a span of a cache of others
+  Element* expanded_; // [2, kManySpan, head_dim], a span of a cache of others
 };
 
 } // namespace SHUTEYE_ISA

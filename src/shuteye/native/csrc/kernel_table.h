@@ -80,7 +80,8 @@ struct RankSums {
 };
 
 constexpr int64_t kMaxAttentionRows = 384; // (token, head) rows per task: keys and values are packed once for all
-constexpr int64_t kKeySpan = 64; // keys per round of the online softmax
+constexpr int64_t kKeySpan = 64;   // keys per round of the online softmax, in tiles of AMX
+constexpr int64_t kManySpan = 256; // of many rows elsewhere: what begins and ends with a round then hardly counts
 constexpr int64_t kNumCacheDtypes = 4;
 constexpr int64_t kCacheBytes[kNumCacheDtypes] = {4, 2, 2, 1}; // of a number in a cache of each dtype
 
@@ -138,8 +139,12 @@ inline int64_t linear_scratch_bytes(int64_t num_tokens, int64_t in_features) {
   return (rows_of_tokens > rows ? rows_of_tokens : rows) + 8192;
 }
 
+// Enough for AMX, and for many rows by panels: sums and queries; keys, values and what a cache of others becomes; scores.
 inline int64_t attention_scratch_bytes(int64_t head_dim) {
-  return kMaxAttentionRows * (3 * round_up(head_dim, kDepthStep) + 2 * kKeySpan + 24) * 4 + 8192;
+  const int64_t depth = round_up(head_dim, kDepthStep);
+  const int64_t tiles = kMaxAttentionRows * (3 * depth + 2 * kKeySpan + 24);
+  const int64_t panels = kMaxAttentionRows * (2 * depth + 24) + kManySpan * (4 * depth + 24);
+  return (tiles > panels ? tiles : panels) * 4 + 8192;
 }
 
 inline int64_t partial_floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }

@@ -76,6 +76,10 @@ inline float largest(Lanes lanes) {
   return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 
+inline bool any_above(Lanes lanes, float limit) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(lanes.v, _mm256_set1_ps(limit), _CMP_GT_OQ)) != 0;
+}
+
 inline Lanes nearest_integer(Lanes lanes) {
   return {_mm256_round_ps(lanes.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

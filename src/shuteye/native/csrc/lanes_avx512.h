@@ -57,6 +57,10 @@ inline Lanes min(Lanes left, Lanes right) { return {_mm512_min_ps(left.v, right.
 inline float sum(Lanes lanes) { return _mm512_reduce_add_ps(lanes.v); }
 inline float largest(Lanes lanes) { return _mm512_reduce_max_ps(lanes.v); }
 
+inline bool any_above(Lanes lanes, float limit) {
+  return _mm512_cmp_ps_mask(lanes.v, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+}
+
 inline Lanes nearest_integer(Lanes lanes) {
   return {_mm512_roundscale_ps(lanes.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

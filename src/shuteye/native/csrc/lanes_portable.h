@@ -67,6 +67,10 @@ inline float largest(Lanes lanes) {
   return larger(larger(lanes.v[0], lanes.v[1]), larger(lanes.v[2], lanes.v[3]));
 }
 
+inline bool any_above(Lanes lanes, float limit) {
+  return lanes.v[0] > limit || lanes.v[1] > limit || lanes.v[2] > limit || lanes.v[3] > limit;
+}
+
 inline Lanes nearest_integer(Lanes lanes) { // |x| < 2^22
   const Lanes magic = broadcast(12582912.0f);
   return (lanes + magic) - magic;
