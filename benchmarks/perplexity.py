@@ -59,11 +59,12 @@ def _is_gguf(checkpoint: Checkpoint) -> bool:
     return isinstance(SCORED[checkpoint.format].made, str)
 
 
-def by_shuteye(checkpoint: Checkpoint, pieces: Sequence[list[int]], level: str | None) -> Floats:
+def by_shuteye(checkpoint: Checkpoint, pieces: Sequence[list[int]], level: str | None, kv_cache_dtype: str) -> Floats:
     from shuteye import LLM, SamplingParams
 
     served = checkpoint.gguf if _is_gguf(checkpoint) else checkpoint.directory
     options: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_memory": 256 << 20, "max_model_len": 2 * WINDOW}
+    options["kv_cache_dtype"] = kv_cache_dtype
     if level:
         options["kernels"] = level
     with LLM(str(served), offline=True, **options) as llm:
@@ -149,17 +150,20 @@ def read_logits(path: Path, pieces: Sequence[list[int]]) -> Floats:
 # --- together -------------------------------------------------------------------------------------
 
 
-def scored(form: str, count: int, level: str | None) -> Scores:
+def scored(form: str, count: int, level: str | None, kv_cache_dtype: str) -> Scores:
     checkpoint = prepare_scored(form)
     pieces = windows(checkpoint, count)
-    ours, reference = by_shuteye(checkpoint, pieces, level), by_transformers(checkpoint, pieces)
-    return Scores.of(form, ours=ours, reference=reference, llama_cpp=by_llama_cpp(checkpoint, pieces, level))
+    ours = by_shuteye(checkpoint, pieces, level, kv_cache_dtype)
+    reference = by_transformers(checkpoint, pieces)
+    name = form if kv_cache_dtype == "auto" else f"{form}, KV {kv_cache_dtype}"
+    return Scores.of(name, ours=ours, reference=reference, llama_cpp=by_llama_cpp(checkpoint, pieces, level))
 
 
 def in_children(arguments: argparse.Namespace) -> Iterator[Scores]:
     """Format by format, each in a process of its own, as torch and engines keep what they took."""
     for form in arguments.format or SCORED:
         command = [sys.executable, __file__, "--child", form, "--windows", str(arguments.windows)]
+        command += ["--kv-cache-dtype", arguments.kv_cache_dtype]
         level = ["--level", arguments.level] if arguments.level else []
         done = subprocess.run([*command, *level], check=True, stdout=subprocess.PIPE, text=True)
         yield Scores(**json.loads(done.stdout.splitlines()[-1]))
@@ -168,7 +172,8 @@ def in_children(arguments: argparse.Namespace) -> Iterator[Scores]:
 def main() -> None:
     arguments = parse()
     if arguments.child:
-        print(json.dumps(scored(arguments.child, arguments.windows, arguments.level).as_dict()))
+        found = scored(arguments.child, arguments.windows, arguments.level, arguments.kv_cache_dtype)
+        print(json.dumps(found.as_dict()))
         return
     machine = this_machine(level=arguments.level, measured=False)
     print(machine.words, flush=True)
@@ -186,7 +191,7 @@ def keep(machine: Machine, scores: Scores) -> None:
     path.parent.mkdir(exist_ok=True)
     others = ScoreReport.from_dict(json.loads(path.read_text())).scores if path.exists() else ()
     kept = {each.format: each for each in (*others, scores)}
-    ordered = tuple(kept[form] for form in SCORED if form in kept)
+    ordered = tuple(kept[name] for form in SCORED for name in sorted(kept) if name.partition(",")[0] == form)
     report = ScoreReport(time.strftime("%Y-%m-%d"), machine, ordered)
     path.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
 
@@ -195,6 +200,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", choices=SCORED, action="append", help="default all; may be repeated")
     parser.add_argument("--level", choices=LEVELS, help="hold shuteye and llama.cpp to this instruction set")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="of shuteye alone; others keep the reference's")
     parser.add_argument("--windows", type=int, default=NUM_WINDOWS, help=f"of {WINDOW} tokens; default {NUM_WINDOWS}")
     parser.add_argument("--docs", action="store_true", help="keep the figures for docs/benchmarks.md")
     parser.add_argument("--child", choices=SCORED, help=argparse.SUPPRESS)
