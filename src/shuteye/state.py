@@ -188,6 +188,12 @@ class EngineState:
         """True until every tag is resident and loaded."""
         return any(tag.residency != "resident" for tag in self.tags)
 
+    @property
+    def restore_bytes(self) -> int:
+        """Weights that a wake must read or copy; blank ones wait for a writer."""
+        kept = (tag for tag in self.tags if tag.tag == "weights" and tag.residency in ("offloaded", "discarded"))
+        return sum(tag.nbytes - tag.resident_bytes for tag in kept)
+
 
 VerifyMode = Literal["off", "sample", "full"]
 

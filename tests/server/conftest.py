@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+from asyncio import Runner
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +19,8 @@ from starlette.testclient import TestClient
 from shuteye.config import EngineConfig
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
+from shuteye.server.listener import close_listener, open_listener
+from shuteye.server.run import _Server
 
 ENGINE_FIELDS = frozenset(EngineConfig.__dataclass_fields__)
 MODEL = "tiny"
@@ -76,6 +80,30 @@ def live() -> Iterator[Callable[..., LiveServer]]:
     yield open_server
     for server in servers:
         server.stop()
+
+
+@pytest.fixture
+def serve_engine_on() -> Callable[..., Any]:
+    """A context in which an engine is served in a thread, wherever its ServerConfig says."""
+
+    @contextlib.contextmanager
+    def served(engine: Any, config: ServerConfig) -> Iterator[None]:
+        listener, server = open_listener(config), _Server(engine, config)
+
+        def run() -> None:
+            with Runner(loop_factory=server.config.get_loop_factory()) as runner:
+                runner.run(server.serve_until_stopped(listener))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        while not server.context.loading.done:
+            time.sleep(0.01)
+        yield
+        server.should_exit = True
+        thread.join(20)
+        close_listener(listener, config)
+
+    return served
 
 
 @pytest.fixture(scope="session")

@@ -86,6 +86,9 @@ def run(
     for line in unread_variables(os.environ, known_variables()):
         show_warning(line)
     try:
+        arguments = sys.argv[1:] if arguments is None else arguments
+        if arguments and arguments[0] == "serve":
+            arguments = ["serve", *serve.last_of_each(arguments[1:])]
         result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         result = serving(result) if isinstance(result, serve.ServeOrder) else result
     except CycloptsError as error:

@@ -6,9 +6,10 @@ Knows the help of every flag; what the values do is the engine's and the server'
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 from cyclopts import Group, Parameter
 
@@ -112,6 +113,8 @@ FILE_FLAGS = {
 SERVER_FLAGS = {
     "host": Flag("Address to listen on. 0.0.0.0 is every interface."),
     "port": Flag("Port to listen on. 0 lets the system choose."),
+    "uds": Flag("Listen on a Unix domain socket at this path, and on no port."),
+    "root_path": Flag("What a proxy puts before every path, such as /llm; requests are answered with and without it."),
     "api_key": Flag("Required of inference requests, as Authorization: Bearer."),
     "admin_api_key": Flag("Required on control routes, and turns them on. It opens inference routes too."),
     "dev_mode": Flag(
@@ -143,6 +146,10 @@ SERVER_FLAGS = {
     "max_audio_s": Flag("Longer audio, in seconds, is answered with 400."),
     "max_waiting_audio_s": Flag(
         "Audio being transcribed or waiting, in seconds all together (64 kB each); more are answered with 503."
+    ),
+    "on_abort": Flag(
+        "Requests that a sleep or a pause with mode abort ends, or /abort_requests: partial answers with what there is "
+        "of them, finish_reason abort and 200, as vLLM does; error with 503, which clients send again."
     ),
     "strict_fields": Flag(
         "Answer 400 to a request body with a field that nobody here knows; else such fields are left out, logged, and "
@@ -250,6 +257,39 @@ def serve(*arguments: Any, **flags: Any) -> ServeOrder:
     engine = EngineConfig(**{one.name: values[one.name] for one in fields(EngineConfig) if one.name in values})
     server = ServerConfig(**{one.name: values[one.name] for one in fields(ServerConfig) if one.name in values})
     return ServeOrder(engine, server)
+
+
+def last_of_each(arguments: Sequence[str]) -> list[str]:
+    """The arguments of `shuteye serve`, of which a flag that is given again counts as it was given last."""
+    names = {name: flag for flag in _SIGNATURE.parameters.values() for name in _spellings(flag)}
+    groups: list[tuple[str, list[str]]] = []  # of a flag, and what belongs to it
+    left = list(arguments)
+    while left:
+        token = left.pop(0)
+        name, has_value, _value = token.partition("=")
+        flag = names.get(name)
+        group = [token]
+        if flag is not None and not has_value and not _is_switch(flag) and left:
+            group.append(left.pop(0))
+        key = "" if flag is None or _takes_many(flag) else flag.name
+        groups = [one for one in groups if not key or one[0] != key]
+        groups.append((key, group))
+    return [token for _key, group in groups for token in group]
+
+
+def _spellings(flag: inspect.Parameter) -> Iterator[str]:
+    yield (name := f"--{flag.name.replace('_', '-')}")
+    if _is_switch(flag):
+        yield name.replace("--", "--no-", 1)
+    yield from (alias for one in flag.annotation.__metadata__ for alias in one.alias or ())
+
+
+def _is_switch(flag: inspect.Parameter) -> bool:
+    return bool(flag.annotation.__origin__ is bool)
+
+
+def _takes_many(flag: inspect.Parameter) -> bool:
+    return get_origin(flag.annotation.__origin__) is tuple
 
 
 serve.__signature__ = _SIGNATURE  # type: ignore[attr-defined]  # cyclopts reads it

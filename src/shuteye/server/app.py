@@ -30,7 +30,15 @@ from shuteye.server.control import health, operations, routes
 from shuteye.server.http import docs_page
 from shuteye.server.http.errors import install_error_handlers
 from shuteye.server.http.ignored_fields import IgnoredFields
-from shuteye.server.http.middleware import BodyDeadline, BodyFraming, BodyLimit, HeaderLimit, HeadRequests, RequestIds
+from shuteye.server.http.middleware import (
+    BodyDeadline,
+    BodyFraming,
+    BodyLimit,
+    HeaderLimit,
+    HeadRequests,
+    RequestIds,
+    RootPath,
+)
 from shuteye.server.openai import (
     chat,
     classify,
@@ -160,6 +168,8 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
             expose_headers=("X-Request-Id", "X-Ignored-Fields", "Retry-After"),
         )
     app.add_middleware(HeadRequests)  # before whatever counts answers by the route's method
+    if config.root_path:
+        app.add_middleware(RootPath, prefix=config.root_path)
 
 
 @asynccontextmanager

@@ -18,6 +18,7 @@ from shuteye.server.telemetry.names import MetricsPrefix
 from shuteye.typed_fields import require_sendable, settle_types
 
 ToolCallParser = Literal["auto"] | ToolFormat
+OnAbort = Literal["partial", "error"]
 
 _POSITIVE = (
     "max_body_bytes", "max_json_bytes", "max_request_sequences", "max_audio_s", "max_waiting_audio_s",
@@ -31,6 +32,8 @@ class ServerConfig:
 
     Attributes:
         port: 0 lets the system choose one.
+        uds: a path; the server listens on a Unix domain socket there, and on no port.
+        root_path: what a proxy puts before every path; requests are answered with and without it.
         api_key: required on inference routes when set, as `Authorization: Bearer`.
         admin_api_key: required on control routes when set; it opens inference routes too.
         dev_mode: control routes exist without an admin key.
@@ -50,6 +53,7 @@ class ServerConfig:
         engine_restarts: how often a dead engine is restarted within ten minutes before the server ends.
         engine_restart_delay_s: before the first of these restarts; twice as long before every further one.
         shutdown_grace_s: how long running requests may go on after the first signal.
+        on_abort: what requests get that a sleep, a pause or an operator ends: what there is of them, or a 503.
         strict_fields: a body's unknown field is answered with 400, instead of being left out.
         enable_force_include_usage: streams tell how many tokens they took, whether asked to or not.
         return_tokens_as_token_ids: log-probabilities name tokens by their ids, whether asked to or not.
@@ -65,6 +69,8 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    uds: str | None = None
+    root_path: str = ""
     api_key: str | None = None
     admin_api_key: str | None = None
     dev_mode: bool = False
@@ -86,6 +92,7 @@ class ServerConfig:
     engine_restarts: int = 3
     engine_restart_delay_s: float = 1.0
     shutdown_grace_s: float = 30.0
+    on_abort: OnAbort = "partial"
     strict_fields: bool = False
     enable_force_include_usage: bool = False
     return_tokens_as_token_ids: bool = False
@@ -101,6 +108,13 @@ class ServerConfig:
         settle_types(self)
         if not 0 <= self.port <= 65535:
             raise InvalidRequest(f"port must be between 0 and 65535, got {self.port}.", param="port")
+        if self.uds is not None and not self.uds:
+            raise InvalidRequest("uds must be a path, got an empty text.", param="uds")
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise InvalidRequest(
+                f"root_path must begin with / and not end with one, such as /llm, got {self.root_path!r}.",
+                param="root_path",
+            )
         for name, key in (("api_key", self.api_key), ("admin_api_key", self.admin_api_key)):
             if key is not None:
                 require_sendable(name, key)
@@ -135,7 +149,7 @@ class ServerConfig:
     @property
     def is_loopback(self) -> bool:
         """True if only this machine can reach the server."""
-        return _is_loopback_name(self.host.lower())
+        return self.uds is not None or _is_loopback_name(self.host.lower())
 
     @property
     def has_control_routes(self) -> bool:

@@ -26,7 +26,7 @@ from shuteye.errors import InvalidRequest
 from shuteye.frontend.async_engine import AsyncEngine
 from shuteye.frontend.engine import Engine
 from shuteye.server.config import ServerConfig
-from shuteye.server.listener import open_listener
+from shuteye.server.listener import close_listener, open_listener
 
 if TYPE_CHECKING:
     from shuteye.frontend.engine_process import EngineProcess
@@ -96,13 +96,25 @@ def serve_engine(engine: Engine, config: ServerConfig) -> int:
 
         logger.error("%s", with_flag(error))  # noqa: TRY400
         return FAILED
-    with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, _noting_signals() as noted:
+    with (
+        _closing(listener, config),
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        _noting_signals() as noted,
+    ):
         runner.run(engine.launch())
         import_server()
         from shuteye.server.run import serve_on
 
         logger.info("Listening on %s; GET /ready tells when the model is loaded.", address_of(listener, config))
         return serve_on(listener, engine, config, runner, noted)
+
+
+@contextlib.contextmanager
+def _closing(listener: socket.socket, config: ServerConfig) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        close_listener(listener, config)
 
 
 @contextlib.contextmanager
@@ -122,6 +134,8 @@ def _noting_signals() -> Iterator[list[signal.Signals]]:
 
 
 def address_of(listener: socket.socket, config: ServerConfig) -> str:
-    """What a socket that listens is called in links."""
+    """What a socket that listens is called in links; of a Unix domain socket its path."""
+    if config.uds is not None:
+        return f"unix:{config.uds}"
     host = f"[{config.host}]" if ":" in config.host else config.host
     return f"http://{host}:{listener.getsockname()[1]}"

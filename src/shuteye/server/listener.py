@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
+from pathlib import Path
 from typing import cast
 
 from shuteye.errors import InvalidRequest
@@ -25,6 +27,46 @@ def open_listener(config: ServerConfig) -> socket.socket:
     Raises:
         InvalidRequest: it cannot; `param` names the field to change, as far as the system tells.
     """
+    return _on_port(config) if config.uds is None else _on_path(config.uds)
+
+
+def close_listener(listener: socket.socket, config: ServerConfig) -> None:
+    """Listen no more; the name of a Unix domain socket goes with it."""
+    listener.close()
+    if config.uds is not None:
+        Path(config.uds).unlink(missing_ok=True)
+
+
+def _on_path(path: str) -> socket.socket:
+    """A Unix domain socket; one that was left by a server that was killed makes room."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if _is_left(path):
+            Path(path).unlink()
+        listener.bind(path)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise InvalidRequest(
+            f"Cannot listen on {path}: {error.strerror or error}. Choose another path, of at most 107 bytes, in a "
+            "directory that exists.",
+            param="uds",
+        ) from error
+    return listener
+
+
+def _is_left(path: str) -> bool:
+    """Whether there is a socket on which nobody listens."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return False
+    except OSError:
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(path) == errno.ECONNREFUSED
+
+
+def _on_port(config: ServerConfig) -> socket.socket:
     where = f"Cannot listen on {config.host}:{config.port}"
     try:
         address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

@@ -109,7 +109,8 @@ class _Server(uvicorn.Server):
 
     async def serve_until_stopped(self, listener: socket.socket) -> None:
         """Serve; whatever ends it, the engine is closed."""
-        self.context.listening.url = address_of(listener, self._config)
+        if self._config.uds is None:
+            self.context.listening.url = address_of(listener, self._config)
         watching = asyncio.create_task(self._supervisor.watch())
         try:
             await self.serve(sockets=[listener])

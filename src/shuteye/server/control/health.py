@@ -164,16 +164,12 @@ def why_not_ready(engine: Engine) -> str | None:
 
 def _waking_cost(state: EngineState, metrics: Metrics) -> WakingCost:
     missing = {tag.tag: tag.nbytes - tag.resident_bytes for tag in state.tags if tag.residency != "resident"}
-    kept = {
-        tag.tag for tag in state.tags if tag.residency in ("offloaded", "discarded")
-    }  # blank ones wait for a writer
-    restore_bytes = missing.get("weights", 0) if "weights" in kept else 0
     return WakingCost(
-        restore_bytes=restore_bytes,
+        restore_bytes=state.restore_bytes,
         tags=missing,
         backings={tag.tag: tag.backing for tag in state.tags if tag.tag in missing},
         last_wake_s=metrics.last_wake_s,
-        expected_s=metrics.expected_wake_s(restore_bytes),
+        expected_s=metrics.next_wake_s(state),
     )
 
 

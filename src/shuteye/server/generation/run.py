@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from shuteye.errors import RequestAborted
 from shuteye.frontend.beam_search import beam_search
 from shuteye.frontend.mailbox import Backlog
 from shuteye.server.context import ServerContext
@@ -87,7 +88,15 @@ async def _run_one(
         async with aclosing(outputs):
             async for output in outputs:
                 timer.observe(output)
+                if context.config.on_abort == "error":
+                    _refuse_aborted(output)
                 yield index, output
+
+
+def _refuse_aborted(output: RequestOutput) -> None:
+    """Raise RequestAborted in place of a last output that a sleep, a pause or an operator has cut off."""
+    if any(completion.finish_reason == "abort" for completion in output.outputs):
+        raise RequestAborted("The request was ended before it was finished; send it again.")
 
 
 async def _searched(

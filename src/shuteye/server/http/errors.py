@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import reprlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -26,6 +29,7 @@ from shuteye.errors import (
     ModelSleeping,
     PromptTooLong,
     QueueFull,
+    RequestAborted,
     ServerStopping,
     ShuteyeError,
     WakeFailed,
@@ -33,9 +37,12 @@ from shuteye.errors import (
 from shuteye.logs import REQUEST_ID
 from shuteye.server.http.answers import ErrorAnswer, ErrorDetail
 
+_access = logging.getLogger("uvicorn.access")
+
 RETRY_AFTER_S: Mapping[type[ShuteyeError], int] = {
     ModelSleeping: 1,
     ModelPaused: 1,
+    RequestAborted: 1,
     QueueFull: 1,
     WakeFailed: 2,
     MemoryExhausted: 5,
@@ -165,7 +172,17 @@ async def _on_shuteye_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ShuteyeError)
     if error.param is not None and error.param in request.query_params:
         error.param = f"{QUERY}{error.param}"
-    return error_response(error)
+    headers = error_headers(error)
+    if isinstance(error, ModelSleeping):
+        headers["Retry-After"] = str(_wake_takes_s(request, at_least=int(headers["Retry-After"])))
+    return _json_response(error.status_code, error_body(error), headers)
+
+
+def _wake_takes_s(request: Request, *, at_least: int) -> int:
+    """Whole seconds that waking should take, at the pace of the last wake; `at_least` if there was none."""
+    context = request.app.state.context
+    expected = context.metrics.next_wake_s(context.engine.state)
+    return at_least if expected is None else max(at_least, math.ceil(expected))
 
 
 async def _on_validation_error(_request: Request, error: Exception) -> Response:
@@ -199,7 +216,12 @@ def _http_message(request: Request, error: HTTPException) -> str:
     return str(error.detail)
 
 
-async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+async def _on_disconnect(request: Request, _error: Exception) -> Response:
+    """Nginx's status for a client that went; uvicorn, which has nobody to send it to, does not log it."""
+    scope, client = request.scope, request.client
+    path = scope["path"] + (f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else "")
+    where = f"{client.host}:{client.port}" if client else ""
+    _access.info('%s - "%s %s HTTP/%s" %d', where, request.method, quote(path, "/?&=%"), scope["http_version"], 499)
     return Response(status_code=499)
 
 

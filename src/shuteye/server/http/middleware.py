@@ -66,6 +66,20 @@ def current_request_id() -> str:
     return REQUEST_ID.get() or uuid4().hex
 
 
+class RootPath:
+    """ASGI middleware: takes away what a proxy has left before a path; paths without it are as good."""
+
+    def __init__(self, app: ASGIApp, *, prefix: str) -> None:
+        self.app = app
+        self.prefix = prefix
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Pass the request on."""
+        if scope["type"] == "http" and scope["path"].startswith(f"{self.prefix}/"):
+            scope = {**scope, "path": scope["path"].removeprefix(self.prefix)}
+        return self.app(scope, receive, send)
+
+
 class HeadRequests:
     """ASGI middleware: HEAD is handled as GET."""
 

@@ -233,6 +233,10 @@ class Metrics:
         seconds, restored_bytes = self._last_wake
         return seconds * (restore_bytes / restored_bytes)
 
+    def next_wake_s(self, state: EngineState) -> float | None:
+        """How long waking from `state` should take; None if unknown, or if nothing must be brought back."""
+        return self.expected_wake_s(state.restore_bytes)
+
     async def transition(self, kind: str, work: Awaitable[Report]) -> Report:
         """The result of `work`, timed and counted as a transition of this kind."""
         started = time.perf_counter()
