@@ -88,7 +88,7 @@ class RemoteOpenAIServer:
         return f"http://{self.uds.split('/')[-1]}" if self.uds else f"http://{self.host}:{self.port}"
 
     def url_for(self, *parts: str) -> str:
-        """The address of a route; of those that begin with a slash, too, whatever the version of requests makes of two."""
+        """The address of a route; of those that begin with a slash, too, whatever `requests` makes of two slashes."""
         return "/".join((self.url_root, *(part.lstrip("/") for part in parts)))
 
     def _options(self, given: dict[str, Any], *, path: str) -> dict[str, Any]:
