@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Creates virtual environments for clients too heavy for .venv: litellm and lm-eval. Called by `make test-clients`.
+# Creates virtual environments for clients that are not in .venv: anthropic, litellm and lm-eval. Called by `make test-clients`.
 # usage: tools/clients.sh VENV DIRECTORY      VENV is the project's; DIRECTORY gets one environment per client.
 set -euo pipefail
 
 # Pinned, so that a new release of theirs cannot break a build of ours. litellm is older than it could be on purpose:
 # 1.82.7 and 1.82.8 (March 2026) were malicious, and so, later, was 1.107.0; 1.82.6 is the release known to be clean.
 litellm=('litellm==1.82.6' 'openai<3')
+anthropic=('anthropic==2.15.0')
 lm_eval=('lm-eval[api]==0.4.13' 'peft')
 
 project=$(cd "$1" && pwd)
@@ -27,6 +28,10 @@ install() {
     echo "$*" > "$directory/$name/.made-from"
     echo "Set up $name in $directory/$name."
 }
+
+if environment anthropic "${anthropic[*]}"; then
+    install anthropic "${anthropic[@]}"
+fi
 
 if environment litellm "${litellm[*]}"; then
     install litellm "${litellm[@]}"

@@ -1,4 +1,4 @@
-"""litellm and lm-eval, unmodified and in environments of their own, against the real model (`make test-clients`)."""
+"""anthropic, litellm and lm-eval, each unmodified in its own environment, on the real model (`make test-clients`)."""
 
 import json
 import os
@@ -40,6 +40,42 @@ def real():
         yield server.wait_until_ready()
     finally:
         server.stop()
+
+
+class TestAnthropic:
+    def test_generation(self, real):
+        """Events that Anthropic's client cannot put together, or another answer than the chat route's."""
+        found = run("anthropic", "with_anthropic.py", "generation", real.url, real.model)
+        said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where does the river end?"}]
+        chat = real.done("/v1/chat/completions", messages=said, model=real.model, temperature=0, max_tokens=20)
+        answer, usage = chat["choices"][0]["message"]["content"], chat["usage"]
+        assert {found[name] for name in ("whole", "streamed", "final", "async")} == {answer}
+        assert set(found["stop_reasons"]) == {"max_tokens"}
+        assert set(found["output_tokens"]) == {usage["completion_tokens"]}
+        assert set(found["input_tokens"]) == {usage["prompt_tokens"]}
+
+    def test_tools(self, real):
+        """Calls that the client cannot read, or cannot send back."""
+        found = run("anthropic", "with_anthropic.py", "tools", real.url, real.model)
+        assert found["stop_reason"] == "tool_use"
+        assert found["calls"] == found["streamed"] != []
+        assert [(name, [*given]) for name, given in found["calls"]] == [("weather", ["city"])]
+        assert found["after"] == "text"
+
+    def test_refusals(self, real):
+        """A 400 whose type or message the client loses."""
+        found = run("anthropic", "with_anthropic.py", "refusals", real.url, real.model)
+        assert (found["status"], found["type"]) == (400, "invalid_request_error")
+        assert "'image'" in found["message"]
+
+    def test_asleep(self, real):
+        """A sleeping model taken for a bug of the server."""
+        real.done("/sleep")
+        found = run("anthropic", "with_anthropic.py", "sleep", real.url, real.model)
+        real.done("/wake_up")
+        assert (found["status"], found["type"]) == (503, "overloaded_error")
+        assert "sleep mode" in found["message"]
+        assert int(found["retry_after"]) >= 1
 
 
 class TestLiteLLM:

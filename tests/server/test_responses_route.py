@@ -187,6 +187,16 @@ def test_what_is_wrong_or_unsupported_is_refused_by_name(ask, fields, param):
     assert engine.seen == []
 
 
+def test_a_model_without_the_tokens_of_reasoning_has_its_structure_at_once(ask):
+    """A schema refused because of a flag that is for other models; or one that a model which must think never meets."""
+    fields = {"text": {"format": {"type": "json_object"}}}
+    engine, answer = ask("{}", **fields, server={"reasoning_parser": "qwen3"})
+    assert whole(answer).output_text == "{}"
+    assert engine.seen[-1][1].structured_outputs.starts_after is None
+    _engine, answer = ask("{}", **fields, server={"reasoning_parser": "deepseek_r1"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "text")
+
+
 INCLUDE = {"include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}
 
 

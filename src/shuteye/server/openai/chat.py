@@ -159,7 +159,7 @@ async def chat_job(context: ServerContext, request_id: str, body: ChatBody) -> t
     if reading.needs_special_tokens(tokenizer):
         params = replace(params, skip_special_tokens=False)
     if reasons and not text.rstrip().endswith(END):
-        params = _after_reasoning(params, tokenizer)
+        params = _after_reasoning(params, tokenizer, must_reason=reading.begins_inside)
     beams = beams_of(body, params, max_tokens=limit or info.max_model_len)
     return Job(request_id, (Prompt(kept),), params, beams=beams), reading
 
@@ -198,12 +198,14 @@ def _template_kwargs(body: ChatBody, tokenizer: Tokenizer) -> dict[str, Any]:
     return kwargs
 
 
-def _after_reasoning(params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
-    """A structure, if there is one, holds for what follows the reasoning."""
+def _after_reasoning(params: SamplingParams, tokenizer: Tokenizer, *, must_reason: bool) -> SamplingParams:
+    """A structure, if there is one, holds for what follows the reasoning; for all where nothing could end it."""
     structure = params.structured_outputs
     if structure is None:
         return params
     end = tokenizer.token_to_id(END)
+    if end is None and not must_reason:
+        return params
     if end is None:
         raise InvalidRequest(
             f"{structure.param} is not supported together with reasoning here: {END} is no token of this model.",
