@@ -103,9 +103,26 @@ class UpdateReport:
     seconds: float = 0.0
 
 
+STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+PREEMPTION_BOUNDS = (0, 1, 2, 5, 10, 20)
+
+
+@dataclass(frozen=True, slots=True)
+class BucketCounts:
+    """Values counted since start: how many in each bucket (the last is above all bounds), and their sum."""
+
+    counts: tuple[int, ...] = ()
+    total: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerStats:
-    """Counters since start (`num_*_total`) and gauges now, for `/metrics`."""
+    """Counters since start (`num_*_total`) and gauges now, for `/metrics`.
+
+    Attributes:
+        step_tokens: tokens of each step, by `STEP_TOKEN_BOUNDS`: sampled ones, and prompts with their first.
+        preemptions: of each request that has ended, by `PREEMPTION_BOUNDS`.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -116,6 +133,8 @@ class SchedulerStats:
     num_prefix_queries_total: int = 0
     num_prefix_hits_total: int = 0
     num_preemptions_total: int = 0
+    step_tokens: BucketCounts = BucketCounts()
+    preemptions: BucketCounts = BucketCounts()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from shuteye.errors import EngineDead
-from shuteye.state import EngineState, RankState, SchedulerStats, TagState
+from shuteye.state import BucketCounts, EngineState, RankState, SchedulerStats, TagState
 
 COMPLETION = {"prompt": "abc", "max_tokens": 4}
 
@@ -75,6 +75,8 @@ def test_the_engines_snapshot_is_shown(client, engine):
         num_prefix_queries_total=70,
         num_prefix_hits_total=8,
         num_preemptions_total=9,
+        step_tokens=BucketCounts((3, 0, 1, *[0] * 10, 1), 20_020),
+        preemptions=BucketCounts((4, 1, 0, 0, 0, 0, 0), 1),
     )
     found = scrape(client)
     assert found["shuteye_num_requests_running"] == {(): 2}
@@ -85,6 +87,10 @@ def test_the_engines_snapshot_is_shown(client, engine):
     assert found["shuteye_prefix_cache_queries_total"] == {(): 70}
     assert found["shuteye_prefix_cache_hits_total"] == {(): 8}
     assert found["shuteye_num_preemptions_total"] == {(): 9}
+    steps, preemptions = "shuteye_iteration_tokens_total", "shuteye_request_num_preemptions"
+    assert (found[f"{steps}_count"], found[f"{steps}_sum"]) == ({(): 5}, {(): 20_020})
+    assert [found[f"{steps}_bucket"][at,] for at in ("1.0", "8.0", "16.0", "16384.0", "+Inf")] == [3, 3, 4, 4, 5]
+    assert (found[f"{preemptions}_count"], found[f"{preemptions}_sum"]) == ({(): 5}, {(): 1})
 
 
 def test_sleep_is_shown_per_tag_and_transitions_by_outcome(client):

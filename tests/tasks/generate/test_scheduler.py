@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from shuteye.errors import ErrorInfo, InvalidRequest, PromptTooLong
+from shuteye.state import PREEMPTION_BOUNDS, STEP_TOKEN_BOUNDS
 from shuteye.tasks.generate.plans import SampledToken, StepResult
 from shuteye.tasks.generate.requests import GenerateRequest, SamplingParams, TokenLogprobs
 from shuteye.tasks.generate.scheduler import Limits, Scheduler
@@ -339,7 +340,9 @@ class TestPreemption:
         while scheduler.has_unfinished:
             finished += [d.request_id for d in step(scheduler)[1] if d.finished]
         assert finished == ["a", "b"]
-        assert scheduler.stats().num_preemptions_total == 1
+        stats = scheduler.stats()
+        assert stats.num_preemptions_total == 1
+        assert (stats.preemptions.counts[:3], stats.preemptions.total) == ((1, 1, 0), 1)
 
     def test_preempt_all_keeps_order_and_tokens(self):
         """mode=keep would reorder requests, or lose tokens that were already streamed."""
@@ -450,3 +453,32 @@ def test_urgent_requests_leave_the_queue_first():
         plan, _deltas = step(scheduler)
         order += [chunk.request_id for chunk in plan.chunks]
     assert order == ["d", "a", "c", "b", "e"]
+
+
+class TestCounters:
+    def test_tokens_of_steps_are_those_sampled_and_prompts_with_their_first(self):
+        """Sums that differ from vLLM's: a prompt counted for each of its chunks, or again after a preemption."""
+        scheduler = make_scheduler(max_num_batched_tokens=8)
+        scheduler.add(request("a", range(12), max_tokens=3))
+        step(scheduler)
+        assert scheduler.stats().step_tokens.total == 0
+        step(scheduler)
+        scheduler.preempt_all()
+        while scheduler.has_unfinished:
+            step(scheduler)
+        found = scheduler.stats().step_tokens
+        assert found.total == 12 + 3
+        bounds = dict(zip(STEP_TOKEN_BOUNDS, found.counts, strict=False))
+        assert (bounds[1], bounds[16], sum(found.counts)) == (2, 1, 3)
+
+    def test_requests_that_were_ended_are_counted_too(self):
+        """A histogram of preemptions that leaves out those who waited in vain."""
+        scheduler = make_scheduler()
+        scheduler.add(request("a", range(4)))
+        step(scheduler)
+        scheduler.preempt_all()
+        step(scheduler)
+        scheduler.preempt_all()
+        scheduler.abort(["a"])
+        found = scheduler.stats().preemptions
+        assert (found.counts[PREEMPTION_BOUNDS.index(2)], found.total) == (1, 2)

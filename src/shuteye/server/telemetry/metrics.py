@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from shuteye.config import EngineConfig
@@ -22,7 +23,17 @@ from shuteye.errors import ClientError, ShuteyeError
 from shuteye.frontend.engine import KnownEngine
 from shuteye.server.telemetry.names import MetricsPrefix, named
 from shuteye.server.telemetry.timing import RequestTimer, RequestTiming
-from shuteye.state import EngineState, SchedulerStats, SleepReport, TagResidency, UpdateReport, WakeReport
+from shuteye.state import (
+    PREEMPTION_BOUNDS,
+    STEP_TOKEN_BOUNDS,
+    BucketCounts,
+    EngineState,
+    SchedulerStats,
+    SleepReport,
+    TagResidency,
+    UpdateReport,
+    WakeReport,
+)
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -342,6 +353,18 @@ class SnapshotCollector(Collector):
             "Sequences that lost their KV blocks and were computed again; those kept over a sleep included.",
             stats.num_preemptions_total,
         )
+        yield self._histogram(
+            "shuteye_iteration_tokens_total",
+            "Tokens of a step: those sampled, and a prompt's with its first.",
+            STEP_TOKEN_BOUNDS,
+            stats.step_tokens,
+        )
+        yield self._histogram(
+            "shuteye_request_num_preemptions",
+            "How often a sequence that has ended was preempted.",
+            PREEMPTION_BOUNDS,
+            stats.preemptions,
+        )
 
     def _of_cache(self, config: EngineConfig, stats: SchedulerStats) -> Iterable[Metric]:
         facts = {
@@ -393,6 +416,13 @@ class SnapshotCollector(Collector):
 
     def _family(self, name: str, text: str, *labels: str) -> GaugeMetricFamily:
         return GaugeMetricFamily(name, text, labels=("model_name", *labels))
+
+    def _histogram(self, name: str, text: str, bounds: Sequence[int], found: BucketCounts) -> Metric:
+        family = HistogramMetricFamily(name, text, labels=("model_name",))
+        upto = list(accumulate(found.counts or (0,) * (len(bounds) + 1)))
+        names = [*(str(float(bound)) for bound in bounds), "+Inf"]
+        family.add_metric((self.model_name,), list(zip(names, upto, strict=True)), found.total)
+        return family
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = self._family(name, text)

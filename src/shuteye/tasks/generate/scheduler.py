@@ -22,12 +22,13 @@ from dataclasses import dataclass, replace
 
 from shuteye.cache.blocks import BlockPool, HashChain, PrefixCache
 from shuteye.errors import ErrorInfo, InvalidRequest, PromptTooLong
-from shuteye.state import RESERVED_BLOCKS, Epoch, SchedulerStats
+from shuteye.state import PREEMPTION_BOUNDS, RESERVED_BLOCKS, STEP_TOKEN_BOUNDS, Epoch, SchedulerStats
 from shuteye.tasks.base import RequestDelta, TaskScheduler
 from shuteye.tasks.generate.logprob_limits import scored_per_step
 from shuteye.tasks.generate.plans import Admission, Chunk, SampledToken, StepPlan, StepResult
 from shuteye.tasks.generate.requests import FinishReason, GenerateRequest, TokenLogprobs
 from shuteye.tasks.generate.sequences import ActiveSequence, Batch, Part
+from shuteye.tasks.histogram import Histogram
 
 MAX_SCORED_CHUNK = 256
 """Prompt tokens computed in one step if their logits are wanted, each of which is as wide as the vocabulary."""
@@ -98,6 +99,8 @@ class Scheduler(TaskScheduler):
         self._forget: list[str] = []
         self._num_resets = 0
         self._num_prefix_hits = 0
+        self._step_tokens = Histogram(STEP_TOKEN_BOUNDS)
+        self._preemptions = Histogram(PREEMPTION_BOUNDS)
 
     # --- requests in and out ---------------------------------------------------------------------
 
@@ -331,6 +334,7 @@ class Scheduler(TaskScheduler):
             return []
         sampled, scored = iter(result.sampled), iter(result.scored)
         deltas = []
+        num_tokens = 0
         for part in parts:
             sequence, chunk = part.sequence, part.chunk
             scores = next(scored) if chunk.scoring is not None else ()
@@ -343,7 +347,10 @@ class Scheduler(TaskScheduler):
                 sequence.num_scored += len(scores)
                 deltas.append(RequestDelta(chunk.request_id, prompt_logprobs=scores))
             if token is not None:
+                num_tokens += 1 if sequence.num_output else 1 + sequence.num_prompt
                 deltas.append(self._advance(sequence, token))
+        if num_tokens:
+            self._step_tokens.observe(num_tokens)
         return deltas
 
     def fail_step(self, plan: StepPlan, error: ErrorInfo) -> list[RequestDelta]:
@@ -399,6 +406,7 @@ class Scheduler(TaskScheduler):
         """Return a sequence, already taken out of `_running`, to the head of the queue without its blocks."""
         self._free(sequence)
         self._waiting.appendleft(sequence)
+        sequence.num_preemptions += 1
         self._num_preemptions += 1
 
     def _free(self, sequence: ActiveSequence) -> None:
@@ -410,6 +418,7 @@ class Scheduler(TaskScheduler):
 
     def _remove(self, active: ActiveSequence) -> None:
         super()._remove(active)
+        self._preemptions.observe(active.num_preemptions)
         if active.running:
             self._running.remove(active)
             self._free(active)
@@ -433,4 +442,6 @@ class Scheduler(TaskScheduler):
             num_free_blocks=self._pool.num_free,
             num_prefix_queries_total=self._num_prompt_tokens,  # every prompt is looked up once
             num_prefix_hits_total=self._num_prefix_hits,
+            step_tokens=self._step_tokens.counts,
+            preemptions=self._preemptions.counts,
         )

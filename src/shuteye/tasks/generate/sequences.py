@@ -32,6 +32,7 @@ class ActiveSequence(ActiveRequest):
         num_planned: tokens that have K/V, or will have once the plans in flight have come back.
         stint: how often it has given up its blocks; plans in flight from before then are no longer about it.
         num_cached: prompt tokens found in the prefix cache when first scheduled; None before that.
+        num_preemptions: how often it lost its blocks and was computed again.
         admitted: a worker knows it.
         epoch: in which its blocks were taken; only then do they hold its K/V.
         scored: log-probabilities of the prompt's tokens are wanted.
@@ -49,6 +50,7 @@ class ActiveSequence(ActiveRequest):
     num_planned: int = 0
     stint: int = 0
     num_cached: int | None = None
+    num_preemptions: int = 0
     admitted: bool = False
     running: bool = False
     epoch: Epoch = ()
