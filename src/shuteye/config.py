@@ -16,7 +16,7 @@ from shuteye.model_info import MAX_LOGPROBS, ModelSpec
 from shuteye.state import RESERVED_BLOCKS, DrainMode, VerifyMode
 from shuteye.typed_fields import settle_types
 
-DType = Literal["auto", "bfloat16", "float32"]
+DType = Literal["auto", "bfloat16", "float16", "float32"]
 Quantization = Literal["auto", "none", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 SleepingPolicy = Literal["reject", "hold", "wake"]
 Kernels = Literal["auto", "torch", "portable", "avx2", "avx512", "amx"]
@@ -70,7 +70,7 @@ class EngineConfig:
     Attributes:
         model: local directory, `.gguf` file, hub id, or built-in alias.
         revision: branch, tag or commit of a hub id; a local path has none.
-        dtype: what is computed in, and what weights are held in that are not quantized.
+        dtype: what is computed in, and what weights are held in that are not quantized; float16 is served as bfloat16.
         quantization: `auto` holds weights in the bits that the checkpoint has; `none` dequantizes them; the others
             quantize a checkpoint that is not quantized, when its image is made.
         kv_cache_dtype: what the KV cache holds: `auto` the numbers of `dtype`; `bfloat16`, `float16`, or `int8` with a

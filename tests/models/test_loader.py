@@ -120,6 +120,14 @@ def test_dtypes_have_images_of_their_own_and_an_image_is_made_once(tiny_checkpoi
     assert paths[0] == paths[2] == paths[3]
 
 
+def test_float16_is_served_as_bfloat16(tmp_path):
+    """An image that the kernels cannot compute with, or a second one of the same numbers."""
+    source = source_of(tiny_model(tmp_path / "model"), tmp_path)
+    assert [served_dtype(source, wanted) for wanted in ("float16", "bfloat16", "float32")] == [
+        "bfloat16", "bfloat16", "float32",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("stored", "expected"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.bfloat16)],

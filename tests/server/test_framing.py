@@ -78,3 +78,21 @@ def test_both_lengths_are_refused_and_the_connection_is_closed(make_engine, live
     assert b"Transfer-Encoding" in received
     assert b"\r\nconnection: close\r\n" in received.lower()
     assert not engine.is_sleeping
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("http://localhost/v1/models", 200),
+        ("HTTPS://somewhere.else:99/v1/models?x=1", 200),
+        ("http://localhost", 404),
+        ("http://localhost/nowhere", 404),
+    ],
+)
+def test_a_target_may_name_its_host(make_engine, live, target, status):
+    """404 for what a proxy sends (absolute-form, RFC 9112, 3.2.2), though the route is there."""
+    server = live(make_engine())
+    with socket.create_connection(server.listener.getsockname(), timeout=10) as connection:
+        connection.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        answer = connection.makefile("rb").read()
+    assert answer.split()[1] == str(status).encode()

@@ -29,7 +29,10 @@ MODEL_FLAGS = {
         positional=True,
     ),
     "revision": Flag("Branch, tag or commit of a hub id; refused for a local path."),
-    "dtype": Flag("Number format of what is computed, and of weights not quantized. auto takes the checkpoint's."),
+    "dtype": Flag(
+        "Number format of what is computed, and of weights not quantized. auto takes the checkpoint's. "
+        "float16 is served as bfloat16, which CPUs are made for; float32 keeps all bits of a float16 checkpoint."
+    ),
     "quantization": Flag(
         "auto keeps the bits that the checkpoint has, none dequantizes them, others quantize what has not been."
     ),

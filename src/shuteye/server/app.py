@@ -37,7 +37,7 @@ from shuteye.server.http.middleware import (
     HeaderLimit,
     HeadRequests,
     RequestIds,
-    RootPath,
+    RequestTargets,
 )
 from shuteye.server.openai import (
     chat,
@@ -168,8 +168,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
             expose_headers=("X-Request-Id", "X-Ignored-Fields", "Retry-After"),
         )
     app.add_middleware(HeadRequests)  # before whatever counts answers by the route's method
-    if config.root_path:
-        app.add_middleware(RootPath, prefix=config.root_path)
+    app.add_middleware(RequestTargets, prefix=config.root_path)
 
 
 @asynccontextmanager
@@ -225,6 +224,11 @@ def log_notices(engine: EngineConfig, server: ServerConfig) -> None:
             "--memory-backend fake is a stand-in for tests, not for serving: it fills all memory that it takes with a "
             "pattern, the whole KV cache at once, so that it costs more than it has to."
         )
+    if engine.dtype == "float16":
+        logger.warning(
+            "--dtype float16: weights and what is computed are bfloat16, which takes as many bytes and has three bits "
+            "less of a float16 checkpoint's precision; --dtype float32 keeps them all."
+        )
     if engine.enable_sleep_mode and not server.has_control_routes:
         logger.warning(
             "--enable-sleep-mode without --admin-api-key: the control routes (/sleep, /wake_up, …) do not exist, and "
@@ -232,15 +236,15 @@ def log_notices(engine: EngineConfig, server: ServerConfig) -> None:
         )
     if server.admin_api_key is not None and not engine.enable_sleep_mode:
         logger.warning(
-            "--admin-api-key without --enable-sleep-mode: of the control routes only /restart_engine exists, not "
-            "/sleep, /wake_up and the others."
+            "--admin-api-key without --enable-sleep-mode: of the control routes only those that need no sleep mode "
+            "exist (/restart_engine, /abort_requests, /server_info, /shutdown)."
         )
     if server.admin_api_key is None and server.dev_mode:
         _warn_of_open_control_routes(server, enable_sleep_mode=engine.enable_sleep_mode)
 
 
 def _warn_of_open_control_routes(config: ServerConfig, *, enable_sleep_mode: bool) -> None:
-    which = "routes (/sleep, /wake_up, …) are" if enable_sleep_mode else "route /restart_engine is"
+    which = "routes (/sleep, /wake_up, …) are" if enable_sleep_mode else "routes (/restart_engine, /shutdown, …) are"
     logger.warning("Development mode: the control %s open to every caller, without a key.", which)
     if not config.is_loopback:
         logger.warning(

@@ -14,9 +14,9 @@ _NARROW = frozenset({"bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"})
 
 
 def served_dtype(source: ModelSource, wanted: DType) -> str:
-    """The dtype to serve in; "auto" is the checkpoint's, with float16 (slow on CPU) and packed formats as bfloat16."""
+    """The dtype to serve in; "auto" is the checkpoint's, with packed formats and float16 (slow on CPUs) as bfloat16."""
     if wanted != "auto":
-        return wanted
+        return "bfloat16" if wanted == "float16" else wanted
     if source.kind == "gguf":
         return "bfloat16"
     path = source.path / "config.json"

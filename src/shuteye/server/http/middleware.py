@@ -24,6 +24,8 @@ REQUEST_ID_HEADER = b"x-request-id"
 _ACCEPTABLE_ID = re.compile(rb"[!-~]{1,128}")
 """What may stand in headers, logs and ids of ours as it came; anything else is replaced."""
 
+_ABSOLUTE = re.compile(r"https?://[^/]*", re.IGNORECASE)
+
 MIN_BYTES_PER_S = 500
 """A body that comes more slowly than this, on average, has stalled, too; as Apache's `RequestReadTimeout` has it."""
 
@@ -66,8 +68,11 @@ def current_request_id() -> str:
     return REQUEST_ID.get() or uuid4().hex
 
 
-class RootPath:
-    """ASGI middleware: takes away what a proxy has left before a path; paths without it are as good."""
+class RequestTargets:
+    """ASGI middleware: the path alone of targets that name scheme and host, too, or begin with a proxy's prefix.
+
+    Servers must take the first (absolute-form, RFC 9112, 3.2.2); of the second, paths without it are as good.
+    """
 
     def __init__(self, app: ASGIApp, *, prefix: str) -> None:
         self.app = app
@@ -75,8 +80,14 @@ class RootPath:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Pass the request on."""
-        if scope["type"] == "http" and scope["path"].startswith(f"{self.prefix}/"):
-            scope = {**scope, "path": scope["path"].removeprefix(self.prefix)}
+        if scope["type"] == "http":
+            path: str = scope["path"]
+            if not path.startswith("/") and (absolute := _ABSOLUTE.match(path)):
+                path = f"/{path[absolute.end() :].removeprefix('/')}"
+            if self.prefix and path.startswith(f"{self.prefix}/"):
+                path = path.removeprefix(self.prefix)
+            if path != scope["path"]:
+                scope = {**scope, "path": path}
         return self.app(scope, receive, send)
 
 
