@@ -17,7 +17,7 @@ from shuteye.tasks.transcribe.requests import TranscribeParams
 from shuteye.typed_frames import Decoder, encode
 
 WRONG = [
-    (EngineConfig, "dtype", "half", "'auto', 'bfloat16', 'float32'"),
+    (EngineConfig, "dtype", "half", "'auto', 'bfloat16', 'float16', 'float32'"),
     (EngineConfig, "dtype", ["float32"], "'auto'"),
     (EngineConfig, "max_num_seqs", 1.5, "an integer"),
     (EngineConfig, "max_num_seqs", 64.0, "an integer"),

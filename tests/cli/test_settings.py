@@ -40,7 +40,7 @@ from shuteye.cli.values import unread_variables
         ("[serve]\nserved-model-name = [1, 2]\n", "served-model-name in [serve] must be a text or a list of texts"),
         ("[serve]\nkv-cache-memory = [1]\n", "kv-cache-memory in [serve] must be a number of bytes, or a text"),
         ("[serve]\nkv-cache-memory = 1.5\n", "whole number"),
-        ("[serve.dtype]\nx = 1\n", "dtype in [serve] must be one of 'auto', 'bfloat16', 'float32'"),
+        ("[serve.dtype]\nx = 1\n", "dtype in [serve] must be one of 'auto', 'bfloat16', 'float16', 'float32'"),
         ("[serve]\nport = 99999\n", "port in "),
         ('[serve]\nkv-cache-memory = "3 parsec"\n', "is not a size"),
         ('[serve]\ndtype = "int3"\n', "float32"),
