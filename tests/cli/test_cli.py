@@ -130,6 +130,8 @@ def other_value(config, name):  # noqa: PLR0911
         "tool_call_parser": "mistral",
         "reasoning_parser": "qwen3",
         "otlp_traces_endpoint": "http://x",
+        "on_abort": "error",
+        "root_path": "/llm",
     }
     default = getattr(config(), name)
     if name in special:
