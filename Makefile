@@ -53,7 +53,7 @@ test-latest: ## Run the tests on today's newest versions instead of the locked o
 test-slow: bytecode ## Run the tests that take minutes.
 	$(VENV)/bin/python -m pytest -m 'slow and not gpu and not clients and not ray' $(ARGS)
 
-test-clients: setup ## Run litellm and lm-eval against the server, in environments of their own.
+test-clients: setup ## Run the clients that people use against the server, in environments of their own.
 	tools/clients.sh '$(VENV)' "$${SHUTEYE_TEST_CLIENTS:-$$HOME/.cache/shuteye/clients}"
 	$(VENV)/bin/python -m pytest -m clients $(ARGS)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates virtual environments for clients that are not in .venv: anthropic, litellm and lm-eval. Called by `make test-clients`.
+# Creates environments for clients too heavy for .venv, of Python and of node. Called by `make test-clients`.
 # usage: tools/clients.sh VENV DIRECTORY      VENV is the project's; DIRECTORY gets one environment per client.
 set -euo pipefail
 
@@ -7,6 +7,11 @@ set -euo pipefail
 # 1.82.7 and 1.82.8 (March 2026) were malicious, and so, later, was 1.107.0; 1.82.6 is the release known to be clean.
 litellm=('litellm==1.82.6' 'openai<3')
 anthropic=('anthropic==2.15.0')
+openai_agents=('openai-agents==0.24.0')
+langchain=('langchain-openai==1.7.4' 'langchain-core==1.8.3')
+pydantic_ai=('pydantic-ai-slim[openai]==2.68.0')
+instructor=('instructor==1.17.0')
+npm=('openai@6.49.0' 'ai@6.0.326' '@ai-sdk/openai@3.0.141')
 lm_eval=('lm-eval[api]==0.4.13' 'peft')
 
 project=$(cd "$1" && pwd)
@@ -42,4 +47,19 @@ if environment lm-eval "${lm_eval[*]}"; then
     packages=$("$project/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     echo "$packages" > "$("$directory/lm-eval/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
     install lm-eval "${lm_eval[@]}"
+fi
+
+for client in openai-agents langchain pydantic-ai instructor; do
+    declare -n wanted=${client//-/_}
+    if environment "$client" "${wanted[*]}"; then
+        install "$client" "${wanted[@]}"
+    fi
+done
+
+if [[ "$(cat "$directory/npm/.made-from" 2>/dev/null)" != "${npm[*]}" ]]; then
+    rm -rf "$directory/npm"
+    mkdir "$directory/npm"
+    (cd "$directory/npm" && npm init --yes > /dev/null && npm install --silent --no-audit --no-fund "${npm[@]}")
+    echo "${npm[*]}" > "$directory/npm/.made-from"
+    echo "Set up npm in $directory/npm."
 fi

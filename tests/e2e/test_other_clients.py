@@ -1,7 +1,8 @@
-"""anthropic, litellm and lm-eval, each unmodified in its own environment, on the real model (`make test-clients`)."""
+"""Clients that people use, unmodified, in environments of their own, against the real model (`make test-clients`)."""
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -21,8 +22,13 @@ def run(client, script, *arguments):
     """The last line that `script` prints, as JSON, run by the interpreter of `client`'s environment."""
     python = ENVIRONMENTS / client / "bin" / "python"
     assert python.exists(), f"{python} is missing; `make test-clients` sets it up"
+    return said_by([python, HELPERS / script, *map(str, arguments)])
+
+
+def said_by(command):
+    """The last line that a command prints, as JSON."""
     done = subprocess.run(
-        [python, HELPERS / script, *map(str, arguments)],
+        command,
         capture_output=True,
         text=True,
         timeout=500,
@@ -125,6 +131,88 @@ class TestLiteLLM:
         for ours, theirs in zip(found["vectors"], expected, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-6)
         assert found["tokens"] == asked["usage"]["prompt_tokens"]
+
+
+ANSWER = "The answer is 4."
+"""What the real model says to the one question that all of these ask."""
+
+ACROSS_A_SLEEP = {"asleep": 503, "after": ANSWER}
+
+
+def test_openai_agents(real):
+    """Fields of the agents SDK that are refused, events it cannot follow, or a sleep that passes for an answer."""
+    found = run("openai-agents", "with_openai_agents.py", real.url, real.model)
+    assert found.keys() == {"chat completions", "responses"}
+    for kind in found.values():
+        tool = kind.pop("tool")
+        assert tool in {"deep:sea", "deep:river"}
+        assert kind == {
+            "chat": ANSWER,
+            "stream": {"text": ANSWER, "events": True},
+            "structured": "Place",
+            **ACROSS_A_SLEEP,
+        }
+
+
+def test_langchain(real):
+    """Structure or calls that langchain does not find where it looks for them."""
+    found = run("langchain", "with_langchain.py", real.url, real.model)
+    assert found.keys() == {"chat completions", "responses"}
+    for kind in found.values():
+        assert min(kind.pop("usage")) > 0
+        assert kind == {
+            "chat": ANSWER,
+            "stream": ANSWER,
+            "tool": ["depth_of", ["place"]],
+            "json_schema": "Place",
+            "function_calling": "Place",
+            **ACROSS_A_SLEEP,
+        }
+
+
+def test_pydantic_ai(real):
+    """Output by a tool or by the schema that pydantic-ai has to ask for again, and again."""
+    found = run("pydantic-ai", "with_pydantic_ai.py", real.url, real.model)
+    assert found.keys() == {"chat completions", "responses"}
+    for kind in found.values():
+        assert kind == {
+            "chat": ANSWER,
+            "stream": ANSWER,
+            "ToolOutput": "Place",
+            "NativeOutput": "Place",
+            **ACROSS_A_SLEEP,
+        }
+
+
+def test_instructor(real):
+    """A mode of instructor's that is refused, or an answer that does not fit the model it was asked for."""
+    found = run("instructor", "with_instructor.py", real.url, real.model)
+    assert found == {
+        "TOOLS": "Place",
+        "JSON_SCHEMA": "Place",
+        "partial": ["kind", "salty"],
+        "asleep": True,
+        "after": "Place",
+    }
+
+
+def test_the_npm_clients(real):
+    """Answers that only Python's clients read."""
+    directory, node = ENVIRONMENTS / "npm", shutil.which("node")
+    assert node, "node is missing: install it from the distribution"
+    assert (directory / "node_modules").exists(), f"{directory} is missing; `make test-clients` sets it up"
+    script = directory / "with_npm.mjs"  # node looks for packages beside the script
+    shutil.copy(HELPERS / script.name, script)
+    found = said_by([node, script, real.url, real.model])
+    assert found.keys() == {"openai", "ai chat", "ai responses"}
+    for kind in found.values():
+        assert kind == {
+            "chat": ANSWER,
+            "stream": ANSWER,
+            "tool": ["depth_of", ["kind", "salty"]],
+            "structured": ["kind", "salty"],
+            **ACROSS_A_SLEEP,
+        }
 
 
 class TestLMEval:

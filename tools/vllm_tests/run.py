@@ -64,7 +64,9 @@ def make_heads(links: Path) -> None:
     if not (links / "cross-encoder").exists():
         tiny_encoder(links / "cross-encoder", task="score")
     if not (links / "classifier").exists():
-        path = tiny_encoder(links / "classifier", task="classify", id2label={0: "Default", 1: "Spoiled"})
+        path = tiny_encoder(
+            links / "classifier", task="classify", vocab_size=34_000, id2label={0: "Default", 1: "Spoiled"}
+        )
         settings = json.loads((path / "tokenizer_config.json").read_text())
         (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHAT_TEMPLATE}))
 

@@ -117,8 +117,9 @@ class PoolScheduler(TaskScheduler):
             raise InvalidRequest(f"Input {index} must not be empty: it has no tokens.", param="input")
         if num_tokens > self._max_model_len:
             raise PromptTooLong(
-                f"Input {index} has {num_tokens} tokens, but this model's context is {self._max_model_len} tokens. "
-                "Shorten it, or have it cut with truncate_prompt_tokens=-1.",
+                f"This model's maximum context length is {self._max_model_len} tokens. However, input {index} has "
+                f"{num_tokens} tokens. Please reduce the length of the input prompt, or have it cut with "
+                "truncate_prompt_tokens=-1.",
                 param="input",
             )
 

@@ -17,6 +17,10 @@ _FILES = Path(os.environ["SHUTEYE_TEST_MODELS"])
 """A directory with the tokenizer of each model that is served, under its alias."""
 
 
+class HfRunner:
+    """Only named by other modules, in annotations."""
+
+
 class LocalAssetServer:
     """Serves vLLM's images and videos, which are not in its source distribution."""
 
