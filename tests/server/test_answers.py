@@ -46,6 +46,8 @@ def test_the_document_knows_every_table_row():
         ("/v1/chat/completions", {"prompt_logprobs": 1}),
         ("/v1/completions", {"logprobs": 1, "echo": True, "return_token_ids": True}),
         ("/v1/completions", {"prompt_logprobs": 1}),
+        ("/v1/responses", {"include": ["message.output_text.logprobs"], "enable_response_messages": True}),
+        ("/v1/messages", {"system": "Be brief.", "stop_sequences": ["use"]}),
         ("/tokenize", {"return_token_strs": True}),
     ],
 )

@@ -334,6 +334,21 @@ def test_every_error_has_anthropics_shape(make_engine, client_of):
     assert "type" not in client.post("/v1/chat/completions", json={}, headers=key).json()
 
 
+def test_a_waking_transport_sees_that_the_model_sleeps(client):
+    """Anthropic's client left with the 503 of a model that its transport is there to wake."""
+    from shuteye.client.answers import is_sleeping
+
+    body = {"messages": HI, "max_tokens": 1}
+    client.post("/sleep")
+    asleep = client.post("/v1/messages", json=body)
+    assert is_sleeping(asleep.status_code, asleep.content)
+    client.post("/wake_up")
+    client.post("/pause?mode=abort")
+    paused = client.post("/v1/messages", json=body)
+    assert paused.status_code == 503
+    assert not is_sleeping(paused.status_code, paused.content)
+
+
 def test_a_key_in_anthropics_header_opens_no_other_route(make_engine, client_of):
     """A door of its own for each header that a proxy may forget to strip."""
     client = client_of(make_engine(), api_key="secret")
