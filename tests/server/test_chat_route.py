@@ -53,6 +53,16 @@ def test_the_chunk_that_tells_the_role_counts_no_tokens(client):
     assert counts == sorted(counts)
 
 
+@pytest.mark.parametrize("options", [None, {"include_usage": False}, {"include_usage": True}])
+def test_usage_is_forced_into_every_chunk(engine, client_of, options):
+    """A gateway that counts tokens by chunks, as with vLLM's flag, and finds none in some."""
+    client = client_of(engine, enable_force_include_usage=True)
+    chunks = events(client.post("/v1/chat/completions", json=ASK | {"stream": True, "stream_options": options}))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-2:], chunks[-1]["choices"]) == (0, [4, 4], [])
+
+
 def test_stream_says_the_same_as_the_whole_answer(client):
     """Lost or doubled text in a stream."""
     ask = ASK | {"max_tokens": 30}

@@ -158,7 +158,9 @@ SERVER_FLAGS = {
         "Answer 400 to a request body with a field that nobody here knows; else such fields are left out, logged, and "
         "named in the answer's X-Ignored-Fields."
     ),
-    "enable_force_include_usage": Flag("Streams tell how many tokens they took, also those that were not asked to."),
+    "enable_force_include_usage": Flag(
+        "Every chunk of a stream tells how many tokens it took so far, asked to or not."
+    ),
     "return_tokens_as_token_ids": Flag("Log-probabilities name tokens as token_id:N, also where it was not asked for."),
     "metrics_prefix": Flag("Names of metrics: shuteye_…, vllm:… for dashboards made for vLLM, or each metric twice."),
     "max_header_count": Flag("More request headers are answered with 431."),

@@ -55,7 +55,7 @@ class ServerConfig:
         shutdown_grace_s: how long running requests may go on after the first signal.
         on_abort: what requests get that a sleep, a pause or an operator ends: what there is of them, or a 503.
         strict_fields: a body's unknown field is answered with 400, instead of being left out.
-        enable_force_include_usage: streams tell how many tokens they took, whether asked to or not.
+        enable_force_include_usage: every chunk of a stream tells how many tokens it took so far, asked to or not.
         return_tokens_as_token_ids: log-probabilities name tokens by their ids, whether asked to or not.
         metrics_prefix: metrics are named `shuteye_…`, `vllm:…` or both.
         log_requests: a line for every request that was served, without its text.

@@ -302,8 +302,10 @@ class GenerationBody(StructureFields):
 
     def usage_in(self, config: ServerConfig) -> Literal["no chunk", "last chunk", "every chunk"]:
         """Where a stream is to tell how many tokens it took."""
+        if config.enable_force_include_usage:
+            return "every chunk"
         options = self.stream_options or StreamOptions()
-        if not options.include_usage and not config.enable_force_include_usage:
+        if not options.include_usage:
             return "no chunk"
         return "every chunk" if options.continuous_usage_stats else "last chunk"
 
