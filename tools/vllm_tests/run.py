@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tomllib
 import xml.etree.ElementTree as ET
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -135,18 +136,27 @@ def explained(name: str, result: Result, reasons: list[dict[str, str]]) -> tuple
     return counts, list(dict.fromkeys(others))
 
 
-def table(results: dict[str, Result], reasons: list[dict[str, str]]) -> str:
-    """The rows of the page."""
-    lines = ["| file below tests/entrypoints | passed | failed | why |", "|---|---|---|---|"]
-    for name, result in results.items():
-        counts, others = explained(name, result, reasons)
-        why = [f"{count} × {reason}" for reason, count in counts.items()]
-        why += [f"open: {one}" for one in others]
-        cell = "; ".join(why).replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {name} | {result.passed} | {len(result.failed)} | {cell} |")
-    passed, failed = (sum(map(count, results.values())) for count in (lambda r: r.passed, lambda r: len(r.failed)))
-    lines.append(f"| all | {passed} | {failed} | |")
-    return "\n".join(lines)
+def row(name: str, result: Result, reasons: list[dict[str, str]]) -> str:
+    """What came of a file, and why."""
+    counts, others = explained(name, result, reasons)
+    why = [f"{count} × {reason}" for reason, count in counts.items()]
+    why += [f"open: {one}" for one in others]
+    cell = "; ".join(why).replace("|", "\\|").replace("\n", " ")
+    return f"| {name} | {result.passed} | {len(result.failed)} | {cell} |"
+
+
+def rows_of(page: str) -> dict[str, str]:
+    """The rows that a page has already, by file: other machines may have run those."""
+    lines = [line for line in page.splitlines() if re.match(r"\| \S+\.py \|", line)]
+    return {line.split()[1]: line for line in lines}
+
+
+def table(rows: Iterable[str]) -> str:
+    """The rows of the page, and their sums."""
+    lines = list(rows)
+    passed, failed = (sum(int(line.split(" | ")[column]) for line in lines) for column in (1, 2))
+    head = ["| file below tests/entrypoints | passed | failed | why |", "|---|---|---|---|"]
+    return "\n".join([*head, *lines, f"| all | {passed} | {failed} | |"])
 
 
 def main() -> None:
@@ -164,7 +174,8 @@ def main() -> None:
     page = PAGE.read_text()
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    made = table({name: known[name] for name in wanted if name in known}, reasons)
+    rows = rows_of(rest) | {name: row(name, result, reasons) for name, result in known.items()}
+    made = table(rows[name] for name in wanted if name in rows)
     PAGE.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}")
 
 
