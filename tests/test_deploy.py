@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from shuteye.cli.serve import variables
 
@@ -46,6 +47,20 @@ def test_the_container_has_what_the_build_needs():
     }
     allowed = re.findall(r"^!(\S+)$", (DEPLOY / "Dockerfile.dockerignore").read_text(), re.MULTILINE)
     assert copied == needed == {*allowed}
+
+
+def test_the_container_gets_the_locked_versions_for_its_python():
+    """Catches a lock of several Pythons whose versions, without their conditions, contradict each other."""
+    command = re.search(r"(sed -En '.+') requirements/lock\.txt", (DEPLOY / "Dockerfile").read_text())
+    lock = ROOT / "requirements" / "lock.txt"
+    done = subprocess.run(["sh", "-c", f"{command[1]} {lock}"], capture_output=True, text=True, check=True)
+    constraints = [Requirement(line) for line in done.stdout.splitlines()]
+    assert len(constraints) == len(re.findall(r"^[A-Za-z0-9._-]+==", lock.read_text(), re.MULTILINE))
+    for version in ("3.11", "3.12"):
+        python = {"python_version": version, "python_full_version": f"{version}.0"}
+        names = [one.name for one in constraints if one.marker is None or one.marker.evaluate(python)]
+        assert len(names) == len({*names})
+        assert "numpy" in names
 
 
 def test_the_composed_service_stops_in_its_own_time():
