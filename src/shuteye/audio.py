@@ -103,7 +103,8 @@ def _blocks(file: bytes, max_seconds: float | None) -> Iterator[np.ndarray[Any, 
             yield resampler.resample_chunk(np.empty(0, dtype=np.float32), last=True)
     except soundfile.LibsndfileError as error:
         raise InvalidRequest(
-            f"The audio file cannot be read ({error.error_string}); readable are {READABLE}.", param="file"
+            f"Invalid or corrupted audio data: it cannot be read ({error.error_string}); readable are {READABLE}.",
+            param="file",
         ) from error
     except RuntimeError as error:  # soxr's; of rates that it cannot bring together
         raise InvalidRequest(f"The audio file cannot be resampled ({error}).", param="file") from error
