@@ -27,6 +27,7 @@ _DROPPED = {  # flags that change how vLLM computes, or turn on what shuteye alw
     "--enable-request-id-headers": 0,
     "--show-hidden-metrics-for-version": 1, "--enable-server-load-tracking": 0, "--dtype": 1,
     "--tokenizer-mode": 1, "--config-format": 1, "--hf-overrides": 1, "--chat-template": 1, "--enable-scale-out": 0,
+    "--enable-per-request-metrics": 0,
     "--enable-lora": 0, "--lora-modules": 1, "--max-lora-rank": 1, "--max-cpu-loras": 1,
 }  # fmt: skip
 

@@ -32,6 +32,30 @@ def _as_blocks(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+class TextBlock(BaseModel):
+    """A block where there is only text: in `system`, and in what a tool gave."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, block: Any) -> Any:
+        if not isinstance(block, Mapping):
+            return block
+        kind = block.get("type")
+        if isinstance(kind, str) and kind != "text":
+            raise InvalidRequest(
+                f"Content of type '{kind}' is not supported here: this model reads text only.", param="messages"
+            )
+        return {name: value for name, value in block.items() if name not in _SAYS_NOTHING}
+
+
+TextBlocks = Annotated[Many[TextBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock])]
+
+
 class Block(BaseModel):
     """A part of a turn: words, earlier thinking, a call, or its result."""
 
@@ -46,7 +70,7 @@ class Block(BaseModel):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: Annotated[Many[TextBlock], BeforeValidator(_as_blocks)] | None = None
+    content: TextBlocks | None = None
     is_error: bool | None = None
 
     @model_validator(mode="before")
@@ -74,37 +98,13 @@ class Block(BaseModel):
         return self
 
 
-class TextBlock(BaseModel):
-    """A block where there is only text: in `system`, and in what a tool gave."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["text"]
-    text: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_text(cls, block: Any) -> Any:
-        if not isinstance(block, Mapping):
-            return block
-        kind = block.get("type")
-        if isinstance(kind, str) and kind != "text":
-            raise InvalidRequest(
-                f"Content of type '{kind}' is not supported here: this model reads text only.", param="messages"
-            )
-        return {name: value for name, value in block.items() if name not in _SAYS_NOTHING}
-
-
-TextBlocks = Annotated[Many[TextBlock], BeforeValidator(_as_blocks)]
-
-
 class Turn(BaseModel):
     """What one side said."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[Many[Block], BeforeValidator(_as_blocks)]
+    content: Annotated[Many[Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block])]
 
     @model_validator(mode="after")
     def _blocks_are_of_their_side(self) -> Turn:
@@ -192,6 +192,3 @@ def _append_said(messages: list[dict[str, Any]], block: Block) -> None:
 
 def _joined(blocks: Sequence[TextBlock]) -> str:
     return "\n".join(block.text for block in blocks)
-
-
-Block.model_rebuild()

@@ -29,7 +29,7 @@ def _as_parts(content: Any) -> Any:
     return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
 
 
-Parts = Annotated[Many[Part], BeforeValidator(_as_parts)]
+Parts = Annotated[Many[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])]
 
 
 class Item(BaseModel):
