@@ -126,7 +126,7 @@ class PoolInputs:
         if wanted is not None and wanted > context:
             raise InvalidRequest(
                 f"truncate_prompt_tokens is {wanted}, but this model's context is {context} tokens. Please request a "
-                "smaller truncation size; -1 cuts to that.",
+                "smaller truncation size. -1 cuts to the context.",
                 param="truncate_prompt_tokens",
             )
         return context if wanted == -1 else wanted
