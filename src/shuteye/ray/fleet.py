@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import msgspec
@@ -199,9 +200,18 @@ def _first_other_than(usual: str, found: Sequence[str]) -> str:
     return next((value for value in found if value != usual), usual)
 
 
-def _summed(numbers: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    names = dict.fromkeys(name for one in numbers for name in one)
-    return {name: sum(one.get(name, 0) for one in numbers) for name in names}
+def _summed(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = dict.fromkeys(name for one in each for name in one)
+    return {name: _sum([one[name] for one in each if name in one]) for name in names}
+
+
+def _sum(values: Sequence[Any]) -> Any:
+    """Of numbers, of lists of them place by place, or of what has such by name."""
+    if isinstance(values[0], Mapping):
+        return _summed(values)
+    if isinstance(values[0], list):
+        return [sum(column) for column in zip_longest(*values, fillvalue=0)]
+    return sum(values)
 
 
 def _summed_state(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
