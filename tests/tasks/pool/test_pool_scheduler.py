@@ -130,7 +130,7 @@ def test_a_failed_step_ends_the_requests_it_was_for():
     [
         (request("r", []), InvalidRequest, "input must not be empty"),
         (request("r", [3, 0]), InvalidRequest, "Input 1 must not be empty"),
-        (request("r", [3, CONTEXT + 1]), PromptTooLong, "Input 1 has 101 tokens"),
+        (request("r", [3, CONTEXT + 1]), PromptTooLong, "input 1 has 101 tokens"),
         (request("r", [3], dimensions=3), InvalidRequest, "dimensions must be 2, 4, got 3"),
         (request("used", [3]), InvalidRequest, "in use"),
     ],
