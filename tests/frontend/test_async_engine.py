@@ -396,6 +396,7 @@ VERBS = {
     "generate": lambda engine: first_of(engine.generate(PROMPT, GREEDY)),
     "transcribe": lambda engine: first_of(engine.transcribe(b"\0" * 4)),
     "embed": lambda engine: engine.embed(["a"]),
+    "classify": lambda engine: engine.classify(["a"]),
     "score": lambda engine: engine.score("a", "b"),
     "sleep": lambda engine: engine.sleep(),
     "wake_up": lambda engine: engine.wake_up(),

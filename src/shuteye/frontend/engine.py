@@ -255,6 +255,7 @@ class Engine(KnownEngine, AsyncControls):
         add_special_tokens: bool = True,
     ) -> list[ClassificationRequestOutput]:
         """The classes of every prompt, in their order. A cross-encoder has one, what it would score."""
+        self._require_no_failure()
         if self.info.task not in {"classify", "score"}:
             raise InvalidRequest(f"{self.info.model!r} is a model for the task {self.info.task!r}; it has no classes.")
         params = PoolingParams() if params is None else params
@@ -279,9 +280,15 @@ class Engine(KnownEngine, AsyncControls):
 
         A cross-encoder reads both texts at once; for an embedding model it is the cosine of their embeddings.
         """
+        self._require_no_failure()
         maker = PoolInputs(self.tokenizer, self.info, PoolingParams() if params is None else params)
         job = await encoded([*as_list(queries), *as_list(documents)], lambda: score_job(maker, queries, documents))
         return job.scores(await self._pooled(PoolingJob(job.inputs, job.params), request_id))
+
+    def _require_no_failure(self) -> None:
+        """An engine that is gone says so, and not what its model could not do."""
+        if self.failure is not None:
+            raise self.failure
 
     async def _pooled(self, job: PoolingJob, request_id: str | None) -> PooledOutput:
         async with aclosing(self.stream(job, request_id=request_id)) as outputs:
