@@ -3,6 +3,8 @@
 import pytest
 from http_answers import error, events
 
+from shuteye.tasks.generate.logprob_limits import MAX_WIDE_LOGPROBS
+
 CHAT = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 2, "logprobs": True}
 TEXT = {"prompt": "abc", "max_tokens": 2, "logprobs": 1}
 
@@ -37,7 +39,7 @@ def test_the_whole_vocabulary_is_asked_for_by_minus_one_where_it_is_allowed(clie
 def test_all_prompts_of_a_request_count_together(open_client):
     """A thousand prompts in one body, each of which is within the bound."""
     client, engine = open_client
-    most = (1 << 20) // (engine.info.vocab_size + 1)
+    most = MAX_WIDE_LOGPROBS // (engine.info.vocab_size + 1)
     body = {"prompt": ["abcd"] * (most // 4 + 1), "max_tokens": 1, "prompt_logprobs": -1}
     assert error(client.post("/v1/completions", json=body))["param"] == "prompt_logprobs"
     body["prompt"] = body["prompt"][:10]

@@ -12,7 +12,7 @@ from shuteye.tasks.generate.requests import WHOLE_VOCABULARY, SamplingParams
 NARROW = MAX_LOGPROBS
 """Alternatives per token that cost little beside the model's own step."""
 
-MAX_WIDE_LOGPROBS = 1 << 20
+MAX_WIDE_LOGPROBS = 1 << 21
 """Log-probabilities of a request that wants more than `NARROW` a token, over its prompts and all that it generates."""
 
 MAX_LOGPROBS_PER_STEP = 1 << 16
