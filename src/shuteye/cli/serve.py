@@ -75,7 +75,7 @@ ENGINE_FLAGS = {
     ),
     "max_logprobs": Flag(
         "Most log-probabilities per token that a request may ask for; -1 allows the whole vocabulary, which takes the "
-        "server some tenths of a second for each token. One request gets about a million at most beyond 20 a token."
+        "server some tenths of a second for each token. One request gets about two million at most beyond 20 a token."
     ),
     "max_grammar_bytes": Flag(
         "Longest schema, expression, grammar or list of choices of a request; a longer one is answered with 400.",

@@ -24,12 +24,12 @@ def test_the_whole_vocabulary_is_for_engines_that_allow_it(field):
 @pytest.mark.parametrize(
     ("params", "tokens", "prompts", "param"),
     [
-        ({"logprobs": -1, "max_tokens": 1100}, 1, 1, "logprobs"),
+        ({"logprobs": -1, "max_tokens": 2200}, 1, 1, "logprobs"),
         ({"logprobs": -1, "max_tokens": None}, 1, 1, "logprobs"),
-        ({"logprobs": -1, "max_tokens": 110, "n": 10}, 1, 1, "logprobs"),
-        ({"logprobs": -1, "max_tokens": 110}, 1, 10, "logprobs"),
-        ({"prompt_logprobs": -1}, 1100, 1, "prompt_logprobs"),
-        ({"prompt_logprobs": -1, "logprobs": 25, "max_tokens": 100}, 1100, 1, "prompt_logprobs"),
+        ({"logprobs": -1, "max_tokens": 220, "n": 10}, 1, 1, "logprobs"),
+        ({"logprobs": -1, "max_tokens": 220}, 1, 10, "logprobs"),
+        ({"prompt_logprobs": -1}, 2200, 1, "prompt_logprobs"),
+        ({"prompt_logprobs": -1, "logprobs": 25, "max_tokens": 100}, 2200, 1, "prompt_logprobs"),
     ],
 )
 def test_what_all_tokens_come_to_is_bounded(params, tokens, prompts, param):
