@@ -3,6 +3,7 @@
 import copy
 import functools
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,14 @@ def convert_here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(converter, "make_apart", converter.make)
         yield
+
+
+@pytest.fixture
+def temporary(monkeypatch):
+    """Where temporary files go, by a name that is short enough for a socket wherever the tests keep theirs."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        yield Path(directory)
 
 
 @pytest.fixture(scope="session")

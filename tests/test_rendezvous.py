@@ -21,10 +21,8 @@ time.sleep(60)
 
 
 @pytest.fixture
-def directory(tmp_path, monkeypatch):
-    """Where temporary files go."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
+def directory(temporary):
+    return temporary
 
 
 def holder(directory):

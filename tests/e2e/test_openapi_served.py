@@ -52,11 +52,12 @@ def schema_of(document):
 def operations(server, *, control):
     """All operations of the server's document; of control routes only, or of the others.
 
-    Routes that render take the bodies of those that generate, read by the same code, and are left out.
+    Routes that render take the bodies of those that generate, read by the same code, and are left out; so is the one
+    that ends the server.
     """
     schema = schema_of(server.get("/openapi.json").text)
     found = [operation.ok() for operation in schema.get_all_operations()]
-    found = [operation for operation in found if not operation.path.endswith("/render")]
+    found = [operation for operation in found if not operation.path.endswith(("/render", "/shutdown"))]
     return [operation for operation in found if is_control(operation) == control]
 
 

@@ -145,7 +145,7 @@ def test_models_that_embed_or_transcribe_are_refused_before_any_rank_starts(
 ):
     """Would catch processes that are started to find out, and copies that nobody asked for."""
     monkeypatch.setattr(LocalLauncher, "start", None)
-    which = {tiny_encoder: "Models that embed or score are", tiny_speech_model: "Whisper models are"}[make]
+    which = {tiny_encoder: "Models that embed, score or classify are", tiny_speech_model: "Whisper models are"}[make]
     with pytest.raises(UnsupportedModel, match=f"{which} served by one rank only") as refusal:
         LLM(**options | {"model": str(make(tmp_path / "model"))}, **sizes)
     assert refusal.value.param in sizes

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from descriptor_limits import none_left
@@ -77,14 +76,6 @@ def test_a_process_that_runs_already_is_taken_once_and_another_at_a_restart(conf
     process.tell(encode(EngineStart(config, LogSettings())))
     asyncio.run(scenario())
     process.close()
-
-
-@pytest.fixture
-def temporary(monkeypatch):
-    """Where temporary files go, by a name that is short enough for a socket wherever the tests keep theirs."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
-        monkeypatch.setattr(tempfile, "tempdir", directory)
-        yield Path(directory)
 
 
 async def until(condition, what):

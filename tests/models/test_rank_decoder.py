@@ -222,7 +222,7 @@ def test_a_written_part_is_seen_as_the_whole_tensor_is(checkpoint, load, load_ra
         (lambda path: tiny_model(path, **NINE_ON_THREE), (4, 1), "tensor_parallel_size", "3 KV heads"),
         (tiny_model, (1, 3), "pipeline_parallel_size", "2 layers"),
         (lambda path: tiny_model(path, architecture="gpt2"), (2, 1), "tensor_parallel_size", "'gpt2'"),
-        (tiny_encoder, (1, 2), "pipeline_parallel_size", "embed or score"),
+        (tiny_encoder, (1, 2), "pipeline_parallel_size", "embed, score or classify"),
         (tiny_speech_model, (2, 1), "tensor_parallel_size", "Whisper"),
     ],
     ids=["groups", "layers", "not planned", "encoder", "speech"],
