@@ -114,7 +114,7 @@ def by_llama_cpp(checkpoint: Checkpoint, pieces: Sequence[list[int]], level: str
     with tempfile.TemporaryDirectory() as directory:
         text, logits = Path(directory) / "text.txt", Path(directory) / "logits"
         text.write_text(fixed_text(), encoding="utf-8")
-        sizes = ["-c", str(WINDOW), "-b", str(WINDOW), "--chunks", str(len(pieces)), "-t", "2"]
+        sizes = ["--no-escape", "-c", str(WINDOW), "-b", str(WINDOW), "--chunks", str(len(pieces)), "-t", "2"]
         command = [str(perplexity), "-m", str(checkpoint.gguf), "-f", str(text), *sizes]
         command += ["--kl-divergence-base", str(logits)]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
