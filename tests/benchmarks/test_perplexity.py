@@ -70,8 +70,11 @@ def test_logits_of_llama_perplexity_are_read_as_it_writes_them(tmp_path):
     found = perplexity.read_logits(tmp_path / "logits", pieces)
     assert np.isnan(found[:, :2]).all()
     assert found[:, 2].tolist() == [0.5 * 200 - 200, 0.5 * 8 - 200]
+    found = perplexity.read_logits(tmp_path / "logits", [[0, 1, 2, 1], [2, 2, 0, 2]])
+    assert found[0, 2] == 0.5 * 200 - 200
+    assert np.isnan(found[1]).all()
     with pytest.raises(SystemExit, match="other tokens"):
-        perplexity.read_logits(tmp_path / "logits", [[0, 1, 2, 1], [2, 2, 0, 2]])
+        perplexity.read_logits(tmp_path / "logits", [[0, 1, 2, 2], [2, 2, 0, 2]])
 
 
 def test_figures_of_one_format_are_kept_beside_those_of_others(tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ if [[ "$(cat "$directory/venv/.made-from" 2>/dev/null)" != "$made_from" ]]; then
     "$directory/venv/bin/python" -m pip install --quiet "${build[@]}"
     echo "$made_from" > "$directory/venv/.made-from"
 fi
+purelib "$project" > "$(purelib "$directory/venv")/project.pth" # each time: the project's may be another than last time
 
 archive="$directory/vllm-$version.tar.gz"
 if [[ ! -e "$archive" ]]; then
