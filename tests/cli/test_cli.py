@@ -104,6 +104,13 @@ class TestServe:
         monkeypatch.setenv(name, "0")
         assert not served()[1].dev_mode
 
+    def test_the_key_of_vllms_variable_is_required(self, served, monkeypatch):
+        """Catches a server that stands in for vLLM's, and is open to everyone where that was not."""
+        monkeypatch.setenv("VLLM_API_KEY", "theirs")
+        assert served()[1].api_key == "theirs"
+        monkeypatch.setenv("SHUTEYE_API_KEY", "ours")
+        assert served()[1].api_key == "ours"
+
     def test_our_variable_beats_that_of_vllm(self, served, monkeypatch):
         """Catches a stray VLLM_ variable opening control routes that ours closed."""
         monkeypatch.setenv("SHUTEYE_SERVER_DEV_MODE", "0")

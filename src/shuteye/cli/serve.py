@@ -118,7 +118,9 @@ SERVER_FLAGS = {
     "port": Flag("Port to listen on. 0 lets the system choose."),
     "uds": Flag("Listen on a Unix domain socket at this path, and on no port."),
     "root_path": Flag("What a proxy puts before every path, such as /llm; requests are answered with and without it."),
-    "api_key": Flag("Required of inference requests, as Authorization: Bearer."),
+    "api_key": Flag(
+        "Required of inference requests, as Authorization: Bearer.", env=("SHUTEYE_API_KEY", "VLLM_API_KEY")
+    ),
     "admin_api_key": Flag("Required on control routes, and turns them on. It opens inference routes too."),
     "dev_mode": Flag(
         "Control routes without a key. For development: anyone who can reach the port can put the model to sleep.",
