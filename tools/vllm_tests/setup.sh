@@ -25,13 +25,14 @@ made_from="$version ${packages[*]} ${without_dependencies[*]} ${build[*]}"
 if [[ "$(cat "$directory/venv/.made-from" 2>/dev/null)" != "$made_from" ]]; then
     rm -rf "$directory/venv"
     "$project/bin/python" -m venv "$directory/venv"
-    purelib "$project" > "$(purelib "$directory/venv")/project.pth"
+fi
+purelib "$project" > "$(purelib "$directory/venv")/project.pth" # each time: the project's may be another than last time
+if [[ ! -e "$directory/venv/.made-from" ]]; then
     "$directory/venv/bin/python" -m pip install --quiet "${packages[@]}"
     "$directory/venv/bin/python" -m pip install --quiet --no-deps "${without_dependencies[@]}"
     "$directory/venv/bin/python" -m pip install --quiet "${build[@]}"
     echo "$made_from" > "$directory/venv/.made-from"
 fi
-purelib "$project" > "$(purelib "$directory/venv")/project.pth" # each time: the project's may be another than last time
 
 archive="$directory/vllm-$version.tar.gz"
 if [[ ! -e "$archive" ]]; then

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from shuteye.errors import InvalidRequest
 from shuteye.server.http.ignored_fields import ignore
-from shuteye.server.openai.fields import Many
+from shuteye.server.openai.fields import Many, refuse_other_content
 
 _SAYS_NOTHING = frozenset({"cache_control", "citations", "caller"})
 """Keys of a block that change nothing here: every prefix is cached as it is, and who called a tool is its caller."""
@@ -78,11 +78,7 @@ class Block(BaseModel):
     def _only_what_can_be_read(cls, block: Any) -> Any:
         if not isinstance(block, Mapping):
             return block
-        kind = block.get("type")
-        if isinstance(kind, str) and kind not in _NEEDED:
-            raise InvalidRequest(
-                f"Content of type '{kind}' is not supported: this model reads text only.", param="messages"
-            )
+        refuse_other_content(block, known=_NEEDED, param="messages")
         return {name: value for name, value in block.items() if name not in _SAYS_NOTHING}
 
     @model_validator(mode="after")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Iterator
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import uuid4
@@ -15,7 +14,7 @@ from msgspec import Struct
 from shuteye.errors import InternalError, RequestAborted, ShuteyeError
 from shuteye.server.anthropic.errors import error_event
 from shuteye.server.context import ServerContext
-from shuteye.server.generation.run import Job, PromptOutput, first_of, run
+from shuteye.server.generation.run import Job, PromptOutput, first_of, run, take_all
 from shuteye.server.http.answers import JsonAnswer, encode_json
 from shuteye.server.http.events import BUG, EventStream, until_disconnect
 from shuteye.server.http.middleware import current_request_id
@@ -335,15 +334,8 @@ async def answer_message(request: Request, context: ServerContext, message: Mess
         ClientDisconnected: the client went first; the job was aborted.
         ShuteyeError: the engine refused, failed, or ended the request.
     """
-    await until_disconnect(request.receive, _collect(context, message))
+    await until_disconnect(request.receive, take_all(context, message.job, message.take))
     return JsonAnswer(message.answer, headers=_headers())
-
-
-async def _collect(context: ServerContext, message: MessageInProgress) -> None:
-    async with aclosing(run(context, message.job)) as steps:
-        async for step in steps:
-            for _event in message.take(step):
-                pass
 
 
 async def stream_message(request: Request, context: ServerContext, message: MessageInProgress) -> Response:

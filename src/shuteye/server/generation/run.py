@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -139,6 +139,14 @@ async def _pump(
         await queue.put(index)
         raise
     await queue.put(index)
+
+
+async def take_all(context: ServerContext, job: Job, take: Callable[[PromptOutput], Iterable[object]]) -> None:
+    """Have an answer take everything that is generated; the events that it makes of it are for nobody."""
+    async with aclosing(run(context, job)) as steps:
+        async for step in steps:
+            for _event in take(step):
+                pass
 
 
 async def first_of(steps: AsyncGenerator[T, None]) -> T:

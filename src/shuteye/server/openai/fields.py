@@ -8,7 +8,7 @@ found where it is compiled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -209,6 +209,17 @@ def _ignorable(name: str, value: object, *, unsupported: Mapping[str, tuple[obje
     if value is None or value in unsupported[name]:
         return True
     raise InvalidRequest(f"'{name}' is not supported by this server. Remove it from the request.", param=name)
+
+
+def refuse_other_content(part: Any, *, known: Container[str] = ("text",), param: str) -> None:
+    """Refuse a part of a kind that cannot be read, by its name; what has none is left to the model's own checks.
+
+    Raises:
+        InvalidRequest: its kind is not `known`.
+    """
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(kind, str) and kind not in known:
+        raise InvalidRequest(f"Content of type '{kind}' is not supported: this model reads text only.", param=param)
 
 
 def one_message(expected: str) -> Any:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from shuteye.errors import InvalidRequest, PromptTooLong
 from shuteye.server.http.bodies import parsed
-from shuteye.server.openai.fields import Many, one_message
+from shuteye.server.openai.fields import Many, one_message, refuse_other_content
 from shuteye.server.openai.tools import Tool, ToolCall, fallback_tool_prompt
 from shuteye.tokenizer import LONG_TEXT, Tokenizer
 
@@ -90,11 +90,7 @@ class TextPart(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _only_text(cls, part: Any) -> Any:
-        kind = part.get("type") if isinstance(part, Mapping) else "text"
-        if isinstance(kind, str) and kind != "text":
-            raise InvalidRequest(
-                f"Content of type '{kind}' is not supported: this model reads text only.", param="messages"
-            )
+        refuse_other_content(part, param="messages")
         if isinstance(part, Mapping) and "cache_control" in part:  # every prefix is cached as it is
             return {name: value for name, value in part.items() if name != "cache_control"}
         return part

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from contextlib import aclosing
 from typing import Any, ClassVar, Literal
 from uuid import uuid4
 
@@ -14,7 +13,7 @@ from msgspec import UNSET, Struct, UnsetType
 from shuteye.errors import InternalError, ShuteyeError
 from shuteye.server.context import ServerContext
 from shuteye.server.generation.answer import Usage
-from shuteye.server.generation.run import Job, PromptOutput, first_of, run
+from shuteye.server.generation.run import Job, PromptOutput, first_of, run, take_all
 from shuteye.server.http.answers import JsonAnswer, encode_json
 from shuteye.server.http.events import BUG, EventStream, until_disconnect
 from shuteye.server.openai.logprobs import ChatLogprob, TextLogprobs, TokenNames
@@ -360,15 +359,8 @@ async def answer_response(request: Request, context: ServerContext, response: Re
         ClientDisconnected: the client went first; the job was aborted.
         ShuteyeError: the engine refused or failed.
     """
-    await until_disconnect(request.receive, _collect(context, response))
+    await until_disconnect(request.receive, take_all(context, response.job, response.take))
     return JsonAnswer(response.answer)
-
-
-async def _collect(context: ServerContext, response: ResponseInProgress) -> None:
-    async with aclosing(run(context, response.job)) as steps:
-        async for step in steps:
-            for _event in response.take(step):
-                pass
 
 
 async def stream_response(request: Request, context: ServerContext, response: ResponseInProgress) -> Response:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -15,7 +15,7 @@ from shuteye.server.context import Context, ServerContext
 from shuteye.server.generation.answer import new_request_id
 from shuteye.server.http.admission import ModelRoute, needs_task, require_characters, require_sequences
 from shuteye.server.http.answers import JsonAnswer
-from shuteye.server.openai.fields import Many, one_message
+from shuteye.server.openai.fields import Many, one_message, refuse_other_content
 from shuteye.server.openai.pooling import PoolingFields, PoolingUsage, computed, usage_of
 from shuteye.tasks.pool.requests import PoolingParams, ScoringRequestOutput
 
@@ -31,11 +31,7 @@ class ContentPart(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _only_text(cls, part: Any) -> Any:
-        kind = part.get("type") if isinstance(part, Mapping) else "text"
-        if isinstance(kind, str) and kind != "text":
-            raise InvalidRequest(
-                f"Content of type '{kind}' is not supported: this model reads text only.", param="content"
-            )
+        refuse_other_content(part, param="content")
         return part
 
 
