@@ -14,7 +14,7 @@ from pathlib import Path
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "cli.md"
 COMMANDS = (
     *("", "serve", "chat", "pull", "sleep", "wake", "pause", "resume", "reload", "update", "restart", "ps", "bench"),
-    *("images", "images ls", "images rm", "images verify"),
+    *("images", "images ls", "images rm", "images verify", "fleet", "fleet simulate"),
 )
 _ASK_ALL = """
 import sys

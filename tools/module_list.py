@@ -34,6 +34,7 @@ LAYERS = {
             "audio",
         ),
     ),
+    "fleet/: which of many models are awake; pure": ("fleet",),
     "matrices/: how weights lie in memory": ("matrices",),
     "memory/: bytes and addresses": ("memory",),
     "native/: kernels for what torch does badly at small batch; C++ sources in `native/csrc/`": ("native",),

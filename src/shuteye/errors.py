@@ -12,7 +12,8 @@ Knows nothing of HTTP libraries: `server/http/errors.py` turns these into OpenAI
     │   ├── ModelNotFound               404
     │   ├── ResponseNotFound            404  no response is kept
     │   ├── SleepModeDisabled           404  a sleep call without `enable_sleep_mode`
-    │   └── TransitionConflict          409  the transition table forbids the move
+    │   ├── TransitionConflict          409  the transition table forbids the move
+    │   └── LeaseGone                   410  a lease that has ended, or never was
     └── ServerError                     the server or the machine is at fault (5xx)
         ├── InternalError               500  a bug of ours
         ├── SleepFailed                 503  rolled back: still awake
@@ -117,6 +118,13 @@ class TransitionConflict(ClientError):
 
     status_code = 409
     error_type = "ConflictError"
+
+
+class LeaseGone(ClientError):
+    """A lease of memory has ended, or never was; what it held may belong to others by now."""
+
+    status_code = 410
+    error_type = "LeaseGoneError"
 
 
 class ServerError(ShuteyeError):

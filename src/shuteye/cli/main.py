@@ -72,6 +72,7 @@ for _name, (_help, _example) in _COMMANDS.items():
     )
 app.register_install_completion_command(help="Install completion of commands and flags for your shell.")
 app.command("shuteye.cli.images:app", name="images", help="List, remove and verify weight images.")
+app.command("shuteye.cli.fleet:app", name="fleet", help="Try the scheduler of many models without serving any.")
 
 
 def run(
