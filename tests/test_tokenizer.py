@@ -109,6 +109,23 @@ class TestLoading:
         assert tokenizer.apply_chat_template(HELLO) == "plain"
         assert tokenizer.apply_chat_template(HELLO, tools=[{"name": "clock"}]) == "clock"
 
+    @pytest.mark.parametrize("tools", [None, [{"name": "clock"}]])
+    def test_a_given_template_takes_the_place_of_all_others(self, directory, tmp_path, tools):
+        """A conversation with tools that is still rendered by the checkpoint's own template for these."""
+        (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+        entries = [{"name": name, "template": "theirs"} for name in ("default", "tool_use")]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": entries, "eos_token": "</s>"}))
+        tokenizer = Tokenizer.from_directory(tmp_path, chat_template="mine{{ eos_token }}")
+        assert tokenizer.apply_chat_template(HELLO, tools=tools) == "mine</s>"
+        assert tokenizer.template_source(with_tools=True) == "mine{{ eos_token }}"
+
+    @pytest.mark.parametrize("source", ["{% for %}", "{{ 1", "{{ 1 | nothing_known }}", "{% endfor %}"])
+    def test_a_given_template_that_is_none_is_refused_at_once(self, directory, source):
+        """A server that starts, and then answers every conversation with 400."""
+        with pytest.raises(InvalidRequest, match="chat_template is not a Jinja template") as refused:
+            Tokenizer.from_directory(directory, chat_template=source)
+        assert refused.value.param == "chat_template"
+
     def test_neither_torch_nor_transformers_is_imported(self):
         """The API process would carry hundreds of megabytes it has no use for."""
         check = "import sys, shuteye.tokenizer; print({'torch', 'transformers'} & set(sys.modules))"

@@ -30,6 +30,22 @@ _TEMPLATE_FAILURES = (
 """What rendering can raise through no fault of ours: the template's own errors, and messages it did not expect."""
 
 
+def require_template(source: str, *, param: str) -> None:
+    """Refuse a text that is no template.
+
+    Raises:
+        InvalidRequest: says what is wrong, and on which line; `param` is who gave it.
+    """
+    try:
+        _environment().from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise InvalidRequest(
+            f"{param} is not a Jinja template: {error.message} (line {error.lineno}).", param=param
+        ) from error
+    except _TEMPLATE_FAILURES as error:
+        raise InvalidRequest(f"{param} is not a Jinja template: {error}.", param=param) from error
+
+
 class ChatTemplate:
     """One Jinja template of a checkpoint, rendered with transformers' settings in a sandbox."""
 

@@ -77,6 +77,7 @@ class EngineConfig:
             scale for each token and KV head. Any spelling of `KV_CACHE_DTYPES` is taken.
         kv_cache_memory: bytes of KV cache of all ranks together; None sizes it from free memory, 0 is for models
             without one.
+        chat_template: a Jinja template in the place of the checkpoint's; None uses those.
         max_model_len: longest prompt plus output in tokens; None takes the checkpoint's, if the KV cache can hold it.
         max_num_batched_tokens: the token budget of one step.
         max_waiting_requests: how many sequences may wait for a place in the batch; `LLM` lets as many wait as it likes.
@@ -107,6 +108,7 @@ class EngineConfig:
     revision: str | None = None
     dtype: DType = "auto"
     quantization: Quantization = "auto"
+    chat_template: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512

@@ -52,10 +52,14 @@ class Tokenizer:
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> Tokenizer:
+    def from_directory(cls, path: str | Path, *, chat_template: str | None = None) -> Tokenizer:
         """Load tokenizer.json, and tokenizer_config.json and chat templates where they exist.
 
+        Args:
+            chat_template: the source of one template that takes the place of all of the checkpoint's.
+
         Raises:
+            InvalidRequest: `chat_template` is no template.
             UnsupportedModel: there is no tokenizer.json, or a file cannot be understood.
         """
         import tokenizers  # whoever only counts tokens, such as an engine, never needs it
@@ -73,9 +77,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(source))
         except Exception as error:
             raise UnsupportedModel(f"{source} is not a tokenizer: {error}.", param="model") from error
-        return cls(
-            backend, special_tokens=_special_tokens(config), chat_templates=_read_chat_templates(directory, config)
-        )
+        templates = _read_chat_templates(directory, config) if chat_template is None else _only_template(chat_template)
+        return cls(backend, special_tokens=_special_tokens(config), chat_templates=templates)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. For a rendered chat pass `add_special_tokens=False`: its template wrote them.
@@ -333,6 +336,13 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(content, str):
             found[name] = content
     return found
+
+
+def _only_template(source: str) -> dict[str, str]:
+    from shuteye.chat_template import require_template
+
+    require_template(source, param="chat_template")
+    return {"default": source}
 
 
 def _read_chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:

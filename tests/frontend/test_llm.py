@@ -51,6 +51,19 @@ def test_params_may_differ_per_prompt(llm):
         llm.generate(["a"], lengths)
 
 
+def test_chat_uses_a_template_that_is_given(options):
+    """The checkpoint's template, though another one was asked for."""
+    with LLM(**options, chat_template="{{ messages[0].content }}!") as engine:
+        tokens = engine.chat([{"role": "user", "content": "Hello"}], GREEDY)[0].prompt_token_ids
+        assert engine.get_tokenizer().decode(tokens) == "Hello!"
+
+
+def test_a_template_that_is_none_is_named(options):
+    """An engine that loads, and cannot answer a single conversation."""
+    with pytest.raises(InvalidRequest, match="chat_template is not a Jinja template"):
+        LLM(**options, chat_template="{% for %}")
+
+
 def test_chat_uses_the_template(llm):
     messages = [{"role": "user", "content": "Hello"}]
     tokenizer = llm.get_tokenizer()

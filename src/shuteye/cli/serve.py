@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_origin
 
 from cyclopts import Group, Parameter
 
+from shuteye.cli.template_flag import template_converter
 from shuteye.cli.values import Flag, flags_of
 from shuteye.config import EngineConfig
 from shuteye.server.config import ServerConfig
@@ -35,6 +36,11 @@ MODEL_FLAGS = {
     ),
     "quantization": Flag(
         "auto keeps the bits that the checkpoint has, none dequantizes them, others quantize what has not been."
+    ),
+    "chat_template": Flag(
+        "A Jinja template in the place of the checkpoint's: a file, or the template itself.",
+        converter=template_converter,
+        metavar="FILE|TEXT",
     ),
     "max_model_len": Flag(
         "Longest prompt plus output, in tokens. By default the checkpoint's context, or what the KV cache can hold."

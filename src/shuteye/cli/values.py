@@ -170,6 +170,8 @@ class Flag:
         env: environment variables, the first one wins; by default `SHUTEYE_` and the field's name.
         positional: may be given without its name.
         alias: another name of the flag.
+        converter: makes the value of what was given, where the field's type alone does not say how.
+        metavar: what stands for the value in `--help`.
     """
 
     help: str
@@ -177,6 +179,8 @@ class Flag:
     env: tuple[str, ...] = field(default=())
     positional: bool = False
     alias: str | None = None
+    converter: Callable[[Any, Sequence[Token]], Any] | None = None
+    metavar: str | None = None
 
 
 def flags_of(config: type[Any], flags: Mapping[str, Flag], group: Group) -> list[inspect.Parameter]:
@@ -196,14 +200,20 @@ def _parameter(one: Field[Any], hint: Any, flag: Flag, group: Group) -> inspect.
         alias=flag.alias,
         group=group,
         env_var=flag.env or f"{ENV_PREFIX}{one.name.upper()}",
-        converter=size_converter if flag.size else integer_converter if _is_integer(hint) else None,
+        converter=flag.converter or _converter(flag, hint),
         show_default=_shown_default(flag, default),
-        metavar="SIZE" if flag.size else None,
+        metavar="SIZE" if flag.size else flag.metavar,
         consume_multiple=True if _is_tuple(hint) else None,
         negative_iterable="" if _is_tuple(hint) else None,
     )
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if flag.positional else inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(one.name, kind, default=default, annotation=Annotated[hint, details])
+
+
+def _converter(flag: Flag, hint: Any) -> Callable[[Any, Sequence[Token]], Any] | None:
+    if flag.size:
+        return size_converter
+    return integer_converter if _is_integer(hint) else None
 
 
 def _is_tuple(hint: Any) -> bool:

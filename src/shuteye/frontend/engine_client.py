@@ -235,7 +235,7 @@ class EngineClient:
 
     def _on_ready(self, info: ModelInfo, config: EngineConfig) -> None:
         try:
-            tokenizer = Tokenizer.from_directory(info.tokenizer_dir)
+            tokenizer = Tokenizer.from_directory(info.tokenizer_dir, chat_template=config.chat_template)
             return_free_heap()  # reading its file took as much again
         except ShuteyeError as error:
             self.fail(error, status="failed")
