@@ -1,15 +1,12 @@
-"""Requests as they lie on the wire: HEAD, bodies that are encoded, and lengths that contradict each other."""
+"""Requests as they lie on the wire: HEAD, targets, and lengths that contradict each other."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import socket
 
 import pytest
-from http_answers import error
 
-GZIPPED = gzip.compress(json.dumps({"prompt": "abc", "max_tokens": 2}).encode())
 PLAIN = {"content-type": "application/json"}
 
 
@@ -31,18 +28,6 @@ def test_head_says_what_get_would(client):
     assert client.head("/nowhere").status_code == 404
     answer = client.head("/v1/completions")
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
-
-
-@pytest.mark.parametrize("coding", ["gzip", "br", "gzip, identity", "nonsense"])
-@pytest.mark.parametrize("path", ["/v1/completions", "/invocations", "/tokenize", "/sleep", "/v1/embeddings"])
-def test_an_encoded_body_is_415_naming_the_header(client, engine, path, coding):
-    """A client that compresses, and is told that its JSON is not valid."""
-    response = client.post(path, content=GZIPPED, headers=PLAIN | {"Content-Encoding": coding})
-    assert response.status_code == 415
-    assert "Content-Encoding" in error(response)["message"]
-    assert error(response)["type"] == "UnsupportedMediaTypeError"
-    assert response.headers["accept-encoding"] == "identity"
-    assert not engine.is_sleeping
 
 
 def test_identity_is_no_encoding(client):

@@ -28,6 +28,7 @@ from shuteye.server.config import ServerConfig
 from shuteye.server.context import ServerContext
 from shuteye.server.control import health, operations, routes
 from shuteye.server.http import docs_page
+from shuteye.server.http.encoded_bodies import EncodedBodies
 from shuteye.server.http.errors import install_error_handlers
 from shuteye.server.http.ignored_fields import IgnoredFields
 from shuteye.server.http.middleware import (
@@ -78,6 +79,8 @@ class EngineRoutes:
     operations: APIRouter | None = None
 
 
+_SHAPES = {PREFIX: anthropic_error}
+
 ONE_ENGINE = EngineRoutes(health.keyed, routes.router, routes.restarting, operations.router)
 
 
@@ -110,7 +113,7 @@ def create_app(
     engine.on_auto_wake = measured.on_auto_wake
     app.state.context = ServerContext(engine, config, measured, tracer)
     _add_middleware(app, app.state.context)
-    install_error_handlers(app, {PREFIX: anthropic_error})
+    install_error_handlers(app, _SHAPES)
     install_openapi(app)
     for module in (chat, completions, responses, embeddings, scores, classify, cohere, transcriptions, invocations):
         app.include_router(module.router)
@@ -148,6 +151,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     """Add them from the inside out: a request passes through the last one first."""
     config = context.config
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, except_paths=frozenset({routes.UPDATE_PATH}))
+    app.add_middleware(EncodedBodies, max_bytes=config.max_json_bytes, shapes=_SHAPES)
     app.add_middleware(BodyDeadline, timeout_s=config.body_timeout_s, pending=context.bodies)
     if context.tracer is not None:
         from shuteye.server.telemetry.tracing import TraceRequests
@@ -155,8 +159,10 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
         app.add_middleware(TraceRequests, tracer=context.tracer)
     if not config.strict_fields:
         app.add_middleware(IgnoredFields)
-    app.add_middleware(BodyFraming)
-    app.add_middleware(HeaderLimit, max_count=config.max_header_count, max_bytes=config.max_header_bytes)
+    app.add_middleware(BodyFraming, shapes=_SHAPES)
+    app.add_middleware(
+        HeaderLimit, max_count=config.max_header_count, max_bytes=config.max_header_bytes, shapes=_SHAPES
+    )
     app.add_middleware(RequestIds, on_answer=context.metrics.count_answer)
     if config.allowed_origins:
         app.add_middleware(

@@ -70,6 +70,9 @@ CONTEXT_LENGTH = "context_length_exceeded"
 ErrorShape = Callable[[int, Mapping[str, Any]], Mapping[str, Any]]
 """Makes of a status, and of an error in OpenAI's shape, what callers of some routes expect instead."""
 
+ErrorShapes = Mapping[str, ErrorShape]
+"""By paths whose errors, and those of what is below them, are not in OpenAI's shape."""
+
 Handler = Callable[[Request, Exception], Awaitable[Response]]
 
 
@@ -242,24 +245,23 @@ _HANDLERS: Mapping[type[Exception], Handler] = {
 }
 
 
-def install_error_handlers(app: FastAPI, shapes: Mapping[str, ErrorShape]) -> None:
-    """Make `app` answer every error in OpenAI's shape.
-
-    Args:
-        shapes: paths whose errors, and those of what is below them, have another one.
-    """
+def install_error_handlers(app: FastAPI, shapes: ErrorShapes) -> None:
+    """Make `app` answer every error in OpenAI's shape, or in that of its path."""
     for kind, handler in _HANDLERS.items():
-        app.add_exception_handler(kind, _in_shape(handler, shapes))
+        app.add_exception_handler(kind, _shaping(handler, shapes))
 
 
-def _in_shape(handler: Handler, shapes: Mapping[str, ErrorShape]) -> Handler:
+def _shaping(handler: Handler, shapes: ErrorShapes) -> Handler:
     async def handle(request: Request, error: Exception) -> Response:
-        answer = await handler(request, error)
-        path = f"{request.url.path}/"
-        shape = next((shape for prefix, shape in shapes.items() if f"{prefix}/" in path), None)
-        if shape is not None and answer.body:
-            answer.body = json.dumps(shape(answer.status_code, json.loads(bytes(answer.body)))).encode()
-            answer.headers["Content-Length"] = str(len(answer.body))
-        return answer
+        return in_shape(await handler(request, error), request.url.path, shapes)
 
     return handle
+
+
+def in_shape(answer: Response, path: str, shapes: ErrorShapes) -> Response:
+    """An error in OpenAI's shape, in that of the path that it answers."""
+    shape = next((shape for prefix, shape in shapes.items() if f"{prefix}/" in f"{path}/"), None)
+    if shape is not None and answer.body:
+        answer.body = json.dumps(shape(answer.status_code, json.loads(bytes(answer.body)))).encode()
+        answer.headers["Content-Length"] = str(len(answer.body))
+    return answer

@@ -15,7 +15,7 @@ from fastapi import Response
 from starlette.exceptions import HTTPException
 
 from shuteye.logs import REQUEST_ID
-from shuteye.server.http.errors import http_error
+from shuteye.server.http.errors import ErrorShapes, http_error, in_shape
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -105,27 +105,27 @@ class HeadRequests:
 
 
 class BodyFraming:
-    """ASGI middleware: 415 for a Content-Encoding, 400 for a Content-Length together with a Transfer-Encoding."""
+    """ASGI middleware: 400 for a Content-Length together with a Transfer-Encoding.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        shapes: of errors.
+    """
+
+    def __init__(self, app: ASGIApp, *, shapes: ErrorShapes) -> None:
         self.app = app
+        self.shapes = shapes
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Pass the request on, or refuse it."""
         refusal = _refusal(scope) if scope["type"] == "http" else None
-        return (refusal or self.app)(scope, receive, send)
+        if refusal is None:
+            return self.app(scope, receive, send)
+        return in_shape(refusal, scope["path"], self.shapes)(scope, receive, send)
 
 
 def _refusal(scope: Scope) -> Response | None:
     lengths = 0
-    for name, value in scope["headers"]:
-        if name == b"content-encoding" and value.strip().lower() not in {b"", b"identity"}:
-            coding = value.decode("latin-1")
-            return http_error(
-                415,
-                f"Content-Encoding: {coding} is not supported; send the body as it is, without Content-Encoding.",
-                {"Accept-Encoding": "identity"},
-            )
+    for name, _value in scope["headers"]:
         lengths |= {b"content-length": 1, b"transfer-encoding": 2}.get(name, 0)
     if lengths != 3:
         return None
@@ -139,10 +139,15 @@ def _refusal(scope: Scope) -> Response | None:
 
 
 class HeaderLimit:
-    """ASGI middleware: at most `max_count` headers, of at most `max_bytes` together with the request line."""
+    """ASGI middleware: at most `max_count` headers, of at most `max_bytes` together with the request line.
 
-    def __init__(self, app: ASGIApp, *, max_count: int, max_bytes: int) -> None:
+    Args:
+        shapes: of errors.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_count: int, max_bytes: int, shapes: ErrorShapes) -> None:
         self.app = app
+        self.shapes = shapes
         self.max_count = max_count
         self.max_bytes = max_bytes
 
@@ -155,7 +160,7 @@ class HeaderLimit:
         if len(headers) > self.max_count or nbytes > self.max_bytes:
             seen = f"{len(headers)} headers of {nbytes:,} bytes in all, with the request line"
             refusal = http_error(431, f"{seen}; the limits are {self.max_count} and {self.max_bytes:,}.")
-            return refusal(scope, receive, send)
+            return in_shape(refusal, scope["path"], self.shapes)(scope, receive, send)
         return self.app(scope, receive, send)
 
 
