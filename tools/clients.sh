@@ -5,7 +5,7 @@ set -euo pipefail
 
 # Pinned, so that a new release of theirs cannot break a build of ours. litellm is older than it could be on purpose:
 # 1.82.7 and 1.82.8 (March 2026) were malicious, and so, later, was 1.107.0; 1.82.6 is the release known to be clean.
-litellm=('litellm==1.82.6' 'openai<3')
+litellm=('litellm[proxy]==1.82.6' 'openai<3')
 anthropic=('anthropic==2.15.0')
 openai_agents=('openai-agents==0.24.0')
 langchain=('langchain-openai==1.7.4' 'langchain-core==1.8.3')

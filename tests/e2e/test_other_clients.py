@@ -1,11 +1,15 @@
 """Clients that people use, unmodified, in environments of their own, against the real model (`make test-clients`)."""
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
+import time
 from pathlib import Path
 
+import httpx2
 import pytest
 from shuteye_server import Served, clean_environment
 
@@ -82,6 +86,86 @@ class TestAnthropic:
         assert (found["status"], found["type"]) == (503, "overloaded_error")
         assert "sleep mode" in found["message"]
         assert int(found["retry_after"]) >= 1
+
+
+PROVIDERS = {"openai": "/v1", "hosted_vllm": "/v1", "anthropic": ""}
+"""Of litellm's proxy: whose API it takes ours for, and what it is told of our address."""
+
+
+@pytest.fixture(scope="class")
+def proxy(real, tmp_path_factory):
+    """litellm's proxy before the server, which it knows under a name for each provider."""
+    directory = tmp_path_factory.mktemp("litellm")
+    served = [
+        {
+            "model_name": provider,
+            "litellm_params": {
+                "model": f"{provider}/{real.model}",
+                "api_base": f"{real.url}{path}",
+                "api_key": "none",
+                "max_retries": 0,
+            },
+        }
+        for provider, path in PROVIDERS.items()
+    ]
+    config = directory / "config.yaml"  # JSON is YAML
+    config.write_text(json.dumps({"model_list": served, "litellm_settings": {"num_retries": 0}}))
+    command = [ENVIRONMENTS / "litellm" / "bin" / "litellm", "--config", config, "--host", "127.0.0.1", "--port"]
+    port = free_port()
+    log = directory / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=clean_environment(LITELLM_LOCAL_MODEL_COST_MAP="True", NO_DOCS="True"),
+        )
+    try:
+        wait_for_answer(f"http://127.0.0.1:{port}/health/liveliness", process, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def free_port():
+    """A port that nobody listens on, as the proxy must be told one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for_answer(url, process, log):
+    while process.poll() is None:
+        with contextlib.suppress(httpx2.HTTPError):
+            if httpx2.get(url, timeout=5).status_code == 200:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"litellm's proxy ended: {log.read_text()[-3000:]}")
+
+
+class TestLiteLLMsProxy:
+    @pytest.mark.parametrize("provider", PROVIDERS)
+    def test_anthropics_client_through_the_proxy(self, real, proxy, provider):
+        """Fields that the proxy makes of Anthropic's and we refuse, or answers that it cannot turn back."""
+        found = run("anthropic", "with_anthropic.py", "proxied", proxy, provider)
+        said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where does the river end?"}]
+        chat = real.done("/v1/chat/completions", messages=said, model=real.model, temperature=0, max_tokens=20)
+        answer, usage = chat["choices"][0]["message"]["content"], chat["usage"]
+        assert (found["whole"], found["streamed"]) == (answer, answer)
+        assert found["stop_reasons"] == ["max_tokens"] * 2
+        assert found["output_tokens"] == [usage["completion_tokens"]] * 2
+        assert found["call"] == ["weather", ["city"], "tool_use"]
+
+    def test_a_sleeping_model_is_no_bug(self, real, proxy):
+        """A status that clients do not send again, as the proxy makes another of it."""
+        real.done("/sleep")
+        try:
+            found = run("anthropic", "with_anthropic.py", "sleep", proxy, "anthropic")
+        finally:
+            real.done("/wake_up")
+        assert found["status"] == 503
+        assert "sleep mode" in found["message"]
 
 
 class TestLiteLLM:
@@ -217,7 +301,8 @@ def test_the_npm_clients(real):
 
 class TestLMEval:
     def test_loglikelihoods_are_those_of_its_own_model(self, real, smollm2, tmp_path):
-        """Log-probabilities of the prompt that are shifted by a token, cached wrongly, or of another model."""
+        """Log-probabilities that are shifted by a token, cached wrongly, or of another model; tokens that are counted
+        otherwise here than there."""
         tokenizer = real.get("/state").json()["model"]["tokenizer_dir"]
         weights = smollm2.path
         theirs = {
@@ -240,6 +325,10 @@ class TestLMEval:
         for one, other in zip(found["samples"]["local_texts"], expected["samples"]["local_texts"], strict=True):
             assert one[0][0] == pytest.approx(other[0][0], **ROUNDING)
         assert found["samples"]["local_continued"] == expected["samples"]["local_continued"]
+        away = {name: value for name, value in ours.items() if name != "tokenizer"} | {"tokenizer_backend": "remote"}
+        remote = run("lm-eval", "with_lm_eval.py", "local-completions", json.dumps(away), tmp_path)
+        require_same_choices(remote["samples"]["local_choices"], expected["samples"]["local_choices"])
+        assert remote["samples"]["local_continued"] == expected["samples"]["local_continued"]
         for task, metric in [("local_choices", "acc,none"), ("local_texts", "byte_perplexity,none")]:
             assert found["results"][task][metric] == pytest.approx(expected["results"][task][metric], rel=1e-4)
 

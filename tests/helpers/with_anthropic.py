@@ -1,6 +1,6 @@
 """Runs in an environment with Anthropic's client: asks a server what its users ask, and prints what came as JSON.
 
-usage: with_anthropic.py generation|tools|refusals|sleep URL MODEL
+usage: with_anthropic.py generation|tools|refusals|sleep|proxied URL MODEL
 """
 
 import asyncio
@@ -90,10 +90,30 @@ def sleep(url, model):
         client(url).messages.create(model=model, max_tokens=5, messages=MESSAGES)
     except anthropic.APIStatusError as error:
         found = {"status": error.status_code, "type": error.type, "message": error.message}
-        return found | {"retry_after": error.response.headers["retry-after"]}
+        return found | {"retry_after": error.response.headers.get("retry-after")}
     return {}
 
 
+def proxied(url, model):
+    """What comes through somebody else's proxy, which counts and keeps its own way."""
+    asked = {"model": model, "max_tokens": 20, "extra_body": GREEDY, "messages": MESSAGES, "system": "Be brief."}
+    messages = client(url).messages
+    whole = messages.create(**asked)
+    with messages.stream(**asked) as stream:
+        words = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    asked |= {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "weather"}, "max_tokens": 100}
+    called = messages.create(**asked)
+    call = next(one for one in called.content if one.type == "tool_use")
+    return {
+        "whole": whole.content[0].text,
+        "streamed": words,
+        "stop_reasons": [whole.stop_reason, final.stop_reason],
+        "output_tokens": [whole.usage.output_tokens, final.usage.output_tokens],
+        "call": [call.name, [*call.input], called.stop_reason],
+    }
+
+
 if __name__ == "__main__":
-    scenarios = {"generation": generation, "tools": tools, "refusals": refusals, "sleep": sleep}
+    scenarios = {one.__name__: one for one in (generation, tools, refusals, sleep, proxied)}
     print(json.dumps(scenarios[sys.argv[1]](*sys.argv[2:])))

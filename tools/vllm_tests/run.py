@@ -78,7 +78,7 @@ def run_file(directory: Path, name: str, tokenizers: Path) -> Result:
     report.unlink(missing_ok=True)
     environment = os.environ | {
         "SHUTEYE_PYTHON": sys.executable, "SHUTEYE_PYTHONPATH": os.environ.get("PYTHONPATH", ""),
-        "SHUTEYE_TEST_MODELS": str(tokenizers), "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1",
+        "SHUTEYE_TEST_MODELS": str(tokenizers), "PYTHONPATH": f"{tree}:{PROJECT / 'src'}", "HF_HUB_OFFLINE": "1",
         "VLLM_TARGET_DEVICE": "cpu", "PYTHONDONTWRITEBYTECODE": "",
     }  # fmt: skip
     command = [

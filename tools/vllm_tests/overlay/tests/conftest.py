@@ -55,11 +55,19 @@ repo_utils.hf_api = _Hub
 
 
 def _asks_a_server(item: Any) -> bool:
-    """Whether a test is about what a server answers, not about classes of vLLM's."""
+    """Whether a test is about what a server, or `LLM`, answers, not about other classes of vLLM's."""
     if item.get_closest_marker("cpu_test") or not hasattr(item, "function"):
         return False
+    if "/llm/" in str(item.path):
+        return True
     code = inspect.getsource(item.function)
     return any("server" in one or "client" in one for one in (code, *item.fixturenames))
+
+
+def pytest_configure(config: Any) -> None:
+    """Offline tests import what stands for vLLM's outputs."""
+    if any("/llm/" in one for one in config.args):
+        import tests.offline  # noqa: F401
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
@@ -77,5 +85,13 @@ def _absent(name: str) -> Any:
     return fixture
 
 
-hf_runner, vllm_runner, local_asset_server = map(_absent, ("hf_runner", "vllm_runner", "local_asset_server"))
+@pytest.fixture(scope="session")
+def vllm_runner() -> type[Any]:
+    """Makes engines in this process."""
+    from tests.offline import VllmRunner
+
+    return VllmRunner
+
+
+hf_runner, local_asset_server = map(_absent, ("hf_runner", "local_asset_server"))
 example_prompts, image_urls, video_urls = map(_absent, ("example_prompts", "image_urls", "video_urls"))
