@@ -53,7 +53,7 @@ def simulate_trace(
     model_bytes: Annotated[int, Size, Parameter(help="What a model takes awake that --models does not name.")] = GIB,
     wake_s: Annotated[
         float, Parameter(help="How many seconds such a model takes to wake.", validator=Number(gte=0))
-    ] = 2.0,
+    ] = 1.0,
     policy: Annotated[
         tuple[str, ...],
         Parameter(
@@ -69,26 +69,36 @@ def simulate_trace(
     deadline_s: Annotated[
         float, Parameter(help="For how long a request can wait before it is refused.", validator=Number(gt=0))
     ] = 120.0,
+    batch_factor: Annotated[
+        float,
+        Parameter(
+            help="For how many times what a swap takes a rare model waits for one that has just woken; 0 for none.",
+            validator=Number(gte=0),
+        ),
+    ] = _DEFAULTS.batch_factor,
     batch_wait_s: Annotated[
-        float, Parameter(help="For how long shuteye lets a rare request wait for others.", validator=Number(gte=0))
+        float, Parameter(help="But no longer than so many seconds.", validator=Number(gte=0))
     ] = _DEFAULTS.batch_wait_s,
     min_awake_s: Annotated[
         float, Parameter(help="For how long shuteye keeps a model that has just woken.", validator=Number(gte=0))
     ] = _DEFAULTS.min_awake_s,
-    requests: Annotated[int, INTEGER, Count, Parameter(help="How many requests of a trace that is made up.")] = 20_000,
+    requests: Annotated[int, INTEGER, Count, Parameter(help="How many requests of a trace that is made up.")] = 50_000,
     num_models: Annotated[
-        int | None, INTEGER, Count, Parameter(help="How many models it asks for; not of skew, which has five.")
+        int | None, INTEGER, Count, Parameter(help="How many models it asks for: 20, or five of skew.")
     ] = None,
     per_second: Annotated[
-        float, Parameter(help="How many requests come in a second of it, on average.", validator=Number(gt=0))
-    ] = 2.0,
+        float | None,
+        Parameter(
+            help="How many requests come in a second of it, on average: 2, or 10 of skew.", validator=Number(gt=0)
+        ),
+    ] = None,
     seed: Annotated[int, INTEGER, Parameter(help="Another seed, another trace.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Run a trace of requests through the scheduler and through others' rules, and compare what that costs."""
     arrivals = _arrivals(trace, requests=requests, num_models=num_models, per_second=per_second, seed=seed)
     profiles = _profiles(arrivals, models, model_bytes, wake_s)
-    settings = FleetSettings(batch_wait_s=batch_wait_s, min_awake_s=min_awake_s)
+    settings = FleetSettings(batch_factor=batch_factor, batch_wait_s=batch_wait_s, min_awake_s=min_awake_s)
     reports = [
         simulate(
             name,
@@ -127,15 +137,16 @@ def _policy(name: str, budget: int, settings: FleetSettings, models_max: int | N
 # --- the trace ----------------------------------------------------------------------------------
 
 
-def _arrivals(trace: str, *, requests: int, num_models: int | None, per_second: float, seed: int) -> Sequence[Arrival]:
+def _arrivals(
+    trace: str, *, requests: int, num_models: int | None, per_second: float | None, seed: int
+) -> Sequence[Arrival]:
     generator = GENERATORS.get(trace)
     if generator is None:
         return _from_file(Path(trace))
-    if trace == "skew":
-        if num_models is not None:
-            raise InvalidRequest("skew has five models; --num-models is for other traces.", param="num_models")
-        return first(generator(seed, per_second=per_second), requests)
-    return first(generator(seed, num_models=num_models or 20, per_second=per_second), requests)
+    if trace == "skew" and num_models is not None:
+        raise InvalidRequest("skew has five models; --num-models is for other traces.", param="num_models")
+    given = {"num_models": num_models, "per_second": per_second}
+    return first(generator(seed, **{name: one for name, one in given.items() if one is not None}), requests)
 
 
 def _from_file(path: Path) -> Sequence[Arrival]:
@@ -200,7 +211,7 @@ class _Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     residual_bytes: int | tuple[int, int, int] = 0
     wake_s: float | tuple[float, float, float] = 1.0
     sleep_s: float = 0.1
-    tokens_per_s: float = 50.0
+    tokens_per_s: float = 100.0
     pinned: bool = False
     priority: int = 0
 

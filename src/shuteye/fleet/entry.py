@@ -133,9 +133,10 @@ class ModelEntry:
         return min(now, self.expected_bytes(self.target)) if self.phase.in_transition else now
 
     def floor(self) -> int:
-        """What it takes at least as long as nobody unpins it, ends its pause or its writing of weights."""
-        if self.is_protected and self.target is Depth.AWAKE:
-            return self.charge()
+        """What it takes at least as long as nobody but the fleet does anything about it."""
+        by_operator = self.owner is SleepOwner.OPERATOR and self.phase is not Phase.AWAKE
+        if by_operator or (self.is_protected and self.target is Depth.AWAKE):
+            return self.bytes_at(self.target)
         return min(self.bytes_at(self.target), self.bytes_at(self.deepest))
 
     def freed_bytes(self, depth: Depth) -> int:

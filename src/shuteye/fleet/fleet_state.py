@@ -25,6 +25,7 @@ class FleetState:
     """All models of a fleet.
 
     Attributes:
+        awake: those of them that are awake.
         now: when the event that is being handled happened.
         actions: what has been decided for it.
         next_lease_end: when the first of the granted leases ends, if none is renewed; None if there is none.
@@ -34,6 +35,7 @@ class FleetState:
     def __init__(self, budget_bytes: int, settings: FleetSettings) -> None:
         self.settings = settings
         self.entries: dict[str, ModelEntry] = {}
+        self.awake: dict[str, ModelEntry] = {}
         self.room = Room(budget_bytes)
         self.ranking = Ranking(settings)
         self.timers = Timers()
@@ -86,6 +88,10 @@ class FleetState:
         """Bring everything in step with a model that has changed."""
         if self.room.count(entry):
             self.changed = True
+        if entry.phase is Phase.AWAKE:
+            self.awake[entry.name] = entry
+        else:
+            self.awake.pop(entry.name, None)
         self.touch(entry)
 
     def touch(self, entry: ModelEntry) -> None:

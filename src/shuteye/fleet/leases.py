@@ -137,7 +137,10 @@ class Leases:
     # --- freeing --------------------------------------------------------------------------------
 
     def free(self) -> None:
-        """Grant the claims whose bytes are free, and put models to sleep for the others; higher priority first."""
+        """Grant the claims whose bytes are free, and put models to sleep for the others.
+
+        Those that models sleep for already come first, so that nobody gets what was freed for them; then by priority.
+        """
         room = self._fleet.room
         free, projected = room.free_bytes, room.projected_free_bytes
         for lease in self._claims():
@@ -151,7 +154,7 @@ class Leases:
 
     def _claims(self) -> list[Lease]:
         pending = (lease for lease in self if not lease.is_granted)
-        return sorted(pending, key=lambda lease: -lease.claim.priority)
+        return sorted(pending, key=lambda lease: (not lease.slept, -lease.claim.priority))
 
     def _sleep_for(self, lease: Lease, nbytes: int) -> int:
         victims = self._victims(lease.claim, nbytes)

@@ -34,7 +34,7 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     residual_bytes: tuple[int, int, int] = (0, 0, 0)
     wake_s: tuple[float, float, float] = (1.0, 1.0, 1.0)
     sleep_s: float = 0.1
-    tokens_per_s: float = 50.0
+    tokens_per_s: float = 100.0
     estimated_bytes: int | None = None
     pinned: bool = False
     priority: int = 0

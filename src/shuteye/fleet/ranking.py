@@ -46,6 +46,8 @@ class _Sorted:
     def __init__(self) -> None:
         self._ranks: list[tuple[float, str]] = []
         self._entries: dict[str, ModelEntry] = {}
+        self._sizes: dict[str, int] = {}
+        self.nbytes = 0
 
     def __iter__(self) -> Iterator[ModelEntry]:
         return (self._entries[name] for _, name in self._ranks)
@@ -54,12 +56,15 @@ class _Sorted:
         rank = (entry.value, entry.name)
         insort(self._ranks, rank)
         self._entries[entry.name] = entry
+        self._sizes[entry.name] = entry.charged_bytes
+        self.nbytes += entry.charged_bytes
         entry.rank = rank
 
     def discard(self, entry: ModelEntry) -> None:
         if entry.rank is not None and entry.name in self._entries:
             del self._ranks[bisect_left(self._ranks, entry.rank)]
             del self._entries[entry.name]
+            self.nbytes -= self._sizes.pop(entry.name)
             entry.rank = None
 
 
@@ -80,14 +85,11 @@ class Ranking:
         entry.value = self.value_of(entry, now)
 
     def value_of(self, entry: ModelEntry, now: float) -> float:
-        """What `entry` is worth if it is used now: GreedyDual's H."""
-        return self.inflation + self.worth(entry, now)
-
-    def worth(self, entry: ModelEntry, now: float) -> float:
-        """Seconds of waking that a GiB given to `entry` saves, by how often it was used lately."""
+        """What `entry` is worth if it is used now."""
         depth = self._settings.evict_depth
         freed = max(1, entry.awake_bytes - entry.expected_bytes(depth))
-        return entry.frequency_at(now, self._settings.half_life_s) * entry.wake_cost_s(depth) * _SCALE / freed
+        frequency = entry.frequency_at(now, self._settings.half_life_s)
+        return self.inflation + frequency * entry.wake_cost_s(depth) * _SCALE / freed
 
     def place(self, entry: ModelEntry) -> bool:
         """Have `entry` among those that may be evicted, if it may; True if it was not before."""
@@ -103,6 +105,11 @@ class Ranking:
         self._awake.discard(entry)
         self._asleep.discard(entry)
 
+    @property
+    def evictable_bytes(self) -> int:
+        """What all of them are counted with: no more than that can be freed."""
+        return self._awake.nbytes + self._asleep.nbytes
+
     def inflate(self, victims: Iterable[Victim]) -> None:
         """`victims` go: what is used from now on is worth more than they were."""
         self.inflation = max([self.inflation, *(victim.entry.value for victim in victims)])
@@ -116,6 +123,8 @@ class Ranking:
             may: whether a model that is idle and not protected may be evicted.
             as_many_as_possible: if they cannot, free what can be.
         """
+        if nbytes > self.evictable_bytes and not as_many_as_possible:
+            return ()
         awake = [entry for entry in self._awake if may(entry)]
         found: list[Victim] = []
         for depth in sorted({self._settings.evict_depth, Depth.UNLOADED}):

@@ -20,8 +20,8 @@ class FleetSettings:
         sleep_idle_depth: how deep it then sleeps.
         sleep_escalate_s: after so long at one depth it sleeps more deeply; negative for never.
         evict_depth: how deep models sleep that make room for others; deeper if that frees too little.
-        batch_factor: models in use are swapped no more often than once in so many times what the swap and its undoing
-            take; meanwhile requests gather, and the first swap is done at once. 0 to swap at every request.
+        batch_factor: a rare model does not displace one that has woken less than so many times ago what that and its
+            undoing take; meanwhile requests gather, and one wake serves them. 0 to swap at every request.
         batch_wait_s: but no request waits longer for that.
         batch_requests: nor do so many requests for one model.
         fairness_s: a model that has waited so long for room gets the next that is free, before any that needs less.
@@ -39,7 +39,7 @@ class FleetSettings:
     sleep_escalate_s: float = NEVER
     evict_depth: Depth = Depth.LEVEL_1
     batch_wait_s: float = 30.0
-    batch_factor: float = 8.0
+    batch_factor: float = 12.0
     batch_requests: int = 16
     fairness_s: float = 5.0
     retry_s: float = 1.0

@@ -73,13 +73,13 @@ def model_names(num_models: int) -> tuple[str, ...]:
     return tuple(f"model-{index:0{len(str(max(0, num_models - 1)))}}" for index in range(num_models))
 
 
-def zipf(seed: int, *, num_models: int, per_second: float, exponent: float = 1.0) -> Iterator[Arrival]:
+def zipf(seed: int, *, num_models: int = 20, per_second: float = 2.0, exponent: float = 1.0) -> Iterator[Arrival]:
     """Requests at a constant rate; the n-th model is asked for in proportion to n^-exponent. Without end."""
     return _poisson(Random(seed), num_models, exponent, lambda _: per_second, per_second)
 
 
 def diurnal(
-    seed: int, *, num_models: int, per_second: float, exponent: float = 1.0, day_s: float = 86_400.0
+    seed: int, *, num_models: int = 20, per_second: float = 2.0, exponent: float = 1.0, day_s: float = 86_400.0
 ) -> Iterator[Arrival]:
     """As `zipf`, but the rate goes up and down once a day, between a tenth and nineteen tenths of `per_second`."""
 
@@ -90,7 +90,13 @@ def diurnal(
 
 
 def bursts(
-    seed: int, *, num_models: int, per_second: float, exponent: float = 1.0, burst: float = 20.0, gap_s: float = 2.0
+    seed: int,
+    *,
+    num_models: int = 20,
+    per_second: float = 2.0,
+    exponent: float = 1.0,
+    burst: float = 20.0,
+    gap_s: float = 2.0,
 ) -> Iterator[Arrival]:
     """Requests that come in bursts to one model each: of `burst` requests on average, `gap_s` seconds apart."""
     random = Random(seed)
@@ -101,14 +107,14 @@ def bursts(
 def skew(
     seed: int,
     *,
-    hot: Sequence[float] = (0.7, 0.28, 0.02),
+    hot: Sequence[float] = (0.66, 0.328, 0.012),
     num_rare: int = 2,
-    per_second: float = 2.0,
+    per_second: float = 10.0,
     rare_share: float = 0.0113,
-    burst: float = 12.0,
-    gap_s: float = 5.0,
+    burst: float = 120.0,
+    gap_s: float = 2.0,
 ) -> Iterator[Arrival]:
-    """A few models with nearly all requests, and rare ones that are used together, in turns, for a minute now and then.
+    """A few models with nearly all requests, and rare ones that are used together, in turns, for minutes at a time.
 
     After a report of five models on three slots, where 1.13% of the requests caused 70.95% of 692 loads
     (https://github.com/Layr-Labs/d-inference/issues/789). The hot models come first in `model_names`.
@@ -123,7 +129,7 @@ def skew(
     choose = _weighted(random, hot)
     times = _times(random, per_second * (1.0 - rare_share))
     hot_arrivals = (Arrival(at, names[choose()], _tokens(random)) for at in times)
-    starts = (Arrival(at, names[num_hot], 0) for at in _times(random, per_second * rare_share / burst))
+    starts = (Arrival(at, names[num_hot], 0) for at in _beats(random, burst / (per_second * rare_share)))
 
     def turns(start: Arrival) -> Iterator[Arrival]:
         for arrival in _burst(random, start, burst, gap_s):
@@ -167,13 +173,19 @@ def _times(random: Random, per_second: float) -> Iterator[float]:
         yield at
 
 
+def _beats(random: Random, apart_s: float) -> Iterator[float]:
+    """Times that are so far apart, give or take a half."""
+    at = 0.0
+    while True:
+        at += apart_s * random.uniform(0.5, 1.5)
+        yield at
+
+
 def _burst(random: Random, start: Arrival, burst: float, gap_s: float) -> Iterator[Arrival]:
     """Requests for one model from `start` on, `burst` on average."""
     at = start.at
-    while True:
+    for _ in range(max(1, round(burst * random.uniform(0.5, 1.5)))):
         yield Arrival(at, start.model, _tokens(random))
-        if random.random() * burst < 1.0:
-            return
         at += random.expovariate(1.0 / gap_s)
 
 

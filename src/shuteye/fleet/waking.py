@@ -12,8 +12,8 @@ from shuteye.fleet.phases import Phase
 from shuteye.fleet.ranking import Victim
 from shuteye.fleet.requests import Requests
 
-MUCH_MORE = 2.0
-"""How many times as much a model must be worth to take the place of one that was in use a moment ago."""
+RARE = 16.0
+"""How many times less than the average of those that are awake a model is used that is rare."""
 
 
 class Waking:
@@ -23,7 +23,6 @@ class Waking:
         self._fleet = fleet
         self._requests = requests
         self._wished: dict[str, ModelEntry] = {}
-        self._last_hasty = -math.inf
 
     def wish(self, entry: ModelEntry) -> None:
         """Wake a model once there is room that nobody else waits for; nothing is evicted for it."""
@@ -54,8 +53,7 @@ class Waking:
             if not room.could_ever_fit(entry) and self._refuse(entry):
                 continue
             if need > projected:
-                freed = self._evict_for(entry, need - projected)
-                projected += freed
+                projected += self._evict_for(entry, need - projected)
                 if need > projected and self._has_waited(entry):
                     return
             if need <= projected:
@@ -95,18 +93,15 @@ class Waking:
     # --- evictions ------------------------------------------------------------------------------
 
     def _evict_for(self, entry: ModelEntry, nbytes: int) -> int:
-        """Put others to sleep for `entry`, unless that would be too hasty; returns what it frees."""
+        """Put others to sleep for `entry`, unless it had better wait a moment; returns what that frees."""
         fleet = self._fleet
         victims = fleet.ranking.choose(nbytes, fleet.now, lambda other: self._may_evict(other, entry))
         if not victims:
             return 0
-        interval_s = self._interval_s(entry, victims)
-        if any(self._is_hasty(entry, victim.entry, interval_s) for victim in victims):
-            until = self._batch_at(entry, interval_s)
-            if until > fleet.now:
-                fleet.recheck_at(until)
-                return 0
-            self._last_hasty = fleet.now
+        until = self._batch_at(entry, victims)
+        if until > fleet.now:
+            fleet.recheck_at(until)
+            return 0
         return fleet.evict(victims, SleepOwner.FLEET)
 
     def _may_evict(self, other: ModelEntry, entry: ModelEntry) -> bool:
@@ -116,30 +111,35 @@ class Waking:
         self._fleet.recheck_at(at)
         return at <= self._fleet.now
 
-    # Models that are in use by turns, and do not fit together, would be swapped at every request: with each other, or
-    # with one that is used more. So such a swap is only done now and then; meanwhile requests gather, and the next wake
-    # serves all of them. The first is not held up, nor is one that makes way for a model that is used much more.
+    # Rare models that are used by turns, and do not fit beside those that are busy, would displace each other, or one
+    # of these, at every request. So each may stay for a multiple of what its wake and the next one cost; meanwhile
+    # requests for the others gather, and one wake serves them all. The first after a while finds nobody just woken.
 
-    def _interval_s(self, entry: ModelEntry, victims: tuple[Victim, ...]) -> float:
-        """How long hasty swaps are apart: a multiple of what this one costs now, and again when the evicted wake."""
-        cost_s = entry.wake_cost_s(entry.depth) + sum(victim.entry.wake_cost_s(victim.depth) for victim in victims)
-        return self._fleet.settings.batch_factor * cost_s
-
-    def _is_hasty(self, entry: ModelEntry, victim: ModelEntry, interval_s: float) -> bool:
-        """Whether `victim` was in use a moment ago, and is not used much less than `entry`."""
-        now, ranking = self._fleet.now, self._fleet.ranking
-        recent = victim.phase is Phase.AWAKE and now - victim.used_at < interval_s
-        return recent and ranking.worth(entry, now) < MUCH_MORE * ranking.worth(victim, now)
-
-    def _batch_at(self, entry: ModelEntry, interval_s: float) -> float:
-        """From when on a hasty swap may be done for `entry`."""
+    def _batch_at(self, entry: ModelEntry, victims: tuple[Victim, ...]) -> float:
+        """When `entry` may displace `victims`: at once, unless it is rare, and they have just woken or are busy."""
         settings = self._fleet.settings
         first = next(iter(entry.held.values()))
-        if len(entry.held) >= settings.batch_requests or any(one.by_operator for one in entry.held.values()):
+        awake = [victim.entry for victim in victims if victim.entry.phase is Phase.AWAKE]
+        if len(entry.held) >= settings.batch_requests or first.by_operator or not self._is_rare(entry):
             return self._fleet.now
         assert entry.waiting_since is not None
+        cost_s = entry.wake_cost_s(entry.depth) + sum(victim.entry.wake_cost_s(victim.depth) for victim in victims)
+        since = max((self._undisturbed_since(other, entry) for other in awake), default=-math.inf)
         patience_s = min(settings.batch_wait_s, (first.deadline - first.arrived) / 2)
-        return min(self._last_hasty + interval_s, entry.waiting_since + patience_s)
+        return min(since + settings.batch_factor * cost_s, entry.waiting_since + patience_s)
+
+    def _undisturbed_since(self, other: ModelEntry, entry: ModelEntry) -> float:
+        """Since when `other` has had its memory; if it is much busier than `entry`, since `entry` has asked for it."""
+        assert entry.waiting_since is not None
+        return entry.waiting_since if self._frequency(other) > RARE * self._frequency(entry) else other.awake_since
+
+    def _is_rare(self, entry: ModelEntry) -> bool:
+        """Whether `entry` is used much less than those that are awake, on average."""
+        busy = sum(map(self._frequency, self._fleet.awake.values()))
+        return self._frequency(entry) * RARE * len(self._fleet.awake) < busy
+
+    def _frequency(self, entry: ModelEntry) -> float:
+        return entry.frequency_at(self._fleet.now, self._fleet.settings.half_life_s)
 
     # --- wakes without a request ----------------------------------------------------------------
 
