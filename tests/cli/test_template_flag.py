@@ -48,7 +48,7 @@ def test_environment_and_settings_name_a_file_too(file, tmp_path, monkeypatch):
         (b"a" * (template_flag.MAX_BYTES + 1), "has more than 1,048,576 bytes"),
     ],
 )
-def test_a_file_that_is_no_template_is_named(file, content, says, capsys):
+def test_a_file_that_is_no_template_is_named(file, content, says, capsys, served):
     """A server that loads its model and then refuses every conversation, or reads a file without an end."""
     file.write_bytes(content)
     assert cli.run(["serve", "--chat-template", str(file)]) == 2
@@ -59,13 +59,13 @@ def test_a_file_that_is_no_template_is_named(file, content, says, capsys):
 
 
 @pytest.mark.parametrize("given", ["no/such/file.jinja", "chatml", "", "."])
-def test_what_is_neither_file_nor_template_is_refused(given, capsys):
+def test_what_is_neither_file_nor_template_is_refused(given, capsys, served):
     """A misspelt path that is served as a template without a single message."""
     assert cli.run(["serve", "--chat-template", given]) == 2
     assert "no file that can be read" in capsys.readouterr().err
 
 
-def test_a_text_that_is_no_template_is_refused(capsys):
+def test_a_text_that_is_no_template_is_refused(capsys, served):
     """A traceback, or a server that starts."""
     assert cli.run(["serve", "--chat-template", "{{ a"]) == 2
     assert "the text is not a Jinja template" in capsys.readouterr().err
