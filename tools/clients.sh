@@ -13,6 +13,7 @@ pydantic_ai=('pydantic-ai-slim[openai]==2.68.0')
 instructor=('instructor==1.17.0')
 npm=('openai@6.49.0' 'ai@6.0.326' '@ai-sdk/openai@3.0.141')
 lm_eval=('lm-eval[api]==0.4.13' 'peft')
+guidellm=('guidellm==0.8.1')
 
 project=$(cd "$1" && pwd)
 mkdir -p "$2"
@@ -42,12 +43,15 @@ if environment litellm "${litellm[*]}"; then
     install litellm "${litellm[@]}"
 fi
 
-# lm-eval's own `hf` model needs torch and transformers: those of the project are used, and no second torch is installed.
-if environment lm-eval "${lm_eval[*]}"; then
-    packages=$("$project/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    echo "$packages" > "$("$directory/lm-eval/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
-    install lm-eval "${lm_eval[@]}"
-fi
+# These need torch and transformers: those of the project are used, and no second torch is installed.
+purelib() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
+for client in lm-eval guidellm; do
+    declare -n wanted=${client//-/_}
+    if environment "$client" "${wanted[*]}"; then
+        purelib "$project" > "$(purelib "$directory/$client")/project.pth"
+        install "$client" "${wanted[@]}"
+    fi
+done
 
 for client in openai-agents langchain pydantic-ai instructor; do
     declare -n wanted=${client//-/_}

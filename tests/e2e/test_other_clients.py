@@ -155,7 +155,8 @@ class TestLiteLLMsProxy:
         assert (found["whole"], found["streamed"]) == (answer, answer)
         assert found["stop_reasons"] == ["max_tokens"] * 2
         assert found["output_tokens"] == [usage["completion_tokens"]] * 2
-        assert found["call"] == ["weather", ["city"], "tool_use"]
+        name, given, stop_reason = found["call"]
+        assert (name, "city" in given, stop_reason) == ("weather", True, "tool_use")
 
     def test_a_sleeping_model_is_no_bug(self, real, proxy):
         """A status that clients do not send again, as the proxy makes another of it."""
@@ -297,6 +298,33 @@ def test_the_npm_clients(real):
             "structured": ["kind", "salty"],
             **ACROSS_A_SLEEP,
         }
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_guidellm(real, tmp_path, route):
+    """A benchmark whose requests count as failed, or that has no tokens and times, as it does not read our chunks."""
+    program = ENVIRONMENTS / "guidellm" / "bin" / "guidellm"
+    assert program.exists(), f"{program} is missing; `make test-clients` sets it up"
+    report, tokenizer = tmp_path / "report.json", real.get("/state").json()["model"]["tokenizer_dir"]
+    options = {
+        "backend": f"kind=openai_http,target={real.url},model={real.model},request_format={route}",
+        "profile": "kind=concurrent,streams=2",
+        "constraint": "kind=max_requests,count=4",
+        "tokenizer": f"kind=hf_auto,model={tokenizer}",
+        "data": "kind=synthetic_text,prompt_tokens=32,output_tokens=8",
+        "output": f"kind=json,path={report}",
+    }
+    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+    command = [program, "run", "--disable-console", *flags]
+    environment = clean_environment(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (benchmark,) = json.loads(report.read_text())["benchmarks"]
+    totals, metrics = benchmark["metrics"]["request_totals"], benchmark["metrics"]
+    assert (totals["successful"], totals["errored"]) == (4, 0)
+    assert metrics["output_token_count"]["successful"]["total_sum"] == 4 * 8
+    assert metrics["prompt_token_count"]["successful"]["min"] >= 32
+    assert metrics["time_to_first_token_ms"]["successful"]["min"] > 0
 
 
 class TestLMEval:

@@ -128,7 +128,12 @@ def test_fields_reach_the_engine(client, hears):
         seed="7",
         response_format="verbose_json",
         chunking_strategy="auto",
+        top_p="0.5",
+        top_k="3",
+        min_p="0.25",
         repetition_penalty="1.5",
+        presence_penalty="-1",
+        frequency_penalty="0.75",
         max_completion_tokens="7",
         **{"timestamp_granularities[]": "segment"},
     )
@@ -136,7 +141,9 @@ def test_fields_reach_the_engine(client, hears):
     (pcm, params, prompt), (_, plain, no_prompt) = hears.asked
     assert len(pcm) == 4 * 8000
     assert (params.language, params.temperature, params.seed, params.timestamps) == ("en", 0.5, 7, True)
-    assert (params.repetition_penalty, params.max_tokens, params.top_p) == (1.5, 7, None)
+    assert (params.top_p, params.top_k, params.min_p, params.max_tokens) == (0.5, 3, 0.25, 7)
+    assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.5, -1.0, 0.75)
+    assert (plain.top_p, plain.top_k, plain.min_p, plain.has_penalties) == (None, None, None, False)
     assert prompt == "Alice"
     assert (plain.language, plain.temperature, plain.timestamps, no_prompt) == (None, 0.0, False, None)
 
@@ -202,6 +209,10 @@ def test_a_stream_is_of_vllm_s_chunks_as_well(client, make_engine, client_of, he
     assert [each["usage"]["completion_tokens"] for each in deltas] == [1, 9]
     tokens = {"prompt_tokens": 4, "completion_tokens": 9, "total_tokens": 13}
     assert (last["choices"], last["usage"]) == ([], {"type": "duration", "seconds": 2} | tokens)
+    for asked in ({"stream_include_usage": "true"}, {"stream_continuous_usage_stats": "true"}):
+        *deltas, last = events_of(post(client, stream="true", **asked))
+        assert not any("usage" in each for each in deltas)
+        assert ("total_tokens" in last["usage"]) == ("stream_include_usage" in asked)
     forced = make_engine(task="transcribe")
     forced.transcribe = hears
     *deltas, last = events_of(post(client_of(forced, enable_force_include_usage=True), stream="true"))
