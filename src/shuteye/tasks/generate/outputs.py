@@ -354,7 +354,9 @@ def _require_token_ids(given: object, vocab_size: int) -> None:
         )
     outside = next((token for token in given if not 0 <= token < vocab_size), None)
     if outside is not None:
-        raise InvalidRequest(f"Token id {outside} is outside of the vocabulary of {vocab_size}.", param="prompt")
+        raise InvalidRequest(
+            f"Token id {outside} is out of vocabulary; ids go from 0 to {vocab_size - 1}.", param="prompt"
+        )
 
 
 def resolve_token_params(params: SamplingParams, tokenizer: Tokenizer, *, vocab_size: int) -> SamplingParams:

@@ -74,7 +74,9 @@ class PoolInputs:
         vocab_size = self.info.vocab_size
         outside = next((token for token in prompt if not 0 <= token < vocab_size), None)
         if outside is not None:
-            raise InvalidRequest(f"Token id {outside} is outside of the vocabulary of {vocab_size}.", param="input")
+            raise InvalidRequest(
+                f"Token id {outside} is out of vocabulary; ids go from 0 to {vocab_size - 1}.", param="input"
+            )
         kept = prompt if limit is None or len(prompt) <= limit else self._cut(prompt, limit)
         return PoolInput(self._padded(tuple(kept)))
 
