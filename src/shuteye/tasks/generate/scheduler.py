@@ -144,8 +144,8 @@ class Scheduler(TaskScheduler):
             raise InvalidRequest("The prompt must not be empty: it has no tokens.", param="prompt")
         if num_prompt >= self._max_length:
             raise PromptTooLong(
-                f"The prompt has {num_prompt} tokens; this model's maximum context length is {self._max_length} tokens, "
-                "of which at least one is needed for the output. Shorten the prompt, or raise max_model_len or "
+                f"The prompt has {num_prompt} tokens; this model's maximum context length is {self._max_length} "
+                "tokens, of which at least one is needed for the output. Shorten the prompt, or raise max_model_len or "
                 "kv_cache_memory.",
                 param="prompt",
             )
