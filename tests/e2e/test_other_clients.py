@@ -327,10 +327,34 @@ def test_guidellm(real, tmp_path, route):
     assert metrics["time_to_first_token_ms"]["successful"]["min"] > 0
 
 
+@pytest.fixture(scope="module")
+def by_lm_eval(real, tmp_path_factory):
+    """Every response to lm-eval's tasks; tokens counted by lm-eval itself, or by whatever `tokenizers` says."""
+
+    def evaluated(**tokenizers):
+        model = {"model": real.model, "base_url": f"{real.url}/v1/completions", "num_concurrent": 4, "max_retries": 1}
+        arguments = json.dumps(model | tokenizers)
+        return run("lm-eval", "with_lm_eval.py", "local-completions", arguments, tmp_path_factory.mktemp("lm-eval"))
+
+    return evaluated
+
+
+@pytest.fixture(scope="module")
+def evaluated(real, by_lm_eval):
+    return by_lm_eval(tokenizer=real.get("/state").json()["model"]["tokenizer_dir"])
+
+
 class TestLMEval:
-    def test_loglikelihoods_are_those_of_its_own_model(self, real, smollm2, tmp_path):
-        """Log-probabilities that are shifted by a token, cached wrongly, or of another model; tokens that are counted
-        otherwise here than there."""
+    def test_a_remote_tokenizer_counts_as_the_one_at_hand(self, by_lm_eval, evaluated):
+        """Tokens that are other ones over HTTP, so that another part of a text is scored."""
+        remote = by_lm_eval(tokenizer_backend="remote")
+        require_same_choices(remote["samples"]["local_choices"], evaluated["samples"]["local_choices"])
+        assert remote["samples"]["local_continued"] == evaluated["samples"]["local_continued"]
+        for one, other in zip(remote["samples"]["local_texts"], evaluated["samples"]["local_texts"], strict=True):
+            assert one[0][0] == pytest.approx(other[0][0], **ROUNDING)
+
+    def test_loglikelihoods_are_those_of_its_own_model(self, real, evaluated, smollm2, tmp_path):
+        """Log-probabilities of the prompt that are shifted by a token, cached wrongly, or of another model."""
         tokenizer = real.get("/state").json()["model"]["tokenizer_dir"]
         weights = smollm2.path
         theirs = {
@@ -340,25 +364,13 @@ class TestLMEval:
             "dtype": "float32",
             "device": "cpu",
         }
-        ours = {
-            "model": real.model,
-            "base_url": f"{real.url}/v1/completions",
-            "tokenizer": tokenizer,
-            "num_concurrent": 4,
-            "max_retries": 1,
-        }
         expected = run("lm-eval", "with_lm_eval.py", "hf", json.dumps(theirs), tmp_path)
-        found = run("lm-eval", "with_lm_eval.py", "local-completions", json.dumps(ours), tmp_path)
-        require_same_choices(found["samples"]["local_choices"], expected["samples"]["local_choices"])
-        for one, other in zip(found["samples"]["local_texts"], expected["samples"]["local_texts"], strict=True):
+        require_same_choices(evaluated["samples"]["local_choices"], expected["samples"]["local_choices"])
+        for one, other in zip(evaluated["samples"]["local_texts"], expected["samples"]["local_texts"], strict=True):
             assert one[0][0] == pytest.approx(other[0][0], **ROUNDING)
-        assert found["samples"]["local_continued"] == expected["samples"]["local_continued"]
-        away = {name: value for name, value in ours.items() if name != "tokenizer"} | {"tokenizer_backend": "remote"}
-        remote = run("lm-eval", "with_lm_eval.py", "local-completions", json.dumps(away), tmp_path)
-        require_same_choices(remote["samples"]["local_choices"], expected["samples"]["local_choices"])
-        assert remote["samples"]["local_continued"] == expected["samples"]["local_continued"]
+        assert evaluated["samples"]["local_continued"] == expected["samples"]["local_continued"]
         for task, metric in [("local_choices", "acc,none"), ("local_texts", "byte_perplexity,none")]:
-            assert found["results"][task][metric] == pytest.approx(expected["results"][task][metric], rel=1e-4)
+            assert evaluated["results"][task][metric] == pytest.approx(expected["results"][task][metric], rel=1e-4)
 
 
 def require_same_choices(found, expected):
