@@ -99,6 +99,29 @@ class WakeCall(Call[WakeReport], frozen=True, tag="wake_up"):
         _fix_tags(self)
 
 
+class UnloadCall(Call[SleepReport], frozen=True, tag="unload"):
+    """Give everything back, the engine's process included; the next `wake_up` starts one that serves the same weights.
+
+    Weights that were updated are forgotten, as at level 2. Carried out by whoever has the process.
+
+    Raises:
+        InvalidRequest, TransitionConflict, DrainTimeout: still awake.
+        EngineFaulted: releasing failed half-way; `wake_up` recovers.
+    """
+
+    verb: ClassVar[str] = "unload"
+
+    mode: Annotated[
+        str | None,
+        msgspec.Meta(
+            description="Requests in flight: abort ends them, wait lets them finish. The engine's default_sleep_mode "
+            "unless given; keep, which needs the process, counts as wait.",
+            extra={"choices": ("abort", "wait")},
+        ),
+    ] = None
+    timeout_s: TimeoutS = None
+
+
 class PauseCall(Call[None], frozen=True, tag="pause"):
     """Close the gate without giving memory back, until `resume`.
 
@@ -296,6 +319,7 @@ class Controls(ABC):
 
     sleep = blocking(SleepCall, drain_timeout_s="timeout_s")
     wake_up = blocking(WakeCall)
+    unload = blocking(UnloadCall)
     pause = blocking(PauseCall, drain_timeout_s="timeout_s")
     resume = blocking(ResumeCall)
     update_weights_from_file = blocking(UpdateFromFileCall)
@@ -313,6 +337,7 @@ class AsyncControls(ABC):
 
     sleep = awaitable(SleepCall, drain_timeout_s="timeout_s")
     wake_up = awaitable(WakeCall)
+    unload = awaitable(UnloadCall)
     pause = awaitable(PauseCall, drain_timeout_s="timeout_s")
     resume = awaitable(ResumeCall)
     update_weights_from_file = awaitable(UpdateFromFileCall)

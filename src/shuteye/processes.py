@@ -1,14 +1,17 @@
-"""What a process must see to whatever it runs: that it ends with its parent, and has the descriptors it needs."""
+"""What a process must see to whatever it runs: that it ends with who needs it, and has the descriptors it needs."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import resource
+import select
 import signal
 import sys
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -18,6 +21,34 @@ def die_with_parent(parent_pid: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         sys.exit("the parent process has gone already")
+
+
+def end_with_pipe(reading_fd: int) -> None:
+    """Linux: the kernel kills this process as soon as nobody holds the writing end of a pipe, or when it is written to.
+
+    It binds to whoever holds that end, a grandparent for one, whatever this process does meanwhile: it needs no thread
+    that would have to look (fcntl(2), F_SETSIG). A fork of the holder must close its copy.
+    """
+    fcntl.fcntl(reading_fd, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(reading_fd, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(reading_fd, fcntl.F_SETFL, fcntl.fcntl(reading_fd, fcntl.F_GETFL) | os.O_ASYNC)
+    poll = select.poll()
+    poll.register(reading_fd, select.POLLIN)
+    if poll.poll(0):
+        sys.exit("whoever needed this process has gone already")
+
+
+def private_bytes(pid: int) -> int:
+    """What the end of a process would give back: memory that it shares with no other (proc(5), smaps_rollup).
+
+    0 of one that has ended, or of another user.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    except OSError:
+        return 0
+    private = ("Private_Clean:", "Private_Dirty:", "Private_Hugetlb:")
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(private))
 
 
 MOST = 65_536

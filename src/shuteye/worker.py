@@ -15,6 +15,7 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from shuteye import __version__, native
 from shuteye.cache.kv_layout import EPS as KV_EPS
 from shuteye.config import EngineConfig
 from shuteye.errors import CANARY_DISAGREES, ImageFailure, InternalError, InvalidRequest, VerificationFailed
@@ -32,6 +33,7 @@ from shuteye.models.rank_groups import RankGroups
 from shuteye.parallel.shards import ONE_RANK, Part, RankPlace
 from shuteye.state import RankIdentity, SleepPlan, TagReport, UpdateReport, WakePlan
 from shuteye.tasks.canary import EPS, Canary, Numbers
+from shuteye.tasks.canary_files import CanaryFile
 from shuteye.tasks.table import Plan, Result, RunnerSetup, task_of_image
 
 if TYPE_CHECKING:
@@ -182,7 +184,14 @@ class Worker:
         self.residency.restore(WakePlan(kv_cache="commit"))
         self._runner.attach_kv_cache(arena, num_blocks=num_blocks)
         eps = max(EPS[self._model.dtype], KV_EPS.get(self._runner.kv_cache_dtype, 0.0))
-        self._canary = Canary(self._runner.canary_pass, eps=eps)
+        kept = CanaryFile(self._config.cache_dir, self._image.identity.key, self._computed_by())
+        self._canary = Canary(self._runner.canary_pass, eps=eps, kept={self._image_version: kept})
+
+    def _computed_by(self) -> str:
+        """All that the canary's numbers depend on beside the image; what threads change is within its tolerance."""
+        kernels = self._config.kernels
+        library = native.identity() if kernels != "torch" and native.available() else "torch"
+        return f"{__version__} {library} {kernels} {self._runner.kv_cache_dtype} {self._config.block_size}"
 
     # --- a step ---------------------------------------------------------------------------------
 

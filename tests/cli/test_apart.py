@@ -7,14 +7,15 @@ import sys
 SERVE = """
 import sys
 from shuteye.cli import apart
+from shuteye.frontend.engine_process import EngineProcess
 from shuteye.server import launch
 
-def run(engine, server, process):
-    print(engine.model, engine.cache_dir, server.port, server.api_key, "cyclopts" in sys.modules, process.pid > 0)
+def run(engine, server, zygote, process):
+    print(engine.model, engine.cache_dir, server.port, server.api_key, "cyclopts" in sys.modules, zygote.pid > 0)
     return 7
 
 launch.serve = run
-apart.EngineProcess.tell = lambda *_: None  # there is no such model
+EngineProcess.tell = lambda *_: None  # there is no such model
 sys.exit(apart.serve())
 """
 

@@ -16,8 +16,8 @@ from shuteye import AsyncEngine, EngineConfig, SamplingParams
 from shuteye.engine.messages import AddRequests
 from shuteye.engine.start import EngineStart
 from shuteye.errors import DescriptorsExhausted, EngineDead, EngineHung, InvalidRequest, TransitionConflict
-from shuteye.frontend.engine_process import EngineProcess
 from shuteye.frontend.process_link import ProcessLink
+from shuteye.frontend.zygote import Zygote
 from shuteye.logs import LogSettings
 from shuteye.tasks.generate.requests import GenerateRequest, StructuredOutputsParams
 from shuteye.typed_frames import encode
@@ -53,20 +53,24 @@ def test_closing_while_the_engine_loads_leaves_none_behind(config):
     async def scenario():
         engine = AsyncEngine(config)
         await engine.launch()
+        await until(lambda: engine.engine_pid is not None, "the engine to announce itself")
         pid = engine.engine_pid
         await engine.close()
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+        await until(lambda: not is_there(pid), "its end")
+        never_there = AsyncEngine(config)
+        await never_there.launch()
+        await never_there.close()
 
     asyncio.run(scenario())
 
 
 def test_a_process_that_runs_already_is_taken_once_and_another_at_a_restart(config):
     """Would catch a second process beside it, a config told twice, and a restart with what has ended."""
-    process = EngineProcess()
+    zygote = Zygote()
+    process = zygote.fork()
 
     async def scenario():
-        async with AsyncEngine(config, process=process) as engine:
+        async with AsyncEngine(config, zygote=zygote, process=process) as engine:
             assert engine.engine_pid == process.pid
             os.kill(process.pid, signal.SIGKILL)
             await until(lambda: engine.status == "dead", "the death to be noticed")
@@ -76,6 +80,12 @@ def test_a_process_that_runs_already_is_taken_once_and_another_at_a_restart(conf
     process.tell(encode(EngineStart(config, LogSettings())))
     asyncio.run(scenario())
     process.close()
+    zygote.close()
+
+
+def is_there(pid):
+    """Also if it has ended, and nobody was told yet."""
+    return os.path.exists(f"/proc/{pid}")
 
 
 async def until(condition, what):
@@ -162,8 +172,7 @@ def test_a_stopped_engine_is_noticed_goes_on_and_can_be_restarted(config):
                 await waiting
             await restarting
             assert engine.engine_pid != pid
-            with pytest.raises(ProcessLookupError):
-                os.kill(pid, 0)
+            await until(lambda: not is_there(pid), "the end of the one that hung")
 
     asyncio.run(scenario())
 

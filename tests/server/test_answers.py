@@ -25,7 +25,7 @@ def test_a_route_answers_with_the_documented_struct(client_of, make_engine, row)
     """A key that the document does not have, or one that it promises in vain."""
     engine = make_engine(task=row.task or "generate")
     client = client_of(engine)
-    client.app.state.context.stopping.begin = lambda _reason: None  # what serves, on which /shutdown acts
+    client.app.state.contexts.default.stopping.begin = lambda _reason: None  # what serves, on which /shutdown acts
     if row.path == "/restart_engine":
         engine.hang = "it gives no sign of life"
     if row.path == "/release_kv_cache_memory":

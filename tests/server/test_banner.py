@@ -29,7 +29,7 @@ URL = "http://127.0.0.1:8000"
 def test_the_command_works_as_it_is(make_engine, client_of, route, options):
     """Catches a newcomer's first request being refused: a wrong route, model or quoting, or no key."""
     client = client_of(make_engine(**options), api_key="it's secret", served_model_name=("the model's",))
-    context = client.app.state.context
+    context = client.app.state.contexts.default
     context.listening.url = URL
     label, _, command = banner(context, 1.0).splitlines()[-1].strip().partition(" ")
     assert label == "try"

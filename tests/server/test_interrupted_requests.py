@@ -54,7 +54,7 @@ def test_what_there_is_of_an_aborted_request_is_the_answer_otherwise(make_engine
 def test_retry_after_is_what_the_last_wake_took(make_engine, client_of, seconds, expected):
     """Clients that come back three times within a second, and give up before the model can be awake."""
     client = client_of(make_engine())
-    metrics = client.app.state.context.metrics
+    metrics = client.app.state.contexts.default.metrics
     assert client.post("/sleep").status_code == 200
     if seconds is not None:
         assert client.post("/wake_up").status_code == 200

@@ -22,7 +22,7 @@ class Harness:
 
     def __init__(self, monkeypatch, **config):
         self.engine = FakeEngine(EngineConfig(model="tiny"))
-        self.context = create_app(self.engine, ServerConfig(**config)).state.context
+        self.context = create_app(self.engine, ServerConfig(**config)).state.contexts.default
         self.context.loading.done = True
         self.delays = []
         self.now = 1000.0

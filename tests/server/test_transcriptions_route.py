@@ -278,7 +278,7 @@ def test_the_openai_client_reads_every_format(make_engine, live, hears):
 def test_recordings_in_flight_are_bounded_together(make_engine, client_of):
     """A few small files that unpack to an hour each, and fill the memory while they wait."""
     client = client_of(make_engine(task="transcribe"), max_waiting_audio_s=2.0)
-    audio = client.app.state.context.audio
+    audio = client.app.state.contexts.default.audio
     with audio.holding(1.0, limit_s=2.0):
         refused = post(client, wav(1.5))
         assert refused.status_code == 503

@@ -1,8 +1,9 @@
-"""`shuteye serve`: its command line is read by a child, while this process and the engine's import what they need.
+"""`shuteye serve`: its command line is read by a child, while this process and the zygote import what they need.
 
-    this process   ── EngineProcess ── fork ── imports the server ────────── reads the pipe ── serves
-    the child                          └─ reads the command line ── tells both ── ends
-    the engine's      └─ imports what computes ──────────────── reads its stdin ── loads the model
+    this process   ── Zygote ── fork ── imports the server ────────────── reads the pipe ── serves
+    the child             │      └─ reads the command line ── tells both ── ends
+    the zygote            └─ imports what computes ── fork
+    the engine's                                       └─ reads its channel ── loads the model
 
 What reading a command line takes, of time and of memory, a server then does not have.
 """
@@ -21,22 +22,22 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
-from shuteye.frontend.engine_process import EngineProcess
+from shuteye.frontend.zygote import Zygote
 from shuteye.processes import die_with_parent, raise_limit
 
 if TYPE_CHECKING:
     from shuteye.cli.serve import ServeOrder
     from shuteye.config import EngineConfig
+    from shuteye.frontend.engine_process import EngineProcess
     from shuteye.server.config import ServerConfig
 
 
 def serve() -> int:
     """Do what `sys.argv` says; the process's exit code. To be called while there is one thread."""
-    gc.disable()  # until what is imported is; the engine's process and the child have their own
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which engines do not use, and which spin at first
+    gc.disable()  # until what is imported is; the zygote and the child have their own
     raise_limit()  # the engine's process inherits it
     with contextlib.ExitStack() as opened:
-        process = _started(opened)
+        zygote, process = _started(opened)
         child = _Child(process, opened)
         with _handling(child.stop, signal.SIGINT, signal.SIGTERM):
             with _handling(child.look, signal.SIGCHLD):
@@ -45,17 +46,19 @@ def serve() -> int:
 
                 launch.import_server()
             told, code = child.ended()
-        return launch.serve(*_configs(told), process) if told else code
+        return launch.serve(*_configs(told), zygote, process) if told else code
 
 
-def _started(opened: contextlib.ExitStack) -> EngineProcess | None:
-    """The engine's process; None if it cannot be started now: the engine then tries again, and tells why it cannot."""
+def _started(opened: contextlib.ExitStack) -> tuple[Zygote | None, EngineProcess | None]:
+    """The zygote and the engine's process; None if they cannot be had now: the engine tries again, and says why."""
     try:
-        process = EngineProcess()
+        zygote = Zygote()
+        opened.callback(zygote.close)
+        process = zygote.fork()
     except OSError:
-        return None
+        return None, None
     opened.callback(process.close)
-    return process
+    return zygote, process
 
 
 def _configs(told: bytes) -> tuple[EngineConfig, ServerConfig]:
@@ -95,8 +98,6 @@ class _Child:
             die_with_parent(parent)
             _end(_read_command_line(os.fdopen(fds[1], "wb"), process))
         os.close(fds[1])
-        if process is not None:
-            process.let_tell()
 
     def ended(self) -> tuple[bytes, int]:
         """What it has told, nothing if there is nothing to serve, and its exit code; waits for its end."""

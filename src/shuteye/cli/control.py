@@ -10,7 +10,7 @@ from typing import Annotated, BinaryIO
 
 from cyclopts import Parameter
 
-from shuteye.calls import PauseCall, SleepCall, WakeCall
+from shuteye.calls import PauseCall, SleepCall, UnloadCall, WakeCall
 from shuteye.cli.quantities import format_seconds, format_size
 from shuteye.cli.remote import AsJson, Remote, takes
 from shuteye.cli.terminal import show, show_json, table
@@ -110,6 +110,19 @@ def _verification(report: WakeReport) -> str:
     if report.verified == "off":
         return f"Checksums were not compared; {canary}."
     return f"Checksums of {format_size(report.verified_bytes)} agree ({report.verified}); {canary}."
+
+
+@takes(UnloadCall, "mode")
+def unload(call: UnloadCall, *, as_json: AsJson = False, remote: Remote | None = None) -> None:
+    """End a served model's engine process, which gives back all it has; `shuteye wake` starts another one."""
+    with (remote or Remote()).connect() as client:
+        report = client.control(call)
+    if as_json:
+        show_json(asdict(report))
+    elif report.changed:
+        show(f"Unloaded in {format_seconds(report.seconds)}: {format_size(report.freed_bytes)} given back.")
+    else:
+        show("Nothing to do: already unloaded.")
 
 
 @takes(PauseCall, "mode")

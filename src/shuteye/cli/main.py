@@ -39,6 +39,7 @@ _COMMANDS = {
     "chat": ("Talk to a model in the terminal; also called run.", "shuteye chat smollm2-135m"),
     "pull": ("Fetch a model and build its weight image.", "shuteye pull smollm2-135m"),
     "sleep": ("Put a served model to sleep.", "shuteye sleep --level 1 --mode wait"),
+    "unload": ("End a served model's engine process.", "shuteye unload --mode wait"),
     "wake": ("Wake a served model.", "shuteye wake --url http://127.0.0.1:8000"),
     "pause": ("Stop a served model's requests, keeping its memory.", "shuteye pause --mode keep"),
     "resume": ("Let a paused model's requests run again.", "shuteye resume"),
@@ -54,9 +55,8 @@ _COMMANDS = {
 }
 """What each command is for, and an example of it."""
 
-_MODULES = dict.fromkeys(("sleep", "wake", "pause", "resume", "reload", "update", "restart", "stop"), "control") | {
-    "pull": "images"
-}
+_CONTROLS = ("sleep", "unload", "wake", "pause", "resume", "reload", "update", "restart", "stop")
+_MODULES = dict.fromkeys(_CONTROLS, "control") | {"pull": "images"}
 """Where the function of a command is, if not in a module of its own name."""
 
 _ALIASES = {"chat": "run"}

@@ -17,6 +17,7 @@ from shuteye.calls import (
     Controls,
     PauseCall,
     SleepCall,
+    UnloadCall,
     WakeCall,
     report_of,
 )
@@ -54,7 +55,7 @@ class ServerState:
     """The answer of GET /state.
 
     Attributes:
-        status: `starting`, `ready`, `hung`, `failed`, `dead` or `closed`.
+        status: `starting`, `ready`, `unloaded`, `hung`, `failed`, `dead` or `closed`.
         failure: why the engine failed, died or hangs, or None.
         models: the names that requests may use.
         ready: whether a request sent now would run now.
@@ -206,7 +207,7 @@ def route_of(call: Call[T]) -> Route[T]:
     """How a control call is asked for over HTTP: what may be in a query goes there, as in vLLM's calls."""
     given = {name.removesuffix("_s"): getattr(call, name) for name in call.__struct_fields__}
     path, parse = f"/{call.verb}", _parser_of(type(call))
-    if isinstance(call, SleepCall | WakeCall | PauseCall):
+    if isinstance(call, SleepCall | WakeCall | UnloadCall | PauseCall):
         return Route("POST", path, parse, params=_params(given))
     return Route("POST", path, parse, body=given or None)
 
@@ -217,7 +218,7 @@ def _parser_of(kind: type[Call[T]]) -> Callable[[int, bytes], T]:
         return cast(Callable[[int, bytes], T], _nothing)
     if get_origin(report) is list:
         return _field("results", report)
-    return _report(report) if kind in {SleepCall, WakeCall} else _as(report)
+    return _report(report) if kind in {SleepCall, WakeCall, UnloadCall} else _as(report)
 
 
 def _params(given: Mapping[str, object]) -> tuple[tuple[str, str], ...]:

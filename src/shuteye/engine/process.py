@@ -1,28 +1,31 @@
-"""The engine in a process of its own: what that process runs.
+"""The engine in a process of its own: what a fork of the zygote does.
 
-`python -m shuteye.engine.process ENDPOINT PARENT PULSE` reads an `EngineStart`, one frame, from stdin; PULSE is the
-descriptor of a `Pulse`. Until it is told, it imports what most engines compute with.
+It reads an `EngineStart`, one message, from its order's channel; the end of that channel means that it is not needed.
 """
 
 from __future__ import annotations
 
+import gc
 import os
-import select
 import signal
+import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
 import zmq
 
 from shuteye import logs
+from shuteye.engine.forking import LONGEST, ForkOrder, announce
 from shuteye.engine.liveness import Pulse
 from shuteye.engine.loop import run_engine
 from shuteye.engine.messages import Connected, FromEngine, ToEngine
 from shuteye.engine.start import EngineStart
+from shuteye.executors import needs_torch
 from shuteye.executors.wire import connect_pair
-from shuteye.processes import die_with_parent
+from shuteye.processes import end_with_pipe
 from shuteye.typed_frames import Decoder, encode
 
 MAX_POLL_MS = 1 << 30
@@ -85,29 +88,34 @@ def _stop_loading_on_sigterm(pulse: Pulse) -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
-def _told() -> EngineStart | None:
-    """What to serve; None if it turned out that no engine is needed. What would be imported later is, meanwhile."""
-    stdin = sys.stdin.buffer
-    if not select.select([stdin], [], [], 0)[0]:
-        from shuteye.executors import inproc  # noqa: F401
-        from shuteye.tasks.generate import runner, scheduler  # noqa: F401
-    frame = stdin.read()
-    return Decoder[EngineStart](EngineStart).decode(frame) if frame else None
+def serve(order: ForkOrder, torch_orders: socket.socket) -> None:
+    """Serve one engine until told to shut down.
 
-
-def main() -> None:
-    """Serve one engine until told to shut down."""
-    die_with_parent(int(sys.argv[2]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when we end, whoever else gets the signal
-    pulse = Pulse(int(sys.argv[3]))
+    Args:
+        torch_orders: where to hand on the order of an engine that computes with torch; closed in a process that has it.
+    """
+    end_with_pipe(order.lifeline_fd)
+    pulse = Pulse(order.pulse_fd)
     pulse.beat_in_background()
     _stop_loading_on_sigterm(pulse)
-    start = _told()
-    if start is None:
+    told = order.told or order.channel.recv(LONGEST)
+    if not told:
         return
+    start = Decoder[EngineStart](EngineStart).decode(told)
     logs.configure(start.logs)
+    if torch_orders.fileno() >= 0:
+        with torch_orders:
+            if needs_torch(start.config):
+                replace(order, told=told).send(torch_orders)
+                return
+    gc.enable()
+    announce(order.channel)
+    _run(start, order.endpoint, pulse)
+
+
+def _run(start: EngineStart, endpoint: str, pulse: Pulse) -> None:
     context: zmq.Context[Any] = zmq.Context()
-    socket = connect_pair(context, sys.argv[1], {zmq.RECONNECT_IVL: RECONNECT_MS})
+    socket = connect_pair(context, endpoint, {zmq.RECONNECT_IVL: RECONNECT_MS})
     socket.linger = 5_000  # milliseconds: the last words, such as Failed, must get through
     channel = ZmqChannel(socket, pulse)
     channel.send(Connected())
@@ -117,7 +125,3 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         socket.close()
         context.term()
-
-
-if __name__ == "__main__":
-    main()

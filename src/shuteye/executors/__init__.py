@@ -19,7 +19,7 @@ from shuteye.errors import (
     ShuteyeError,
     VerificationFailed,
 )
-from shuteye.parallel.shards import RankPlace
+from shuteye.parallel.shards import ONE_RANK, RankPlace
 from shuteye.tasks.table import Plan, Result
 
 if TYPE_CHECKING:
@@ -179,6 +179,16 @@ def open_executor(config: EngineConfig) -> Executor:
     from shuteye.executors.inproc import InprocExecutor
 
     return InprocExecutor(config)
+
+
+def needs_torch(config: EngineConfig) -> bool:
+    """Whether `open_executor` will have torch compute in this process, as far as an image that is there tells."""
+    several = config.tensor_parallel_size * config.pipeline_parallel_size > 1
+    if several or config.distributed_executor_backend in ("mp", "ray"):
+        return False
+    from shuteye.models.converter import Order, is_for_torch
+
+    return is_for_torch(Order.of(config, ONE_RANK))
 
 
 def _launcher(config: EngineConfig, backend: ExecutorBackend) -> Launcher:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import msgspec
 
-from shuteye.calls import Call, RpcCall, UpdateCall, UpdateFromFileCall
+from shuteye.calls import Call, RpcCall, UnloadCall, UpdateCall, UpdateFromFileCall
 from shuteye.config import EngineConfig
 from shuteye.engine.messages import AddRequests, Control, FromEngine, ToEngine
 from shuteye.errors import EngineDead, EngineHung, InvalidRequest, ShuteyeError, TransitionConflict
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from shuteye.frontend.engine_process import EngineProcess
     from shuteye.frontend.thread_link import ThreadLink
+    from shuteye.frontend.zygote import Zygote
 
 R = TypeVar("R")
 OutputT = TypeVar("OutputT")
@@ -40,11 +41,20 @@ class AsyncEngine(Engine):
     Args:
         config: what to serve and how.
         in_process: run the engine in a thread instead of a process; needs torch here.
-        process: one that was started before, and that somebody else tells to serve `config`; the first start takes it.
+        zygote: of whom its processes are forked; closed by whoever gives it. By default each has a zygote of its own.
+        process: one that was forked before, and that somebody else tells to serve `config`; the first start takes it.
     """
 
-    def __init__(self, config: EngineConfig, *, in_process: bool = False, process: EngineProcess | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        in_process: bool = False,
+        zygote: Zygote | None = None,
+        process: EngineProcess | None = None,
+    ) -> None:
         self._given_config = config
+        self._zygote = zygote
         self._process = process
         self._in_process = in_process
         self._link: ProcessLink | ThreadLink | None = None
@@ -71,7 +81,11 @@ class AsyncEngine(Engine):
             self._start_thread()
         else:
             self._link = link = ProcessLink(
-                self._given_config, on_message=client.on_message, on_death=self._on_death, process=self._process
+                self._given_config,
+                on_message=client.on_message,
+                on_death=self._on_death,
+                zygote=self._zygote,
+                process=self._process,
             )
             self._process = None
             try:
@@ -193,6 +207,8 @@ class AsyncEngine(Engine):
 
     async def control(self, call: Call[R]) -> R:
         """See `Engine.control`."""
+        if isinstance(call, UnloadCall):
+            raise InvalidRequest("Only a served model can be unloaded and loaded again: close() this engine.")
         report = await asyncio.wrap_future(self._client.call(call))
         if isinstance(call, RpcCall):
             report = msgspec.to_builtins(report)  # as if the engine were in a process of its own

@@ -36,7 +36,7 @@ from shuteye.tokenizer import Tokenizer
 
 OutputT = TypeVar("OutputT")
 
-Status = Literal["starting", "ready", "hung", "failed", "dead", "closed"]
+Status = Literal["starting", "ready", "unloaded", "hung", "failed", "dead", "closed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class KnownEngine(ABC):
 
     @property
     def status(self) -> Status:
-        """Whether the engine is starting, ready, hung, failed, dead or closed."""
+        """Whether the engine is starting, ready, unloaded, hung, failed, dead or closed."""
         return self.view.status
 
     @property

@@ -44,12 +44,12 @@ from shuteye.errors import (
 )
 from shuteye.frontend.engine import ServedModel, Status
 from shuteye.frontend.forks import tell_forks
+from shuteye.frontend.shared_tokenizers import tokenizer_of
 from shuteye.heap import return_free_heap
 from shuteye.model_info import ModelInfo
 from shuteye.state import EngineState, SchedulerStats, WakeReport
 from shuteye.tasks.base import Job, TaskOutputs
 from shuteye.tasks.table import TASKS, require_job
-from shuteye.tokenizer import Tokenizer
 
 R = TypeVar("R")
 Deliver = Callable[[Any], None]
@@ -235,7 +235,7 @@ class EngineClient:
 
     def _on_ready(self, info: ModelInfo, config: EngineConfig) -> None:
         try:
-            tokenizer = Tokenizer.from_directory(info.tokenizer_dir, chat_template=config.chat_template)
+            tokenizer = tokenizer_of(info.tokenizer_dir, chat_template=config.chat_template)
             return_free_heap()  # reading its file took as much again
         except ShuteyeError as error:
             self.fail(error, status="failed")

@@ -27,6 +27,7 @@ from shuteye.errors import DescriptorsExhausted, EngineDead, InvalidRequest, Shu
 from shuteye.executors.wire import bind_pair
 from shuteye.frontend.engine_process import EngineProcess
 from shuteye.frontend.forks import tell_forks
+from shuteye.frontend.zygote import Zygote
 from shuteye.typed_frames import Decoder, encode
 
 logger = logging.getLogger(__name__)
@@ -36,13 +37,16 @@ NUM_DESCRIPTORS = 32
 """Needed for a start, and then some; out of them, ZeroMQ ends the whole process (`errno_assert`)."""
 LAST_WORDS_S = 0.05
 """After the process has ended, how long what it sent last may still be on its way."""
+NUM_LOOKS = 20
+"""So often, and so far apart, it is looked for what its zygote says of its end."""
 
 
 class ProcessLink:
     """Starts the engine process and carries messages; callbacks are called on the event loop.
 
     Args:
-        process: one that has been started, and that somebody else tells what to serve; ended here with the others.
+        zygote: of whom the process is forked; None makes one for this link alone.
+        process: one that has been forked, and that somebody else tells what to serve; ended here like any other.
     """
 
     def __init__(
@@ -51,9 +55,12 @@ class ProcessLink:
         *,
         on_message: Callable[[FromEngine], None],
         on_death: Callable[[ShuteyeError], None],
+        zygote: Zygote | None = None,
         process: EngineProcess | None = None,
     ) -> None:
         self._config = config
+        self._zygote = zygote
+        self._own_zygote: Zygote | None = None
         self._on_message = on_message
         self._on_death = on_death
         self._decoder: Decoder[FromEngine] = Decoder(FromEngine)
@@ -70,7 +77,7 @@ class ProcessLink:
 
     @property
     def pid(self) -> int | None:
-        """The engine process's id; None until it was started."""
+        """The engine process's id; None until it has announced itself."""
         return self._process.pid if self._process else None
 
     @property
@@ -89,7 +96,6 @@ class ProcessLink:
         process = self._open()
         if not told:
             process.tell(encode(EngineStart(self._config, logs.settings())))
-        asyncio.get_running_loop().add_reader(process.ended_fd, self._ended.set)
         work = (self._listen(process), self._watch(process), self._watch_pulse(process))
         self._tasks = [asyncio.create_task(one) for one in work]
 
@@ -99,7 +105,7 @@ class ProcessLink:
             raise _not_started(None)
         with contextlib.ExitStack() as stack:
             try:
-                self._process = process = self._process or EngineProcess()
+                self._process = process = self._process or self._forked(stack)
                 stack.callback(process.close)
                 self._context = zmq.asyncio.Context()
                 stack.callback(self._context.term)
@@ -111,6 +117,12 @@ class ProcessLink:
             # a ZeroMQ context that is collected before its sockets are closed waits for them for ever
             self._opened = weakref.finalize(self, stack.pop_all().close)
         return process
+
+    def _forked(self, stack: contextlib.ExitStack) -> EngineProcess:
+        if self._zygote is None:
+            self._zygote = self._own_zygote = Zygote()
+            stack.callback(self._own_zygote.close)
+        return self._zygote.fork()
 
     def post(self, message: ToEngine) -> None:
         """Deliver a message to the engine.
@@ -135,13 +147,13 @@ class ProcessLink:
         if self.inherited:
             return
         process = self._process
-        if process is not None and process.exit_code is None:
+        if process is not None and not self._ended.is_set():
             if self._listens:
                 self.post(Shutdown())
             else:
                 process.send_signal(signal.SIGTERM)  # it stops loading, and leaves nothing half-written
         self._closing = True
-        if process is not None and self._tasks:
+        if process is not None and process.pid is not None:
             await self._end(process, SHUTDOWN_GRACE_S if self._hang is None else 0.0)
         for task in self._tasks:
             task.cancel()
@@ -163,6 +175,8 @@ class ProcessLink:
             self._opened.detach()
         if self._process is not None:
             self._process.leave_to_parent()
+        if self._own_zygote is not None:
+            self._own_zygote.leave_to_parent()
 
     async def _listen(self, process: EngineProcess) -> None:
         while True:
@@ -186,19 +200,49 @@ class ProcessLink:
         self._hang = None
 
     async def _watch(self, process: EngineProcess) -> None:
+        try:
+            await _announcement(process)
+        except OSError as error:
+            self._ended.set()
+            self._tell_death(f"could not be started: {error}.")
+            return
+        loop = asyncio.get_running_loop()
+        loop.add_reader(process.ended_fd, self._ended.set)
         await self._ended.wait()
-        asyncio.get_running_loop().remove_reader(process.ended_fd)  # it would be found ready for ever
+        loop.remove_reader(process.ended_fd)  # it would be found ready for ever
         await asyncio.sleep(LAST_WORDS_S)
+        self._tell_death(f"{await _how(process)}; its requests are lost. It must be restarted.")
+
+    def _tell_death(self, how: str) -> None:
         if not self._closing:
-            self._on_death(
-                EngineDead(f"The engine process {_how(process)}; its requests are lost. It must be restarted.")
-            )
+            self._on_death(EngineDead(f"The engine process {how}"))
 
 
-def _how(process: EngineProcess) -> str:
-    """How a process ended."""
+async def _announcement(process: EngineProcess) -> None:
+    """Return once the process is there.
+
+    Raises:
+        OSError: it never will be, and why.
+    """
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    fd = process.channel_fd
+    loop.add_reader(fd, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(fd)
+    process.take_announcement()
+
+
+async def _how(process: EngineProcess) -> str:
+    """How a process ended; its zygote, which tells, may have ended, too."""
+    for _ in range(NUM_LOOKS):
+        if process.exit_code is not None:
+            break
+        await asyncio.sleep(LAST_WORDS_S)
     code = process.exit_code
-    assert code is not None, "it is asked how a process ended that runs"
+    if code is None:
+        return "ended"
     return f"ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended by exit status {code}"
 
 

@@ -76,6 +76,11 @@ def remove_orphan(orphan: Orphan) -> bool:
         return ours
 
 
+def records_of(cache_dir: Path, image_key: str) -> Path:
+    """The directory of what was recorded of an image after it was made; it goes with the image."""
+    return cache_dir / "records" / image_key
+
+
 def remove_tree(directory: Path) -> None:
     """Delete a directory with all that is in it, also a finished image, which is read-only."""
     for path, _, _ in os.walk(directory):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from shuteye.errors import ImageFailure
 from shuteye.file_locks import holders, lock_file, try_lock
-from shuteye.memory.cache_dir import remove_tree, tree_bytes
+from shuteye.memory.cache_dir import records_of, remove_tree, tree_bytes
 from shuteye.memory.image import INDEX_FILE, WEIGHTS_FILE, ImageIdentity, WeightImage, read_index
 from shuteye.memory.image_writer import ImageWriter, reporting_write_errors
 from shuteye.memory.precision import Precision
@@ -166,6 +167,7 @@ class ImageStore:
 
     def _set_aside(self, key: str) -> None:
         """Take the directory of `key`, if there is one, out of sight; whoever maps its file keeps the file."""
+        shutil.rmtree(records_of(self._root.parent, key), ignore_errors=True)
         with suppress(FileNotFoundError):
             (self._root / key).chmod(0o755)  # a directory that cannot be written cannot change its parent
             (self._root / key).rename(Path(tempfile.mkdtemp(prefix=f".{key}.", dir=self._root)) / "old")

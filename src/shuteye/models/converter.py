@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -25,6 +25,8 @@ from shuteye.errors import ImageFailure, InternalError, MemoryExhausted, ModelNo
 from shuteye.memory.cache_dir import sweep_orphans
 from shuteye.memory.image import WeightImage
 from shuteye.memory.image_store import ImageStore
+from shuteye.models.fused import FusedSpec
+from shuteye.models.native_loop import NativeLoop
 from shuteye.models.progress import Progress, ProgressEvent
 from shuteye.native import available
 from shuteye.parallel.shards import ONE_RANK, RankPlace
@@ -114,25 +116,47 @@ def obtain_image(order: Order, progress: Progress) -> WeightImage:
     return image
 
 
+def is_for_torch(order: Order) -> bool:
+    """Whether the image of `order` is there, and torch computes its model. False of one that is yet to be made."""
+    try:
+        image = _open_known(order, ImageStore(Path(order.cache_dir)))
+    except ShuteyeError:  # whoever obtains it says so
+        return False
+    if image is None:
+        return False
+    with closing(image):
+        fused = image.metadata.get("fused")
+        spec = msgspec.convert(fused, FusedSpec) if fused is not None else None
+        return spec is None or not (order.packed and NativeLoop.computes(spec, str(image.metadata["dtype"])))
+
+
 def _open_present(order: Order, store: ImageStore) -> WeightImage | None:
     """The image, if it is there, can be used, and its checkpoint is known without asking anybody."""
+    try:
+        return _open_known(order, store)
+    except ModelNotFound:
+        if order.offline:
+            raise
+    except ImageFailure as failure:
+        logger.warning("The weight image of %s is rebuilt. %s", order.model, failure.message)
+    return None
+
+
+def _open_known(order: Order, store: ImageStore) -> WeightImage | None:
+    """The image, if it is there and its checkpoint is.
+
+    Raises:
+        ModelNotFound: that is not on this machine.
+        ImageFailure: the image cannot be used.
+    """
     from shuteye.models.formats.dtypes import served_dtype
     from shuteye.models.image_form import ImageForm
     from shuteye.models.image_identity import identity_of
     from shuteye.models.sources import resolve_source
 
-    try:
-        source = resolve_source(order.model, revision=order.revision, cache_dir=Path(order.cache_dir), offline=True)
-    except ModelNotFound:
-        if order.offline:
-            raise
-        return None
-    try:
-        form = ImageForm(order.quantization, order.packed)
-        return store.open(identity_of(source, served_dtype(source, order.dtype), order.place, form))
-    except ImageFailure as failure:
-        logger.warning("The weight image of %s is rebuilt. %s", order.model, failure.message)
-        return None
+    source = resolve_source(order.model, revision=order.revision, cache_dir=Path(order.cache_dir), offline=True)
+    form = ImageForm(order.quantization, order.packed)
+    return store.open(identity_of(source, served_dtype(source, order.dtype), order.place, form))
 
 
 def make(order: Order, progress: Progress) -> str:

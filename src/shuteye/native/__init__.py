@@ -12,6 +12,7 @@ from shuteye.native.decoder import MAX_TOKENS, CacheMemory, DecoderSpec, LayerSp
 from shuteye.native.library import (
     NativeUnavailable,
     available,
+    identity,
     level,
     levels,
     num_threads,
@@ -42,6 +43,7 @@ __all__ = [
     "NativeUnavailable",
     "available",
     "embed",
+    "identity",
     "level",
     "levels",
     "linear",

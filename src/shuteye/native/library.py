@@ -90,6 +90,12 @@ def available() -> bool:
     return unavailable_reason() is None
 
 
+def identity() -> str:
+    """A text that changes with the library's file, and with the instruction set in use."""
+    found = _Chosen.path.stat()
+    return f"{found.st_size}-{found.st_mtime_ns}-{level()}"
+
+
 def levels() -> tuple[str, ...]:
     """The instruction sets that can run here, of `LEVELS`."""
     library = load()

@@ -42,7 +42,7 @@ class Replica:
         self.app.add_middleware(CountRequests, work=self._work, except_paths=CONTROL_PATHS)
         self.app.add_middleware(LeaveRequestIds)
         self.app.state.fleet = link
-        self._context: ServerContext = self.app.state.context
+        self._context: ServerContext = self.app.state.contexts.default
         self._lifespan = self.app.router.lifespan_context
         self.app.router.lifespan_context = _started_already
         self._follower = Follower(name, link, self._apply)

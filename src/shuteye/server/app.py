@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
@@ -25,7 +26,7 @@ from shuteye.server.anthropic import messages
 from shuteye.server.anthropic.errors import PREFIX, anthropic_error
 from shuteye.server.banner import banner
 from shuteye.server.config import ServerConfig
-from shuteye.server.context import ServerContext
+from shuteye.server.context import CHOSEN, Contexts, ServerContext, contexts_of
 from shuteye.server.control import health, operations, routes
 from shuteye.server.http import docs_page
 from shuteye.server.http.encoded_bodies import EncodedBodies
@@ -57,6 +58,8 @@ from shuteye.server.openapi import install_openapi
 from shuteye.server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
+    from starlette.types import Scope
+
     from shuteye.server.telemetry.tracing import Tracer
 
 logger = logging.getLogger(__name__)
@@ -84,8 +87,26 @@ _SHAPES = {PREFIX: anthropic_error}
 ONE_ENGINE = EngineRoutes(health.keyed, routes.router, routes.restarting, operations.router)
 
 
+@dataclass(frozen=True, slots=True)
+class ServedEngine:
+    """One of several models of an app.
+
+    Attributes:
+        config: of the server, with what it says of this model alone: its names and how it writes tool calls and
+            reasoning. All else is taken from the first model's.
+    """
+
+    engine: Engine
+    config: ServerConfig
+
+
 def create_app(
-    engine: Engine, config: ServerConfig, *, tracer: Tracer | None = None, engine_routes: EngineRoutes = ONE_ENGINE
+    engine: Engine,
+    config: ServerConfig,
+    *,
+    others: Sequence[ServedEngine] = (),
+    tracer: Tracer | None = None,
+    engine_routes: EngineRoutes = ONE_ENGINE,
 ) -> FastAPI:
     """An application that starts `engine` in the background when it starts, and closes it when it ends.
 
@@ -93,11 +114,12 @@ def create_app(
     the engine has sleep mode on, too.
 
     Args:
+        others: further models, which requests choose by name.
         tracer: used in place of the one that the config asks for.
-        engine_routes: in place of those that act on `engine` alone.
+        engine_routes: in place of those that act on the engine of the chosen model alone.
 
     Raises:
-        InvalidRequest: the config asks for spans, and OpenTelemetry is not installed.
+        InvalidRequest: the config asks for spans, and OpenTelemetry is not installed; or two models have one name.
     """
     app = FastAPI(
         title="shuteye",
@@ -107,12 +129,18 @@ def create_app(
         docs_url=None,  # FastAPI's own pages fetch scripts from elsewhere
         redoc_url=None,
     )
-    model_name = (config.served_model_name or (engine.config.model,))[0]
-    tracer = tracer or _configured_tracer(config, model_name)
-    measured = Metrics(engine, model_name, tracer=tracer, log_requests=config.log_requests, names=config.metrics_prefix)
-    engine.on_auto_wake = measured.on_auto_wake
-    app.state.context = ServerContext(engine, config, measured, tracer)
-    _add_middleware(app, app.state.context)
+    tracer = tracer or _configured_tracer(config, name_of(engine, config))
+    first = _context(ServedEngine(engine, config), tracer)
+    app.state.contexts = Contexts(
+        [
+            first,
+            *(
+                replace(_context(one, tracer), stopping=first.stopping, listening=first.listening, audio=first.audio)
+                for one in others
+            ),
+        ]
+    )
+    _add_middleware(app, first)
     install_error_handlers(app, _SHAPES)
     install_openapi(app)
     for module in (chat, completions, responses, embeddings, scores, classify, cohere, transcriptions, invocations):
@@ -131,6 +159,24 @@ def create_app(
             app.include_router(engine_routes.control)
     log_notices(engine.config, config)
     return app
+
+
+def name_of(engine: Engine, config: ServerConfig) -> str:
+    """What a model is called where it has one name."""
+    return (config.served_model_name or (engine.config.model,))[0]
+
+
+def _context(served: ServedEngine, tracer: Tracer | None) -> ServerContext:
+    engine, config = served.engine, served.config
+    metrics = Metrics(
+        engine,
+        name_of(engine, config),
+        tracer=tracer,
+        log_requests=config.log_requests,
+        names=config.metrics_prefix,
+    )
+    engine.on_auto_wake = metrics.on_auto_wake
+    return ServerContext(engine, config, metrics, tracer)
 
 
 def _configured_tracer(config: ServerConfig, model_name: str) -> Tracer | None:
@@ -163,7 +209,7 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     app.add_middleware(
         HeaderLimit, max_count=config.max_header_count, max_bytes=config.max_header_bytes, shapes=_SHAPES
     )
-    app.add_middleware(RequestIds, on_answer=context.metrics.count_answer)
+    app.add_middleware(RequestIds, on_answer=partial(_count_answer, context))
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -177,18 +223,29 @@ def _add_middleware(app: FastAPI, context: ServerContext) -> None:
     app.add_middleware(RequestTargets, prefix=config.root_path)
 
 
+def _count_answer(default: ServerContext, scope: Scope, status: int) -> None:
+    scope.get(CHOSEN, default).metrics.count_answer(scope, status)
+
+
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    context: ServerContext = app.state.context
-    starting = asyncio.create_task(_start(context))
+    contexts = contexts_of(app)
+    starting = asyncio.create_task(_start_all(contexts))
     try:
         yield
     finally:
-        await context.engine.close()
+        await asyncio.gather(*(context.engine.close() for context in contexts))
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
-        if context.tracer is not None:
-            await asyncio.to_thread(context.tracer.close)
+        tracer = contexts.default.tracer
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
+
+
+async def _start_all(contexts: Contexts) -> None:
+    """One after the other: whoever makes an image takes all cores, and much memory."""
+    for context in contexts:
+        await _start(context)
 
 
 async def _start(context: ServerContext) -> None:

@@ -1,17 +1,21 @@
-"""What every route needs: the engine, the configuration, the metrics and the names of the model."""
+"""What every route needs: the engine, the configuration, the metrics and the names of the model.
+
+An app that serves several models has one of these for each; which one a request is for is chosen before its route runs.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, cast
 
 from fastapi import Depends
+from starlette.applications import Starlette
 from starlette.requests import HTTPConnection
 
-from shuteye.errors import ModelNotFound, QueueFull
+from shuteye.errors import InvalidRequest, ModelNotFound, QueueFull
 from shuteye.frontend.engine import Engine
 from shuteye.server.config import ServerConfig
 from shuteye.server.http.middleware import PendingBodies
@@ -72,7 +76,10 @@ class AudioInFlight:
 
 @dataclass(frozen=True, slots=True)
 class ServerContext:
-    """What one app works with; made by `create_app`, kept in `app.state.context`."""
+    """What an app works with for one model; made by `create_app`.
+
+    Those of one app share all but the engine, its metrics, how it loaded, and what the config says of the model.
+    """
 
     engine: Engine
     config: ServerConfig
@@ -99,14 +106,69 @@ class ServerContext:
         if wanted is None:
             return self.model_names[0]
         if wanted not in self.model_names:
-            served = ", ".join(repr(name) for name in self.model_names)
-            raise ModelNotFound(f"The model {wanted!r} does not exist; this server serves {served}.", param="model")
+            raise _not_served(wanted, self.model_names)
         return wanted
 
 
+class Contexts:
+    """The models of one app, the default one first.
+
+    Raises:
+        InvalidRequest: two of them have the same name.
+    """
+
+    def __init__(self, contexts: Sequence[ServerContext]) -> None:
+        self._contexts = tuple(contexts)
+        self._by_name: dict[str, ServerContext] = {}
+        for context in contexts:
+            for name in context.model_names:
+                if name in self._by_name:
+                    raise InvalidRequest(f"Two models are served as {name!r}; give one of them another name.")
+                self._by_name[name] = context
+
+    def __iter__(self) -> Iterator[ServerContext]:
+        """In the order in which they were given."""
+        return iter(self._contexts)
+
+    @property
+    def default(self) -> ServerContext:
+        """The only one, or the first: for requests that name none."""
+        return self._contexts[0]
+
+    @property
+    def are_several(self) -> bool:
+        """Whether requests have a choice."""
+        return len(self._contexts) > 1
+
+    def named(self, name: str) -> ServerContext:
+        """The one with this name.
+
+        Raises:
+            ModelNotFound: no such name is served; the message lists those that are.
+        """
+        if name not in self._by_name:
+            raise _not_served(name, tuple(self._by_name))
+        return self._by_name[name]
+
+
+def _not_served(name: str, served: Sequence[str]) -> ModelNotFound:
+    listed = ", ".join(map(repr, served))
+    return ModelNotFound(f"The model {name!r} does not exist; this server serves {listed}.", param="model")
+
+
+CHOSEN = "shuteye.context"
+"""Where a request's scope has the context of the model that it is for."""
+
+
+def contexts_of(app: Starlette) -> Contexts:
+    """All models of an app."""
+    return cast(Contexts, app.state.contexts)
+
+
 def context_of(connection: HTTPConnection) -> ServerContext:
-    """The context of the app that this request came to."""
-    return cast(ServerContext, connection.app.state.context)
+    """The context of the model that this request is for."""
+    chosen = connection.scope.get(CHOSEN)
+    return contexts_of(connection.app).default if chosen is None else cast(ServerContext, chosen)
 
 
 Context = Annotated[ServerContext, Depends(context_of)]

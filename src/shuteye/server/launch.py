@@ -25,24 +25,36 @@ from shuteye.config import EngineConfig
 from shuteye.errors import InvalidRequest
 from shuteye.frontend.async_engine import AsyncEngine
 from shuteye.frontend.engine import Engine
+from shuteye.frontend.unloadable import UnloadableEngine
 from shuteye.server.config import ServerConfig
 from shuteye.server.listener import close_listener, open_listener
 
 if TYPE_CHECKING:
     from shuteye.frontend.engine_process import EngineProcess
+    from shuteye.frontend.zygote import Zygote
 
 logger = logging.getLogger(__name__)
 
 STOPPED, FAILED, FORCED = 0, 1, 130
 
 
-def serve(engine_config: EngineConfig, server_config: ServerConfig, process: EngineProcess | None = None) -> int:
+def serve(
+    engine_config: EngineConfig,
+    server_config: ServerConfig,
+    zygote: Zygote | None = None,
+    process: EngineProcess | None = None,
+) -> int:
     """Serve a model in an engine process of its own until SIGINT or SIGTERM; returns the process's exit code.
 
     Args:
-        process: see `AsyncEngine`.
+        zygote, process: see `AsyncEngine`.
     """
-    return serve_engine(AsyncEngine(engine_config, process=process), server_config)
+    first = [process] if process is not None else []
+
+    def open_engine(config: EngineConfig) -> AsyncEngine:
+        return AsyncEngine(config, zygote=zygote, process=first.pop() if first else None)
+
+    return serve_engine(UnloadableEngine(engine_config, open_engine), server_config, zygote)
 
 
 def import_server() -> None:
@@ -85,8 +97,12 @@ def _without_old_pydantic() -> Iterator[None]:
         del sys.modules[name]
 
 
-def serve_engine(engine: Engine, config: ServerConfig) -> int:
-    """Serve `engine`, which is started and closed here; returns the process's exit code."""
+def serve_engine(engine: Engine, config: ServerConfig, zygote: Zygote | None = None) -> int:
+    """Serve `engine`, which is started and closed here; returns the process's exit code.
+
+    Args:
+        zygote: of whom its processes are forked; kept alive.
+    """
     logs.configure(logs.LogSettings(config.log_format, config.log_level))
     descriptors.raise_limit()
     try:
@@ -106,7 +122,7 @@ def serve_engine(engine: Engine, config: ServerConfig) -> int:
         from shuteye.server.run import serve_on
 
         logger.info("Listening on %s; GET /ready tells when the model is loaded.", address_of(listener, config))
-        return serve_on(listener, engine, config, runner, noted)
+        return serve_on(listener, engine, config, runner, noted=noted, zygote=zygote)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from fastapi.routing import iter_route_contexts
 from shuteye.server.anthropic import message_events, messages
 from shuteye.server.anthropic.errors import MessageError
 from shuteye.server.config import ServerConfig
-from shuteye.server.context import ServerContext
+from shuteye.server.context import contexts_of
 from shuteye.server.control import health, operations, routes
 from shuteye.server.http.admission import ModelRoute
 from shuteye.server.http.answers import ErrorAnswer
@@ -184,7 +184,7 @@ def install_openapi(app: FastAPI) -> None:
 
 def openapi_document(app: FastAPI) -> dict[str, Any]:
     """The whole document, rebuilt."""
-    context: ServerContext = app.state.context
+    context = contexts_of(app).default
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for unused in ("HTTPValidationError", "ValidationError"):

@@ -19,11 +19,12 @@ from uvicorn.server import HANDLED_SIGNALS
 
 from shuteye.errors import ServerStopping
 from shuteye.frontend.engine import Engine
+from shuteye.frontend.zygote import Zygote
 from shuteye.server.app import create_app, with_flag
 from shuteye.server.config import ServerConfig
 from shuteye.server.connections import Acceptor, Connection
-from shuteye.server.context import ServerContext
-from shuteye.server.control.supervisor import Supervisor
+from shuteye.server.context import contexts_of
+from shuteye.server.control.supervisor import Supervisor, keep_zygote
 from shuteye.server.launch import FAILED, FORCED, STOPPED, address_of
 
 logger = logging.getLogger(__name__)
@@ -40,15 +41,18 @@ def serve_on(
     engine: Engine,
     config: ServerConfig,
     runner: asyncio.Runner,
+    *,
     noted: Sequence[signal.Signals] = (),
+    zygote: Zygote | None = None,
 ) -> int:
     """Serve `engine`, which is started and closed here, on a socket that listens; returns the process's exit code.
 
     Args:
+        zygote: of whom its processes are forked; kept alive.
         noted: signals that came before; until they are handled here, whoever notes them may add to it.
     """
     logging.getLogger("uvicorn.access").addFilter(_worth_logging)
-    server = _Server(engine, config, noted)
+    server = _Server(engine, config, noted, zygote)
     runner.run(server.serve_until_stopped(listener))
     if server.exit_code == FAILED:
         _log_cause(engine, was_loaded=server.context.loading.done)
@@ -75,7 +79,13 @@ class _Server(uvicorn.Server):
     refused connection; it ends once nothing is being answered any more, or when the grace is over.
     """
 
-    def __init__(self, engine: Engine, config: ServerConfig, noted: Sequence[signal.Signals] = ()) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: ServerConfig,
+        noted: Sequence[signal.Signals] = (),
+        zygote: Zygote | None = None,
+    ) -> None:
         app = create_app(engine, config)
         super().__init__(
             uvicorn.Config(
@@ -92,10 +102,11 @@ class _Server(uvicorn.Server):
         self._engine = engine
         self._config = config
         self._acceptor: Acceptor | None = None
-        self.context: ServerContext = app.state.context
+        self.context = contexts_of(app).default
         self.context.stopping.begin = self._begin_to_stop
         self._supervisor = Supervisor(self.context)
         self._noted = noted
+        self._zygote = zygote
         self._failed = False
         self._grace_ends: float | None = None  # monotonic seconds; from the first signal on
         self._waited_enough = asyncio.Event()
@@ -111,13 +122,15 @@ class _Server(uvicorn.Server):
         """Serve; whatever ends it, the engine is closed."""
         if self._config.uds is None:
             self.context.listening.url = address_of(listener, self._config)
-        watching = asyncio.create_task(self._supervisor.watch())
+        watching = [asyncio.create_task(self._supervisor.watch())]
+        if self._zygote is not None:
+            watching.append(asyncio.create_task(keep_zygote(self._zygote)))
         try:
             await self.serve(sockets=[listener])
         finally:
-            watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watching
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
             await self._engine.close()
 
     async def on_tick(self, counter: int) -> bool:

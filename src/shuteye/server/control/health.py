@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, Struct, UnsetType
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -13,7 +13,7 @@ from shuteye import __version__
 from shuteye.errors import EngineNotReady, ServerError
 from shuteye.frontend.engine import Engine, Status
 from shuteye.model_info import ModelInfo
-from shuteye.server.context import Context
+from shuteye.server.context import Context, contexts_of
 from shuteye.server.http.admission import refuse_unless_alive
 from shuteye.server.http.answers import ErrorDetail, JsonAnswer
 from shuteye.server.http.auth import InferenceRoute
@@ -90,8 +90,10 @@ async def health(context: Context) -> Response:
     try:
         refuse_unless_alive(engine)
     except ServerError as error:
+        status = engine.status
         answer = UnhealthyAnswer(
-            "faulted" if engine.status == "ready" else engine.status, ErrorDetail(**error_body(error)["error"])
+            "faulted" if status == "ready" or status == "unloaded" else status,  # noqa: PLR1714 (narrows the type)
+            ErrorDetail(**error_body(error)["error"]),
         )
         return JsonAnswer(answer, 503, error_headers(error))
     return JsonAnswer(AliveAnswer())
@@ -124,9 +126,9 @@ class LoadAnswer(Struct):
 
 
 @router.get("/load", response_model=None)
-async def load(context: Context) -> Response:
+async def load(request: Request) -> Response:
     """How many prompts, texts and recordings are being worked on, or wait to be."""
-    return JsonAnswer(LoadAnswer(context.metrics.num_in_flight))
+    return JsonAnswer(LoadAnswer(sum(context.metrics.num_in_flight for context in contexts_of(request.app))))
 
 
 @keyed.get("/state", response_model=None)
@@ -174,6 +176,7 @@ def _waking_cost(state: EngineState, metrics: Metrics) -> WakingCost:
 
 
 @measured.get("/metrics", response_model=None)
-async def metrics(context: Context) -> Response:
-    """All metrics; the engine is not asked, so it may be asleep or busy."""
-    return Response(context.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+async def metrics(request: Request) -> Response:
+    """All metrics of all models; no engine is asked, so each may be asleep or busy."""
+    first, *others = (context.metrics for context in contexts_of(request.app))
+    return Response(first.exposition(others), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -22,6 +22,7 @@ from shuteye.calls import (
     ResumeCall,
     RpcCall,
     SleepCall,
+    UnloadCall,
     UpdateFromFileCall,
     WakeCall,
 )
@@ -154,6 +155,13 @@ async def wake_up(call: Annotated[WakeCall, requested(WakeCall)], context: Conte
     report = await _carried_out(context, call)
     status: Literal["awake", "sleeping"] = "sleeping" if context.engine.is_sleeping else "awake"
     return JsonAnswer(WakeAnswer(status=status, tags=call.tags, **measured(report)))
+
+
+@router.post("/unload", response_model=None, openapi_extra=documented_body(UnloadCall))
+async def unload(call: Annotated[UnloadCall, requested(UnloadCall)], context: Context) -> Response:
+    """Gives everything back, the engine's process included; `/wake_up` starts another. Or as a JSON body."""
+    report = await _carried_out(context, call)
+    return JsonAnswer(SleepAnswer(tags=None, **measured(report)))
 
 
 @router.get("/is_sleeping", response_model=None, dependencies=[NO_QUERY])

@@ -15,6 +15,7 @@ from shuteye.errors import AuthenticationFailed, PermissionRefused
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import context_of
 from shuteye.server.http.bodies import JsonRequest
+from shuteye.server.http.model_choice import choose_model
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -45,7 +46,9 @@ class ControlRoute(APIRoute):
         async def checked(request: Request) -> Response:
             config = context_of(request).config
             _require_admin_key(request, config)
-            return await handle(_with_json(request, config))
+            bounded = _with_json(request, config)
+            await choose_model(bounded)
+            return await handle(bounded)
 
         return checked
 
@@ -56,7 +59,9 @@ def behind_inference_key(handle: Handler, *, key_header: str | None = None) -> H
     async def checked(request: Request) -> Response:
         config = context_of(request).config
         _require_inference_key(request, config, key_header)
-        return await handle(_with_json(request, config))
+        bounded = _with_json(request, config)
+        await choose_model(bounded)
+        return await handle(bounded)
 
     return checked
 

@@ -183,7 +183,9 @@ async def _on_shuteye_error(request: Request, error: Exception) -> Response:
 
 def _wake_takes_s(request: Request, *, at_least: int) -> int:
     """Whole seconds that waking should take, at the pace of the last wake; `at_least` if there was none."""
-    context = request.app.state.context
+    from shuteye.server.context import context_of  # which needs this module
+
+    context = context_of(request)
     expected = context.metrics.next_wake_s(context.engine.state)
     return at_least if expected is None else max(at_least, math.ceil(expected))
 

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from msgspec import Struct
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 from shuteye.errors import InvalidRequest
-from shuteye.server.context import Context, ServerContext
+from shuteye.server.context import Context, ServerContext, contexts_of
 from shuteye.server.http.answers import JsonAnswer
 from shuteye.server.http.auth import InferenceRoute
 from shuteye.server.openai.fields import Many, settle_unsupported
@@ -46,15 +46,16 @@ class ModelsAnswer(Struct, kw_only=True):
 
 
 @router.get("/v1/models", response_model=None)
-async def list_models(context: Context) -> Response:
+async def list_models(request: Request) -> Response:
     """All served names."""
-    return JsonAnswer(ModelsAnswer(data=[_card(name, context) for name in context.model_names]))
+    cards = [_card(name, context) for context in contexts_of(request.app) for name in context.model_names]
+    return JsonAnswer(ModelsAnswer(data=cards))
 
 
 @router.get("/v1/models/{name:path}", response_model=None)
-async def retrieve_model(name: str, context: Context) -> Response:
+async def retrieve_model(name: str, request: Request) -> Response:
     """One served name, which may hold slashes."""
-    return JsonAnswer(_card(context.served_name(name), context))
+    return JsonAnswer(_card(name, contexts_of(request.app).named(name)))
 
 
 def _card(name: str, context: ServerContext) -> ModelAnswer:

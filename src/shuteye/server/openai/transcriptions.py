@@ -19,6 +19,7 @@ from shuteye.server.generation.run import first_of
 from shuteye.server.http.admission import ModelRoute, require_task
 from shuteye.server.http.errors import ClientDisconnected
 from shuteye.server.http.events import EventStream, until_disconnect
+from shuteye.server.http.model_choice import FORM_LIMITS
 from shuteye.server.openai.speech_form import FORM_SCHEMA, SpeechForm
 from shuteye.server.openai.transcript_events import TranscriptEvents
 from shuteye.server.openai.transcripts import SpeechTask, transcript
@@ -85,7 +86,7 @@ async def _read_form(request: Request) -> SpeechForm:
     if not kind.lower().startswith(_MULTIPART):
         raise InvalidRequest(f"The body must be {_MULTIPART} with the audio as 'file', got {kind or 'no type'!r}.")
     try:
-        form = await request.form(max_files=1, max_fields=100)
+        form = await request.form(**FORM_LIMITS)
     except ClientDisconnect:
         raise ClientDisconnected from None
     try:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -166,9 +166,15 @@ class Metrics:
     def _whole_request(self, name: str, text: str) -> Histogram:
         return self._histogram(name, text, buckets=REQUEST_BUCKETS_S).labels(self._model)
 
-    def exposition(self) -> bytes:
-        """Everything, in Prometheus' text format."""
-        return named(generate_latest(self.registry), self._names)
+    def exposition(self, others: Iterable[Metrics] = ()) -> bytes:
+        """Everything, in Prometheus' text format, and with it the metrics of `others`, each family once."""
+        families: dict[str, Metric] = {}
+        for registry in (self.registry, *(other.registry for other in others)):
+            for family in registry.collect():
+                known = families.setdefault(family.name, family)
+                if known is not family:
+                    known.samples.extend(family.samples)
+        return named(generate_latest(cast(CollectorRegistry, _Families(families.values()))), self._names)
 
     # --- requests -------------------------------------------------------------------------------
 
@@ -318,6 +324,16 @@ def _log(served: RequestTiming) -> None:
             **phases,
         },
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Families:
+    """As much of a registry as is needed to write it out."""
+
+    families: Iterable[Metric]
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # registries hash collectors by identity
