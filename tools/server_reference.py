@@ -22,6 +22,7 @@ from shuteye.config import EngineConfig
 from shuteye.frontend.async_engine import AsyncEngine
 from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
+from shuteye.server.context import contexts_of
 from shuteye.server.http.admission import ModelRoute
 from shuteye.server.http.auth import ControlRoute, InferenceRoute
 from shuteye.server.http.errors import RETRY_AFTER_S
@@ -43,12 +44,13 @@ def render() -> dict[Path, str]:
     app = create_app(
         AsyncEngine(EngineConfig(enable_sleep_mode=True)), ServerConfig(api_key="inference", admin_api_key="admin")
     )
+    metrics = contexts_of(app).default.metrics
     return {
         PAGES / "routes.md": _page("Routes", "the docstrings of the routes", _routes(app)),
         PAGES / "compatibility.md": _page(
             "Who else has these routes", "the server's routes and `tools/route_peers.toml`", _compatibility(app)
         ),
-        PAGES / "metrics.md": _page("Metrics", "the metrics themselves", _metrics(app.state.context.metrics.registry)),
+        PAGES / "metrics.md": _page("Metrics", "the metrics themselves", _metrics(metrics.registry)),
         PAGES / "errors.md": _page("Errors", "the exceptions in `errors.py`", _errors()),
     }
 

@@ -13,7 +13,16 @@ import signal
 import sys
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
+
+
+def name_process(name: str) -> None:
+    """Linux: what `top` and `ps -o comm` call this process, whose command line is that of the one it was forked from.
+
+    Args:
+        name: at most 15 bytes.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
 
 
 def die_with_parent(parent_pid: int) -> None:

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from shuteye_server import Served, children_of, shuteye, stop_all, wait_for
+from shuteye_server import Served, children_of, engines_below, shuteye, stop_all, wait_for
 
 from shuteye.client import Client
 
@@ -85,7 +85,7 @@ def test_a_killed_engine_is_restarted_by_itself_and_then_the_server_ends(tiny_ch
         for _ in range(2):
             assert server.complete("a prompt") == right("a prompt")
             assert server.get("/health").json() == {"status": "ok"}
-            (pid,) = children_of(server.process.pid)
+            (pid,) = engines_below(*children_of(server.process.pid))
             os.kill(pid, signal.SIGKILL)
             wait_for(lambda: server.process.poll() is not None or server.get("/health").status_code == 503, "its death")
             if server.process.poll() is None and server.metric("shuteye_transitions_total", transition="restart") == 0:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from http_helpers import ask, asking, in_flight
-from shuteye_server import Served, children_of, is_running, shuteye, stop_all, wait_for
+from shuteye_server import Served, children_of, engines_below, is_running, shuteye, stop_all, wait_for
 
 LONG = 400
 AT_ONCE_S = 3.0
@@ -106,12 +106,28 @@ def test_a_hung_engine_goes_on_or_is_restarted_by_command(mortal_servers, right)
     assert done.returncode == 0, done.stderr
     assert "The engine is loaded again after" in done.stdout
     assert not is_running(pid)
-    (server.engine_pid,) = children_of(server.process.pid)
+    (server.engine_pid,) = engines_below(server.zygote_pid)
     state = server.get("/state").json()
     assert (state["is_sleeping"], {tag["residency"] for tag in state["state"]["tags"]}) == (False, {"resident"})
     assert server.complete("a prompt") == right("a prompt")
     assert server.done("/sleep")["changed"]
     assert server.done("/wake_up")["changed"]
+
+
+def test_a_killed_zygote_takes_nothing_with_it_and_is_replaced(mortal_servers, right):
+    """An engine, its requests and every later start that are lost with a process that does nothing for them."""
+    server = mortal_servers["hung, then slain"]
+    before = server.zygote_pid
+    os.kill(before, signal.SIGKILL)
+    wait_for(lambda: [child for child in children_of(server.process.pid) if child != before], "another zygote", 60)
+    assert server.complete("a prompt") == right("a prompt")
+    assert "engines are forked from has ended" in server.log
+    assert server.done("/unload")["changed"]
+    assert not is_running(server.engine_pid)
+    server.done("/wake_up")
+    (server.zygote_pid,) = children_of(server.process.pid)
+    (server.engine_pid,) = engines_below(server.zygote_pid)
+    assert server.complete("a prompt") == right("a prompt")
 
 
 def test_a_killed_server_leaves_nothing(mortal_servers):

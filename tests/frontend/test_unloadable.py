@@ -104,6 +104,9 @@ def test_a_request_loads_the_model_if_the_policy_says_so(config, zygote):
             await engine.unload()
             assert await asyncio.gather(*[tokens(engine) for _ in range(4)]) == [before] * 4
             assert [report.changed for report in woken] == [True]
+            await engine.sleep()
+            assert await tokens(engine) == before
+            assert [report.changed for report in woken] == [True, True]
 
     asyncio.run(scenario())
 

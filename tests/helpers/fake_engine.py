@@ -164,7 +164,7 @@ class FakeEngine(Engine):
             raise self.failure
         report = None
         match call:
-            case calls.SleepCall():
+            case calls.SleepCall() | calls.UnloadCall():
                 report = await self._sleep(call)
             case calls.WakeCall():
                 self.state, report = woken(self.state, parse_tags(call.tags))
@@ -192,6 +192,8 @@ class FakeEngine(Engine):
         return report
 
     async def _sleep(self, call):
+        if isinstance(call, calls.UnloadCall):
+            call = calls.SleepCall(2, "wait" if call.mode == "keep" else call.mode, timeout_s=call.timeout_s)
         level, tags = parse_level(call.level), parse_tags(call.tags)
         state, report = slept(self.state, level, tags) if level else (self.state, SleepReport(False, 0))
         if level == 0 or (report.changed and not self.is_sleeping):

@@ -139,6 +139,7 @@ OTHERS = (
 CONTROL = (
     Row("control", "POST", "/sleep"),
     Row("control", "POST", "/wake_up"),
+    Row("control", "POST", "/unload"),
     Row("control", "GET", "/is_sleeping"),
     Row("control", "POST", "/pause"),
     Row("control", "POST", "/resume"),

@@ -73,6 +73,15 @@ def children_of(pid):
     return [child for child in found if is_running(child)]
 
 
+def engines_below(pid):
+    """Engines that a zygote has forked, or one with torch that it has forked."""
+    engines = []
+    for child in children_of(pid):
+        name = Path(f"/proc/{child}/comm").read_text().strip()
+        engines += [child] if name == "shuteye-engine" else engines_below(child)
+    return engines
+
+
 class Served:
     """A server of `model`; listens on 127.0.0.1 at a port that the system chose."""
 
@@ -121,7 +130,8 @@ class Served:
         headers = {"Authorization": f"Bearer {self.admin_key}"} if self.admin_key else {}
         self.http = httpx2.Client(base_url=self.url, headers=headers, timeout=ANSWER_S)
         self._wait(lambda: self.get("/ready").status_code == 200, "getting ready")
-        (self.engine_pid,) = children_of(self.process.pid)
+        (self.zygote_pid,) = children_of(self.process.pid)
+        (self.engine_pid,) = engines_below(self.zygote_pid)
         return self
 
     def _wait(self, condition, what):

@@ -62,7 +62,10 @@ class ForkOrder:
     @classmethod
     def receive(cls, control: socket.socket) -> ForkOrder | None:
         """The next one; None once nobody can send any more."""
-        content, fds, _flags, _address = socket.recv_fds(control, LONGEST, _NUM_ORDER_FDS)
+        try:
+            content, fds, _flags, _address = socket.recv_fds(control, LONGEST, _NUM_ORDER_FDS)
+        except ConnectionResetError:  # closed, with ends that it had not read
+            return None
         if not content:
             return None
         endpoint, _, told = content.partition(_SEPARATOR)

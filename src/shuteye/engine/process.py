@@ -25,7 +25,7 @@ from shuteye.engine.messages import Connected, FromEngine, ToEngine
 from shuteye.engine.start import EngineStart
 from shuteye.executors import needs_torch
 from shuteye.executors.wire import connect_pair
-from shuteye.processes import end_with_pipe
+from shuteye.processes import end_with_pipe, name_process
 from shuteye.typed_frames import Decoder, encode
 
 MAX_POLL_MS = 1 << 30
@@ -94,6 +94,7 @@ def serve(order: ForkOrder, torch_orders: socket.socket) -> None:
     Args:
         torch_orders: where to hand on the order of an engine that computes with torch; closed in a process that has it.
     """
+    name_process("shuteye-engine")
     end_with_pipe(order.lifeline_fd)
     pulse = Pulse(order.pulse_fd)
     pulse.beat_in_background()

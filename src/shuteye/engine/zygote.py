@@ -27,7 +27,7 @@ from functools import partial
 from shuteye.engine import process
 from shuteye.engine.forking import ForkOrder, new_pair, refuse, send_end
 from shuteye.heap import return_free_heap
-from shuteye.processes import die_with_parent
+from shuteye.processes import die_with_parent, name_process
 
 
 def _import_native() -> None:
@@ -170,6 +170,7 @@ class _FirstZygote(_Zygote):
 def main() -> None:
     """Fork engines until the server is gone; in a fork, be an engine."""
     gc.disable()  # what is imported stays; an engine turns it on
+    name_process("shuteye-zygote")
     die_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when we end, whoever else gets the signal
     zygote = _FirstZygote(socket.socket(fileno=int(sys.argv[1])))

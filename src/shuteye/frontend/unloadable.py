@@ -55,13 +55,21 @@ class UnloadableEngine(Engine):
     """
 
     def __init__(self, config: EngineConfig, open_engine: Callable[[EngineConfig], AsyncEngine]) -> None:
-        self._open = open_engine
-        self._engine = open_engine(config)
+        self._open_engine = open_engine
+        self._engine = self._open(config)
         self._unloaded: Unloaded | None = None
         self._moving = asyncio.Lock()  # held by whoever loads or unloads
         self._is_unloading = False
         self._loading: asyncio.Task[WakeReport] | None = None
         self._held: dict[object, asyncio.Future[None]] = {}  # requests that wait for somebody to load the model
+
+    def _open(self, config: EngineConfig) -> AsyncEngine:
+        engine = self._open_engine(config)
+        engine.on_auto_wake = self._tell_auto_wake
+        return engine
+
+    def _tell_auto_wake(self, outcome: WakeReport | ShuteyeError) -> None:
+        self.on_auto_wake(outcome)  # whoever listens now
 
     # --- life -----------------------------------------------------------------------------------
 

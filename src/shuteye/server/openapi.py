@@ -68,6 +68,7 @@ ANSWERS: Mapping[str, type] = {
     "GET /state": health.StateAnswer,
     "POST /sleep": routes.SleepAnswer,
     "POST /wake_up": routes.WakeAnswer,
+    "POST /unload": routes.SleepAnswer,
     "GET /is_sleeping": routes.SleepingAnswer,
     "POST /pause": routes.DoneAnswer,
     "POST /resume": routes.DoneAnswer,
