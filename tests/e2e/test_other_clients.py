@@ -327,21 +327,31 @@ def test_guidellm(real, tmp_path, route):
     assert metrics["time_to_first_token_ms"]["successful"]["min"] > 0
 
 
-@pytest.fixture(scope="module")
-def by_lm_eval(real, tmp_path_factory):
+@pytest.fixture(scope="class")
+def exact():
+    """SmolLM2 as its own library computes it: quantized weights round what they are multiplied with."""
+    server = Served("smollm2-135m", "--dtype", "float32", "--quantization", "none", cache_dir=None)
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="class")
+def by_lm_eval(exact, tmp_path_factory):
     """Every response to lm-eval's tasks; tokens counted by lm-eval itself, or by whatever `tokenizers` says."""
 
     def evaluated(**tokenizers):
-        model = {"model": real.model, "base_url": f"{real.url}/v1/completions", "num_concurrent": 4, "max_retries": 1}
+        model = {"model": exact.model, "base_url": f"{exact.url}/v1/completions", "num_concurrent": 4, "max_retries": 1}
         arguments = json.dumps(model | tokenizers)
         return run("lm-eval", "with_lm_eval.py", "local-completions", arguments, tmp_path_factory.mktemp("lm-eval"))
 
     return evaluated
 
 
-@pytest.fixture(scope="module")
-def evaluated(real, by_lm_eval):
-    return by_lm_eval(tokenizer=real.get("/state").json()["model"]["tokenizer_dir"])
+@pytest.fixture(scope="class")
+def evaluated(exact, by_lm_eval):
+    return by_lm_eval(tokenizer=exact.get("/state").json()["model"]["tokenizer_dir"])
 
 
 class TestLMEval:
@@ -353,9 +363,9 @@ class TestLMEval:
         for one, other in zip(remote["samples"]["local_texts"], evaluated["samples"]["local_texts"], strict=True):
             assert one[0][0] == pytest.approx(other[0][0], **ROUNDING)
 
-    def test_loglikelihoods_are_those_of_its_own_model(self, real, evaluated, smollm2, tmp_path):
+    def test_loglikelihoods_are_those_of_its_own_model(self, exact, evaluated, smollm2, tmp_path):
         """Log-probabilities of the prompt that are shifted by a token, cached wrongly, or of another model."""
-        tokenizer = real.get("/state").json()["model"]["tokenizer_dir"]
+        tokenizer = exact.get("/state").json()["model"]["tokenizer_dir"]
         weights = smollm2.path
         theirs = {
             "pretrained": str(weights.parent),

@@ -34,6 +34,7 @@ def test_penalties_are_for_what_was_said():
         ({"top_p": 0.7}, {0, 2}),
         ({"top_p": 1.0}, {0, 1, 2, 3, 4}),
         ({"top_p": 0.0001}, {0}),
+        ({"top_p": 0.7, "top_k": 2}, {0}),  # of what is left, as in vLLM
     ],
 )
 def test_only_what_the_filters_leave_is_drawn(params, possible):
