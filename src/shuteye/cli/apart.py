@@ -115,6 +115,7 @@ class _Child:
         """If it has ended and told nothing there is nothing to serve. Not to be called once `ended` is."""
         ended = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         if ended and not _has_bytes(self._reading):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # what else ends from here on says nothing of it
             self._end_parent(self.ended()[1])
 
     def _end_parent(self, code: int) -> NoReturn:

@@ -44,6 +44,14 @@ def test_only_what_the_filters_leave_is_drawn(params, possible):
     assert found == possible
 
 
+def test_a_seed_draws_anew_for_each_token():
+    """A transcript in which every token has the same luck."""
+    asked = TranscribeParams(temperature=1.0, seed=7)
+    found = [drawn(SCORES, asked, num_sampled=count) for count in range(60)]
+    assert len({*found}) > 2
+    assert found == [drawn(SCORES, asked, num_sampled=count) for count in range(60)]
+
+
 def test_greedy_takes_no_notice_of_filters():
     assert drawn(SCORES, TranscribeParams(top_k=1, seed=5), num_sampled=0) == 0
 
