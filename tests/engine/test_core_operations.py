@@ -177,3 +177,11 @@ def test_vllms_recipe_brings_weights_back_after_level_2(harness):
     assert not report.missing
     harness.call(WakeCall(tags=("kv_cache",)))
     assert harness.generate(range(3, 20)) == before
+
+
+def test_a_path_reaches_the_reload_that_collective_rpc_asks_for(harness, tmp_path):
+    """Weights of the image loaded again, in the place of those that were named."""
+    before = harness.generate(range(3, 20))
+    with pytest.raises(InvalidRequest, match=tmp_path.name):
+        harness.call(RpcCall("reload_weights", (str(tmp_path),)))
+    assert harness.generate(range(3, 20)) == before
