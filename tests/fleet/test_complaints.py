@@ -109,8 +109,8 @@ def test_a_model_is_not_evicted_before_it_has_been_awake_for_a_while():
 
 def test_one_eviction_that_does_is_better_than_three():
     """Three small models that sleep one after the other where one large one had sufficed (omlx#3306)."""
-    fleet = FleetHarness(100, spec("s1", 20), spec("s2", 20), spec("s3", 20), spec("large", 40), spec("new", 40))
-    for model in ("s1", "s2", "s3", "large"):
+    fleet = FleetHarness(82, spec("s1", 14), spec("s2", 14), spec("s3", 14), spec("large", 40), spec("new", 40))
+    for model in ("s1", "s2", "s3", "large", "large", "large"):  # by byte the large one is worth more
         fleet.wake(model)
     assert slept(fleet.request("new")[1]) == ["large"]
 
@@ -119,8 +119,8 @@ def test_none_is_evicted_that_is_not_needed_in_the_end():
     """A small model put to sleep on the way to one that frees enough alone."""
     fleet = FleetHarness(100, spec("s1", 10), spec("large", 90), spec("new", 80))
     fleet.wake("s1")
-    fleet.wake("large")
-    fleet.wake("large")  # so that it is worth more, and comes second
+    for _ in range(20):  # so that it is worth more by byte, and comes second
+        fleet.wake("large")
     assert slept(fleet.request("new")[1]) == ["large"]
 
 

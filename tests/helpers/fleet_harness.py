@@ -126,7 +126,11 @@ class Account:
             self.pinned.add(one.name)
 
     def size(self, model, depth):
-        nbytes = self.measured.get((model, depth), self.specs[model].estimated_bytes(depth))
+        nbytes = None
+        for above in range(depth + 1):  # what was not measured is as estimated, but no more than one depth above
+            estimate = self.specs[model].estimated_bytes(Depth(above))
+            most = estimate if nbytes is None else min(estimate, nbytes)
+            nbytes = self.measured.get((model, above), most)
         return nbytes + (self.specs[model].growth_bytes if depth is Depth.AWAKE else 0)
 
     @property

@@ -107,9 +107,12 @@ class ModelEntry:
     # --- what it takes --------------------------------------------------------------------------
 
     def expected_bytes(self, depth: Depth) -> int:
-        """What it takes at `depth`: measured there, else estimated."""
+        """What it takes at `depth`: measured there, else estimated, but no more than one depth above."""
         measured = self.measured[depth]
-        return self.spec.estimated_bytes(depth) if measured is None else measured
+        if measured is not None:
+            return measured
+        estimate = self.spec.estimated_bytes(depth)
+        return estimate if depth is Depth.AWAKE else min(estimate, self.expected_bytes(Depth(depth - 1)))
 
     @property
     def awake_bytes(self) -> int:
@@ -160,7 +163,9 @@ class ModelEntry:
         """It may be put to sleep, or to a deeper one, for others, once it has been awake long enough."""
         if not self.is_idle or self.is_protected or self.retiring:
             return False
-        return self.phase is Phase.AWAKE or (self.owner is not SleepOwner.OPERATOR and self.depth < self.deepest)
+        if self.phase is Phase.AWAKE:
+            return True
+        return self.owner is not SleepOwner.OPERATOR and self.freed_bytes(self.deepest) > 0
 
     @property
     def deepest(self) -> Depth:
