@@ -77,6 +77,7 @@ class EngineConfig:
             scale for each token and KV head. Any spelling of `KV_CACHE_DTYPES` is taken.
         kv_cache_memory: bytes of KV cache of all ranks together; None sizes it from free memory, 0 is for models
             without one.
+        max_kv_cache_memory: the most that it is sized to from free memory; None sets no bound of its own.
         chat_template: a Jinja template in the place of the checkpoint's; None uses those.
         max_model_len: longest prompt plus output in tokens; None takes the checkpoint's, if the KV cache can hold it.
         max_num_batched_tokens: the token budget of one step.
@@ -119,6 +120,7 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_dtype: str = "auto"
     kv_cache_memory: int | None = None
+    max_kv_cache_memory: int | None = None
     enable_prefix_caching: bool = True
     enable_sleep_mode: bool = False
     on_sleeping_request: SleepingPolicy = "reject"
@@ -174,10 +176,10 @@ class EngineConfig:
             raise InvalidRequest(
                 f"max_logprobs must be -1, or 0 or more, got {self.max_logprobs}.", param="max_logprobs"
             )
-        if self.kv_cache_memory is not None and self.kv_cache_memory < 0:
-            raise InvalidRequest(
-                f"kv_cache_memory must be 0 or more, got {self.kv_cache_memory}.", param="kv_cache_memory"
-            )
+        for name in ("kv_cache_memory", "max_kv_cache_memory"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise InvalidRequest(f"{name} must be 0 or more, got {value}.", param=name)
 
     def resolve(self, spec: ModelSpec) -> EngineConfig:
         """A complete copy: dtype, context length and KV cache size decided from what was loaded.
@@ -200,7 +202,9 @@ class EngineConfig:
         blocks_per_sequence = -(-wanted // self.block_size)
         if self.kv_cache_memory is None:
             useful = blocks_per_sequence * self.max_num_seqs + RESERVED_BLOCKS
-            num_blocks = min(int(spec.available_bytes * KV_SHARE_OF_FREE_MEMORY) // block_bytes, useful)
+            share = int(spec.available_bytes * KV_SHARE_OF_FREE_MEMORY)
+            most = share if self.max_kv_cache_memory is None else min(share, self.max_kv_cache_memory)
+            num_blocks = min(most // block_bytes, useful)
         else:
             num_blocks = self.kv_cache_memory // block_bytes
             self._check_available(spec)

@@ -44,7 +44,7 @@ def end_with_pipe(reading_fd: int) -> None:
     poll = select.poll()
     poll.register(reading_fd, select.POLLIN)
     if poll.poll(0):
-        sys.exit("whoever needed this process has gone already")
+        sys.exit(0)  # whoever needed this process has gone already
 
 
 def private_bytes(pid: int) -> int:

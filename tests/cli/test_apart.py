@@ -10,7 +10,8 @@ from shuteye.cli import apart
 from shuteye.frontend.engine_process import EngineProcess
 from shuteye.server import launch
 
-def run(engine, server, zygote, process):
+def run(order, zygote, process):
+    engine, server = order.engines[0], order.server
     print(engine.model, engine.cache_dir, server.port, server.api_key, "cyclopts" in sys.modules, zygote.pid > 0)
     return 7
 

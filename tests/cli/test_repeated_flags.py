@@ -17,7 +17,8 @@ def test_the_last_of_a_flag_counts():
     """A server that does not start, as vLLM's would, or one on the port that was meant to be replaced."""
     order = order_of("m --port 1 --max-model-len=64 --no-canary --port=2 --dev-mode --max-model-len 128 --canary")
     assert (order.server.port, order.server.dev_mode) == (2, True)
-    assert (order.engine.model, order.engine.max_model_len, order.engine.canary) == ("m", 128, True)
+    (engine,) = order.engines
+    assert (engine.model, engine.max_model_len, engine.canary) == ("m", 128, True)
 
 
 def test_another_name_of_a_flag_is_the_same_flag():

@@ -131,7 +131,7 @@ class Served:
         self.http = httpx2.Client(base_url=self.url, headers=headers, timeout=ANSWER_S)
         self._wait(lambda: self.get("/ready").status_code == 200, "getting ready")
         (self.zygote_pid,) = children_of(self.process.pid)
-        (self.engine_pid,) = engines_below(self.zygote_pid)
+        self.engine_pid, *_others = engines_below(self.zygote_pid)
         return self
 
     def _wait(self, condition, what):

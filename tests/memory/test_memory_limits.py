@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shuteye.memory.backends.kernel import available_bytes
+from shuteye.memory.limits import available_bytes
 
 GIB = 1 << 30
 

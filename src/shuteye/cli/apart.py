@@ -26,10 +26,8 @@ from shuteye.frontend.zygote import Zygote
 from shuteye.processes import die_with_parent, raise_limit
 
 if TYPE_CHECKING:
-    from shuteye.cli.serve import ServeOrder
-    from shuteye.config import EngineConfig
     from shuteye.frontend.engine_process import EngineProcess
-    from shuteye.server.config import ServerConfig
+    from shuteye.server.serve_order import ServeOrder
 
 
 def serve() -> int:
@@ -46,7 +44,7 @@ def serve() -> int:
 
                 launch.import_server()
             told, code = child.ended()
-        return launch.serve(*_configs(told), zygote, process) if told else code
+        return launch.serve(_order(told), zygote, process) if told else code
 
 
 def _started(opened: contextlib.ExitStack) -> tuple[Zygote | None, EngineProcess | None]:
@@ -61,12 +59,11 @@ def _started(opened: contextlib.ExitStack) -> tuple[Zygote | None, EngineProcess
     return zygote, process
 
 
-def _configs(told: bytes) -> tuple[EngineConfig, ServerConfig]:
-    from shuteye.config import EngineConfig
-    from shuteye.server.config import ServerConfig
+def _order(told: bytes) -> ServeOrder:
+    from shuteye.server.serve_order import ServeOrder
     from shuteye.typed_frames import Decoder
 
-    return Decoder[tuple[EngineConfig, ServerConfig]](tuple[EngineConfig, ServerConfig]).decode(told)
+    return Decoder[ServeOrder](ServeOrder).decode(told)
 
 
 @contextlib.contextmanager
@@ -148,9 +145,10 @@ def _tell(order: ServeOrder, writing: BinaryIO, process: EngineProcess | None) -
     from shuteye.logs import LogSettings
     from shuteye.typed_frames import encode
 
-    if process is not None:
-        process.tell(encode(EngineStart(order.engine, LogSettings(order.server.log_format, order.server.log_level))))
-    writing.write(encode((order.engine, order.server)))
+    if process is not None and not order.is_fleet:
+        logs = LogSettings(order.server.log_format, order.server.log_level)
+        process.tell(encode(EngineStart(order.engines[0], logs)))
+    writing.write(encode(order))
     return 0
 
 

@@ -16,6 +16,7 @@ from shuteye.cli import serve
 from shuteye.cli.terminal import show_error, show_warning
 from shuteye.cli.values import TIMEOUT_VARIABLE, URL_VARIABLE, Settings, unread_variables
 from shuteye.errors import AuthenticationFailed, InvalidRequest, PermissionRefused, ShuteyeError
+from shuteye.server.serve_order import ServeOrder
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 KEYS = {
@@ -75,9 +76,7 @@ app.command("shuteye.cli.images:app", name="images", help="List, remove and veri
 app.command("shuteye.cli.fleet:app", name="fleet", help="Try the scheduler of many models without serving any.")
 
 
-def run(
-    arguments: Sequence[str] | None = None, *, serving: Callable[[serve.ServeOrder], int] = serve.serve_here
-) -> int:
+def run(arguments: Sequence[str] | None = None, *, serving: Callable[[ServeOrder], int] = serve.serve_here) -> int:
     """Run one command line and return its exit status: 0, 1 for a failure, 2 for a wrong call.
 
     Args:
@@ -91,7 +90,7 @@ def run(
         if arguments and arguments[0] == "serve":
             arguments = ["serve", *serve.last_of_each(arguments[1:])]
         result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-        result = serving(result) if isinstance(result, serve.ServeOrder) else result
+        result = serving(result) if isinstance(result, ServeOrder) else result
     except CycloptsError as error:
         show_error(f"{_with_source(error)} See --help.")
         return MISUSED

@@ -6,10 +6,10 @@ Knows the help of every flag; what the values do is the engine's and the server'
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, TypeVar, cast, get_origin
 
 from cyclopts import Group, Parameter
 
@@ -17,12 +17,16 @@ from shuteye.cli.template_flag import template_converter
 from shuteye.cli.values import Flag, flags_of
 from shuteye.config import EngineConfig
 from shuteye.server.config import ServerConfig
+from shuteye.server.fleet_config import FleetConfig
+from shuteye.server.serve_order import ServeOrder
 
 MODEL = Group("Model", sort_key=0)
 SLEEP = Group("Sleep", sort_key=1)
 ENGINE = Group("Engine", sort_key=2)
 SERVER = Group("Server", sort_key=3)
 FILES = Group("Files", sort_key=4)
+FLEET = Group("Fleet", sort_key=5)
+MORE_MODELS = "more_models"
 
 MODEL_FLAGS = {
     "model": Flag(
@@ -74,6 +78,11 @@ ENGINE_FLAGS = {
         "than --max-num-seqs requests could use; it costs memory only as it fills.",
         size=True,
     ),
+    "max_kv_cache_memory": Flag(
+        "The most that a KV cache is sized to where --kv-cache-memory is left out. Of several models each has an "
+        "eighth of --memory-budget by default, between 32MiB and 1GiB.",
+        size=True,
+    ),
     "max_num_seqs": Flag("Most requests that run at once; others wait."),
     "max_num_batched_tokens": Flag("Most tokens computed in one step. Longer prompts are cut into several steps."),
     "max_waiting_requests": Flag(
@@ -114,6 +123,15 @@ ENGINE_FLAGS = {
     "rank_timeout_s": Flag(
         "A rank that does not answer for so many seconds is killed, and the engine is faulted until it is woken."
     ),
+}
+FLEET_FLAGS = {
+    "memory_budget": Flag(
+        "What all models may take together. By default what the machine, or the control group, leaves.", size=True
+    ),
+    "min_awake_seconds": Flag("For so long after a wake a model is not put to sleep for another one."),
+    "sleep_idle_seconds": Flag("A model without requests sleeps after so long; by default never for that reason."),
+    "sleep_idle_level": Flag("How deep it then sleeps; unloaded ends its process."),
+    "sleep_escalate_seconds": Flag("After so long at one level it sleeps more deeply, and at last is unloaded."),
 }
 FILE_FLAGS = {
     "cache_dir": Flag("Where weight images and fetched wheels live."),
@@ -225,6 +243,16 @@ _CONFIG = inspect.Parameter(
 )
 
 
+_MORE_MODELS = inspect.Parameter(
+    MORE_MODELS,
+    inspect.Parameter.VAR_POSITIONAL,
+    annotation=Annotated[
+        str,
+        Parameter(help="More models to serve on the same port; requests choose by name.", group=MODEL),
+    ],
+)
+
+
 def _signature() -> inspect.Signature:
     """Every field of both configurations, so that none can be forgotten here."""
     engine = [
@@ -234,7 +262,9 @@ def _signature() -> inspect.Signature:
         if _GROUP_OF[parameter.name] is group
     ]
     server = flags_of(ServerConfig, SERVER_FLAGS, SERVER)
-    return inspect.Signature(sorted([*engine, *server, _CONFIG], key=lambda parameter: parameter.kind))
+    fleet = flags_of(FleetConfig, FLEET_FLAGS, FLEET)
+    everything = [*engine, _MORE_MODELS, *fleet, *server, _CONFIG]
+    return inspect.Signature(sorted(everything, key=lambda parameter: parameter.kind))
 
 
 _SIGNATURE = _signature()
@@ -246,19 +276,11 @@ def variables() -> frozenset[str]:
     return frozenset(name for one in details for name in one.env_var)
 
 
-@dataclass(frozen=True, slots=True)
-class ServeOrder:
-    """What a command line asks to be served, and how; carried out by whoever had it read."""
-
-    engine: EngineConfig
-    server: ServerConfig
-
-
 def serve_here(order: ServeOrder) -> int:
     """Serve in this process, until it is told to stop; its exit code."""
     from shuteye.server.launch import serve as run
 
-    return run(order.engine, order.server)
+    return run(order)
 
 
 def serve(*arguments: Any, **flags: Any) -> ServeOrder:
@@ -267,9 +289,16 @@ def serve(*arguments: Any, **flags: Any) -> ServeOrder:
     Flags win over environment variables, and those over the file given with --config.
     """
     values = _SIGNATURE.bind(*arguments, **flags).arguments  # only what was given
-    engine = EngineConfig(**{one.name: values[one.name] for one in fields(EngineConfig) if one.name in values})
-    server = ServerConfig(**{one.name: values[one.name] for one in fields(ServerConfig) if one.name in values})
-    return ServeOrder(engine, server)
+    engine = _given(EngineConfig, values)
+    engines = (engine, *(replace(engine, model=model) for model in values.get(MORE_MODELS, ())))
+    return ServeOrder(engines, _given(ServerConfig, values), _given(FleetConfig, values))
+
+
+C = TypeVar("C")
+
+
+def _given(kind: type[C], values: Mapping[str, Any]) -> C:
+    return kind(**{one.name: values[one.name] for one in fields(cast(Any, kind)) if one.name in values})
 
 
 def last_of_each(arguments: Sequence[str]) -> list[str]:

@@ -28,7 +28,7 @@ from shuteye.frontend.async_engine import AsyncEngine
 from shuteye.frontend.engine import Engine, EngineView, ServedModel
 from shuteye.frontend.mailbox import Backlog
 from shuteye.processes import private_bytes
-from shuteye.state import TAGS, SleepReport, TagReport, WakeReport
+from shuteye.state import TAGS, EngineState, SleepReport, TagReport, WakeReport
 from shuteye.tasks.base import Job
 
 R = TypeVar("R")
@@ -179,10 +179,8 @@ class UnloadableEngine(Engine):
         mode = call.mode or engine.config.default_sleep_mode
         mode = "wait" if mode == "keep" else mode  # what is kept would end with the process
         asleep = await engine.control(SleepCall(2, mode, timeout_s=call.timeout_s))
-        view = engine.view
         of_process = 0 if engine.engine_pid is None else private_bytes(engine.engine_pid)
-        state = replace(view.state, ranks=(), tags=tuple(replace(tag, resident_bytes=0) for tag in view.state.tags))
-        self._unloaded = Unloaded(replace(view, status="unloaded", state=state), engine.model)
+        self._unloaded = _left_of(engine)
         await engine.close()
         return replace(
             asleep,
@@ -191,6 +189,13 @@ class UnloadableEngine(Engine):
             residual_bytes=0,
             seconds=time.perf_counter() - began,
         )
+
+    async def lose(self) -> None:
+        """The process has ended by itself: go on without one, as if unloaded. Its model must have been loaded."""
+        async with self._moving:
+            if self._unloaded is None and self._engine.status == "dead":
+                self._unloaded = _left_of(self._engine)
+                await self._engine.close()
 
     # --- loading --------------------------------------------------------------------------------
 
@@ -281,6 +286,17 @@ class UnloadableEngine(Engine):
             raise
         if is_first:
             self.on_auto_wake(report)
+
+
+def _left_of(engine: AsyncEngine) -> Unloaded:
+    """What is known of an engine whose process is gone, or about to go: all memory given back, nothing in flight."""
+    view = engine.view
+    tags = tuple(
+        replace(tag, residency="discarded", backing="image" if tag.tag == "weights" else None, resident_bytes=0)
+        for tag in view.state.tags
+    )
+    state = EngineState(gate="closed", level=2, tags=tags)
+    return Unloaded(replace(view, status="unloaded", failure=None, hang=None, state=state), engine.model)
 
 
 def _as_wake(engine: AsyncEngine, seconds: float) -> WakeReport:

@@ -14,8 +14,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 
@@ -32,29 +34,38 @@ from shuteye.server.listener import close_listener, open_listener
 if TYPE_CHECKING:
     from shuteye.frontend.engine_process import EngineProcess
     from shuteye.frontend.zygote import Zygote
+    from shuteye.server.serve_order import ServeOrder
 
 logger = logging.getLogger(__name__)
 
 STOPPED, FAILED, FORCED = 0, 1, 130
+LOOK_S, RETRY_S = 0.1, 5.0
 
 
-def serve(
-    engine_config: EngineConfig,
-    server_config: ServerConfig,
-    zygote: Zygote | None = None,
-    process: EngineProcess | None = None,
-) -> int:
-    """Serve a model in an engine process of its own until SIGINT or SIGTERM; returns the process's exit code.
+def serve(order: ServeOrder, zygote: Zygote | None = None, process: EngineProcess | None = None) -> int:
+    """Serve models, each in an engine process of its own, until SIGINT or SIGTERM; returns the process's exit code.
 
     Args:
-        zygote, process: see `AsyncEngine`.
+        zygote: of whom their processes are forked; kept alive here.
+        process: one that is told to serve the first of them; see `AsyncEngine`.
     """
-    first = [process] if process is not None else []
+    begun = [process] if process is not None else []
 
     def open_engine(config: EngineConfig) -> AsyncEngine:
-        return AsyncEngine(config, zygote=zygote, process=first.pop() if first else None)
+        return AsyncEngine(config, zygote=zygote, process=begun.pop() if begun else None)
 
-    return serve_engine(UnloadableEngine(engine_config, open_engine), server_config, zygote)
+    background = [] if zygote is None else [partial(keep_zygote, zygote)]
+    if not order.is_fleet:
+        return serve_engine(UnloadableEngine(order.engines[0], open_engine), order.server, background=background)
+    from shuteye.server.fleet_models import fleet_of
+
+    if begun:
+        begun.pop().close()  # nobody has told it what to serve
+    driver, engines = fleet_of(order.engines, order.fleet, open_engine)
+    names = order.server.served_model_name
+    configs = [replace(order.server, served_model_name=names[i : i + 1]) for i in range(len(engines))]
+    first, *others = zip(engines, configs, strict=True)
+    return serve_engine(*first, others=others, background=[*background, driver.run])
 
 
 def import_server() -> None:
@@ -97,11 +108,31 @@ def _without_old_pydantic() -> Iterator[None]:
         del sys.modules[name]
 
 
-def serve_engine(engine: Engine, config: ServerConfig, zygote: Zygote | None = None) -> int:
+async def keep_zygote(zygote: Zygote) -> None:
+    """Start another whenever it has ended, so that the next model need not wait for it. Engines go on meanwhile."""
+    while True:
+        await asyncio.sleep(LOOK_S)
+        if zygote.has_ended:
+            logger.warning("The process that engines are forked from has ended; another is started.")
+            try:
+                zygote.replace()
+            except OSError as error:
+                logger.error("It could not be started: %s. It is tried again.", error)  # noqa: TRY400
+                await asyncio.sleep(RETRY_S)
+
+
+def serve_engine(
+    engine: Engine,
+    config: ServerConfig,
+    *,
+    others: Sequence[tuple[Engine, ServerConfig]] = (),
+    background: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
+) -> int:
     """Serve `engine`, which is started and closed here; returns the process's exit code.
 
     Args:
-        zygote: of whom its processes are forked; kept alive.
+        others: further models, each with what the config says of it.
+        background: what is to be done as long as it serves.
     """
     logs.configure(logs.LogSettings(config.log_format, config.log_level))
     descriptors.raise_limit()
@@ -119,10 +150,12 @@ def serve_engine(engine: Engine, config: ServerConfig, zygote: Zygote | None = N
     ):
         runner.run(engine.launch())
         import_server()
+        from shuteye.server.app import ServedEngine
         from shuteye.server.run import serve_on
 
         logger.info("Listening on %s; GET /ready tells when the model is loaded.", address_of(listener, config))
-        return serve_on(listener, engine, config, runner, noted=noted, zygote=zygote)
+        served = [ServedEngine(*other) for other in others]
+        return serve_on(listener, engine, config, runner, noted=noted, others=served, background=background)
 
 
 @contextlib.contextmanager

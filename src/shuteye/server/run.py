@@ -10,21 +10,22 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.lifespan.on import LifespanOn
 from uvicorn.server import HANDLED_SIGNALS
 
 from shuteye.errors import ServerStopping
 from shuteye.frontend.engine import Engine
-from shuteye.frontend.zygote import Zygote
-from shuteye.server.app import create_app, with_flag
+from shuteye.server.app import ServedEngine, create_app, with_flag
 from shuteye.server.config import ServerConfig
 from shuteye.server.connections import Acceptor, Connection
 from shuteye.server.context import contexts_of
-from shuteye.server.control.supervisor import Supervisor, keep_zygote
+from shuteye.server.control.supervisor import Supervisor
 from shuteye.server.launch import FAILED, FORCED, STOPPED, address_of
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ LAST_ANSWERS_S = 2.0
 """After the grace, how long clients have to take the errors that end their requests."""
 UVICORN_LATER_S = 1.0
 """After that, how long they have to end by themselves once cut off; then uvicorn cancels them."""
+Background = Callable[[], Coroutine[Any, Any, None]]
 POLLED_PATHS = ("/health", "/ready", "/ping", "/metrics")
 
 
@@ -43,16 +45,18 @@ def serve_on(
     runner: asyncio.Runner,
     *,
     noted: Sequence[signal.Signals] = (),
-    zygote: Zygote | None = None,
+    others: Sequence[ServedEngine] = (),
+    background: Sequence[Background] = (),
 ) -> int:
     """Serve `engine`, which is started and closed here, on a socket that listens; returns the process's exit code.
 
     Args:
-        zygote: of whom its processes are forked; kept alive.
+        others: see `create_app`.
+        background: what is to be done as long as it serves.
         noted: signals that came before; until they are handled here, whoever notes them may add to it.
     """
     logging.getLogger("uvicorn.access").addFilter(_worth_logging)
-    server = _Server(engine, config, noted, zygote)
+    server = _Server(create_app(engine, config, others=others), config, noted, background)
     runner.run(server.serve_until_stopped(listener))
     if server.exit_code == FAILED:
         _log_cause(engine, was_loaded=server.context.loading.done)
@@ -80,13 +84,8 @@ class _Server(uvicorn.Server):
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        config: ServerConfig,
-        noted: Sequence[signal.Signals] = (),
-        zygote: Zygote | None = None,
+        self, app: FastAPI, config: ServerConfig, noted: Sequence[signal.Signals], background: Sequence[Background]
     ) -> None:
-        app = create_app(engine, config)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -99,14 +98,14 @@ class _Server(uvicorn.Server):
                 h11_max_incomplete_event_size=2 * config.max_header_bytes,  # the app refuses earlier, and says why
             )
         )
-        self._engine = engine
+        self._engines = [context.engine for context in contexts_of(app)]
         self._config = config
         self._acceptor: Acceptor | None = None
         self.context = contexts_of(app).default
         self.context.stopping.begin = self._begin_to_stop
         self._supervisor = Supervisor(self.context)
         self._noted = noted
-        self._zygote = zygote
+        self._background = background
         self._failed = False
         self._grace_ends: float | None = None  # monotonic seconds; from the first signal on
         self._waited_enough = asyncio.Event()
@@ -122,16 +121,15 @@ class _Server(uvicorn.Server):
         """Serve; whatever ends it, the engine is closed."""
         if self._config.uds is None:
             self.context.listening.url = address_of(listener, self._config)
-        watching = [asyncio.create_task(self._supervisor.watch())]
-        if self._zygote is not None:
-            watching.append(asyncio.create_task(keep_zygote(self._zygote)))
+        watching = [asyncio.create_task(work()) for work in (self._supervisor.watch, *self._background)]
         try:
             await self.serve(sockets=[listener])
         finally:
             for task in watching:
                 task.cancel()
             await asyncio.gather(*watching, return_exceptions=True)
-            await self._engine.close()
+            for engine in self._engines:
+                await engine.close()
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""
@@ -173,11 +171,10 @@ class _Server(uvicorn.Server):
         """Close the engine, which answers its requests with an error; abort connections that do not take it in time."""
         await self._wait_at_most(self._grace_left_s)
         self.context.bodies.give_up()
-        closing = asyncio.create_task(
-            self._engine.close(
-                ServerStopping("The server was stopped before this request was finished; send it again to another one.")
-            )
+        stopped = ServerStopping(
+            "The server was stopped before this request was finished; send it again to another one."
         )
+        closing = asyncio.gather(*(engine.close(stopped) for engine in self._engines))
         await self._wait_at_most(LAST_ANSWERS_S)
         if not self._waited_enough.is_set():
             for connection in list(self.server_state.connections):

@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 
 from shuteye.errors import BackendFailure, MemoryExhausted, ShuteyeError
+from shuteye.memory import limits as memory_limits
 from shuteye.memory.backends import failure_of
-from shuteye.memory.backends import kernel as memory_limits
 from shuteye.memory.backends.kernel import PageQuery, PageScanner, open_page_scanner
 from shuteye.memory.layout import round_up
 

@@ -11,7 +11,6 @@ import logging
 import time
 
 from shuteye.errors import DescriptorsExhausted, ShuteyeError
-from shuteye.frontend.zygote import Zygote
 from shuteye.server.context import ServerContext
 
 logger = logging.getLogger(__name__)
@@ -20,19 +19,6 @@ LOOK_S = 0.1
 WINDOW_S = 600.0
 """Restarts longer ago than this are forgotten."""
 MAX_DELAY_S = 60.0
-
-
-async def keep_zygote(zygote: Zygote) -> None:
-    """Start another whenever it has ended, so that the next model need not wait for it. Engines go on meanwhile."""
-    while True:
-        await asyncio.sleep(LOOK_S)
-        if zygote.has_ended:
-            logger.warning("The process that engines are forked from has ended; another is started.")
-            try:
-                zygote.replace()
-            except OSError as error:
-                logger.error("It could not be started: %s. It is tried again.", error)  # noqa: TRY400
-                await asyncio.sleep(MAX_DELAY_S / 10)
 
 
 class Supervisor:

@@ -60,8 +60,11 @@ def behind_inference_key(handle: Handler, *, key_header: str | None = None) -> H
         config = context_of(request).config
         _require_inference_key(request, config, key_header)
         bounded = _with_json(request, config)
-        await choose_model(bounded)
-        return await handle(bounded)
+        try:
+            await choose_model(bounded)
+            return await handle(bounded)
+        finally:
+            await bounded.close()  # a form that was read to find the model, and whose route has refused it
 
     return checked
 
