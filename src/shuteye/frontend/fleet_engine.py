@@ -25,7 +25,7 @@ from shuteye.calls import (
     WakeCall,
 )
 from shuteye.config import EngineConfig
-from shuteye.errors import ShuteyeError, TransitionConflict
+from shuteye.errors import EngineDead, ShuteyeError, TransitionConflict
 from shuteye.fleet import events
 from shuteye.fleet.model_spec import Depth, ModelSpec, SleepOwner
 from shuteye.fleet.phases import Phase
@@ -139,16 +139,33 @@ class FleetEngine(Engine):
     async def stream(
         self, job: Job[OutputT], *, request_id: str | None = None, backlog: Backlog | None = None
     ) -> AsyncGenerator[OutputT, None]:
-        """See `Engine.stream`; the model is awake before it begins, and until it ends."""
+        """See `Engine.stream`; the model is awake before it begins, and until it ends.
+
+        A job whose process ends before the first output is carried out once more, by another one.
+        """
+        has_output, may_repeat = False, True
+        while True:
+            await self._be_found()
+            try:
+                async with (
+                    self._driver.place(self._spec.name, within_s=self._engine.config.hold_timeout_s),
+                    aclosing(self._engine.stream(job, request_id=request_id, backlog=backlog)) as outputs,
+                ):
+                    async for output in outputs:
+                        has_output = True
+                        yield output
+            except EngineDead:
+                if has_output or not may_repeat or self._engine.status == "closed":
+                    raise
+                may_repeat = False
+            else:
+                return
+
+    async def _be_found(self) -> None:
+        """Return once a process that has ended by itself is known to have."""
         self._notice_loss()
         if self._losing is not None:
             await asyncio.wait([self._losing])
-        async with (
-            self._driver.place(self._spec.name, within_s=self._engine.config.hold_timeout_s),
-            aclosing(self._engine.stream(job, request_id=request_id, backlog=backlog)) as outputs,
-        ):
-            async for output in outputs:
-                yield output
 
     @property
     def request_ids(self) -> tuple[str, ...]:
