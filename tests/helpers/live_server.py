@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx2
 
+from shuteye.server.app import create_app
 from shuteye.server.config import ServerConfig
 from shuteye.server.listener import open_listener
 from shuteye.server.run import _Server
@@ -21,7 +22,7 @@ class LiveServer:
         self.config = ServerConfig(port=0, **({"dev_mode": True, "shutdown_grace_s": 2} | config))
         self.listener = open_listener(self.config)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.server = _Server(engine, self.config)
+        self.server = _Server(create_app(engine, self.config), self.config)
         self.thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:

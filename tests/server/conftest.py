@@ -88,7 +88,7 @@ def serve_engine_on() -> Callable[..., Any]:
 
     @contextlib.contextmanager
     def served(engine: Any, config: ServerConfig) -> Iterator[None]:
-        listener, server = open_listener(config), _Server(engine, config)
+        listener, server = open_listener(config), _Server(create_app(engine, config), config)
 
         def run() -> None:
             with Runner(loop_factory=server.config.get_loop_factory()) as runner:

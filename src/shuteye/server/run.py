@@ -84,7 +84,11 @@ class _Server(uvicorn.Server):
     """
 
     def __init__(
-        self, app: FastAPI, config: ServerConfig, noted: Sequence[signal.Signals], background: Sequence[Background]
+        self,
+        app: FastAPI,
+        config: ServerConfig,
+        noted: Sequence[signal.Signals] = (),
+        background: Sequence[Background] = (),
     ) -> None:
         super().__init__(
             uvicorn.Config(
