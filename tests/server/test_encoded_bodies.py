@@ -104,6 +104,7 @@ def test_the_limit_of_json_is_that_of_inflated_json(make_engine, client_of):
         (gzip.compress(BODY) * 2, "goes on behind the end"),
         (gzip.compress(BODY)[:-8] + bytes(8), "is not gzip"),
     ],
+    ids=["plain", "all but its last byte", "half of its head", "nothing", "one byte more", "twice", "another checksum"],
 )
 def test_what_is_not_one_whole_gzip_is_400(client, content, says):
     """Half a body that is taken for a whole one, a checksum that nobody looked at, or 500."""
