@@ -20,7 +20,7 @@ SETUP_INPUTS := pyproject.toml requirements/lock.txt requirements/torch.txt tool
 	src/shuteye/native/build.py $(sort $(wildcard src/shuteye/native/csrc/*))
 STAMP := $(VENV)/.set-up-$(shell { pwd; cat $(SETUP_INPUTS); } | sha256sum | cut -c1-16)
 
-.PHONY: help setup lock bytecode serve test test-latest test-slow test-clients test-vllm test-ray test-gpu test-asan test-tsan chaos soak-ranks check bench bench-peers bench-sleep docs clean
+.PHONY: help setup lock bytecode serve test test-latest test-slow test-clients test-vllm test-ray test-gpu test-asan test-tsan chaos soak-ranks check bench bench-peers bench-sleep bench-fleet docs clean
 
 help: ## Say what there is.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -104,6 +104,9 @@ bench: setup ## Measure shuteye beside other engines; ARGS=--help says how.
 
 bench-peers: setup ## Install those engines, or only PEERS, under ~/.cache/shuteye/peers.
 	$(VENV)/bin/python benchmarks/install_peers.py $(PEERS)
+
+bench-fleet: setup ## Measure many models behind one port.
+	$(VENV)/bin/python benchmarks/fleet.py $(ARGS)
 
 bench-sleep: setup ## Measure sleeping and waking on this machine.
 	$(VENV)/bin/python benchmarks/sleep_wake.py $(ARGS)

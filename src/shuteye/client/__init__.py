@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from shuteye.client.answers import error_from_response
 from shuteye.client.control import DEFAULT_TIMEOUT_S, DEFAULT_URL, AsyncClient, Client, ServerState, WakingCost
+from shuteye.client.leases import Lease, LeaseGrant, LeaseRequest
 from shuteye.client.waking import AsyncWakingTransport, WakingTransport
 
 __all__ = [
@@ -15,6 +16,9 @@ __all__ = [
     "AsyncClient",
     "AsyncWakingTransport",
     "Client",
+    "Lease",
+    "LeaseGrant",
+    "LeaseRequest",
     "ServerState",
     "WakingCost",
     "WakingTransport",

@@ -22,6 +22,7 @@ from shuteye.calls import (
     report_of,
 )
 from shuteye.client.answers import error_from_response
+from shuteye.client.leases import Lease, LeaseGrant, LeaseRequest, body_of
 from shuteye.errors import InternalError, InvalidRequest, ModelNotFound, ServerUnreachable, SleepModeDisabled
 from shuteye.model_info import ModelInfo
 from shuteye.state import EngineState, SchedulerStats, UpdateReport
@@ -324,6 +325,19 @@ class Client(Controls):
     def upload_weights(self, content: bytes | Iterable[bytes]) -> UpdateReport:
         """Write the tensors of a safetensors file that is sent: its bytes, an open file, or what yields them."""
         return self.ask(_upload(content))
+
+    def lease(self, nbytes: int, **more: Any) -> Lease:
+        """Memory of the server's budget for somebody else, for as long as a `with` lasts; its models sleep for it.
+
+        Args:
+            more: the other fields of `LeaseRequest`: `within_s`, `ttl_s`, `holder`, `priority`, `may_sleep`, `restore`.
+        """
+        return Lease(
+            LeaseRequest(nbytes, **more),
+            claim=lambda request: self.ask(Route("POST", "/v1/leases", _as(LeaseGrant), body=body_of(request))),
+            renew=lambda name, ttl_s: self.ask(Route("PUT", f"/v1/leases/{name}", _nothing, body={"ttl_s": ttl_s})),
+            release=lambda name: self.ask(Route("DELETE", f"/v1/leases/{name}", _nothing)),
+        )
 
     def close(self) -> None:
         """Close connections."""

@@ -13,20 +13,32 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Protocol
+from uuid import uuid4
 
 from shuteye.errors import (
     ModelNotFound,
     ModelPaused,
     ModelSleeping,
     QueueFull,
+    ServerStopping,
     ShuteyeError,
     WakeFailed,
 )
 from shuteye.fleet import events
-from shuteye.fleet.actions import Admit, AnyAction, Refusal, Refuse, Sleep, Wake
+from shuteye.fleet.actions import (
+    Admit,
+    AnyAction,
+    EndLease,
+    GrantLease,
+    Refusal,
+    Refuse,
+    RefuseLease,
+    Sleep,
+    Wake,
+)
 from shuteye.fleet.model_spec import Depth, ModelSpec, SleepOwner
 from shuteye.fleet.scheduler import Scheduler
-from shuteye.fleet.status import ModelStatus, RoomStatus
+from shuteye.fleet.status import LeaseStatus, ModelStatus, RoomStatus
 from shuteye.memory.limits import available_bytes
 
 logger = logging.getLogger(__name__)
@@ -91,6 +103,7 @@ class FleetDriver:
         self._clock = clock
         self._models: dict[str, DrivenModel] = {}
         self._waiting: dict[str, asyncio.Future[None]] = {}
+        self._claims: dict[str, asyncio.Future[GrantLease | RefuseLease]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._numbers = itertools.count(1)
@@ -131,6 +144,9 @@ class FleetDriver:
         for future in waiting.values():
             if not future.done():
                 future.set_exception(ModelSleeping())
+        for claim in self._claims.values():
+            if not claim.done():
+                claim.set_exception(ServerStopping("This server is stopping; it lends no memory."))
 
     # --- requests -------------------------------------------------------------------------------
 
@@ -170,6 +186,51 @@ class FleetDriver:
             raise
         finally:
             self._waiting.pop(request_id, None)
+
+    # --- leases ---------------------------------------------------------------------------------
+
+    @staticmethod
+    def new_lease_id() -> str:
+        """One that nobody else has, or can guess."""
+        return f"lease-{uuid4().hex}"
+
+    async def claim(self, claim: events.LeaseClaimed) -> GrantLease | RefuseLease:
+        """Lend memory of the budget, or say what stands in the way; withdrawn if it is cancelled while it waits.
+
+        Raises:
+            InvalidRequest, ModelNotFound: it asks for what cannot be.
+        """
+        answer: asyncio.Future[GrantLease | RefuseLease] = asyncio.get_running_loop().create_future()
+        self._claims[claim.lease_id] = answer
+        try:
+            self.tell(claim)
+            return await answer
+        except asyncio.CancelledError:
+            if not self._closed and not claim.dry_run and not _is_refused(answer):
+                self.tell(events.LeaseReleased(claim.lease_id))
+            raise
+        finally:
+            self._claims.pop(claim.lease_id, None)
+
+    def renew(self, lease_id: str, ttl_s: float) -> None:
+        """Have a lease last `ttl_s` from now on.
+
+        Raises:
+            LeaseGone: it is over.
+        """
+        self.tell(events.LeaseRenewed(lease_id, ttl_s))
+
+    def release(self, lease_id: str) -> None:
+        """End a lease, and wake what slept for it.
+
+        Raises:
+            LeaseGone: it is over.
+        """
+        self.tell(events.LeaseReleased(lease_id))
+
+    def leases(self) -> tuple[LeaseStatus, ...]:
+        """What the scheduler says of all leases and claims."""
+        return self._scheduler.leases()
 
     # --- the scheduler --------------------------------------------------------------------------
 
@@ -214,6 +275,13 @@ class FleetDriver:
                 if owner is not SleepOwner.OPERATOR:
                     logger.info("%r goes to sleep (%s): %s.", model, depth.name.lower(), owner.value)
                 self._begin(model, self._models[model].go_to_sleep(depth))
+            case GrantLease(lease_id) | RefuseLease(lease_id):
+                answer = self._claims.get(lease_id)
+                if answer is not None and not answer.done():
+                    answer.set_result(action)
+            case EndLease(lease_id, expired):
+                if expired:
+                    logger.warning("%s was not renewed in time, and is over.", lease_id)
             case Admit(request_id):
                 self._answer(request_id, None)
             case Refuse(request_id, _model, why, _retry_after_s, detail):
@@ -249,6 +317,10 @@ class FleetDriver:
         if self.status(model).phase.in_transition:  # its process may have ended meanwhile, and been told as lost
             self.tell(ended)
         self._models[model].on_moved()
+
+
+def _is_refused(answer: asyncio.Future[GrantLease | RefuseLease]) -> bool:
+    return answer.done() and not answer.cancelled() and isinstance(answer.result(), RefuseLease)
 
 
 def _is_over(answer: asyncio.Future[None], event: events.RequestArrived | events.WakeAsked) -> bool:

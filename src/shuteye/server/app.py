@@ -27,6 +27,7 @@ from shuteye.server.anthropic.errors import PREFIX, anthropic_error
 from shuteye.server.banner import banner
 from shuteye.server.config import ServerConfig
 from shuteye.server.context import CHOSEN, Contexts, ServerContext, contexts_of
+from shuteye.server.control import fleet as fleet_routes
 from shuteye.server.control import health, operations, routes
 from shuteye.server.http import docs_page
 from shuteye.server.http.encoded_bodies import EncodedBodies
@@ -60,6 +61,7 @@ from shuteye.server.telemetry.metrics import Metrics
 if TYPE_CHECKING:
     from starlette.types import Scope
 
+    from shuteye.frontend.fleet_driver import FleetDriver
     from shuteye.server.telemetry.tracing import Tracer
 
 logger = logging.getLogger(__name__)
@@ -105,6 +107,7 @@ def create_app(
     config: ServerConfig,
     *,
     others: Sequence[ServedEngine] = (),
+    fleet: FleetDriver | None = None,
     tracer: Tracer | None = None,
     engine_routes: EngineRoutes = ONE_ENGINE,
 ) -> FastAPI:
@@ -115,6 +118,7 @@ def create_app(
 
     Args:
         others: further models, which requests choose by name.
+        fleet: who moves the models, if somebody does.
         tracer: used in place of the one that the config asks for.
         engine_routes: in place of those that act on the engine of the chosen model alone.
 
@@ -151,6 +155,11 @@ def create_app(
         app.include_router(module.router)
     app.include_router(health.measured)
     app.include_router(engine_routes.state)
+    if fleet is not None:
+        app.state.fleet_driver = fleet
+        app.include_router(fleet_routes.router)
+        if config.has_control_routes:
+            app.include_router(fleet_routes.leases)
     if config.has_control_routes:
         app.include_router(engine_routes.restart)
         if engine_routes.operations is not None:

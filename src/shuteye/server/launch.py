@@ -33,6 +33,7 @@ from shuteye.server.listener import close_listener, open_listener
 
 if TYPE_CHECKING:
     from shuteye.frontend.engine_process import EngineProcess
+    from shuteye.frontend.fleet_driver import FleetDriver
     from shuteye.frontend.zygote import Zygote
     from shuteye.server.serve_order import ServeOrder
 
@@ -65,7 +66,7 @@ def serve(order: ServeOrder, zygote: Zygote | None = None, process: EngineProces
     names = order.server.served_model_name
     configs = [replace(order.server, served_model_name=names[i : i + 1]) for i in range(len(engines))]
     first, *others = zip(engines, configs, strict=True)
-    return serve_engine(*first, others=others, background=[*background, driver.run])
+    return serve_engine(*first, others=others, fleet=driver, background=[*background, driver.run])
 
 
 def import_server() -> None:
@@ -126,12 +127,14 @@ def serve_engine(
     config: ServerConfig,
     *,
     others: Sequence[tuple[Engine, ServerConfig]] = (),
+    fleet: FleetDriver | None = None,
     background: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
 ) -> int:
     """Serve `engine`, which is started and closed here; returns the process's exit code.
 
     Args:
         others: further models, each with what the config says of it.
+        fleet: who moves the models, if somebody does.
         background: what is to be done as long as it serves.
     """
     logs.configure(logs.LogSettings(config.log_format, config.log_level))
@@ -155,7 +158,9 @@ def serve_engine(
 
         logger.info("Listening on %s; GET /ready tells when the model is loaded.", address_of(listener, config))
         served = [ServedEngine(*other) for other in others]
-        return serve_on(listener, engine, config, runner, noted=noted, others=served, background=background)
+        return serve_on(
+            listener, engine, config, runner, noted=noted, others=served, fleet=fleet, background=background
+        )
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from uvicorn.server import HANDLED_SIGNALS
 
 from shuteye.errors import ServerStopping
 from shuteye.frontend.engine import Engine
+from shuteye.frontend.fleet_driver import FleetDriver
 from shuteye.server.app import ServedEngine, create_app, with_flag
 from shuteye.server.config import ServerConfig
 from shuteye.server.connections import Acceptor, Connection
@@ -46,17 +47,18 @@ def serve_on(
     *,
     noted: Sequence[signal.Signals] = (),
     others: Sequence[ServedEngine] = (),
+    fleet: FleetDriver | None = None,
     background: Sequence[Background] = (),
 ) -> int:
     """Serve `engine`, which is started and closed here, on a socket that listens; returns the process's exit code.
 
     Args:
-        others: see `create_app`.
+        others, fleet: see `create_app`.
         background: what is to be done as long as it serves.
         noted: signals that came before; until they are handled here, whoever notes them may add to it.
     """
     logging.getLogger("uvicorn.access").addFilter(_worth_logging)
-    server = _Server(create_app(engine, config, others=others), config, noted, background)
+    server = _Server(create_app(engine, config, others=others, fleet=fleet), config, noted, background)
     runner.run(server.serve_until_stopped(listener))
     if server.exit_code == FAILED:
         _log_cause(engine, was_loaded=server.context.loading.done)
