@@ -25,7 +25,7 @@ def served(monkeypatch):
     """Runs `shuteye serve` with a recorder in the server's place; returns what it was given."""
     calls = []
     fake = types.ModuleType("shuteye.server.launch")
-    fake.serve = lambda order: calls.append((*order.engines, order.server)) or 7
+    fake.serve = lambda order: calls.append((*order.engines, order.server, order.fleet)) or 7
     monkeypatch.setitem(sys.modules, "shuteye.server.launch", fake)
 
     def run(*arguments):

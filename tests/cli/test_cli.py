@@ -18,6 +18,7 @@ from shuteye.memory.image_store import ImageStore
 from shuteye.memory.layout import TensorSpec
 from shuteye.models.progress import Advanced, Failed, Finished, Started
 from shuteye.server.config import ServerConfig
+from shuteye.server.fleet_config import FleetConfig
 
 MIB = 1024**2
 
@@ -25,11 +26,11 @@ MIB = 1024**2
 class TestServe:
     def test_defaults_are_those_of_the_configurations(self, served):
         """Catches a second set of defaults growing in the command line."""
-        assert served() == (EngineConfig(), ServerConfig())
+        assert served() == (EngineConfig(), ServerConfig(), FleetConfig())
 
     def test_every_field_is_a_flag(self, served):
         """Catches a field that no flag can set, and a flag that sets another field."""
-        for config in (EngineConfig, ServerConfig):
+        for config in (EngineConfig, ServerConfig, FleetConfig):
             for field in fields(config):
                 value, text = other_value(config, field.name)
                 flag = f"--{'no-' if value is False else ''}{field.name.replace('_', '-')}"
@@ -40,7 +41,7 @@ class TestServe:
     def test_every_field_has_a_variable_and_a_key_in_the_file(self, served, monkeypatch, tmp_path):
         """Catches a setting that only a flag can make, and a variable or key that sets another one."""
         file = tmp_path / "shuteye.toml"
-        for config in (EngineConfig, ServerConfig):
+        for config in (EngineConfig, ServerConfig, FleetConfig):
             for field in fields(config):
                 value, text = other_value(config, field.name)
                 said = str(value).lower() if text is None else text
@@ -89,7 +90,7 @@ class TestServe:
         monkeypatch.setenv("SHUTEYE_PORT", "2")
         monkeypatch.setenv("SHUTEYE_HOST", "::1")
         monkeypatch.setenv("SHUTEYE_CONFIG", str(file))
-        engine, server = served("--host", "localhost")
+        engine, server, _fleet = served("--host", "localhost")
         assert (server.host, server.port) == ("localhost", 2)
         assert (engine.model, engine.max_num_seqs, engine.kv_cache_memory) == ("from-file", 3, 2 * MIB)
         assert server.served_model_name == ("a", "b")
@@ -118,9 +119,15 @@ class TestServe:
         assert not served()[1].dev_mode
 
 
+NUMBERS = {"max_model_len", "kv_cache_memory", "max_kv_cache_memory", "memory_budget", "num_threads"}
+"""Fields that are None by default."""
+
+
 def other_value(config, name):  # noqa: PLR0911
     """A value unlike the default, and its text (None for a switch)."""
     special = {
+        "chat_template": "{{ messages }}",
+        "sleep_idle_level": "unloaded",
         "dtype": "float32",
         "quantization": "q8_0",
         "kv_cache_dtype": "int8",
@@ -149,9 +156,9 @@ def other_value(config, name):  # noqa: PLR0911
         return ("x",), "x"
     if isinstance(default, Path):
         return Path("/x"), "/x"
-    if isinstance(default, float):
+    if isinstance(default, float) or name in {"sleep_idle_seconds", "sleep_escalate_seconds"}:
         return 1.5, "1.5"
-    if isinstance(default, int) or name in {"max_model_len", "kv_cache_memory", "num_threads"}:
+    if isinstance(default, int) or name in NUMBERS:
         return 3, "3"
     return "x", "x"
 

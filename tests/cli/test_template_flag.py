@@ -12,7 +12,7 @@ def template_of(line):
     """The template that a command line asks for."""
     orders = []
     assert cli.run(["serve", *line], serving=lambda order: orders.append(order) or 0) == 0
-    return orders[0].engine.chat_template
+    return orders[0].engines[0].chat_template
 
 
 @pytest.fixture
