@@ -43,6 +43,9 @@ class CountedModel:
     async def resident_bytes(self):
         return self.nbytes if self.depth is Depth.AWAKE else 0
 
+    def woken_bytes(self):
+        return self.nbytes
+
     def on_moved(self):
         pass
 

@@ -33,6 +33,9 @@ class CountedModel:
     async def resident_bytes(self):
         return 60 * MIB if self.depth is Depth.AWAKE else 0
 
+    def woken_bytes(self):
+        return 60 * MIB
+
     def on_moved(self):
         pass
 

@@ -82,7 +82,11 @@ class DrivenModel(Protocol):
         ...
 
     async def resident_bytes(self) -> int:
-        """What it takes of memory that it shares with no other, by the system's account."""
+        """What it takes of memory that it shares with no other, by the system's account; takes some milliseconds."""
+        ...
+
+    def woken_bytes(self) -> int:
+        """The same right after a wake, as far as it is known without looking again."""
         ...
 
     def on_moved(self) -> None:
@@ -270,11 +274,11 @@ class FleetDriver:
     def _carry_out(self, action: AnyAction) -> None:
         match action:
             case Wake(model):
-                self._begin(model, self._models[model].go_awake())
+                self._begin(model, self._wake(self._models[model]))
             case Sleep(model, depth, owner):
                 if owner is not SleepOwner.OPERATOR:
                     logger.info("%r goes to sleep (%s): %s.", model, depth.name.lower(), owner.value)
-                self._begin(model, self._models[model].go_to_sleep(depth))
+                self._begin(model, self._sleep(self._models[model], depth))
             case GrantLease(lease_id) | RefuseLease(lease_id):
                 answer = self._claims.get(lease_id)
                 if answer is not None and not answer.done():
@@ -296,15 +300,26 @@ class FleetDriver:
         else:
             future.set_exception(error)
 
-    def _begin(self, model: str, work: Awaitable[None]) -> None:
+    @staticmethod
+    async def _wake(model: DrivenModel) -> int:
+        await model.go_awake()
+        return model.woken_bytes()  # whoever waits need not wait for a closer look, which `run` takes soon
+
+    @staticmethod
+    async def _sleep(model: DrivenModel, depth: Depth) -> int:
+        await model.go_to_sleep(depth)
+        return await model.resident_bytes()
+
+    def _begin(self, model: str, work: Awaitable[int]) -> None:
         task = asyncio.get_running_loop().create_task(self._finish(model, work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _finish(self, model: str, work: Awaitable[None]) -> None:
+    async def _finish(self, model: str, work: Awaitable[int]) -> None:
+        """Tell how a transition ended; `work` returns what the model then takes."""
         began = self._clock()
         try:
-            await work
+            resident = await work
         except ShuteyeError as error:
             logger.warning("%r stays where it is: %s", model, error.message)
             ended: events.TransitionEvent = events.TransitionFailed(model, error.message)
@@ -312,8 +327,7 @@ class FleetDriver:
             logger.exception("%r could not be moved because of a bug of ours.", model)
             ended = events.TransitionFailed(model, "a bug of ours; the server's log has the traceback")
         else:
-            seconds = self._clock() - began
-            ended = events.TransitionFinished(model, await self._models[model].resident_bytes(), seconds)
+            ended = events.TransitionFinished(model, resident, self._clock() - began)
         if self.status(model).phase.in_transition:  # its process may have ended meanwhile, and been told as lost
             self.tell(ended)
         self._models[model].on_moved()

@@ -76,6 +76,7 @@ class FleetEngine(Engine):
         self._wake_call: WakeCall | None = None  # an operator's, that the fleet has still to begin
         self._woken = WakeReport(changed=False)
         self._losing: asyncio.Task[None] | None = None
+        self._process_bytes = PROCESS_BYTES
         engine.on_auto_wake = self._tell_auto_wake
         driver.add(spec, self)
 
@@ -257,7 +258,17 @@ class FleetEngine(Engine):
     async def resident_bytes(self) -> int:
         """See `DrivenModel.resident_bytes`."""
         pid = self._engine.engine_pid
-        return 0 if pid is None else await asyncio.to_thread(private_bytes, pid)
+        found = 0 if pid is None else await asyncio.to_thread(private_bytes, pid)
+        if pid is not None:
+            self._process_bytes = max(0, found - self._tags_bytes())
+        return found
+
+    def woken_bytes(self) -> int:
+        """See `DrivenModel.woken_bytes`: what the engine found of its memory, and its process as it last was."""
+        return self._tags_bytes() + self._process_bytes
+
+    def _tags_bytes(self) -> int:
+        return sum(tag.resident_bytes for tag in self._engine.state.tags)
 
     def on_moved(self) -> None:
         """See `DrivenModel.on_moved`."""
