@@ -60,6 +60,18 @@ def private_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(private))
 
 
+def bytes_below_peak(pid: int) -> int:
+    """How much more a process has had in memory than it has now (proc(5), VmHWM and VmRSS); 0 of one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    found = {
+        line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "VmRSS"))
+    }
+    return max(0, found.get("VmHWM", 0) - found.get("VmRSS", 0))
+
+
 MOST = 65_536
 """As far as the limit is raised; a hard limit may be none at all, or a thousand million."""
 

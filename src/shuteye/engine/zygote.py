@@ -31,9 +31,11 @@ from shuteye.processes import die_with_parent, name_process
 
 
 def _import_native() -> None:
-    """What engines of native kernels import, if one does not wait already for its fork."""
+    """What engines of native kernels import, also what they do on their way and not at their start."""
     from shuteye.executors import inproc  # noqa: F401
-    from shuteye.models import decoder  # noqa: F401
+    from shuteye.memory.backends import linux  # noqa: F401
+    from shuteye.models import decoder, image_form, image_identity, sources  # noqa: F401
+    from shuteye.models.formats import dtypes, files  # noqa: F401
     from shuteye.tasks.generate import constraints, runner, scheduler  # noqa: F401
 
 

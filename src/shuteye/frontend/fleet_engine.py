@@ -35,7 +35,7 @@ from shuteye.frontend.fleet_driver import FleetDriver
 from shuteye.frontend.mailbox import Backlog
 from shuteye.frontend.unloadable import UnloadableEngine
 from shuteye.models.sources import resolve_source
-from shuteye.processes import private_bytes
+from shuteye.processes import bytes_below_peak, private_bytes
 from shuteye.state import SleepReport, WakeReport
 from shuteye.tasks.base import Job
 
@@ -68,7 +68,7 @@ class FleetEngine(Engine):
     """
 
     def __init__(self, spec: ModelSpec, engine: UnloadableEngine, driver: FleetDriver) -> None:
-        self._spec = spec
+        self._spec = self._loaded_spec = spec
         self._engine = engine
         self._driver = driver
         self._started = False
@@ -232,15 +232,15 @@ class FleetEngine(Engine):
         if not self._started:
             await self._engine.start()
             self._started = True
-            self._driver.tell(events.ModelChanged(self._loaded_spec()))
+            # what is known now: by how much its KV cache may grow
+            self._loaded_spec = msgspec.structs.replace(
+                self._spec, growth_bytes=self._engine.config.kv_cache_memory or 0
+            )
+            self._driver.tell(events.ModelChanged(self._loaded_spec))
             return
         self._woken = await self._engine.control(asked or WakeCall())
         if asked is None:
             self.on_auto_wake(self._woken)
-
-    def _loaded_spec(self) -> ModelSpec:
-        """What is known once the model was loaded: how much its KV cache may grow by."""
-        return msgspec.structs.replace(self._spec, growth_bytes=self._engine.config.kv_cache_memory or 0)
 
     async def go_to_sleep(self, depth: Depth) -> None:
         """See `DrivenModel.go_to_sleep`."""
@@ -261,7 +261,15 @@ class FleetEngine(Engine):
         found = 0 if pid is None else await asyncio.to_thread(private_bytes, pid)
         if pid is not None:
             self._process_bytes = max(0, found - self._tags_bytes())
+            self._reserve(bytes_below_peak(pid))
         return found
+
+    def _reserve(self, below_peak: int) -> None:
+        """Have so much reserved for the awake model as it has taken beyond what it takes now, to compute."""
+        is_awake = self._started and self._status.phase is Phase.AWAKE and not self._engine.is_sleeping
+        if is_awake and below_peak > self._loaded_spec.growth_bytes:
+            self._loaded_spec = msgspec.structs.replace(self._loaded_spec, growth_bytes=below_peak)
+            self._driver.tell(events.ModelChanged(self._loaded_spec))
 
     def woken_bytes(self) -> int:
         """See `DrivenModel.woken_bytes`: what the engine found of its memory, and its process as it last was."""
