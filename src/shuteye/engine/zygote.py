@@ -15,6 +15,7 @@ engine lives on when its zygote ends: it ends with the server (see `processes.en
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import select
 import signal
@@ -139,11 +140,13 @@ class _FirstZygote(_Zygote):
         super().__init__(control, control, _import_native)
         self.torch_orders, self._handed_on = new_pair()
         self._sockets.append(self._handed_on)
+        self._torch_is_there = mmap.mmap(-1, 1)  # shared with the zygote that has it; 1 once it has imported it
         self._listen(self._handed_on.fileno(), self._fork_torch)
 
     def _fork_torch(self) -> ForkOrder | None:
         """In an engine that the zygote with torch has forked, its order."""
         mine = os.getpid()
+        self._torch_is_there[0] = 0
         pid = os.fork()
         if pid != 0:
             self._ignore(self._handed_on.fileno())
@@ -153,20 +156,27 @@ class _FirstZygote(_Zygote):
         self.torch_orders.close()
         for fd in self._pidfds:
             os.close(fd)
-        order = _Zygote(self._handed_on, self._reports, _import_torch).serve()
+        order = _Zygote(self._handed_on, self._reports, self._import_and_tell).serve()
         self._over = True
         return order
 
+    def _import_and_tell(self) -> None:
+        _import_torch()
+        self._torch_is_there[0] = 1
+
     def _on_torch_end(self, _pid: int, status: int) -> None:
-        """Refuse what it has left, which could end the next one, too; that is made for the next order."""
-        code = os.waitstatus_to_exitcode(status)
+        """Have the next order make another one. If this one never got to take any, refuse those that wait for it."""
+        if not self._torch_is_there[0]:
+            self._refuse_handed_on(os.waitstatus_to_exitcode(status))
+        self._listen(self._handed_on.fileno(), self._fork_torch)
+
+    def _refuse_handed_on(self, code: int) -> None:
         self._handed_on.setblocking(False)
         with suppress(BlockingIOError):
             while order := ForkOrder.receive(self._handed_on):
                 refuse(order.channel, f"the zygote with torch ended with exit code {code}")
                 order.close()
         self._handed_on.setblocking(True)
-        self._listen(self._handed_on.fileno(), self._fork_torch)
 
 
 def main() -> None:
