@@ -93,7 +93,7 @@ def test_values_of_the_right_type_are_taken(tmp_path, served):
             f'[serve]\nkv-cache-memory = {size}\nhold-timeout-s = 5\nserved-model-name = "one"\nport = 0x1F\n'
             'dtype = "float32"\ncanary = false\n'
         )
-        engine, server = served("--config", str(file))
+        engine, server, _fleet = served("--config", str(file))
         assert (engine.kv_cache_memory, engine.hold_timeout_s, engine.dtype, engine.canary) == (
             1 << 20,
             5,

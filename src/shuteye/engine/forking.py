@@ -42,6 +42,7 @@ class ForkOrder:
         pulse_fd: see `liveness.Pulse`.
         lifeline_fd: see `processes.end_with_pipe`.
         told: what came over the channel already, if it did.
+        needs: what must be imported before the fork: `torch`, or `modules`, which takes seconds more.
     """
 
     endpoint: str
@@ -49,6 +50,7 @@ class ForkOrder:
     pulse_fd: int
     lifeline_fd: int
     told: bytes = b""
+    needs: str = ""
 
     def send(self, control: socket.socket) -> None:
         """Hand it to a zygote; the descriptors stay open here, too.
@@ -56,7 +58,7 @@ class ForkOrder:
         Raises:
             OSError: the zygote is gone.
         """
-        content = self.endpoint.encode() + _SEPARATOR + self.told
+        content = _SEPARATOR.join((self.endpoint.encode(), self.needs.encode(), self.told))
         socket.send_fds(control, [content], [self.channel.fileno(), self.pulse_fd, self.lifeline_fd])
 
     @classmethod
@@ -68,9 +70,9 @@ class ForkOrder:
             return None
         if not content:
             return None
-        endpoint, _, told = content.partition(_SEPARATOR)
+        endpoint, needs, told = content.split(_SEPARATOR, 2)
         channel_fd, pulse_fd, lifeline_fd = fds
-        return cls(endpoint.decode(), socket.socket(fileno=channel_fd), pulse_fd, lifeline_fd, told)
+        return cls(endpoint.decode(), socket.socket(fileno=channel_fd), pulse_fd, lifeline_fd, told, needs.decode())
 
     def close(self) -> None:
         """Give up its descriptors."""

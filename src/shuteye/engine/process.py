@@ -23,7 +23,7 @@ from shuteye.engine.liveness import Pulse
 from shuteye.engine.loop import run_engine
 from shuteye.engine.messages import Connected, FromEngine, ToEngine
 from shuteye.engine.start import EngineStart
-from shuteye.executors import needs_torch
+from shuteye.executors import computing_here
 from shuteye.executors.wire import connect_pair
 from shuteye.processes import end_with_pipe, name_process
 from shuteye.typed_frames import Decoder, encode
@@ -106,8 +106,9 @@ def serve(order: ForkOrder, torch_orders: socket.socket) -> None:
     logs.configure(start.logs)
     if torch_orders.fileno() >= 0:
         with torch_orders:
-            if needs_torch(start.config):
-                replace(order, told=told).send(torch_orders)
+            computing = computing_here(start.config)
+            if computing != "native":
+                replace(order, told=told, needs=computing).send(torch_orders)
                 return
     gc.enable()
     announce(order.channel)

@@ -41,10 +41,22 @@ def _import_native() -> None:
 
 
 def _import_torch() -> None:
-    """What engines of torch's modules import beside that."""
+    """What engines that compute with torch import beside that."""
+    from shuteye.models import kv_tensors, torch_loop  # noqa: F401
+
+
+def _import_modules() -> None:
+    """What engines of transformers' modules import beside that."""
     from shuteye.models import encoder, module_decoder, whisper  # noqa: F401
     from shuteye.tasks.pool import runner as pool_runner  # noqa: F401
     from shuteye.tasks.transcribe import runner as speech_runner  # noqa: F401
+
+
+def _settle() -> None:
+    """Before a fork: no collection of it is to write to what is here already."""
+    gc.collect()
+    gc.freeze()
+    return_free_heap()
 
 
 class _Zygote:
@@ -70,9 +82,7 @@ class _Zygote:
     def serve(self) -> ForkOrder | None:
         """In a fork, its order; in the zygote None, when it is to end."""
         self._imports()
-        gc.collect()
-        gc.freeze()  # so that no collection of a fork writes to what is here already
-        return_free_heap()
+        _settle()
         while not self._over:
             for fd, _events in self._poll.poll():
                 order = self._on_ready[fd]()
@@ -97,6 +107,9 @@ class _Zygote:
         if order is None:
             self._over = True
             return None
+        if order.needs == "modules" and "shuteye.models.whisper" not in sys.modules:
+            _import_modules()
+            _settle()
         try:
             pid = os.fork()
         except OSError as error:

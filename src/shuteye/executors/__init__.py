@@ -24,6 +24,7 @@ from shuteye.tasks.table import Plan, Result
 
 if TYPE_CHECKING:
     from shuteye.executors.links import Launcher
+    from shuteye.models.converter import Computing
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,14 +182,14 @@ def open_executor(config: EngineConfig) -> Executor:
     return InprocExecutor(config)
 
 
-def needs_torch(config: EngineConfig) -> bool:
-    """Whether `open_executor` will have torch compute in this process, as far as an image that is there tells."""
+def computing_here(config: EngineConfig) -> Computing:
+    """What will compute in a process that has `open_executor` make ranks, as far as an image that is there tells."""
+    from shuteye.models.converter import Order, computing_of
+
     several = config.tensor_parallel_size * config.pipeline_parallel_size > 1
     if several or config.distributed_executor_backend in ("mp", "ray"):
-        return False
-    from shuteye.models.converter import Order, is_for_torch
-
-    return is_for_torch(Order.of(config, ONE_RANK))
+        return "native"  # nothing does: ranks have processes of their own
+    return computing_of(Order.of(config, ONE_RANK))
 
 
 def _launcher(config: EngineConfig, backend: ExecutorBackend) -> Launcher:

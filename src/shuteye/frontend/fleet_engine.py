@@ -249,6 +249,7 @@ class FleetEngine(Engine):
         try:
             report = await self._engine.control(call)
         except BaseException as error:
+            self._notice_loss()  # it holds nothing any more, and others may wait for what it had
             if asked is not None and not asked.report.done():
                 asked.report.set_exception(error)
             raise
@@ -257,6 +258,7 @@ class FleetEngine(Engine):
 
     async def resident_bytes(self) -> int:
         """See `DrivenModel.resident_bytes`."""
+        self._notice_loss()
         pid = self._engine.engine_pid
         found = 0 if pid is None else await asyncio.to_thread(private_bytes, pid)
         if pid is not None:

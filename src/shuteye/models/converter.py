@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import msgspec
 
@@ -116,18 +116,24 @@ def obtain_image(order: Order, progress: Progress) -> WeightImage:
     return image
 
 
-def is_for_torch(order: Order) -> bool:
-    """Whether the image of `order` is there, and torch computes its model. False of one that is yet to be made."""
+Computing = Literal["native", "torch", "modules"]
+"""What computes a model: native kernels, the flat loop in torch, or transformers' modules, which need torch, too."""
+
+
+def computing_of(order: Order) -> Computing:
+    """What computes the model of an image that is there; of one that is yet to be made `native`."""
     try:
         image = _open_known(order, ImageStore(Path(order.cache_dir)))
     except ShuteyeError:  # whoever obtains it says so
-        return False
+        return "native"
     if image is None:
-        return False
+        return "native"
     with closing(image):
         fused = image.metadata.get("fused")
-        spec = msgspec.convert(fused, FusedSpec) if fused is not None else None
-        return spec is None or not (order.packed and NativeLoop.computes(spec, str(image.metadata["dtype"])))
+        if fused is None:
+            return "modules"
+        computes = order.packed and NativeLoop.computes(msgspec.convert(fused, FusedSpec), str(image.metadata["dtype"]))
+        return "native" if computes else "torch"
 
 
 def _open_present(order: Order, store: ImageStore) -> WeightImage | None:
