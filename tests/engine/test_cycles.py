@@ -64,7 +64,7 @@ def test_asleep_the_kernel_agrees_that_the_memory_is_gone(real):
     assert abs(report.residual_bytes - process_rss()) < 4 << 20
 
 
-@pytest.mark.parametrize("cycles", [8, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cycles", [4, pytest.param(300, marks=pytest.mark.slow)])
 def test_cycles_under_requests(real, cycles):
     """Would catch a leak per cycle, a moved tensor, a wrong token after a wake, or a request in flight that is lost.
 
