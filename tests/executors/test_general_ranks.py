@@ -21,7 +21,7 @@ CHECKPOINTS = {
     },
 }
 CASES = [
-    pytest.param("starcoder2", "TP 2", id="tied TP 2"),
+    pytest.param("starcoder2", "TP 2", marks=pytest.mark.slow, id="tied TP 2"),
     *(pytest.param("gemma3_text", layout, marks=pytest.mark.slow, id=layout) for layout in ("PP 2", "TP 2 x PP 2")),
 ]
 

@@ -58,6 +58,7 @@ def test_a_recovery_needs_no_checkpoint(ranks, checkpoints, what):
     assert ranks.generate(PROMPT) == expected
 
 
+@pytest.mark.slow
 def test_an_image_that_is_gone_is_made_again(ranks, tmp_path):
     """Would catch a rank that insists on an image that somebody has removed after the rank died."""
     expected = ranks.generate(PROMPT)

@@ -185,7 +185,7 @@ def test_some_values_in_every_field(target, task):
     chosen = []
     for field in fields:
         worst = [each for each in field if each.what.endswith(WORST)] if task == "generate" else []
-        chosen += [*worst[:2], chance.choice(field)]
+        chosen += [*worst[:1], chance.choice(field)]
     survive(target, chosen)
 
 

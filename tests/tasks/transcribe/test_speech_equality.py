@@ -56,6 +56,7 @@ def test_a_prompt_is_taken_for_the_text_before(harness, reference):
     )
 
 
+@pytest.mark.slow
 def test_many_at_once_are_each_as_if_alone(make_harness, reference):
     """Rows of a batch that see each other's keys or positions."""
     harness, right = make_harness(1), reference(1)
