@@ -38,7 +38,7 @@ import httpx2
 from checkpoints import KEPT, LOGS
 from peers.process import Process, ending_engines, free_port
 from shuteye.cli.quantities import parse_size
-from shuteye.processes import private_bytes
+from shuteye.memory.process_memory import private_bytes
 
 MIB = 1 << 20
 REAL = ("smollm2-135m", "minilm-l6", "whisper-tiny.en")

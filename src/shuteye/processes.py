@@ -11,7 +11,6 @@ import resource
 import select
 import signal
 import sys
-from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 
@@ -45,31 +44,6 @@ def end_with_pipe(reading_fd: int) -> None:
     poll.register(reading_fd, select.POLLIN)
     if poll.poll(0):
         sys.exit(0)  # whoever needed this process has gone already
-
-
-def private_bytes(pid: int) -> int:
-    """What the end of a process would give back: memory that it shares with no other (proc(5), smaps_rollup).
-
-    0 of one that has ended, or of another user.
-    """
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    except OSError:
-        return 0
-    private = ("Private_Clean:", "Private_Dirty:", "Private_Hugetlb:")
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(private))
-
-
-def bytes_below_peak(pid: int) -> int:
-    """How much more a process has had in memory than it has now (proc(5), VmHWM and VmRSS); 0 of one that has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    found = {
-        line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "VmRSS"))
-    }
-    return max(0, found.get("VmHWM", 0) - found.get("VmRSS", 0))
 
 
 MOST = 65_536

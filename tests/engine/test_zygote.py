@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from shuteye_server import children_of, is_running
 
 from shuteye.config import EngineConfig
 from shuteye.engine.forking import ForkOrder, new_pair, receive_announcement
@@ -30,14 +31,6 @@ def zygote():
     zygote = Zygote()
     yield zygote
     zygote.close()
-
-
-def is_alive(pid):
-    """Neither gone nor a zombie that nobody has waited for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def wait_until(condition):
@@ -65,11 +58,6 @@ def parent_of(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def children_of(pid):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return [int(line) for line in found.stdout.split()]
-
-
 SERVER = """
 import time
 from shuteye.frontend.zygote import Zygote
@@ -93,7 +81,7 @@ def server():
     process.wait(PATIENCE_S)
     process.stdout.close()
     for pid in engines:
-        if is_alive(pid):
+        if is_running(pid):
             os.kill(pid, signal.SIGKILL)
 
 
@@ -101,18 +89,18 @@ def test_no_engine_outlives_a_server_that_is_killed(server):
     """Would catch engines left behind, with all their memory, by a server that the kernel or a supervisor killed."""
     process, zygote, engines = server
     process.kill()
-    assert wait_until(lambda: not any(map(is_alive, [zygote, *engines]))), "something outlived the server"
+    assert wait_until(lambda: not any(map(is_running, [zygote, *engines]))), "something outlived the server"
 
 
 def test_engines_outlive_their_zygote_and_end_with_the_server(server):
     """Would catch a small process whose end ends all models, and engines that nothing ends any more."""
     process, zygote, engines = server
     os.kill(zygote, signal.SIGKILL)
-    assert wait_until(lambda: not is_alive(zygote))
+    assert wait_until(lambda: not is_running(zygote))
     time.sleep(0.1)  # the kernel tells them at once, if it tells them
-    assert all(map(is_alive, engines))
+    assert all(map(is_running, engines))
     process.kill()
-    assert wait_until(lambda: not any(map(is_alive, engines))), "an engine outlived the server"
+    assert wait_until(lambda: not any(map(is_running, engines))), "an engine outlived the server"
 
 
 def test_an_engine_ends_with_whoever_has_it_even_if_it_never_looks(server):
@@ -121,7 +109,7 @@ def test_an_engine_ends_with_whoever_has_it_even_if_it_never_looks(server):
     for pid in engines:
         os.kill(pid, signal.SIGSTOP)
     process.kill()
-    assert wait_until(lambda: not any(map(is_alive, engines)))
+    assert wait_until(lambda: not any(map(is_running, engines)))
 
 
 @pytest.fixture
@@ -154,7 +142,7 @@ def test_a_zygote_that_has_ended_is_replaced_by_the_next_fork(zygote, config):
     second = begun(zygote.fork(), config)
     assert zygote.pid != before
     assert parent_of(second.pid) == zygote.pid
-    assert is_alive(first.pid)
+    assert is_running(first.pid)
     first.close()
     second.close()
 

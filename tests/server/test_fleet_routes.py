@@ -3,12 +3,13 @@
 import time
 
 import pytest
+from counted_model import CountedModel
 from fake_engine import FakeEngine
 from fastapi.testclient import TestClient
 
 from shuteye.config import EngineConfig
 from shuteye.fleet.events import WakeAsked
-from shuteye.fleet.model_spec import Depth, ModelSpec
+from shuteye.fleet.model_spec import ModelSpec
 from shuteye.fleet.scheduler import Scheduler
 from shuteye.fleet.settings import FleetSettings
 from shuteye.frontend.fleet_driver import FleetDriver
@@ -17,27 +18,6 @@ from shuteye.server.config import ServerConfig
 
 MIB = 1 << 20
 BUDGET = 100 * MIB
-
-
-class CountedModel:
-    """Takes 60 MiB awake, nothing asleep."""
-
-    depth = Depth.UNLOADED
-
-    async def go_awake(self):
-        self.depth = Depth.AWAKE
-
-    async def go_to_sleep(self, depth):
-        self.depth = depth
-
-    async def resident_bytes(self):
-        return 60 * MIB if self.depth is Depth.AWAKE else 0
-
-    def woken_bytes(self):
-        return 60 * MIB
-
-    def on_moved(self):
-        pass
 
 
 def until(condition):
@@ -50,7 +30,7 @@ def until(condition):
 @pytest.fixture
 def client():
     driver = FleetDriver(Scheduler(BUDGET, FleetSettings(min_awake_s=0.0)))
-    driver.add(ModelSpec(name="a", awake_bytes=60 * MIB, level_1_bytes=0), CountedModel())
+    driver.add(ModelSpec(name="a", awake_bytes=60 * MIB, level_1_bytes=0), CountedModel(60 * MIB))
     engine = FakeEngine(EngineConfig(model="a", enable_sleep_mode=True))
     app = create_app(engine, ServerConfig(api_key="sk", admin_api_key="admin"), fleet=driver)
     headers = {"Authorization": "Bearer admin"}

@@ -136,10 +136,13 @@ class _Zygote:
 
     def _leave(self) -> None:
         """In a fork: give up what is the zygote's alone."""
-        for fd in self._pidfds:
-            os.close(fd)
+        self._forget_forked()
         for each in self._sockets:
             each.close()
+
+    def _forget_forked(self) -> None:
+        for fd in self._pidfds:
+            os.close(fd)
 
 
 class _FirstZygote(_Zygote):
@@ -167,8 +170,7 @@ class _FirstZygote(_Zygote):
             return None
         die_with_parent(mine)
         self.torch_orders.close()
-        for fd in self._pidfds:
-            os.close(fd)
+        self._forget_forked()
         order = _Zygote(self._handed_on, self._reports, self._import_and_tell).serve()
         self._over = True
         return order

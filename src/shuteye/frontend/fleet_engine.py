@@ -34,8 +34,8 @@ from shuteye.frontend.engine import Engine, EngineView, ServedModel
 from shuteye.frontend.fleet_driver import FleetDriver
 from shuteye.frontend.mailbox import Backlog
 from shuteye.frontend.unloadable import UnloadableEngine
+from shuteye.memory.process_memory import bytes_below_peak, private_bytes
 from shuteye.models.sources import resolve_source
-from shuteye.processes import bytes_below_peak, private_bytes
 from shuteye.state import SleepReport, WakeReport
 from shuteye.tasks.base import Job
 

@@ -27,7 +27,7 @@ from shuteye.errors import (
 from shuteye.frontend.async_engine import AsyncEngine
 from shuteye.frontend.engine import Engine, EngineView, ServedModel
 from shuteye.frontend.mailbox import Backlog
-from shuteye.processes import private_bytes
+from shuteye.memory.process_memory import private_bytes
 from shuteye.state import TAGS, EngineState, SleepReport, TagReport, WakeReport
 from shuteye.tasks.base import Job
 

@@ -12,15 +12,16 @@ from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from shuteye.config import EngineConfig
 from shuteye.errors import ClientError, ShuteyeError
 from shuteye.frontend.engine import KnownEngine
+from shuteye.server.telemetry.exposition import exposition_of
 from shuteye.server.telemetry.names import MetricsPrefix, named
 from shuteye.server.telemetry.timing import RequestTimer, RequestTiming
 from shuteye.state import (
@@ -168,13 +169,7 @@ class Metrics:
 
     def exposition(self, others: Iterable[Metrics] = ()) -> bytes:
         """Everything, in Prometheus' text format, and with it the metrics of `others`, each family once."""
-        families: dict[str, Metric] = {}
-        for registry in (self.registry, *(other.registry for other in others)):
-            for family in registry.collect():
-                known = families.setdefault(family.name, family)
-                if known is not family:
-                    known.samples.extend(family.samples)
-        return named(generate_latest(cast(CollectorRegistry, _Families(families.values()))), self._names)
+        return named(exposition_of([self.registry, *(other.registry for other in others)]), self._names)
 
     # --- requests -------------------------------------------------------------------------------
 
@@ -324,16 +319,6 @@ def _log(served: RequestTiming) -> None:
             **phases,
         },
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Families:
-    """As much of a registry as is needed to write it out."""
-
-    families: Iterable[Metric]
-
-    def collect(self) -> Iterable[Metric]:
-        return self.families
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # registries hash collectors by identity
